@@ -1,0 +1,77 @@
+"""Efficient attention for inference: dense, sparse and linear backends behind one interface.
+
+The face of the library: `names()` lists the backends, `build()` makes one, the rest are the words of `interface`.
+A backend is one file in `backends/`; nothing registers it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Mapping
+from functools import cache
+from typing import Any
+
+from attention import backends
+from attention.interface import (
+    AttentionBackend,
+    BackendOptions,
+    Cost,
+    HeadShape,
+    PoolExhausted,
+    Segments,
+    StatePool,
+    StateTensor,
+)
+
+__all__ = [
+    "AttentionBackend",
+    "BackendOptions",
+    "Cost",
+    "HeadShape",
+    "PoolExhausted",
+    "Segments",
+    "StatePool",
+    "StateTensor",
+    "backend_class",
+    "build",
+    "names",
+]
+
+
+@cache
+def names() -> tuple[str, ...]:
+    """The backends there are: the file names in `attention/backends`, sorted."""
+    return tuple(sorted(module.name for module in pkgutil.iter_modules(backends.__path__)))
+
+
+@cache
+def backend_class(name: str) -> type[AttentionBackend]:
+    """The backend class of a file in `attention/backends`. Raises ValueError naming the backends there are."""
+    if name not in names():
+        raise ValueError(f"unknown attention backend {name!r}, the backends are {', '.join(names())}")
+    module = importlib.import_module(f"attention.backends.{name}")
+    found = [
+        value
+        for value in vars(module).values()
+        if isinstance(value, type) and issubclass(value, AttentionBackend) and value.__module__ == module.__name__
+    ]
+    assert len(found) == 1, f"attention/backends/{name}.py must define one backend, it defines {found}"
+    return found[0]
+
+
+def build(name: str, options: Mapping[str, Any] | BackendOptions | None, shape: HeadShape) -> AttentionBackend:
+    """Build a backend for heads of a shape.
+
+    Args:
+        name: one of `names()`.
+        options: the backend's options; None takes its defaults.
+        shape: heads, width, dtype and device.
+
+    Raises:
+        ValueError: an unknown name or options the backend refuses (pydantic's ValidationError is a ValueError).
+    """
+    cls = backend_class(name)
+    if not isinstance(options, cls.Options):
+        options = cls.Options.model_validate(dict(options or {}))
+    return cls(options, shape)

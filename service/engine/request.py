@@ -1,0 +1,146 @@
+"""One request's life as data: what was asked, what comes back, what it took, and how it can fail.
+
+The engine's face is these records and `Engine.submit`. No HTTP here: `service/http` maps the errors to statuses.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from service.timing import Timings
+
+FinishReason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are drawn. Defaults are OpenAI's, but for `max_tokens`, which the HTTP layer always states."""
+
+    max_tokens: int = 16
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0  # 0: all tokens
+    stop: tuple[str, ...] = ()
+    seed: int | None = None  # None: drawn by the engine, told in the log
+    logprobs: int | None = None  # number of alternatives per token; None: no logprobs at all
+    echo: bool = False  # the prompt's own tokens come first (with their logprobs when those are asked for)
+    ignore_eos: bool = False
+
+
+@dataclass
+class Request:
+    """One prompt under one backend. `n` samples share its prefill; a list of prompts is several requests."""
+
+    id: str
+    kind: Literal["completion", "embedding"]
+    tokens: Sequence[int]
+    backend: str | None = None  # None: the config's default (which may be `auto`)
+    sampling: Sampling = field(default_factory=Sampling)
+    n: int = 1
+    deadline: float | None = None  # time.monotonic() value after which nobody waits for the answer
+    arrival: float = field(default_factory=time.monotonic)
+    timings: Timings = field(default_factory=Timings)
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """A token's log-probability and the likeliest alternatives at its place. `logprob` is None for a first prompt token."""
+
+    token: int
+    logprob: float | None
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class Delta:
+    """One step of one sample of a completion: newly settled text and the tokens behind it.
+
+    `text` never ends inside a UTF-8 sequence nor inside what may become a stop string. The last delta of a sample
+    has a `finish_reason`. With `echo` the first delta of a sample carries the prompt.
+    """
+
+    index: int  # which of the n samples
+    text: str
+    tokens: tuple[int, ...]
+    logprobs: tuple[TokenLogprob, ...] | None = None
+    finish_reason: FinishReason | None = None
+
+
+@dataclass(frozen=True)
+class Embedding:
+    """The answer to an embedding request: mean of the last hidden states, L2-normalised, float32, as a list of floats."""
+
+    vector: list[float]
+
+
+class RequestError(Exception):
+    """A request that gets no answer, through the caller's fault or the hour's. `code` is the machine's word for it."""
+
+    code = "request_error"
+
+    def __init__(self, message: str, *, param: str | None = None, details: dict[str, object] | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+        self.details = details or {}
+
+
+class InvalidRequest(RequestError):
+    """Something in the request is not allowed: the message says what is wrong and what is allowed."""
+
+    code = "invalid_request"
+
+
+class UnknownBackend(InvalidRequest):
+    """The backend is not in the allow-list."""
+
+    code = "unknown_backend"
+
+
+class ContextTooLong(InvalidRequest):
+    """Prompt and max_tokens together pass the model's context; the message has both numbers."""
+
+    code = "context_length_exceeded"
+
+
+class NeverFits(InvalidRequest):
+    """More bytes than the whole budget. details: needed_bytes, budget_bytes, longest_tokens, backends_that_fit."""
+
+    code = "memory_budget_exceeded"
+
+
+class QueueFull(RequestError):
+    """The queue is at its bound. `retry_after_seconds` is computed from the work in front."""
+
+    code = "queue_full"
+
+    def __init__(self, message: str, retry_after_seconds: float) -> None:
+        super().__init__(message)
+        self.retry_after_seconds = retry_after_seconds
+
+
+class Draining(RequestError):
+    """The service is stopping and admits nothing more, or told this request to go elsewhere."""
+
+    code = "draining"
+
+
+class DeadlineExceeded(RequestError):
+    """The request's deadline passed before its answer was complete."""
+
+    code = "deadline_exceeded"
+
+
+class OutOfMemory(RequestError):
+    """The machine refused memory to this request alone, after its batch was split."""
+
+    code = "out_of_memory"
+
+
+class ModelFailed(RequestError):
+    """The model call failed for this request alone. Our fault: a 500, counted."""
+
+    code = "model_failed"
