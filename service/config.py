@@ -1,8 +1,23 @@
-"""Every knob of the service, typed. An unknown key or a value out of range is refused at start-up, named in the message."""
+"""Every knob of the service, typed. An unknown key or a value out of range is refused at start-up, named in the message.
+
+A config file is a Ray Serve config: what a replica is made of stands in an application's `args`, the attention switch in
+its deployment's `user_config`. Ray Serve itself passes over keys it does not know, so the whole file is checked here first.
+"""
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict, Field
+import ipaddress
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic_core import ErrorDetails
+
+DEPLOYMENT: Literal["longserve"] = "longserve"
+"""The deployment's name in every application."""
 
 
 class Settings(BaseModel):
@@ -16,3 +31,216 @@ class EngineConfig(Settings):
 
     memory_budget_bytes: int | None = Field(default=None, gt=0)  # None: memory_share of what is left after the weights
     memory_share: float = Field(default=0.5, gt=0, le=1)
+
+
+class HttpConfig(Settings):
+    """What the HTTP layer lets in (service/http)."""
+
+    api_keys_env: str | None = None  # environment variable that holds the API keys, comma-separated; None: no key asked
+    max_body_bytes: int = Field(default=16 * 2**20, gt=0)  # counted while reading; above it 413
+    max_prompts: int = Field(default=64, gt=0)  # prompts or inputs in one call
+    max_samples: int = Field(default=16, gt=0)  # `n` of one prompt
+    request_timeout_seconds: float = Field(default=600, gt=0)  # longest a caller is kept waiting; a header may shorten it
+    stream_ping_seconds: float = Field(default=10, gt=0)  # silence after which a stream sends a comment, for proxies' sake
+
+
+class ServiceConfig(Settings):
+    """One application's `args`: what a replica is made of. A change restarts the replicas; the attention switch is no part."""
+
+    model: str = "embedded"  # `embedded`, or a directory in Hugging Face format (relative to the file that names it)
+    name: str | None = None  # the id under /v1/models; None: the checkpoint's own
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    device: str = "cpu"
+    threads: int | None = Field(default=None, gt=0)  # torch threads; None: every CPU this process may use
+    float32_matmul_precision: Literal["highest", "high", "medium"] = "highest"
+    log_level: Literal["debug", "info", "warning", "error"] = "warning"  # info: one JSON line per request
+    stall_seconds: float = Field(default=60, gt=0)  # work waits and no step ends for so long: the replica is unhealthy
+    drain_seconds: float = Field(default=30, ge=0)  # what runs may take so long to end when the service stops
+    engine: EngineConfig = EngineConfig()
+    http: HttpConfig = HttpConfig()
+
+
+class AttentionConfig(Settings):
+    """The switch: the allow-list of backends with their options, in order, and which one serves when none is asked for."""
+
+    default: str = "dense"
+    backends: dict[str, dict[str, Any] | None] = Field(default={"dense": {}}, min_length=1)
+
+    @field_validator("backends")
+    @classmethod
+    def _options_fit_their_backend(cls, backends: dict[str, dict[str, Any] | None]) -> dict[str, dict[str, Any] | None]:
+        import attention  # here, for it brings torch: `longserve status` reads no options
+
+        faults: list[str] = []
+        for name, options in backends.items():
+            model = attention.backend_class(name).Options  # ValueError names the backends there are
+            try:
+                model.model_validate(options or {})
+            except ValidationError as error:
+                faults += [f"{name}.{fault}" for fault in explain(error, model)]
+        if faults:
+            raise ValueError("; ".join(faults))
+        return backends
+
+    @model_validator(mode="after")
+    def _default_is_allowed(self) -> AttentionConfig:
+        if self.default not in (*self.backends, "auto"):
+            raise ValueError(f"default must be auto or one of backends ({', '.join(self.backends)}), received {self.default!r}")
+        return self
+
+
+class UserConfig(Settings):
+    """`user_config` of the deployment: all that `longserve apply` changes while replicas go on."""
+
+    attention: AttentionConfig = AttentionConfig()
+
+
+class ActorOptions(Settings):
+    """What Ray reserves for one replica: bookkeeping for placement, no limit."""
+
+    num_cpus: float | None = Field(default=None, ge=0)
+    num_gpus: float | None = Field(default=None, ge=0)
+    memory: float | None = Field(default=None, ge=0)
+    resources: dict[str, float] | None = None
+    accelerator_type: str | None = None
+    runtime_env: dict[str, Any] | None = None
+
+
+class DeploymentSection(Settings):
+    """The one deployment of an application. All keys but `user_config` are Ray Serve's own."""
+
+    name: Literal["longserve"] = DEPLOYMENT
+    num_replicas: int | Literal["auto"] | None = None
+    autoscaling_config: dict[str, Any] | None = None
+    max_ongoing_requests: int | None = Field(default=None, gt=0)
+    max_queued_requests: int | None = Field(default=None, ge=-1)
+    max_replicas_per_node: int | None = Field(default=None, gt=0)
+    max_surge_percent: int | None = Field(default=None, ge=0, le=100)
+    graceful_shutdown_timeout_s: float | None = Field(default=None, ge=0)
+    graceful_shutdown_wait_loop_s: float | None = Field(default=None, ge=0)
+    health_check_period_s: float | None = Field(default=None, gt=0)
+    health_check_timeout_s: float | None = Field(default=None, gt=0)
+    ray_actor_options: ActorOptions | None = None
+    user_config: UserConfig = UserConfig()
+
+
+class ApplicationSection(Settings):
+    """One application: one model under one base URL."""
+
+    name: str = Field(default="longserve", min_length=1)
+    route_prefix: str = Field(default="/", pattern="^/")
+    import_path: Literal["service.app:build"] = "service.app:build"
+    runtime_env: dict[str, Any] | None = None
+    args: ServiceConfig = ServiceConfig()
+    deployments: list[DeploymentSection] = Field(default=[DeploymentSection()], min_length=1, max_length=1)
+
+
+class HttpOptions(Settings):
+    """The Serve proxy that listens. Fixed once it runs."""
+
+    host: str = "127.0.0.1"
+    port: int = Field(default=8000, ge=1, le=65535)
+    root_path: str | None = None
+    request_timeout_s: float | None = Field(default=None, gt=0)
+    keep_alive_timeout_s: int | None = Field(default=None, gt=0)
+    ssl_keyfile: str | None = None
+    ssl_certfile: str | None = None
+
+    @property
+    def is_loopback(self) -> bool:
+        """Whether only this machine can connect. A name other than localhost counts as public."""
+        try:
+            return ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return self.host == "localhost"
+
+
+class ServeFile(Settings):
+    """A whole Serve config file."""
+
+    proxy_location: Literal["HeadOnly", "EveryNode"] = "HeadOnly"
+    http_options: HttpOptions = HttpOptions()
+    applications: list[ApplicationSection] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _public_address_needs_keys(self) -> ServeFile:
+        for index, application in enumerate(self.applications):
+            if not self.http_options.is_loopback and application.args.http.api_keys_env is None:
+                raise ValueError(
+                    f"http_options.host {self.http_options.host} can be reached from outside, so "
+                    f"applications.{index}.args.http.api_keys_env must name an environment variable with API keys"
+                )
+        return self
+
+    def to_serve(self) -> dict[str, Any]:
+        """The same as plain data, for Ray Serve's own schema."""
+        return self.model_dump(mode="json", exclude_none=True)
+
+
+class ConfigError(ValueError):
+    """The operator's file cannot be served. The message names the file, each key and what is allowed there."""
+
+
+def read(path: Path) -> ServeFile:
+    """Read and check a Serve config file. Raises ConfigError."""
+    try:
+        raw = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: no YAML: {error}") from error
+    try:
+        return _with_absolute_models(ServeFile.model_validate(raw), path.resolve().parent)
+    except ValidationError as error:
+        raise ConfigError("\n".join(f"{path}: {fault}" for fault in explain(error, ServeFile))) from error
+
+
+def api_keys(config: HttpConfig) -> tuple[str, ...]:
+    """The keys that callers may show. Raises ValueError when the config asks for keys and the environment has none."""
+    if config.api_keys_env is None:
+        return ()
+    keys = tuple(key.strip() for key in os.environ.get(config.api_keys_env, "").split(",") if key.strip())
+    if not keys:
+        raise ValueError(f"http.api_keys_env is {config.api_keys_env}, but that environment variable holds no key")
+    return keys
+
+
+def explain(error: ValidationError, model: type[BaseModel]) -> list[str]:
+    """One line per fault: the key's path, what is wrong, and for an unknown key the keys allowed there."""
+    return [_explain_one(fault, model) for fault in error.errors(include_url=False)]
+
+
+def _explain_one(fault: ErrorDetails, model: type[BaseModel]) -> str:
+    where = ".".join(str(part) for part in fault["loc"])
+    if fault["type"] == "extra_forbidden":
+        return f"{where}: unknown key, allowed here: {', '.join(_keys_at(model, fault['loc'][:-1]))}"
+    message = fault["msg"].removeprefix("Value error, ")
+    received = "" if isinstance(fault["input"], (dict, list)) or "received" in message else f", received {fault['input']!r}"
+    return f"{where}: {message}{received}" if where else f"{message}{received}"
+
+
+def _keys_at(model: type[BaseModel], path: Sequence[int | str]) -> list[str]:
+    """The fields of the settings that stand at a path inside `model`."""
+    for part in path:
+        if isinstance(part, str):
+            model = _settings_in(model.model_fields[part].annotation)
+    return list(model.model_fields)
+
+
+def _settings_in(annotation: Any) -> type[BaseModel]:
+    """The settings class in an annotation such as `X`, `list[X]` or `X | None`."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    found = [inner for inner in get_args(annotation) if inner is not type(None)]
+    assert len(found) == 1, f"no single settings class in {annotation}"
+    return _settings_in(found[0])
+
+
+def _with_absolute_models(file: ServeFile, folder: Path) -> ServeFile:
+    """The file with its model directories made absolute: replicas run elsewhere."""
+
+    def absolute(args: ServiceConfig) -> ServiceConfig:
+        return args if args.model == "embedded" else args.model_copy(update={"model": str(folder / args.model)})
+
+    changed = [app.model_copy(update={"args": absolute(app.args)}) for app in file.applications]
+    return file.model_copy(update={"applications": changed})
