@@ -24,6 +24,7 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
+CPU = torch.device("cpu")
 CPU_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 CUDA_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -47,7 +48,7 @@ class HeadShape:
     key_value_heads: int  # G
     head_width: int  # D
     dtype: torch.dtype = torch.float32
-    device: torch.device = torch.device("cpu")
+    device: torch.device = CPU
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "device", torch.device(self.device))
@@ -146,6 +147,11 @@ class StateTensor:
             count *= size
         return count
 
+    def new(self, device: torch.device, layers: tuple[int, ...] = ()) -> Tensor:
+        """The tensor itself, (*layers, *shape), at its initial value."""
+        tensor = torch.empty((*layers, *self.shape), dtype=self.dtype, device=device)
+        return tensor if self.fill is None else tensor.fill_(self.fill)
+
 
 class PoolExhausted(Exception):
     """The pool has no room for this slot now. Nothing was allocated."""
@@ -185,15 +191,13 @@ class StatePool:
         needed = self.slot_bytes(max_tokens)
         if self.bytes_in_use + needed > self.max_bytes:
             raise PoolExhausted(needed, self.max_bytes - self.bytes_in_use)
-        tensors = {name: self._new(spec) for name, spec in self.backend.state(max_tokens).items()}
+        tensors = {
+            name: spec.new(self.backend.shape.device, (self.layers,)) for name, spec in self.backend.state(max_tokens).items()
+        }
         slot, self._next = self._next, self._next + 1
         self._slots[slot], self._slot_bytes[slot] = tensors, needed
         self.bytes_in_use += needed
         return slot
-
-    def _new(self, spec: StateTensor) -> Tensor:
-        tensor = torch.empty((self.layers, *spec.shape), dtype=spec.dtype, device=self.backend.shape.device)
-        return tensor if spec.fill is None else tensor.fill_(spec.fill)
 
     def release(self, slot: int) -> None:
         """Give a slot's bytes back. Raises KeyError for a slot that is not in use."""
@@ -295,14 +299,13 @@ class AttentionBackend(ABC):
     def check(self, q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> None:
         """Raise ValueError unless q, k, v fit this backend and `segments`."""
         shape = self.shape
-        for label, tensor, heads in (("q", q, shape.query_heads), ("k", k, shape.key_value_heads), ("v", v, shape.key_value_heads)):
+        groups = shape.key_value_heads
+        for label, tensor, heads in (("q", q, shape.query_heads), ("k", k, groups), ("v", v, groups)):
             wanted = (segments.total, heads, shape.head_width)
             if tuple(tensor.shape) != wanted:
                 raise ValueError(f"{label} must have shape {wanted}, received {tuple(tensor.shape)}")
             if tensor.dtype != shape.dtype or tensor.device.type != shape.device.type:
-                raise ValueError(
-                    f"{label} must be {shape.dtype} on {shape.device}, received {tensor.dtype} on {tensor.device}"
-                )
+                raise ValueError(f"{label} must be {shape.dtype} on {shape.device}, received {tensor.dtype} on {tensor.device}")
 
     def check_attend(self, q: Tensor, k: Tensor, v: Tensor, segments: Segments, causal: bool) -> None:
         """`check`, and that the call is one of whole sequences in a direction this backend defines."""
