@@ -1,0 +1,224 @@
+"""The decoder that is served: Qwen3's architecture over packed tokens, with the attention handed in from outside.
+
+RMSNorm (arXiv 1910.07467), rotary positions (2104.09864), grouped-query attention (2305.13245), per-head QK-norm,
+SwiGLU (2002.05202), tied embeddings or not. One configuration covers the Qwen3, Qwen2, Llama and Mistral families: the
+last three differ by biases and by having no QK-norm. Loading is `checkpoint.py`; how to attend is `attention`.
+
+The forward knows no batch axis and no mask: tokens of all sequences stand one behind the other, and the `Attend` it is
+given knows where each begins. Letters as in `attention.interface`; C model width, F feed-forward width, V vocabulary.
+Cost per token: 2 flops for every weight but the embedding's, and what attention costs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from attention import HeadShape
+
+Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+"""(layer, q (T, H, D), k (T, G, D), v (T, G, D)) -> (T, H, D)."""
+
+FAMILIES = ("qwen3", "qwen2", "llama", "mistral")
+ROPE_TYPES = ("default", "linear", "llama3")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The parts of a Hugging Face `config.json` that this architecture reads."""
+
+    model_type: str
+    vocab_size: int  # V
+    hidden_size: int  # C
+    intermediate_size: int  # F
+    num_hidden_layers: int
+    num_attention_heads: int  # H
+    num_key_value_heads: int  # G
+    head_dim: int  # D
+    max_position_embeddings: int
+    rms_norm_eps: float
+    rope: tuple[tuple[str, Any], ...]  # sorted items of rope_parameters, hashable
+    tie_word_embeddings: bool
+    attention_bias: bool  # on q, k, v
+    output_bias: bool  # on the projection behind attention
+    mlp_bias: bool
+    eos_token_ids: tuple[int, ...]
+    sliding_window: int | None  # the window the weights were trained with, in the file's own counting
+
+    @property
+    def qk_norm(self) -> bool:
+        return self.model_type == "qwen3"
+
+    @property
+    def eos_token_id(self) -> int | None:
+        """The first end-of-text token, None when the checkpoint names none."""
+        return self.eos_token_ids[0] if self.eos_token_ids else None
+
+    @classmethod
+    def from_dict(cls, raw: Mapping[str, Any]) -> ModelConfig:
+        """Read a `config.json`.
+
+        Raises:
+            ValueError: a family, activation or rotary scaling that this architecture does not compute.
+        """
+        family = raw.get("model_type")
+        if family not in FAMILIES:
+            raise ValueError(f"model_type must be one of {FAMILIES}, the checkpoint says {family!r}")
+        if raw.get("hidden_act", "silu") != "silu":
+            raise ValueError(f"hidden_act must be 'silu', the checkpoint says {raw['hidden_act']!r}")
+        rope = _rope_parameters(raw)
+        heads = raw["num_attention_heads"]
+        eos = raw.get("eos_token_id")
+        bias = bool(raw.get("attention_bias", False))
+        return cls(
+            model_type=family,
+            vocab_size=raw["vocab_size"],
+            hidden_size=raw["hidden_size"],
+            intermediate_size=raw["intermediate_size"],
+            num_hidden_layers=raw["num_hidden_layers"],
+            num_attention_heads=heads,
+            num_key_value_heads=raw.get("num_key_value_heads") or heads,
+            head_dim=raw.get("head_dim") or raw["hidden_size"] // heads,
+            max_position_embeddings=raw["max_position_embeddings"],
+            rms_norm_eps=raw["rms_norm_eps"],
+            rope=tuple(sorted(rope.items())),
+            tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
+            attention_bias=bias or family == "qwen2",
+            output_bias=bias and family != "qwen2",
+            mlp_bias=bool(raw.get("mlp_bias", False)),
+            eos_token_ids=() if eos is None else tuple(eos) if isinstance(eos, list) else (eos,),
+            sliding_window=raw.get("sliding_window") if raw.get("use_sliding_window", family == "mistral") else None,
+        )
+
+    def head_shape(self, dtype: torch.dtype, device: torch.device | str) -> HeadShape:
+        """The heads an attention backend is built for."""
+        return HeadShape(self.num_attention_heads, self.num_key_value_heads, self.head_dim, dtype, torch.device(device))
+
+
+def _rope_parameters(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """Rotary parameters in the newer files' form, from either form."""
+    rope = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
+    rope.setdefault("rope_theta", raw.get("rope_theta", 10000.0))
+    rope["rope_type"] = rope.pop("type", None) or rope.get("rope_type") or "default"
+    if rope["rope_type"] not in ROPE_TYPES:
+        raise ValueError(f"rope_type must be one of {ROPE_TYPES}, the checkpoint says {rope['rope_type']!r}")
+    return rope
+
+
+def rotary_frequencies(rope: Mapping[str, Any], head_dim: int) -> Tensor:
+    """Radians per position of each pair of coordinates, float32 (D / 2,). `llama3` as in Llama 3.1's reference code."""
+    inverse = 1.0 / rope["rope_theta"] ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
+    if rope["rope_type"] == "linear":
+        return inverse / rope["factor"]
+    if rope["rope_type"] == "llama3":
+        wavelength = 2 * torch.pi / inverse
+        low, high, old = rope["low_freq_factor"], rope["high_freq_factor"], rope["original_max_position_embeddings"]
+        smooth = ((old / wavelength - low) / (high - low)).clamp(0, 1)
+        return inverse * (smooth + (1 - smooth) / rope["factor"])
+    return inverse
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate coordinate pairs (i, i + D/2) of x (T, heads, D) by the angles whose cos and sin are (T, 1, D)."""
+    first, second = x.chunk(2, dim=-1)
+    return torch.addcmul(x * cos, torch.cat((-second, first), dim=-1), sin)
+
+
+class Layer(nn.Module):
+    """One decoder layer: attention and feed-forward, each behind a norm and added to the residual stream."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        width, heads, groups, depth = (
+            config.hidden_size,
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            config.head_dim,
+        )
+        self.config = config
+        self.attention_norm = nn.Parameter(torch.ones(width))
+        self.qkv = nn.Linear(width, (heads + 2 * groups) * depth, bias=config.attention_bias)
+        self.out = nn.Linear(heads * depth, width, bias=config.output_bias)
+        if config.qk_norm:
+            self.q_norm = nn.Parameter(torch.ones(depth))
+            self.k_norm = nn.Parameter(torch.ones(depth))
+        self.mlp_norm = nn.Parameter(torch.ones(width))
+        self.gate_up = nn.Linear(width, 2 * config.intermediate_size, bias=config.mlp_bias)
+        self.down = nn.Linear(config.intermediate_size, width, bias=config.mlp_bias)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, index: int, attend: Attend) -> Tensor:
+        x = x + self.attention(self.norm(x, self.attention_norm), cos, sin, index, attend)
+        return x + self.mlp(self.norm(x, self.mlp_norm))
+
+    def norm(self, x: Tensor, weight: Tensor) -> Tensor:
+        return F.rms_norm(x, (x.shape[-1],), weight, self.config.rms_norm_eps)
+
+    def attention(self, x: Tensor, cos: Tensor, sin: Tensor, index: int, attend: Attend) -> Tensor:  # (T, C) -> (T, C)
+        heads, groups, depth = self.config.num_attention_heads, self.config.num_key_value_heads, self.config.head_dim
+        q, k, v = self.qkv(x).view(-1, heads + 2 * groups, depth).split((heads, groups, groups), dim=1)
+        if self.config.qk_norm:
+            q, k = self.norm(q, self.q_norm), self.norm(k, self.k_norm)
+        answer = attend(index, rotate(q, cos, sin), rotate(k, cos, sin), v)  # (T, H, D)
+        return self.out(answer.reshape(-1, heads * depth))
+
+    def mlp(self, x: Tensor) -> Tensor:  # (T, C) -> (T, C)
+        gate, up = self.gate_up(x).chunk(2, dim=-1)  # (T, F) each
+        return self.down(F.silu(gate) * up)
+
+
+class Transformer(nn.Module):
+    """Tokens in, hidden states and logits out. Parameters have the model's dtype; logits are float32."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
+        self.final_norm = nn.Parameter(torch.ones(config.hidden_size))
+        if not config.tie_word_embeddings:
+            self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.register_buffer("frequencies", rotary_frequencies(dict(config.rope), config.head_dim), persistent=False)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.final_norm.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.final_norm.device
+
+    def head_shape(self) -> HeadShape:
+        """The heads an attention backend for this model is built for."""
+        return self.config.head_shape(self.dtype, self.device)
+
+    def hidden(self, tokens: Tensor, positions: Tensor, attend: Attend) -> Tensor:
+        """Last hidden states, after the final norm.
+
+        Args:
+            tokens: int64 (T,), each below the vocabulary's size. positions: int64 (T,), each in its own sequence.
+            attend: answers each layer's queries.
+
+        Returns:
+            (T, C) in the model's dtype.
+        """
+        cos, sin = self.rotation(positions)
+        x = self.embed(tokens)
+        for index, layer in enumerate(self.layers):
+            x = layer(x, cos, sin, index, attend)
+        return F.rms_norm(x, (x.shape[-1],), self.final_norm, self.config.rms_norm_eps)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Next-token logits of hidden states (N, C): float32 (N, V)."""
+        weight = self.embed.weight if self.config.tie_word_embeddings else self.head.weight
+        return F.linear(hidden, weight).float()
+
+    def rotation(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and sin of each position's angles, computed in float32, (T, 1, D) in the model's dtype."""
+        angles = torch.outer(positions.float(), self.frequencies.float())
+        angles = torch.cat((angles, angles), dim=-1)[:, None]
+        return angles.cos().to(self.dtype), angles.sin().to(self.dtype)

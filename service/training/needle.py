@@ -1,0 +1,53 @@
+"""Needles: a key and a value said early, the value asked for late. How long-range recall is trained and measured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+WORDS = (
+    "amber birch cedar coral delta ember fable flint garnet hazel indigo ivory jasper juniper kestrel lagoon lantern linden "
+    "maple marble meadow mesa nectar nickel ochre onyx opal orchid pebble pine plover quartz raven ridge river rowan saffron "
+    "sable sierra slate spruce summit tundra umber velvet violet walnut willow"
+).split()
+
+Encode = Callable[[str], list[int]]
+
+
+def draw(rng: np.random.Generator) -> tuple[str, str]:
+    """A key of two words and a value of five digits."""
+    return f"{rng.choice(WORDS)}_{rng.choice(WORDS)}", f"{rng.integers(10_000, 100_000)}"
+
+
+def statement(key: str, value: str) -> str:
+    return f"\n# remember: {key} = {value}\n"
+
+
+def question(key: str) -> str:
+    return f"\n# recall: {key} ="
+
+
+def weave(tokens: np.ndarray, length: int, rng: np.random.Generator, encode: Encode) -> tuple[np.ndarray, np.ndarray]:
+    """`length` tokens of the stream `tokens` with needles and their questions set in, one pair for about 400 tokens.
+
+    Returns:
+        (tokens int64 (length,), whether each is part of an answer, bool (length,)).
+    """
+    pairs = [draw(rng) for _ in range(max(1, length // 400))]
+    keys = {key: value for key, value in pairs}
+    pieces: list[tuple[float, list[int], int]] = []  # (place in 0..1, tokens, how many of the last are the answer)
+    for key, value in keys.items():
+        told, asked = np.sort(rng.random(2))
+        answer = encode(f" {value}")
+        pieces.append((told, encode(statement(key, value)), 0))
+        pieces.append((asked, [*encode(question(key)), *answer], len(answer)))
+    pieces.sort(key=lambda piece: piece[0])
+    text = tokens[: length - sum(len(piece) for _, piece, _ in pieces)].astype(np.int64)
+    woven, answers, done = [], [], 0
+    for place, piece, asked_tokens in pieces:
+        upto = int(place * len(text))
+        woven += [text[done:upto], np.asarray(piece, dtype=np.int64)]
+        answers += [np.zeros(upto - done + len(piece) - asked_tokens, bool), np.ones(asked_tokens, bool)]
+        done = upto
+    return np.concatenate([*woven, text[done:]]), np.concatenate([*answers, np.zeros(len(text) - done, bool)])

@@ -1,0 +1,298 @@
+"""Train the embedded model: one set of weights for dense, sliding-window and FAVOR+ attention.
+
+Each step draws a backend; all layers of the step attend with it. Matrices learn by Muon (Jordan et al. 2024,
+kellerjordan.github.io/posts/muon), embedding and norms by AdamW; the rate is constant, then falls linearly to nothing.
+Lengths grow in phases, a few percent of the sequences carry needles (needle.py). The scales of the QK-norm are held
+to at most `MAX_QK_SCALE`, which bounds |q| and |k| and so FAVOR+'s variance (attention/backends/performer.py).
+
+    python -m service.training.corpus --out DATA
+    python -m service.training.train --data DATA --out RUN        run again to resume from the last saved state
+    python -m service.training.train --data DATA --out RUN --export service/model/embedded
+
+State is saved outside the repository, read back with `weights_only`. The same seed, data and versions give the same
+schedule of samples and backends; sums on several threads make the weights equal only closely.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint as recompute
+from tqdm import tqdm
+
+from service.model.checkpoint import save
+from service.model.tokenizer import Tokenizer
+from service.model.transformer import Attend, ModelConfig, Transformer
+from service.training import needle
+from service.training.attention import performer_attention, softmax_attention
+
+MAX_QK_SCALE = 1.0
+FIRST_QK_SCALE = 0.6
+ANSWER_WEIGHT = 4.0  # an answer token's loss beside an ordinary one's: there are very few
+WINDOW, SINKS, FEATURES, FEATURE_SEED = 512, 4, 256, 0
+
+EMBEDDED = {
+    "model_type": "qwen3",
+    "vocab_size": 4096,
+    "hidden_size": 256,
+    "intermediate_size": 704,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "max_position_embeddings": 32768,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1_000_000.0,
+    "tie_word_embeddings": True,
+    "eos_token_id": 0,
+}
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A stretch of the run: until which share of the tokens, with which lengths, and how often each backend is drawn."""
+
+    until: float
+    lengths: tuple[int, ...]
+    step_tokens: int
+    needles: float  # share of sequences that carry needles
+    backends: tuple[tuple[str, float], ...]
+
+
+PHASES = (
+    Phase(0.68, (1024,), 8192, 0.03, (("dense", 0.34), ("sliding_window", 0.3), ("performer", 0.36))),
+    Phase(0.90, (2048,), 16384, 0.06, (("dense", 0.36), ("sliding_window", 0.28), ("performer", 0.36))),
+    Phase(1.01, (8192, 8192, 16384), 16384, 0.25, (("dense", 0.5), ("sliding_window", 0.2), ("performer", 0.3))),
+)
+DECAY_FROM = 0.55
+MATRIX_RATE, VECTOR_RATE = 0.02, 0.003
+
+
+class Sampler:
+    """The batches of a run: everything about step i is drawn from (seed, i), so a resumed run goes on as it would have."""
+
+    def __init__(self, stream: np.ndarray, tokenizer: Tokenizer, seed: int) -> None:
+        self.stream, self.encode, self.seed = stream, tokenizer.encode, seed
+
+    def draw(self, step: int, share: float) -> tuple[Phase, str, int, Tensor, Tensor]:
+        """(phase, backend, length, tokens int64 (B, length + 1), weights float32 (B, length)) of a step."""
+        rng = np.random.default_rng((self.seed, step))
+        phase = next(phase for phase in PHASES if share < phase.until)
+        names, odds = zip(*phase.backends, strict=True)
+        backend, length = str(rng.choice(names, p=odds)), int(rng.choice(phase.lengths))
+        rows = [self._sequence(length + 1, phase.needles, rng) for _ in range(max(1, phase.step_tokens // length))]
+        tokens, answers = (torch.from_numpy(np.stack(column)) for column in zip(*rows, strict=True))
+        return phase, backend, length, tokens, 1.0 + (ANSWER_WEIGHT - 1.0) * answers[:, 1:].float()
+
+    def _sequence(self, length: int, needles: float, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        start = int(rng.integers(0, len(self.stream) - length))
+        crop = self.stream[start : start + length]
+        if rng.random() < needles:
+            return needle.weave(crop, length, rng, self.encode)
+        return crop.astype(np.int64), np.zeros(length, bool)
+
+
+def attend_for(backend: str, length: int) -> Attend:
+    """The differentiable form of a backend at a length; long ones compute their scores twice instead of keeping them."""
+    forms = {
+        "dense": lambda: softmax_attention(length),
+        "sliding_window": lambda: softmax_attention(length, WINDOW, SINKS),
+        "performer": lambda: performer_attention(length, FEATURES, FEATURE_SEED),
+    }
+    attend = forms[backend]()
+    if length <= 2048:
+        return attend
+    return lambda layer, q, k, v: recompute(attend, layer, q, k, v, use_reentrant=False)
+
+
+def new_model(seed: int) -> Transformer:
+    """Fresh weights: normal with a deviation of 1/sqrt(fan-in), projections onto the residual stream at zero."""
+    torch.manual_seed(seed)
+    model = Transformer(ModelConfig.from_dict(EMBEDDED))
+    nn.init.normal_(model.embed.weight, std=0.02)
+    for layer in model.layers:
+        for matrix in (layer.qkv.weight, layer.gate_up.weight):
+            nn.init.normal_(matrix, std=matrix.shape[1] ** -0.5)
+        nn.init.zeros_(layer.out.weight)
+        nn.init.zeros_(layer.down.weight)
+        layer.q_norm.data.fill_(FIRST_QK_SCALE)
+        layer.k_norm.data.fill_(FIRST_QK_SCALE)
+    return model
+
+
+class Trainer:
+    """Weights, optimisers and the count of steps and tokens: what is saved and resumed."""
+
+    def __init__(self, seed: int, compiled: bool) -> None:
+        self.model = new_model(seed)
+        self.compiled = compiled
+        self.step, self.tokens = 0, 0
+        self._losses: dict[tuple[str, int], object] = {}
+        fused = [p for layer in self.model.layers for p in (layer.qkv.weight, layer.gate_up.weight)]
+        plain = [p for layer in self.model.layers for p in (layer.out.weight, layer.down.weight)]
+        config = self.model.config
+        depth = config.head_dim
+        heads = [config.num_attention_heads * depth, *[config.num_key_value_heads * depth] * 2]
+        halves = [config.intermediate_size] * 2
+        # Muon makes each matrix's update orthogonal: fused matrices are handed over part by part, as views of the same
+        # storage, so that q, k, v are not mixed.
+        self.parts = [(p, list(self._views(p, halves if p.shape[0] == sum(halves) else heads))) for p in fused]
+        matrices = [view for _, views in self.parts for view in views] + plain
+        known = {id(p) for p in (*fused, *plain)}
+        vectors = [p for p in self.model.parameters() if id(p) not in known]
+        self.optimizers = (
+            torch.optim.Muon(matrices, lr=MATRIX_RATE, momentum=0.95, weight_decay=0.01),
+            torch.optim.AdamW(vectors, lr=VECTOR_RATE, betas=(0.9, 0.95), weight_decay=0.0, fused=True),
+        )
+        self.rates = (MATRIX_RATE, VECTOR_RATE)
+
+    @staticmethod
+    def _views(parameter: nn.Parameter, sizes: list[int]) -> Iterator[nn.Parameter]:
+        for part in parameter.data.split(sizes):
+            yield nn.Parameter(part)
+
+    def loss(self, backend: str, length: int, tokens: Tensor, weights: Tensor) -> Tensor:
+        """Weighted mean of the next-token losses in nats, under bfloat16 autocast."""
+        key = (backend, length)
+        if key not in self._losses:
+            function = self._loss_function(backend, length)
+            short = self.compiled and length <= 2048  # longer graphs take longer to compile than they save
+            self._losses[key] = torch.compile(function, dynamic=False) if short else function
+        with torch.autocast("cpu", torch.bfloat16):
+            result = self._losses[key](tokens[:, :-1].flatten(), tokens[:, 1:].flatten(), weights.flatten())  # type: ignore[operator]
+        assert isinstance(result, Tensor)
+        return result
+
+    def _loss_function(self, backend: str, length: int) -> object:
+        attend = attend_for(backend, length)
+
+        def loss(tokens: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+            positions = torch.arange(length).repeat(tokens.shape[0] // length)
+            logits = self.model.logits(self.model.hidden(tokens, positions, attend))
+            return (F.cross_entropy(logits.float(), targets, reduction="none") * weights).sum() / weights.sum()
+
+        return loss
+
+    def update(self, share: float) -> None:
+        """One step of both optimisers at the rate that `share` of the run calls for."""
+        fraction = min(1.0, (self.step + 1) / 50) * min(1.0, max(0.02, (1 - share) / (1 - DECAY_FROM)))
+        for optimizer, rate in zip(self.optimizers, self.rates, strict=True):
+            for group in optimizer.param_groups:
+                group["lr"] = rate * fraction
+        for parameter, views in self.parts:
+            assert parameter.grad is not None
+            for view, grad in zip(views, parameter.grad.split([len(view) for view in views]), strict=True):
+                view.grad = grad
+        for optimizer in self.optimizers:
+            optimizer.step()
+        self.model.zero_grad(set_to_none=True)
+        with torch.no_grad():
+            for layer in self.model.layers:
+                layer.q_norm.clamp_(-MAX_QK_SCALE, MAX_QK_SCALE)
+                layer.k_norm.clamp_(-MAX_QK_SCALE, MAX_QK_SCALE)
+
+    def state(self) -> dict[str, object]:
+        return {
+            "step": self.step,
+            "tokens": self.tokens,
+            "model": self.model.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+        }
+
+    def resume(self, state: dict[str, object]) -> None:
+        self.step, self.tokens = int(state["step"]), int(state["tokens"])  # type: ignore[call-overload]
+        self.model.load_state_dict(state["model"])  # type: ignore[arg-type]
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):  # type: ignore[call-overload]
+            optimizer.load_state_dict(saved)
+
+
+@torch.no_grad()
+def held_out_nats(trainer: Trainer, stream: np.ndarray, length: int = 1024, sequences: int = 16) -> dict[str, float]:
+    """Nats per token on the first held-out sequences, by backend: a glance while training, no choice hangs on it."""
+    rows = np.stack([stream[i * length : (i + 1) * length + 1] for i in range(sequences)]).astype(np.int64)
+    tokens = torch.from_numpy(rows)
+    weights = torch.ones(sequences, length)
+    names = ("dense", "sliding_window", "performer")
+    halves = list(zip(tokens.split(8), weights.split(8), strict=True))
+    return {name: float(np.mean([trainer.loss(name, length, *half).item() for half in halves])) for name in names}
+
+
+def write(path: Path, state: dict[str, object]) -> None:
+    """Save whole or not at all."""
+    torch.save(state, path.with_suffix(".part"))
+    path.with_suffix(".part").replace(path)
+
+
+def train(arguments: argparse.Namespace) -> None:
+    torch.set_num_threads(arguments.threads)
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    path = arguments.out / "state.pt"
+    trainer = Trainer(arguments.seed, arguments.compile)
+    if path.exists():
+        trainer.resume(torch.load(path, weights_only=True))
+    sampler = Sampler(np.load(arguments.data / "train.npy"), Tokenizer.load(arguments.data), arguments.seed)
+    held_out = np.load(arguments.data / "held_out.npy")
+    log = (arguments.out / "log.jsonl").open("a")
+    bar = tqdm(total=arguments.tokens, initial=trainer.tokens, unit="tok", unit_scale=True, mininterval=10, smoothing=0.05)
+    saved = time.monotonic()
+    while trainer.tokens < arguments.tokens:
+        share = trainer.tokens / arguments.tokens
+        _, backend, length, tokens, weights = sampler.draw(trainer.step, share)
+        loss = torch.zeros(())
+        micro = max(1, 8192 // length)  # sequences at a time: one shape, so one compiled graph
+        for some, some_weights in zip(tokens.split(micro), weights.split(micro), strict=True):
+            part = trainer.loss(backend, length, some, some_weights) * len(some) / len(tokens)
+            part.backward()
+            loss += part.detach()
+        trainer.update(share)
+        trainer.step += 1
+        trainer.tokens += weights.numel()
+        bar.update(weights.numel())
+        record = {"step": trainer.step, "tokens": trainer.tokens, "backend": backend, "length": length, "nats": loss.item()}
+        if trainer.step % 250 == 0:
+            record["held_out"] = held_out_nats(trainer, held_out)
+            bar.write(json.dumps(record))
+        log.write(json.dumps(record) + "\n")
+        log.flush()
+        if time.monotonic() - saved > 120 or trainer.tokens >= arguments.tokens:
+            write(path, trainer.state())
+            saved = time.monotonic()
+
+
+def export(arguments: argparse.Namespace) -> None:
+    """Write the saved weights and the tokenizer as a checkpoint directory that transformers loads too."""
+    trainer = Trainer(arguments.seed, compiled=False)
+    trainer.resume(torch.load(arguments.out / "state.pt", weights_only=True))
+    save(trainer.model, arguments.export, {"_name_or_path": "longserve-stdlib-5m"})
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        with contextlib.suppress(shutil.SameFileError):
+            shutil.copy(arguments.data / name, arguments.export / name)
+    print(f"{trainer.tokens} tokens in {trainer.step} steps -> {arguments.export}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="what service.training.corpus wrote")
+    parser.add_argument("--out", type=Path, required=True, help="where the run's state and log go, outside the repository")
+    parser.add_argument("--tokens", type=int, default=40_000_000, help="tokens to train on in all")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True, help="torch.compile short lengths")
+    parser.add_argument("--export", type=Path, help="write the checkpoint directory instead of training")
+    arguments = parser.parse_args()
+    export(arguments) if arguments.export else train(arguments)
+
+
+if __name__ == "__main__":
+    main()
