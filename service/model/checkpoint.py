@@ -76,6 +76,7 @@ def save(model: Transformer, directory: str | Path, extra: dict[str, Any] | None
     directory.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.to(torch.bfloat16).contiguous() for name, tensor in _split(model)}
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    (directory / "model.safetensors").chmod(0o644)  # save_file leaves it readable to its owner alone
     (directory / "config.json").write_text(json.dumps(_config_json(model.config) | (extra or {}), indent=2) + "\n")
 
 

@@ -1,0 +1,49 @@
+# Every target sets up what it needs in .venv and is quick when that stands already.
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+CONFIG ?= deploy/local.yaml
+
+.PHONY: serve test check format bench engine-bench evaluate clean
+
+serve: $(VENV)/.serve-installed  ## start the service and print its URL; Ctrl-C drains it
+	$(BIN)/longserve serve $(CONFIG)
+
+test: $(VENV)/.dev-installed  ## all tests that need no GPU
+	$(BIN)/python -m pytest
+
+check: $(VENV)/.dev-installed  ## lint, formatting and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.dev-installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(VENV)/.bench-installed  ## attention against its peers
+	$(BIN)/python -m attention.benchmark
+
+engine-bench: $(VENV)/.dev-installed  ## the engine alone, then over HTTP
+	$(BIN)/python -m service.engine.benchmark
+
+evaluate: $(VENV)/.dev-installed  ## the embedded model's quality by backend and length
+	$(BIN)/python -m service.training.evaluate
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.serve-installed: pyproject.toml | $(BIN)/python
+	$(BIN)/pip install --quiet --disable-pip-version-check -e .
+	touch $@
+
+$(VENV)/.dev-installed: pyproject.toml | $(BIN)/python
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[dev]'
+	touch $@ $(VENV)/.serve-installed
+
+$(VENV)/.bench-installed: $(VENV)/.dev-installed
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[bench]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info

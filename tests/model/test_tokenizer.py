@@ -1,0 +1,63 @@
+"""Text survives encode and decode, whatever it is, and cannot smuggle in control tokens."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from service.model.checkpoint import EMBEDDED
+from service.model.tokenizer import Tokenizer, _sentencepiece_bytes
+
+TOKENIZER = Tokenizer.load(EMBEDDED)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.text())
+def test_any_text_round_trips(text: str) -> None:
+    assert TOKENIZER.decode(TOKENIZER.encode(text)) == text
+
+
+def test_source_round_trips_and_shrinks() -> None:
+    text = Path(__file__).read_text()
+    tokens = TOKENIZER.encode(text)
+    assert TOKENIZER.decode(tokens) == text
+    assert len(tokens) < len(text) / 2
+
+
+def test_bytes_of_every_single_byte_token_cover_all_bytes() -> None:
+    singles = {TOKENIZER.token_bytes(token) for token in range(TOKENIZER.vocab_size)}
+    assert {bytes([byte]) for byte in range(256)} <= singles
+
+
+def test_the_end_of_text_token_is_plain_text_in_a_prompt() -> None:
+    tokens = TOKENIZER.encode("<|endoftext|>")
+    assert TOKENIZER.eos_id is not None and TOKENIZER.eos_id not in tokens
+    assert TOKENIZER.decode(tokens) == "<|endoftext|>"
+
+
+def test_half_a_character_shows_as_a_replacement_mark() -> None:
+    tokens = TOKENIZER.encode("é")
+    assert TOKENIZER.decode(tokens[:1]) == "�" or len(tokens) == 1
+
+
+def test_encoding_agrees_with_transformers() -> None:
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.AutoTokenizer.from_pretrained(EMBEDDED)
+    text = Path(json.__file__).read_text()
+    assert theirs(text, add_special_tokens=False)["input_ids"] == TOKENIZER.encode(text)
+    assert theirs.model_max_length == 32768
+
+
+def test_sentencepiece_spellings_become_their_bytes() -> None:
+    assert _sentencepiece_bytes("▁the") == b" the"
+    assert _sentencepiece_bytes("<0x0A>") == b"\n"
+    assert _sentencepiece_bytes("é") == "é".encode()
+
+
+def test_a_directory_without_a_tokenizer_is_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=str(tmp_path)):
+        Tokenizer.load(tmp_path)
