@@ -5,6 +5,7 @@ All times are `time.monotonic()` seconds; durations are derived, never stored tw
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 
@@ -27,3 +28,57 @@ class Timings:
     backend: str = ""
     why: str = ""  # why this backend: "request", "default", or what `auto` measured
     token_times: list[float] = field(default_factory=list)  # when each output token was handed out
+
+    @property
+    def queue_seconds(self) -> float | None:
+        """From the engine's door to the first step; None while it waits."""
+        return _between(self.queued_at, self.admitted_at)
+
+    @property
+    def prefill_seconds(self) -> float | None:
+        """From the first step to the last prompt token, other work between the chunks included."""
+        return _between(self.admitted_at, self.prefilled_at)
+
+    @property
+    def decode_seconds(self) -> float | None:
+        """From the last prompt token to the end."""
+        return _between(self.prefilled_at, self.finished_at)
+
+    @property
+    def first_token_seconds(self) -> float | None:
+        """From the engine's door to the first output token."""
+        return _between(self.queued_at, self.first_token_at)
+
+    @property
+    def total_seconds(self) -> float | None:
+        """From the engine's door to the end."""
+        return _between(self.queued_at, self.finished_at)
+
+
+def _between(start: float | None, end: float | None) -> float | None:
+    return None if start is None or end is None else end - start
+
+
+PHASES = ("tokenize", "queue", "prefill", "decode")
+
+
+def receipt(records: Sequence[Timings]) -> dict[str, str | int | float | None]:
+    """What the prompts of one call took, as plain data.
+
+    Phases are those of the slowest prompt (they run side by side), bytes and chunks are sums, mates the most. A phase that
+    has not ended is None.
+    """
+    seconds = {f"{phase}_seconds": _slowest([getattr(each, f"{phase}_seconds") for each in records]) for phase in PHASES}
+    return {
+        "backend": records[0].backend,
+        "why": records[0].why,
+        **seconds,
+        "prefill_chunks": sum(each.prefill_chunks for each in records),
+        "peak_bytes": sum(each.peak_bytes for each in records),
+        "batch_mates": max(each.batch_mates for each in records),
+    }
+
+
+def _slowest(seconds: Sequence[float | None]) -> float | None:
+    ended = [each for each in seconds if each is not None]
+    return round(max(ended), 6) if len(ended) == len(seconds) else None

@@ -1,0 +1,141 @@
+"""From the engine's deltas and embeddings to OpenAI's bodies. No sockets here; `streaming.py` sends."""
+
+from __future__ import annotations
+
+import base64
+import codecs
+import struct
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from service.engine.request import Delta, Embedding, FinishReason, Request, TokenLogprob
+from service.http.face import Host, Tokenizer
+from service.timing import PHASES, receipt
+
+Json = dict[str, Any]
+LOGPROB_KEYS = ("tokens", "token_logprobs", "top_logprobs", "text_offset")
+
+
+class Choice:
+    """One sample on its way: the chunk each delta makes, and the whole when it is complete."""
+
+    def __init__(self, index: int, tokenizer: Tokenizer) -> None:
+        self.index = index
+        self.finish_reason: FinishReason | None = None
+        self._texts: list[str] = []
+        self._logprobs: list[Json] = []
+        self._speller = Speller(tokenizer)
+
+    def add(self, delta: Delta) -> Json:
+        """Take a delta in; returns it as a chunk's choice."""
+        self.finish_reason = delta.finish_reason
+        self._texts.append(delta.text)
+        logprobs = None if delta.logprobs is None else self._speller.spell(delta.logprobs)
+        if logprobs is not None:
+            self._logprobs.append(logprobs)
+        return {"index": self.index, "text": delta.text, "logprobs": logprobs, "finish_reason": delta.finish_reason}
+
+    def whole(self) -> Json:
+        """The complete sample."""
+        assert self.finish_reason is not None, "a whole choice has ended"
+        logprobs = {key: [item for part in self._logprobs for item in part[key]] for key in LOGPROB_KEYS}
+        return {
+            "index": self.index,
+            "text": "".join(self._texts),
+            "logprobs": logprobs if self._logprobs else None,
+            "finish_reason": self.finish_reason,
+        }
+
+
+class Speller:
+    """Tokens' log-probabilities in OpenAI's spelling, with each token's place in the text of its sample."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")  # a token may end inside a character
+        self._offset = 0
+
+    def spell(self, logprobs: Sequence[TokenLogprob]) -> Json:
+        """The next tokens of the sample."""
+        return {
+            "tokens": [self._text(each.token) for each in logprobs],
+            "token_logprobs": [each.logprob for each in logprobs],
+            "top_logprobs": [self._top(each) for each in logprobs],
+            "text_offset": [self._advance(each.token) for each in logprobs],
+        }
+
+    def _text(self, token: int) -> str:
+        """The token's text; one that is no text by itself is spelled `bytes:\\xe2`, as OpenAI does."""
+        raw = self._tokenizer.token_bytes(token)
+        try:
+            return raw.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
+
+    def _top(self, logprob: TokenLogprob) -> dict[str, float] | None:
+        return {self._text(token): value for token, value in logprob.top} if logprob.logprob is not None else None
+
+    def _advance(self, token: int) -> int:
+        start = self._offset
+        self._offset += len(self._decoder.decode(self._tokenizer.token_bytes(token)))
+        return start
+
+
+class Completion:
+    """The answer to one completion call: every prompt's every sample."""
+
+    def __init__(self, id: str, requests: Sequence[Request], host: Host) -> None:
+        self._head = {"id": f"cmpl-{id}", "object": "text_completion", "created": int(time.time()), "model": host.card.id}
+        self._requests = requests
+        self._samples = requests[0].n
+        self._choices = [Choice(index, host.tokenizer) for index in range(len(requests) * self._samples)]
+
+    def add(self, prompt: int, delta: Delta) -> Json:
+        """Take in a delta of the prompt with that index; returns it as a chunk of a stream."""
+        return {**self._head, "choices": [self._choices[prompt * self._samples + delta.index].add(delta)]}
+
+    def usage_chunk(self) -> Json:
+        """The last chunk of a stream that asked for usage: no choice, the usage and the receipt."""
+        return {**self._head, "choices": [], **self._account()}
+
+    def whole(self) -> Json:
+        """The complete answer."""
+        return {**self._head, "choices": [choice.whole() for choice in self._choices], **self._account()}
+
+    def usage(self) -> Json:
+        """Tokens so far."""
+        prompt = sum(len(request.tokens) for request in self._requests)
+        answer = sum(request.timings.output_tokens for request in self._requests)
+        return {"prompt_tokens": prompt, "completion_tokens": answer, "total_tokens": prompt + answer}
+
+    def _account(self) -> Json:
+        return {"usage": self.usage(), "longserve": receipt([request.timings for request in self._requests])}
+
+
+def embeddings(vectors: Sequence[Embedding], requests: Sequence[Request], host: Host, as_base64: bool) -> Json:
+    """The answer to an embedding call."""
+    tokens = sum(len(request.tokens) for request in requests)
+    return {
+        "object": "list",
+        "model": host.card.id,
+        "data": [
+            {"object": "embedding", "index": index, "embedding": _packed(each.vector) if as_base64 else each.vector}
+            for index, each in enumerate(vectors)
+        ],
+        "usage": {"prompt_tokens": tokens, "total_tokens": tokens},
+        "longserve": receipt([request.timings for request in requests]),
+    }
+
+
+def _packed(vector: Sequence[float]) -> str:
+    """Little-endian float32 in base64: what OpenAI's clients ask for and unpack."""
+    return base64.b64encode(struct.pack(f"<{len(vector)}f", *vector)).decode()
+
+
+def headers(requests: Sequence[Request]) -> dict[str, str]:
+    """The receipt as far as it is known now: `Server-Timing` in milliseconds and one header per fact."""
+    known: Mapping[str, Any] = {k: v for k, v in receipt([request.timings for request in requests]).items() if v is not None}
+    timing = ", ".join(f"{p};dur={known[f'{p}_seconds'] * 1000:.3f}" for p in PHASES if f"{p}_seconds" in known)
+    facts = {f"x-longserve-{name.replace('_', '-')}": str(value) for name, value in known.items()}
+    return {"server-timing": timing} | facts

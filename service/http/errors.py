@@ -1,0 +1,185 @@
+"""Errors on the wire: one table from typed error to status, one shape (OpenAI's) for every one of them.
+
+A caller's fault is a 4xx that says what is wrong and what is allowed. What nobody foresaw is a 500 without its details.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.requests import Request as HttpRequest
+from starlette.responses import Response
+
+from service.engine.request import (
+    DeadlineExceeded,
+    Draining,
+    InvalidRequest,
+    ModelFailed,
+    OutOfMemory,
+    QueueFull,
+    RequestError,
+)
+
+
+class ModelNotFound(InvalidRequest):
+    """No such model here."""
+
+    code = "model_not_found"
+
+
+class WrongMediaType(InvalidRequest):
+    """The body is not declared to be JSON."""
+
+    code = "unsupported_media_type"
+
+
+class BodyTooLarge(InvalidRequest):
+    """The body passes `http.max_body_bytes`."""
+
+    code = "body_too_large"
+
+
+class Unauthorized(RequestError):
+    """No key, or a key that is not ours."""
+
+    code = "invalid_api_key"
+
+
+class NotReady(RequestError):
+    """The replica has not been warmed up."""
+
+    code = "not_ready"
+
+
+class ClientGone(RequestError):
+    """The caller hung up; nobody reads this answer, but the metrics do."""
+
+    code = "client_gone"
+
+
+class InternalError(RequestError):
+    """A fault of ours."""
+
+    code = "internal_error"
+
+
+STATUS: dict[type[RequestError], tuple[int, str]] = {
+    InvalidRequest: (400, "invalid_request_error"),
+    Unauthorized: (401, "authentication_error"),
+    ModelNotFound: (404, "invalid_request_error"),
+    DeadlineExceeded: (408, "timeout_error"),
+    BodyTooLarge: (413, "invalid_request_error"),
+    WrongMediaType: (415, "invalid_request_error"),
+    QueueFull: (429, "rate_limit_error"),
+    ClientGone: (499, "client_error"),
+    InternalError: (500, "server_error"),
+    ModelFailed: (500, "server_error"),
+    Draining: (503, "server_error"),
+    NotReady: (503, "server_error"),
+    OutOfMemory: (503, "server_error"),
+}
+"""Status and OpenAI's error type; an error not listed takes its nearest ancestor's."""
+
+RETRY_AFTER_SECONDS = {Draining: 5.0, NotReady: 2.0, OutOfMemory: 5.0}
+"""When to come back, for errors that do not compute it: a restarted or recovered replica is there by then."""
+
+
+def status_of(error: RequestError) -> tuple[int, str]:
+    """Status and error type of a typed error."""
+    return next(STATUS[cls] for cls in type(error).__mro__ if cls in STATUS)
+
+
+def body_of(error: RequestError) -> dict[str, Any]:
+    """The error as OpenAI's clients expect it; what else we know stands under `details`."""
+    _, kind = status_of(error)
+    body: dict[str, Any] = {"message": error.message, "type": kind, "param": error.param, "code": error.code}
+    return {"error": body | ({"details": error.details} if error.details else {})}
+
+
+def response_to(error: RequestError) -> Response:
+    """The response that a typed error becomes."""
+    status, _ = status_of(error)
+    seconds = getattr(error, "retry_after_seconds", RETRY_AFTER_SECONDS.get(type(error)))
+    headers = {} if seconds is None else {"retry-after": str(max(1, math.ceil(seconds)))}
+    if isinstance(error, Unauthorized):
+        headers["www-authenticate"] = "Bearer"
+    return _json(body_of(error), status, headers)
+
+
+def internal_error(request_id: str) -> Response:
+    """The 500 of an error that nobody foresaw; the log has the rest."""
+    return response_to(InternalError(f"internal error; the service's log names it under request id {request_id}"))
+
+
+def install(app: FastAPI) -> None:
+    """Make every error of the app speak this shape."""
+    app.add_exception_handler(RequestError, _typed)
+    app.add_exception_handler(RequestValidationError, _invalid_body)
+    app.add_exception_handler(HTTPException, _http)
+    app.add_exception_handler(Exception, _unforeseen)  # answered, then raised again to `edge`, which logs it
+
+
+async def _typed(_: HttpRequest, error: Exception) -> Response:
+    assert isinstance(error, RequestError)
+    return response_to(error)
+
+
+async def _unforeseen(request: HttpRequest, _: Exception) -> Response:
+    return internal_error(request.state.request_id)
+
+
+async def _invalid_body(request: HttpRequest, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError)
+    faults = error.errors()
+    if faults[0]["type"] in ("dict_type", "model_attributes_type", "model_type") and "json" not in _media_type(request):
+        received = _media_type(request) or "none"
+        return response_to(WrongMediaType(f"send the body as JSON with content-type: application/json, received {received}"))
+    param = _path(faults[0]["loc"])
+    return response_to(InvalidRequest("; ".join(_describe(fault) for fault in faults[:5]), param=param or None))
+
+
+async def _http(request: HttpRequest, error: Exception) -> Response:
+    """404, 405 and their like, raised by the router."""
+    assert isinstance(error, HTTPException)
+    allowed = (error.headers or {}).get("Allow")
+    message = {
+        404: f"no route {request.url.path}; /docs lists the routes",
+        405: f"{request.method} is not allowed on {request.url.path}, allowed: {allowed}",
+    }.get(error.status_code, str(error.detail))
+    code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "invalid_request")
+    kind = "invalid_request_error" if error.status_code < 500 else "server_error"
+    body = {"error": {"message": message, "type": kind, "param": None, "code": code}}
+    return _json(body, error.status_code, dict(error.headers or {}))
+
+
+def _describe(fault: dict[str, Any]) -> str:
+    where, message = _path(fault["loc"]), fault["msg"].removeprefix("Value error, ")
+    if fault["type"] == "json_invalid":
+        return f"the body is no JSON: {fault['ctx']['error']} at character {fault['loc'][-1]}"
+    if fault["type"] == "missing":
+        return f"{where or 'body'} is required"
+    value = fault["input"]
+    received = f", received {_short(value)}" if "received" not in message else ""
+    return f"{where or 'body'}: {message}{received}"
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:80]}... ({type(value).__name__})"
+
+
+def _path(location: tuple[Any, ...]) -> str:
+    return ".".join(str(part) for part in location if part != "body")
+
+
+def _media_type(request: HttpRequest) -> str:
+    return request.headers.get("content-type", "").split(";")[0].strip().lower()
+
+
+def _json(body: dict[str, Any], status: int, headers: dict[str, str]) -> Response:
+    return Response(json.dumps(body), status, headers, "application/json")

@@ -1,0 +1,74 @@
+"""What the HTTP layer stands on: one replica's model, engine and facts. `service/replica.py` is one; tests need no other.
+
+Types of the engine are named for the checker only: this package runs without torch and without Ray.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+from service.config import HttpConfig
+
+if TYPE_CHECKING:
+    from service.engine.engine import Engine
+
+
+class Tokenizer(Protocol):
+    """Text to tokens and back. Called from several threads."""
+
+    @property
+    def vocab_size(self) -> int: ...
+
+    def encode(self, text: str) -> list[int]: ...
+
+    def decode(self, ids: Sequence[int]) -> str: ...
+
+    def token_bytes(self, token: int) -> bytes: ...
+
+
+@dataclass(frozen=True)
+class ModelCard:
+    """What callers may know of the model."""
+
+    id: str
+    created: int  # seconds since 1970 at which this replica had it ready
+    max_length: int  # most tokens of prompt and answer together
+    width: int  # numbers in an embedding
+
+
+class Host(Protocol):
+    """One replica, as the routes see it."""
+
+    @property
+    def config(self) -> HttpConfig: ...
+
+    @property
+    def card(self) -> ModelCard: ...
+
+    @property
+    def tokenizer(self) -> Tokenizer: ...
+
+    @property
+    def engine(self) -> Engine:
+        """The engine. Raises NotReady until it has been warmed up."""
+
+    @property
+    def backends(self) -> Sequence[str]:
+        """The allow-list in force. Raises NotReady as `engine` does."""
+
+    def fault(self) -> str | None:
+        """Why this replica should be replaced; None when it is alive."""
+
+    def readiness(self) -> Mapping[str, Any]:
+        """The state of the attention switch, with `ready` true when requests are answered."""
+
+    def info(self) -> Mapping[str, Any]:
+        """Facts and limits in force."""
+
+    async def metrics(self) -> bytes:
+        """All replicas' metrics in Prometheus' text format."""
+
+    def responded(self, route: str, method: str, status: int) -> None:
+        """Told of every response: the route's template, never the caller's path."""

@@ -1,0 +1,122 @@
+"""From a body to the engine's requests: which backend, which tokens, until when. What is wrong is told before anything runs."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from service.engine.request import InvalidRequest, Request, Sampling
+from service.http.errors import ModelNotFound
+from service.http.face import Host
+from service.http.schemas import Attended, Body, CompletionBody, EmbeddingBody, PlanBody, Prompt
+from service.timing import Timings
+
+DEFAULT_MAX_TOKENS = 16  # OpenAI's
+LONG_TEXT = 4096  # characters; a longer text takes more than a millisecond or so and is encoded off the event loop
+
+
+@dataclass(frozen=True)
+class Call:
+    """What all prompts of one HTTP call share."""
+
+    id: str
+    deadline: float  # time.monotonic() seconds
+
+
+async def completion_requests(body: CompletionBody, host: Host, call: Call) -> list[Request]:
+    """One request per prompt. Raises InvalidRequest."""
+    if body.samples > host.config.max_samples:
+        raise InvalidRequest(f"n may be at most {host.config.max_samples}, received {body.samples}", param="n")
+    asked = Request(call.id, "completion", (), backend_of(body, host), sampling_of(body), body.samples, call.deadline)
+    return await _requests(asked, "prompt", body.prompt, host)
+
+
+async def embedding_requests(body: EmbeddingBody, host: Host, call: Call) -> list[Request]:
+    """One request per input. Raises InvalidRequest."""
+    asked = Request(call.id, "embedding", (), backend_of(body, host), deadline=call.deadline)
+    return await _requests(asked, "input", body.input, host)
+
+
+async def planned_requests(body: PlanBody, host: Host, call: Call) -> list[Request]:
+    """The requests a plan is asked about. Raises InvalidRequest."""
+    backend = backend_of(body, host)
+    if body.input is not None:
+        return await _requests(Request(call.id, "embedding", (), backend), "input", body.input, host)
+    assert body.prompt is not None, "the schema wants one of the two"
+    sampling = Sampling(max_tokens=_max_tokens(body.max_tokens))
+    return await _requests(Request(call.id, "completion", (), backend, sampling, body.n or 1), "prompt", body.prompt, host)
+
+
+def check_model(body: Body, host: Host) -> str | None:
+    """The backend that the model id names behind its @, if it names one. Raises ModelNotFound."""
+    if body.model in (None, host.card.id):
+        return None
+    name, _, backend = body.model.rpartition("@")
+    if name != host.card.id:
+        allowed = f"{host.card.id}, or {host.card.id}@ and one of {', '.join(host.backends)}"
+        raise ModelNotFound(f"no model {body.model!r} here, allowed: {allowed}", param="model")
+    return backend
+
+
+def backend_of(body: Attended, host: Host) -> str | None:
+    """The backend asked for, by field or by model id; None: the default. The engine knows which are allowed."""
+    named = check_model(body, host)
+    if named is not None and body.attention not in (None, named):
+        raise InvalidRequest(f"model asks for {named} and attention for {body.attention}: ask for one", param="attention")
+    return named or body.attention
+
+
+def sampling_of(body: CompletionBody) -> Sampling:
+    """The body's wishes in the engine's terms, with OpenAI's defaults."""
+    return Sampling(
+        max_tokens=_max_tokens(body.max_tokens),
+        temperature=1.0 if body.temperature is None else body.temperature,
+        top_p=1.0 if body.top_p is None else body.top_p,
+        top_k=max(body.top_k or 0, 0),
+        stop=body.stop,
+        seed=body.seed,
+        logprobs=body.logprobs,
+        echo=bool(body.echo),
+        ignore_eos=bool(body.ignore_eos),
+    )
+
+
+def _max_tokens(asked: int | None) -> int:
+    return DEFAULT_MAX_TOKENS if asked is None else asked
+
+
+async def _requests(asked: Request, param: str, prompts: Sequence[Prompt], host: Host) -> list[Request]:
+    """`asked` once for every prompt, with the prompt's own tokens, id and clock."""
+    if len(prompts) > host.config.max_prompts:
+        raise InvalidRequest(f"{param} may hold {host.config.max_prompts} entries, received {len(prompts)}", param=param)
+    requests = []
+    for index, prompt in enumerate(prompts):
+        start = time.monotonic()
+        tokens = await tokens_of(prompt, host, param)
+        timings = Timings(tokenize_seconds=time.monotonic() - start)
+        requests.append(replace(asked, id=f"{asked.id}-{index}", tokens=tokens, timings=timings))
+    return requests
+
+
+async def tokens_of(prompt: Prompt, host: Host, param: str) -> list[int]:
+    """A prompt's token ids. Raises InvalidRequest for an empty prompt or an id that is no token."""
+    tokens = await encode(prompt, host) if isinstance(prompt, str) else prompt
+    if not tokens:
+        raise InvalidRequest(f"{param} is empty, it must have at least one token", param=param)
+    check_ids(tokens, host, param)
+    return tokens
+
+
+async def encode(text: str, host: Host) -> list[int]:
+    """Token ids of a text, off the event loop when it is long."""
+    return host.tokenizer.encode(text) if len(text) <= LONG_TEXT else await asyncio.to_thread(host.tokenizer.encode, text)
+
+
+def check_ids(tokens: Sequence[int], host: Host, param: str) -> None:
+    """Raise InvalidRequest unless every id is a token."""
+    last = host.tokenizer.vocab_size - 1
+    for place, token in enumerate(tokens):
+        if not 0 <= token <= last:
+            raise InvalidRequest(f"{param}: token ids are 0 to {last}, received {token} at place {place}", param=param)

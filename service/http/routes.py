@@ -1,0 +1,155 @@
+"""The routes: OpenAI's for models, completions and embeddings; ours for tokens, plans and the state of the service.
+
+One function per route, each in the order a reader would say it: what is asked, what it becomes, what is answered.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from fastapi import FastAPI
+from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
+from starlette.requests import Request as HttpRequest
+from starlette.responses import JSONResponse, Response
+from starlette.types import ASGIApp
+
+from service.engine.request import InvalidRequest
+from service.http import answers, errors
+from service.http.answers import Completion
+from service.http.auth import ApiKeys
+from service.http.edge import Edge
+from service.http.errors import ModelNotFound
+from service.http.face import Host
+from service.http.prompts import (
+    Call,
+    check_ids,
+    check_model,
+    completion_requests,
+    embedding_requests,
+    encode,
+    planned_requests,
+)
+from service.http.schemas import CompletionBody, DetokenizeBody, EmbeddingBody, PlanBody, StreamOptions, TokenizeBody
+from service.http.streaming import CompletionStream, complete, embed
+
+TIMEOUT_HEADER = "x-request-timeout-seconds"
+
+
+def create_app(host: Host, keys: Sequence[str] = (), echoes_request_id: bool = True) -> ASGIApp:
+    """The ASGI app over one replica.
+
+    Args:
+        keys: API keys, any of which lets a caller in; none: no key is asked for.
+        echoes_request_id: False where a proxy in front answers with the request id itself.
+    """
+    app = FastAPI(title="Longserve", description="Long inputs under switchable attention.", redoc_url=None)
+    errors.install(app)
+    for add in (_add_inference, _add_models, _add_tokens, _add_state):
+        add(app, host)
+    return Edge(app, host, ApiKeys(keys), echoes_request_id)
+
+
+def _add_inference(app: FastAPI, host: Host) -> None:
+    @app.post("/v1/completions")
+    async def completions(body: CompletionBody, caller: HttpRequest) -> Response:
+        """Continue a prompt, or several."""
+        call = _call(caller, host)
+        requests = await completion_requests(body, host, call)
+        completion = Completion(call.id, requests, host)
+        if body.stream:
+            return CompletionStream(host, requests, completion, body.stream_options or StreamOptions())
+        answer = await complete(host, requests, completion, caller)
+        return JSONResponse(answer, headers=answers.headers(requests))
+
+    @app.post("/v1/embeddings")
+    async def embeddings(body: EmbeddingBody, caller: HttpRequest) -> Response:
+        """The mean of the last hidden states of an input, or of several, at length one."""
+        requests = await embedding_requests(body, host, _call(caller, host))
+        vectors = await embed(host, requests, caller)
+        answer = answers.embeddings(vectors, requests, host, body.encoding_format == "base64")
+        return JSONResponse(answer, headers=answers.headers(requests))
+
+    @app.post("/v1/plan")
+    async def plan(body: PlanBody, caller: HttpRequest) -> Response:
+        """What a completion or an embedding would cost, and whether it would be let in now. Computes nothing."""
+        requests = await planned_requests(body, host, _call(caller, host))
+        return JSONResponse({"object": "list", "data": [dataclasses.asdict(host.engine.plan(each)) for each in requests]})
+
+
+def _add_models(app: FastAPI, host: Host) -> None:
+    def cards() -> dict[str, dict[str, Any]]:
+        ids = [host.card.id, *(f"{host.card.id}@{backend}" for backend in host.backends)]
+        shared = {
+            "object": "model",
+            "created": host.card.created,
+            "owned_by": "longserve",
+            "max_model_len": host.card.max_length,
+        }
+        return {id: {"id": id, **shared} for id in ids}
+
+    @app.get("/v1/models")
+    async def models() -> dict[str, Any]:
+        """The model, and the model under each backend."""
+        return {"object": "list", "data": list(cards().values())}
+
+    @app.get("/v1/models/{id:path}")
+    async def model(id: str) -> dict[str, Any]:
+        """One of them."""
+        if id not in cards():
+            raise ModelNotFound(f"no model {id!r} here, allowed: {', '.join(cards())}", param="model")
+        return cards()[id]
+
+
+def _add_tokens(app: FastAPI, host: Host) -> None:
+    @app.post("/tokenize")
+    async def tokenize(body: TokenizeBody) -> dict[str, Any]:
+        """A text's token ids."""
+        check_model(body, host)
+        tokens = await encode(body.prompt, host)
+        return {"tokens": tokens, "count": len(tokens), "max_model_len": host.card.max_length}
+
+    @app.post("/detokenize")
+    async def detokenize(body: DetokenizeBody) -> dict[str, Any]:
+        """The text of token ids."""
+        check_model(body, host)
+        check_ids(body.tokens, host, "tokens")
+        return {"prompt": host.tokenizer.decode(body.tokens)}
+
+
+def _add_state(app: FastAPI, host: Host) -> None:
+    @app.get("/health")
+    async def health() -> Response:
+        """Alive: 200, or 503 with the reason why this replica should be replaced."""
+        fault = host.fault()
+        return JSONResponse({"status": "ok" if fault is None else fault}, 200 if fault is None else 503)
+
+    @app.get("/ready")
+    async def ready() -> Response:
+        """Warmed up and answering: 200 or 503, with the state of the attention switch."""
+        state = dict(host.readiness())
+        return JSONResponse(state, 200 if state["ready"] else 503)
+
+    @app.get("/info")
+    async def info() -> dict[str, Any]:
+        """Model, backends, limits and versions in force."""
+        return dict(host.info())
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        """Every replica's metrics, in Prometheus' text format."""
+        return Response(await host.metrics(), media_type=CONTENT_TYPE_PLAIN_0_0_4)
+
+
+def _call(caller: HttpRequest, host: Host) -> Call:
+    """Id and deadline of a call. Raises InvalidRequest for a timeout that is no positive number."""
+    longest, given = host.config.request_timeout_seconds, caller.headers.get(TIMEOUT_HEADER, "")
+    try:
+        seconds = float(given) if given else longest
+    except ValueError:
+        seconds = 0.0
+    if not seconds > 0:
+        raise InvalidRequest(f"{TIMEOUT_HEADER} must be a number above 0, received {given!r}", param=TIMEOUT_HEADER)
+    return Call(caller.state.request_id, time.monotonic() + min(seconds, longest))
