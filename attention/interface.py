@@ -204,6 +204,21 @@ class StatePool:
         del self._slots[slot]
         self.bytes_in_use -= self._slot_bytes.pop(slot)
 
+    def copy(self, slot: int) -> int:
+        """A new slot that continues from where `slot` stands, so that several answers share one prefill.
+
+        Raises:
+            PoolExhausted: the copy does not fit.
+        """
+        needed = self._slot_bytes[slot]
+        if self.bytes_in_use + needed > self.max_bytes:
+            raise PoolExhausted(needed, self.max_bytes - self.bytes_in_use)
+        tensors = {name: tensor.clone() for name, tensor in self._slots[slot].items()}
+        new, self._next = self._next, self._next + 1
+        self._slots[new], self._slot_bytes[new] = tensors, needed
+        self.bytes_in_use += needed
+        return new
+
     def tensors(self, slot: int) -> dict[str, Tensor]:
         """The state tensors of a slot, each (layers, ...)."""
         return self._slots[slot]
