@@ -11,9 +11,9 @@ Cost per token: 2 flops for every weight but the embedding's, and what attention
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -206,10 +206,20 @@ class Transformer(nn.Module):
         Returns:
             (T, C) in the model's dtype.
         """
+        stages = self.stages(tokens, positions, attend)
+        while True:
+            try:
+                next(stages)
+            except StopIteration as end:
+                return cast(Tensor, end.value)
+
+    def stages(self, tokens: Tensor, positions: Tensor, attend: Attend) -> Generator[None, None, Tensor]:
+        """`hidden`, pausing behind each layer, so that a long computation can give way to a short one."""
         cos, sin = self.rotation(positions)
         x = self.embed(tokens)
         for index, layer in enumerate(self.layers):
             x = layer(x, cos, sin, index, attend)
+            yield
         return F.rms_norm(x, (x.shape[-1],), self.final_norm, self.config.rms_norm_eps)
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -36,18 +36,20 @@ def weave(tokens: np.ndarray, length: int, rng: np.random.Generator, encode: Enc
     """
     pairs = [draw(rng) for _ in range(max(1, length // 400))]
     keys = {key: value for key, value in pairs}
-    pieces: list[tuple[float, list[int], int]] = []  # (place in 0..1, tokens, how many of the last are the answer)
+    pieces: list[tuple[float, list[int], list[bool]]] = []  # (place in 0..1, tokens, which are the answer)
     for key, value in keys.items():
         told, asked = np.sort(rng.random(2))
-        answer = encode(f" {value}")
-        pieces.append((told, encode(statement(key, value)), 0))
-        pieces.append((asked, [*encode(question(key)), *answer], len(answer)))
+        said, query, answer, end = (encode(part) for part in (statement(key, value), question(key), f" {value}", "\n"))
+        pieces.append((told, said, [False] * len(said)))
+        pieces.append((asked, query + answer + end, [False] * len(query) + [True] * len(answer) + [False] * len(end)))
     pieces.sort(key=lambda piece: piece[0])
-    text = tokens[: length - sum(len(piece) for _, piece, _ in pieces)].astype(np.int64)
-    woven, answers, done = [], [], 0
-    for place, piece, asked_tokens in pieces:
+    text = tokens[: length - sum(len(piece) for _, piece, _ in pieces)].tolist()
+    woven: list[int] = []
+    answers: list[bool] = []
+    done = 0
+    for place, piece, marks in [*pieces, (1.0, [], [])]:
         upto = int(place * len(text))
-        woven += [text[done:upto], np.asarray(piece, dtype=np.int64)]
-        answers += [np.zeros(upto - done + len(piece) - asked_tokens, bool), np.ones(asked_tokens, bool)]
+        woven += text[done:upto] + piece
+        answers += [False] * (upto - done) + marks
         done = upto
-    return np.concatenate([*woven, text[done:]]), np.concatenate([*answers, np.zeros(len(text) - done, bool)])
+    return np.asarray(woven, dtype=np.int64), np.asarray(answers)

@@ -1,0 +1,260 @@
+"""What each backend costs the embedded model in quality: bits per byte, needle recall, agreement with dense, speed.
+
+All text is held out (service.training.corpus); the backends have the options of a Serve config, `deploy/local.yaml` by
+default. The held-out modules stand one behind the other, an end-of-text token in front of each, as in training; at a
+context of N the stream is cut into pieces of N tokens, each read from nothing, and every token of every piece is paid
+for. xz's figure is for the same bytes as one file.
+
+    python -m service.training.evaluate            all of it
+    python -m service.training.evaluate --quick    fewer tokens, lengths and trials, within 8 minutes
+
+The last line printed is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import lzma
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import attention
+from attention import AttentionBackend, Segments
+from service import config as settings
+from service.model.checkpoint import EMBEDDED, Checkpoint, load
+from service.model.transformer import Attend
+from service.training import corpus, needle
+
+CONFIG = Path(__file__).parents[2] / "deploy" / "local.yaml"
+LOGITS_AT_ONCE = 2048  # rows of logits held in memory
+BEGINNINGS = (
+    "def fibonacci(n):\n",
+    "import os\n",
+    "class Stack:\n    def __init__(self):\n",
+    "def read_lines(path):\n    with open(path) as f:\n",
+    "    def test_empty(self):\n",
+)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How much is measured."""
+
+    contexts: tuple[int, ...]
+    tokens: int | None  # of the held-out stream; None: all
+    needle_contexts: tuple[int, ...]
+    needle_trials: int  # per context, spread evenly over the depths
+    agreement_tokens: int
+    repeats: int  # of each timed prefill
+
+
+FULL = Plan((1024, 2048, 4096, 8192, 16384, 32768), None, (1024, 2048, 4096, 8192, 16384, 32768), 50, 65536, 3)
+QUICK = Plan((1024, 2048, 8192, 16384), 65536, (1024, 4096, 8192), 10, 16384, 1)
+DEPTHS = (0.1, 0.3, 0.5, 0.7, 0.9)
+
+
+class Model:
+    """The served model under its backends: whole sequences in, next-token logits out."""
+
+    def __init__(self, checkpoint: Checkpoint, backends: dict[str, AttentionBackend]) -> None:
+        self.checkpoint, self.backends = checkpoint, backends
+        self.core, self.tokenizer = checkpoint.model, checkpoint.tokenizer
+
+    def attend(self, backend: str, segments: Segments) -> Attend:
+        chosen = self.backends[backend]
+        return lambda _, q, k, v: chosen.attend(q, k, v, segments, causal=True)
+
+    def hidden(self, backend: str, sequences: Sequence[Tensor]) -> Tensor:
+        """Last hidden states of sequences, packed: (T, C)."""
+        segments = Segments(tuple(len(sequence) for sequence in sequences))
+        return self.core.hidden(torch.cat(list(sequences)), segments.positions(), self.attend(backend, segments))
+
+    def log_probabilities(self, hidden: Tensor) -> Tensor:
+        return F.log_softmax(self.core.logits(hidden), dim=-1)
+
+
+def bits_per_byte(model: Model, backend: str, stream: Tensor, size: int, context: int) -> float:
+    """Bits that the stream costs in pieces of `context` tokens, over the bytes of its text."""
+    bits = 0.0
+    together = max(1, 8192 // context)  # pieces in one packed batch
+    for batch in stream.split(context * together):
+        pieces = batch.split(context)
+        eos = torch.full((1,), model.tokenizer.eos_id)
+        hidden = model.hidden(backend, [torch.cat((eos, piece[:-1])) for piece in pieces])
+        for rows, targets in zip(hidden.split(LOGITS_AT_ONCE), batch.split(LOGITS_AT_ONCE), strict=True):
+            bits += F.cross_entropy(model.core.logits(rows), targets, reduction="sum").item() / math.log(2)
+    return bits / size
+
+
+def needle_recall(model: Model, backend: str, stream: Tensor, context: int, trials: int) -> dict[float, float]:
+    """Share of needles whose whole value is the greedy answer, by depth; the same needles and text for every backend."""
+    rng = np.random.default_rng(context)
+    encode = model.tokenizer.encode
+    hits: dict[float, list[bool]] = {depth: [] for depth in DEPTHS}
+    for trial in range(trials):
+        depth = DEPTHS[trial % len(DEPTHS)]
+        key, value = needle.draw(rng)
+        told, asked, answer = encode(needle.statement(key, value)), encode(needle.question(key)), encode(f" {value}")
+        room = context - len(told) - len(asked) - len(answer)
+        start = int(rng.integers(0, len(stream) - room))
+        text = stream[start : start + room].tolist()
+        place = int(depth * room)
+        tokens = [*text[:place], *told, *text[place:], *asked, *answer]
+        hidden = model.hidden(backend, [torch.tensor(tokens)])
+        guesses = model.core.logits(hidden[-len(answer) - 1 : -1]).argmax(-1).tolist()
+        hits[depth].append(guesses == answer)
+    return {depth: float(np.mean(found)) for depth, found in hits.items() if found}
+
+
+def agreement(model: Model, backend: str, stream: Tensor, tokens: int, context: int = 2048) -> dict[str, float]:
+    """Mean KL(dense || backend) in nats and how often both like the same token best, at `context`."""
+    divergence, same, count = 0.0, 0.0, 0
+    for piece in stream[:tokens].split(context):
+        dense = model.log_probabilities(model.hidden("dense", [piece]))
+        other = model.log_probabilities(model.hidden(backend, [piece]))
+        divergence += F.kl_div(other, dense, reduction="sum", log_target=True).item()
+        same += (dense.argmax(-1) == other.argmax(-1)).sum().item()
+        count += len(piece)
+    return {"kl": divergence / count, "top1": same / count}
+
+
+def prefill_seconds(model: Model, stream: Tensor, context: int, repeats: int) -> dict[str, float]:
+    """Median seconds of one bare forward over `context` tokens, the backends taking turns."""
+    seconds: dict[str, list[float]] = {name: [] for name in model.backends}
+    for _ in range(repeats):
+        for name, times in seconds.items():
+            start = time.perf_counter()
+            model.core.logits(model.hidden(name, [stream[:context]])[-1:])
+            times.append(time.perf_counter() - start)
+    return {name: median(times) for name, times in seconds.items()}
+
+
+def complete(model: Model, backend: str, beginning: str, tokens: int) -> str:
+    """Greedy continuation of a text, the beginning included."""
+    chosen = model.backends[backend]
+    pool = chosen.new_pool(model.core.config.num_hidden_layers, 2**40)
+    text = model.tokenizer.encode(beginning)
+    slot = pool.allocate(len(text) + tokens)
+    new, past = [model.tokenizer.eos_id, *text], 0
+    while len(text) < tokens:
+        segments = Segments((len(new),), (past,))
+        attend = _extend(chosen, segments, pool, slot)
+        hidden = model.core.hidden(torch.tensor(new), segments.positions(), attend)
+        past += len(new)
+        new = model.core.logits(hidden[-1:]).argmax(-1).tolist()
+        if new[0] == model.tokenizer.eos_id:
+            break
+        text += new
+    return model.tokenizer.decode(text)
+
+
+def _extend(backend: AttentionBackend, segments: Segments, pool: attention.StatePool, slot: int) -> Attend:
+    return lambda layer, q, k, v: backend.extend(q, k, v, segments, pool, layer, [slot])
+
+
+def kernel_arguments(model: Model, stream: Tensor, context: int = 2048) -> list[tuple[float, float]]:
+    """w = |q' + k'|^2 of random query-key pairs the causal way, by layer: (mean, 95th percentile). See performer.py."""
+    found: list[tuple[float, float]] = []
+    segments = Segments((context,))
+    inner = model.attend("dense", segments)
+    generator = torch.Generator().manual_seed(0)
+
+    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        i = torch.randint(0, context, (4096,), generator=generator)
+        j = (torch.rand(4096, generator=generator) * (i + 1)).long()
+        heads = q.shape[1] // k.shape[1]
+        pairs = q[i].float() + k[j].repeat_interleave(heads, dim=1).float()  # (4096, H, D)
+        w = pairs.square().sum(-1) * q.shape[-1] ** -0.5
+        found.append((w.mean().item(), w.quantile(0.95).item()))
+        return inner(layer, q, k, v)
+
+    model.core.hidden(stream[:context], segments.positions(), attend)
+    return found
+
+
+def table(title: str, columns: Sequence[object], rows: dict[str, dict[object, float]], form: str = "{:.3f}") -> None:
+    print(f"\n{title}")
+    print("  " + "backend".ljust(16) + "".join(f"{column!s:>10}" for column in columns))
+    for name, row in rows.items():
+        cells = "".join(form.format(row[c]).rjust(10) if c in row else "-".rjust(10) for c in columns)
+        print("  " + name.ljust(16) + cells, flush=True)
+
+
+def by_backend(model: Model, columns: Sequence[int], measure: Callable[[str, int], float]) -> dict[str, dict[object, float]]:
+    return {name: {column: measure(name, column) for column in columns} for name in model.backends}
+
+
+@torch.inference_mode()
+def evaluate(model: Model, plan: Plan) -> dict[str, object]:
+    """Measure, print the tables, return the figures of the JSON line."""
+    _, held_out = corpus.split(list(corpus.modules()))
+    text = b"".join(module.text.encode() for module in held_out)
+    xz = 8 * len(lzma.compress(text, preset=9 | lzma.PRESET_EXTREME)) / len(text)
+    eos = model.tokenizer.eos_id
+    assert eos is not None, "the embedded tokenizer has an end-of-text token"
+    tokens = [token for module in held_out for token in (eos, *model.tokenizer.encode(module.text))]
+    stream = torch.tensor(tokens[: plan.tokens])
+    size = sum(len(model.tokenizer.token_bytes(token)) for token in stream.tolist() if token != eos)
+    print(
+        f"held out: {len(held_out)} modules, {len(text)} bytes, {len(tokens)} tokens; scored: {size} bytes, {len(stream)} tokens"
+    )
+    print(f"xz -9e of all of it as one file: {xz:.4f} bits per byte")
+
+    bits = by_backend(model, plan.contexts, lambda name, n: bits_per_byte(model, name, stream, size, n))
+    table("bits per byte by context", plan.contexts, bits)
+    recall = {
+        name: {n: needle_recall(model, name, stream, n, plan.needle_trials) for n in plan.needle_contexts}
+        for name in model.backends
+    }
+    mean_recall = {name: {n: float(np.mean(list(d.values()))) for n, d in rows.items()} for name, rows in recall.items()}
+    table(f"needle recall by context, {plan.needle_trials} trials each", plan.needle_contexts, mean_recall)  # type: ignore[arg-type]
+    longest = 8192
+    table(f"needle recall by depth at {longest}", DEPTHS, {name: dict(rows[longest]) for name, rows in recall.items()})
+    close = {name: agreement(model, name, stream, plan.agreement_tokens) for name in model.backends}
+    table("agreement with dense at 2048", ("kl", "top1"), close)  # type: ignore[arg-type]
+    timed = {n: prefill_seconds(model, stream, n, plan.repeats) for n in plan.contexts}
+    seconds = by_backend(model, plan.contexts, lambda name, n: timed[n][name])
+    table("bare prefill seconds by context", plan.contexts, seconds)
+    w = kernel_arguments(model, stream)
+    print("\nw = |q' + k'|^2 by layer, mean (95th percentile): " + ", ".join(f"{m:.1f} ({high:.1f})" for m, high in w))
+    for beginning in BEGINNINGS:
+        print(f"\n--- greedy, dense, 80 tokens\n{complete(model, 'dense', beginning, 80)}")
+    return {
+        "xz_bits_per_byte": xz,
+        "bits_per_byte": bits,
+        "needle_recall": mean_recall,
+        "agreement": close,
+        "prefill_seconds": seconds,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, default=EMBEDDED)
+    parser.add_argument("--config", type=Path, default=CONFIG, help="Serve config whose backends and options are measured")
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--quick", action="store_true")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    checkpoint = load(arguments.model, arguments.dtype)
+    chosen = settings.read(arguments.config).applications[0].deployments[0].user_config.attention.backends
+    shape = checkpoint.model.head_shape()
+    backends = {name: attention.build(name, options, shape) for name, options in {"dense": {}, **chosen}.items()}
+    print(f"model: {checkpoint.id}, {checkpoint.model.dtype}, {arguments.threads} threads, torch {torch.__version__}")
+    print("backends: " + json.dumps({name: backend.options.model_dump() for name, backend in backends.items()}))
+    print("\n" + json.dumps(evaluate(Model(checkpoint, backends), QUICK if arguments.quick else FULL)))
+
+
+if __name__ == "__main__":
+    main()

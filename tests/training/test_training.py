@@ -1,0 +1,124 @@
+"""What the model is trained on and under: the split leaks nothing, the differentiable forms are the served backends."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import attention
+from attention import HeadShape, Segments
+from service.model.checkpoint import EMBEDDED
+from service.model.tokenizer import Tokenizer
+from service.model.transformer import Attend
+from service.training import corpus, needle
+from service.training.attention import performer_attention, softmax_attention
+from service.training.train import FEATURE_SEED, FEATURES, Sampler, Trainer
+
+TOKENIZER = Tokenizer.load(EMBEDDED)
+
+
+@pytest.fixture(scope="module")
+def found() -> list[corpus.Module]:
+    return list(corpus.modules())
+
+
+def test_no_held_out_text_is_trained_on(found: list[corpus.Module]) -> None:
+    train, held_out = corpus.split(found)
+    assert not {module.digest for module in train} & {module.digest for module in held_out}
+    assert not {module.path for module in train} & {module.path for module in held_out}
+    assert 0.02 < sum(len(m.text) for m in held_out) / sum(len(m.text) for m in found) < 0.1
+
+
+def test_the_split_hangs_on_the_path_alone() -> None:
+    texts = [corpus.Module("asyncio/locks.py", text) for text in ("a", "b", "c")]
+    assert len({module.held_out for module in texts}) == 1
+
+
+def test_a_copy_of_a_held_out_text_under_a_training_path_is_dropped() -> None:
+    paths = [f"{i}.py" for i in range(200)]
+    hidden = next(path for path in paths if corpus.Module(path, "").held_out)
+    open_path = next(path for path in paths if not corpus.Module(path, "").held_out)
+    train, held_out = corpus.split([corpus.Module(hidden, "same"), corpus.Module(open_path, "same")])
+    assert [module.path for module in held_out] == [hidden]
+    assert train == []
+
+
+def test_modules_of_other_encodings_and_third_parties_are_left_out(tmp_path: Path) -> None:
+    (tmp_path / "site-packages").mkdir()
+    (tmp_path / "site-packages" / "theirs.py").write_text("x = 1\n")
+    (tmp_path / "latin.py").write_bytes("# é\n".encode("latin-1"))
+    (tmp_path / "empty.py").write_text("\n")
+    (tmp_path / "ours.py").write_text("x = 1\n")
+    assert [module.path for module in corpus.modules(tmp_path)] == ["ours.py"]
+
+
+@pytest.mark.parametrize(
+    ("form", "backend", "options"),
+    [
+        (softmax_attention(384), "dense", {}),
+        (softmax_attention(384, window=100, sinks=4), "sliding_window", {"window": 100, "sinks": 4}),
+        (softmax_attention(384, window=100), "sliding_window", {"window": 100, "sinks": 0}),
+        (performer_attention(384, FEATURES, FEATURE_SEED), "performer", {"features": FEATURES, "seed": FEATURE_SEED}),
+    ],
+    ids=["dense", "window with sinks", "window", "performer"],
+)
+def test_a_differentiable_form_computes_what_its_backend_serves(form: Attend, backend: str, options: dict[str, int]) -> None:
+    generator = torch.Generator().manual_seed(3)
+    q, k, v = (torch.randn(768, heads, 32, generator=generator) * 0.7 for heads in (4, 2, 2))
+    served = attention.build(backend, options, HeadShape(4, 2, 32)).attend(q, k, v, Segments((384, 384)), causal=True)
+    torch.testing.assert_close(form(0, q, k, v), served, rtol=1e-4, atol=1e-4)  # float32 sums in another order
+
+
+def test_needles_are_woven_in_whole_and_their_answers_marked() -> None:
+    rng = np.random.default_rng(0)
+    filler = np.asarray(TOKENIZER.encode("x = 1\n") * 2000, dtype=np.uint16)
+    tokens, answers = needle.weave(filler, 2049, rng, TOKENIZER.encode)
+    assert tokens.shape == answers.shape == (2049,)
+    text = TOKENIZER.decode(tokens.tolist())
+    told = dict(line.removeprefix("# remember: ").split(" = ") for line in text.splitlines() if line.startswith("# remember: "))
+    asked = dict(line.removeprefix("# recall: ").split(" = ") for line in text.splitlines() if line.startswith("# recall: "))
+    assert asked == told and told
+    assert all(text.index(f"# remember: {key}") < text.index(f"# recall: {key}") for key in told)
+    marked = "".join(TOKENIZER.decode([t]) for t, a in zip(tokens.tolist(), answers, strict=True) if a)
+    assert sorted(marked.split()) == sorted(told.values())
+
+
+def test_the_same_step_draws_the_same_batch_and_another_seed_another_one() -> None:
+    stream = np.random.default_rng(0).integers(0, 4096, 50_000).astype(np.uint16)
+    one, same, other = (Sampler(stream, TOKENIZER, seed).draw(7, 0.1) for seed in (0, 0, 1))
+    assert torch.equal(one[3], same[3]) and one[1] == same[1]
+    assert not torch.equal(one[3], other[3])
+
+
+def test_a_saved_run_goes_on_as_if_it_had_not_stopped(tmp_path: Path) -> None:
+    stream = np.random.default_rng(0).integers(0, 4096, 50_000).astype(np.uint16)
+    sampler = Sampler(stream, TOKENIZER, 0)
+
+    def step(trainer: Trainer) -> None:
+        _, backend, length, tokens, weights = sampler.draw(trainer.step, 0.1)
+        trainer.loss(backend, length, tokens[:1], weights[:1]).backward()
+        trainer.update(0.1)
+        trainer.step += 1
+
+    whole = Trainer(0, compiled=False)
+    step(whole)
+    torch.save(whole.state(), tmp_path / "state.pt")
+    step(whole)
+    resumed = Trainer(0, compiled=False)
+    resumed.resume(torch.load(tmp_path / "state.pt", weights_only=True))
+    step(resumed)
+    for a, b in zip(whole.model.parameters(), resumed.model.parameters(), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_an_update_keeps_the_qk_scales_within_their_bound() -> None:
+    trainer = Trainer(0, compiled=False)
+    for layer in trainer.model.layers:
+        layer.q_norm.data.fill_(7.0)
+    tokens = torch.randint(0, 4096, (1, 1025), generator=torch.Generator().manual_seed(0))
+    trainer.loss("dense", 1024, tokens, torch.ones(1, 1024)).backward()
+    trainer.update(0.1)
+    assert max(layer.q_norm.abs().max().item() for layer in trainer.model.layers) <= 1.0
