@@ -18,10 +18,11 @@ import json
 import lzma
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import numpy as np
 import torch
@@ -69,6 +70,8 @@ class Model:
     def __init__(self, checkpoint: Checkpoint, backends: dict[str, AttentionBackend]) -> None:
         self.checkpoint, self.backends = checkpoint, backends
         self.core, self.tokenizer = checkpoint.model, checkpoint.tokenizer
+        assert self.tokenizer.eos_id is not None, "the embedded tokenizer has an end-of-text token"
+        self.eos: int = self.tokenizer.eos_id
 
     def attend(self, backend: str, segments: Segments) -> Attend:
         chosen = self.backends[backend]
@@ -89,7 +92,7 @@ def bits_per_byte(model: Model, backend: str, stream: Tensor, size: int, context
     together = max(1, 8192 // context)  # pieces in one packed batch
     for batch in stream.split(context * together):
         pieces = batch.split(context)
-        eos = torch.full((1,), model.tokenizer.eos_id)
+        eos = torch.full((1,), model.eos)
         hidden = model.hidden(backend, [torch.cat((eos, piece[:-1])) for piece in pieces])
         for rows, targets in zip(hidden.split(LOGITS_AT_ONCE), batch.split(LOGITS_AT_ONCE), strict=True):
             bits += F.cross_entropy(model.core.logits(rows), targets, reduction="sum").item() / math.log(2)
@@ -145,14 +148,14 @@ def complete(model: Model, backend: str, beginning: str, tokens: int) -> str:
     pool = chosen.new_pool(model.core.config.num_hidden_layers, 2**40)
     text = model.tokenizer.encode(beginning)
     slot = pool.allocate(len(text) + tokens)
-    new, past = [model.tokenizer.eos_id, *text], 0
+    new, past = [model.eos, *text], 0
     while len(text) < tokens:
         segments = Segments((len(new),), (past,))
         attend = _extend(chosen, segments, pool, slot)
         hidden = model.core.hidden(torch.tensor(new), segments.positions(), attend)
         past += len(new)
-        new = model.core.logits(hidden[-1:]).argmax(-1).tolist()
-        if new[0] == model.tokenizer.eos_id:
+        new = [int(model.core.logits(hidden[-1:]).argmax())]
+        if new[0] == model.eos:
             break
         text += new
     return model.tokenizer.decode(text)
@@ -182,7 +185,7 @@ def kernel_arguments(model: Model, stream: Tensor, context: int = 2048) -> list[
     return found
 
 
-def table(title: str, columns: Sequence[object], rows: dict[str, dict[object, float]], form: str = "{:.3f}") -> None:
+def table(title: str, columns: Sequence[object], rows: Mapping[str, Mapping[Any, float]], form: str = "{:.3f}") -> None:
     print(f"\n{title}")
     print("  " + "backend".ljust(16) + "".join(f"{column!s:>10}" for column in columns))
     for name, row in rows.items():
@@ -190,7 +193,7 @@ def table(title: str, columns: Sequence[object], rows: dict[str, dict[object, fl
         print("  " + name.ljust(16) + cells, flush=True)
 
 
-def by_backend(model: Model, columns: Sequence[int], measure: Callable[[str, int], float]) -> dict[str, dict[object, float]]:
+def by_backend(model: Model, columns: Sequence[int], measure: Callable[[str, int], float]) -> dict[str, dict[int, float]]:
     return {name: {column: measure(name, column) for column in columns} for name in model.backends}
 
 
@@ -200,14 +203,12 @@ def evaluate(model: Model, plan: Plan) -> dict[str, object]:
     _, held_out = corpus.split(list(corpus.modules()))
     text = b"".join(module.text.encode() for module in held_out)
     xz = 8 * len(lzma.compress(text, preset=9 | lzma.PRESET_EXTREME)) / len(text)
-    eos = model.tokenizer.eos_id
-    assert eos is not None, "the embedded tokenizer has an end-of-text token"
+    eos = model.eos
     tokens = [token for module in held_out for token in (eos, *model.tokenizer.encode(module.text))]
     stream = torch.tensor(tokens[: plan.tokens])
     size = sum(len(model.tokenizer.token_bytes(token)) for token in stream.tolist() if token != eos)
-    print(
-        f"held out: {len(held_out)} modules, {len(text)} bytes, {len(tokens)} tokens; scored: {size} bytes, {len(stream)} tokens"
-    )
+    print(f"held out: {len(held_out)} modules, {len(text)} bytes, {len(tokens)} tokens")
+    print(f"scored: {size} bytes, {len(stream)} tokens")
     print(f"xz -9e of all of it as one file: {xz:.4f} bits per byte")
 
     bits = by_backend(model, plan.contexts, lambda name, n: bits_per_byte(model, name, stream, size, n))
@@ -217,11 +218,11 @@ def evaluate(model: Model, plan: Plan) -> dict[str, object]:
         for name in model.backends
     }
     mean_recall = {name: {n: float(np.mean(list(d.values()))) for n, d in rows.items()} for name, rows in recall.items()}
-    table(f"needle recall by context, {plan.needle_trials} trials each", plan.needle_contexts, mean_recall)  # type: ignore[arg-type]
+    table(f"needle recall by context, {plan.needle_trials} trials each", plan.needle_contexts, mean_recall)
     longest = 8192
-    table(f"needle recall by depth at {longest}", DEPTHS, {name: dict(rows[longest]) for name, rows in recall.items()})
+    table(f"needle recall by depth at {longest}", DEPTHS, {name: rows[longest] for name, rows in recall.items()})
     close = {name: agreement(model, name, stream, plan.agreement_tokens) for name in model.backends}
-    table("agreement with dense at 2048", ("kl", "top1"), close)  # type: ignore[arg-type]
+    table("agreement with dense at 2048", ("kl", "top1"), close)
     timed = {n: prefill_seconds(model, stream, n, plan.repeats) for n in plan.contexts}
     seconds = by_backend(model, plan.contexts, lambda name, n: timed[n][name])
     table("bare prefill seconds by context", plan.contexts, seconds)

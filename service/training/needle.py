@@ -6,11 +6,11 @@ from collections.abc import Callable
 
 import numpy as np
 
-WORDS = (
-    "amber birch cedar coral delta ember fable flint garnet hazel indigo ivory jasper juniper kestrel lagoon lantern linden "
-    "maple marble meadow mesa nectar nickel ochre onyx opal orchid pebble pine plover quartz raven ridge river rowan saffron "
-    "sable sierra slate spruce summit tundra umber velvet violet walnut willow"
-).split()
+WORDS = """
+    amber birch cedar coral delta ember fable flint garnet hazel indigo ivory jasper juniper kestrel lagoon lantern linden
+    maple marble meadow mesa nectar nickel ochre onyx opal orchid pebble pine plover quartz raven ridge river rowan saffron
+    sable sierra slate spruce summit tundra umber velvet violet walnut willow
+""".split()
 
 Encode = Callable[[str], list[int]]
 
@@ -34,10 +34,9 @@ def weave(tokens: np.ndarray, length: int, rng: np.random.Generator, encode: Enc
     Returns:
         (tokens int64 (length,), whether each is part of an answer, bool (length,)).
     """
-    pairs = [draw(rng) for _ in range(max(1, length // 400))]
-    keys = {key: value for key, value in pairs}
+    pairs = dict(draw(rng) for _ in range(max(1, length // 400)))
     pieces: list[tuple[float, list[int], list[bool]]] = []  # (place in 0..1, tokens, which are the answer)
-    for key, value in keys.items():
+    for key, value in pairs.items():
         told, asked = np.sort(rng.random(2))
         said, query, answer, end = (encode(part) for part in (statement(key, value), question(key), f" {value}", "\n"))
         pieces.append((told, said, [False] * len(said)))

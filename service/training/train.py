@@ -20,9 +20,10 @@ import contextlib
 import json
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -33,9 +34,11 @@ from tqdm import tqdm
 
 from service.model.checkpoint import save
 from service.model.tokenizer import Tokenizer
-from service.model.transformer import Attend, ModelConfig, Transformer
+from service.model.transformer import Attend, Layer, ModelConfig, Transformer
 from service.training import needle
 from service.training.attention import performer_attention, softmax_attention
+
+Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 MAX_QK_SCALE = 1.0
 FIRST_QK_SCALE = 0.6
@@ -121,7 +124,7 @@ def new_model(seed: int) -> Transformer:
     torch.manual_seed(seed)
     model = Transformer(ModelConfig.from_dict(EMBEDDED))
     nn.init.normal_(model.embed.weight, std=0.02)
-    for layer in model.layers:
+    for layer in decoder_layers(model):
         for matrix in (layer.qkv.weight, layer.gate_up.weight):
             nn.init.normal_(matrix, std=matrix.shape[1] ** -0.5)
         nn.init.zeros_(layer.out.weight)
@@ -131,6 +134,10 @@ def new_model(seed: int) -> Transformer:
     return model
 
 
+def decoder_layers(model: Transformer) -> list[Layer]:
+    return cast(list[Layer], list(model.layers))
+
+
 class Trainer:
     """Weights, optimisers and the count of steps and tokens: what is saved and resumed."""
 
@@ -138,9 +145,10 @@ class Trainer:
         self.model = new_model(seed)
         self.compiled = compiled
         self.step, self.tokens = 0, 0
-        self._losses: dict[tuple[str, int], object] = {}
-        fused = [p for layer in self.model.layers for p in (layer.qkv.weight, layer.gate_up.weight)]
-        plain = [p for layer in self.model.layers for p in (layer.out.weight, layer.down.weight)]
+        self._losses: dict[tuple[str, int], Loss] = {}
+        layers = decoder_layers(self.model)
+        fused = [p for layer in layers for p in (layer.qkv.weight, layer.gate_up.weight)]
+        plain = [p for layer in layers for p in (layer.out.weight, layer.down.weight)]
         config = self.model.config
         depth = config.head_dim
         heads = [config.num_attention_heads * depth, *[config.num_key_value_heads * depth] * 2]
@@ -158,7 +166,7 @@ class Trainer:
         self.rates = (MATRIX_RATE, VECTOR_RATE)
 
     @staticmethod
-    def _views(parameter: nn.Parameter, sizes: list[int]) -> Iterator[nn.Parameter]:
+    def _views(parameter: Tensor, sizes: list[int]) -> Iterator[nn.Parameter]:
         for part in parameter.data.split(sizes):
             yield nn.Parameter(part)
 
@@ -170,11 +178,9 @@ class Trainer:
             short = self.compiled and length <= 2048  # longer graphs take longer to compile than they save
             self._losses[key] = torch.compile(function, dynamic=False) if short else function
         with torch.autocast("cpu", torch.bfloat16):
-            result = self._losses[key](tokens[:, :-1].flatten(), tokens[:, 1:].flatten(), weights.flatten())  # type: ignore[operator]
-        assert isinstance(result, Tensor)
-        return result
+            return self._losses[key](tokens[:, :-1].flatten(), tokens[:, 1:].flatten(), weights.flatten())
 
-    def _loss_function(self, backend: str, length: int) -> object:
+    def _loss_function(self, backend: str, length: int) -> Loss:
         attend = attend_for(backend, length)
 
         def loss(tokens: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
@@ -195,14 +201,14 @@ class Trainer:
             for view, grad in zip(views, parameter.grad.split([len(view) for view in views]), strict=True):
                 view.grad = grad
         for optimizer in self.optimizers:
-            optimizer.step()
+            optimizer.step()  # type: ignore[no-untyped-call]
         self.model.zero_grad(set_to_none=True)
         with torch.no_grad():
-            for layer in self.model.layers:
+            for layer in decoder_layers(self.model):
                 layer.q_norm.clamp_(-MAX_QK_SCALE, MAX_QK_SCALE)
                 layer.k_norm.clamp_(-MAX_QK_SCALE, MAX_QK_SCALE)
 
-    def state(self) -> dict[str, object]:
+    def state(self) -> dict[str, Any]:
         return {
             "step": self.step,
             "tokens": self.tokens,
@@ -210,10 +216,10 @@ class Trainer:
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
         }
 
-    def resume(self, state: dict[str, object]) -> None:
-        self.step, self.tokens = int(state["step"]), int(state["tokens"])  # type: ignore[call-overload]
-        self.model.load_state_dict(state["model"])  # type: ignore[arg-type]
-        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):  # type: ignore[call-overload]
+    def resume(self, state: dict[str, Any]) -> None:
+        self.step, self.tokens = state["step"], state["tokens"]
+        self.model.load_state_dict(state["model"])
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
 
 
@@ -228,7 +234,7 @@ def held_out_nats(trainer: Trainer, stream: np.ndarray, length: int = 1024, sequ
     return {name: float(np.mean([trainer.loss(name, length, *half).item() for half in halves])) for name in names}
 
 
-def write(path: Path, state: dict[str, object]) -> None:
+def write(path: Path, state: dict[str, Any]) -> None:
     """Save whole or not at all."""
     torch.save(state, path.with_suffix(".part"))
     path.with_suffix(".part").replace(path)
