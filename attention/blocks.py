@@ -1,16 +1,20 @@
-"""Softmax attention over blocks of keys, the one kernel under every exact backend, and the layouts it works on.
+"""Softmax attention over blocks of keys, the one kernel under every exact backend.
 
-A backend names, for a block of queries, the pieces of keys they see; `softmax` answers them. Scores of one piece exist at
-a time, so a block costs rows x piece of workspace, never L x L, and stays in the cores' L2 caches.
+A backend names, for a block of queries, the pieces of keys they see; `softmax` answers them. The scores of one piece exist
+at a time, so a block costs rows x piece of workspace, never L x L, and stays in the cores' L2 caches.
 
 Source: the streaming softmax of Milakov and Gimelshein (arXiv 1805.02867) and Rabe and Staats (arXiv 2112.05682), with one
 change. Their running maximum only keeps exp from leaving the floats' range, and costs two passes over the scores. Here
-2^s is taken unshifted first and the row sums tell afterwards whether that was sound (`settled`); a block that was not is
+2^s is taken unshifted first and each row's sum tells afterwards whether that was sound (`is_sound`); a row that was not is
 answered again with the running maximum. The answers are those of softmax either way.
+
+Keys are copied into a tight (G, N, D) block before their product: oneDNN, which multiplies bfloat16 on CPU, otherwise makes
+a transposed copy of its own that costs as much as the product.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -18,121 +22,216 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from attention.interface import HeadShape, StateTensor
+
 LOG2_E = math.log2(math.e)
-# Row sums between these show that no 2^s overflowed and that what underflowed (below 2^-126) was at most 2^-66 of the row.
-SETTLED = (2.0**-60, 2.0**100)
+# A row sum between these shows that no 2^s overflowed, and that what underflowed (below 2^-126) was at most 2^-66 of the row.
+SOUND = (2.0**-60, 2.0**100)
+ROWS = 128  # queries of a block: fewer lose speed in the products, more score more keys that their rows do not see
+L2_BYTES = 1 << 20  # per core; the scores of a piece should stay in it between the two products
+HEAD_LOOP_TOKENS = 4096  # from here on a product per head is faster than a tight copy of the history
 
 
 @dataclass(frozen=True)
 class Band:
-    """Which keys of a piece a query sees: column j and row i of the block with `low <= j - i <= high`."""
+    """Which keys of a piece a query sees: column j and row i of the block with `low <= j - i <= high`.
+
+    `low` does not bind the first `free` columns: sinks and globals stay visible behind every row.
+    """
 
     low: int | None = None  # None: open
     high: int | None = None
+    free: int = 0
 
     def clear(self, weights: Tensor) -> None:
         """Zero the weights outside the band, in place. weights: (..., C, N)."""
-        if self.high is not None and self.high < weights.shape[-1] - 1:
+        rows, columns = weights.shape[-2:]
+        if self.high is not None and self.high < columns - 1:
             weights.tril_(self.high)
-        if self.low is not None and self.low > 1 - weights.shape[-2]:
-            weights.triu_(self.low)
+        if self.low is not None and self.low - self.free > 1 - rows and self.free < columns:
+            weights[..., self.free :].triu_(self.low - self.free)
 
     def hidden(self, rows: int, columns: int, device: torch.device) -> Tensor:
         """Bool (rows, columns): True where a row does not see a column."""
-        offset = torch.arange(columns, device=device) - torch.arange(rows, device=device)[:, None]
-        low = offset < (self.low if self.low is not None else -rows)
-        return low | (offset > (self.high if self.high is not None else columns))
+        column = torch.arange(columns, device=device)
+        offset = column - torch.arange(rows, device=device)[:, None]
+        low = -rows if self.low is None else self.low
+        high = columns if self.high is None else self.high
+        return ((offset < low) & (column >= self.free)) | (offset > high)
+
+    def part(self, first: int, last: int) -> Band:
+        """The band of the columns first..last, counted from `first`."""
+        low = None if self.low is None else self.low - first
+        high = None if self.high is None else self.high - first
+        return Band(low, high, min(max(self.free - first, 0), last - first))
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Keys and values (G, N, D) that a block of queries sees, and the band of them that each row sees; None: all."""
+    """Keys and values (G, N, D) that a block of queries sees, and the band of them that each row sees."""
 
     k: Tensor
     v: Tensor
-    band: Band | None = None
+    band: Band = Band()
+
+
+def even(length: int, most: int) -> Iterator[tuple[int, int]]:
+    """(first, last) of the fewest equal parts of at most `most` that cover `length`."""
+    parts = -(-length // most)
+    bounds = [length * part // parts for part in range(parts + 1)]
+    yield from itertools.pairwise(bounds)
+
+
+def spread(start: int, end: int, block: int) -> Iterator[tuple[int, int]]:
+    """(first, last) of the consecutive blocks that cover start..end."""
+    for first in range(start, end, block):
+        yield first, min(first + block, end)
+
+
+def columns(heads: int, itemsize: int, rows: int = ROWS) -> int:
+    """Keys per piece so that the scores of `heads` x `rows` stay in the L2 caches; a multiple of 64, for the products."""
+    fitting = L2_BYTES * torch.get_num_threads() // (heads * rows * itemsize)
+    return max(64, fitting // 64 * 64)
+
+
+def split(piece: Piece, most: int) -> list[Piece]:
+    """The piece in equal parts of at most `most` keys."""
+    return [Piece(piece.k[:, a:b], piece.v[:, a:b], piece.band.part(a, b)) for a, b in even(piece.k.shape[1], most)]
 
 
 def heads_first(x: Tensor) -> Tensor:
-    """(T, G, D) to (G, T, D), contiguous: the layout in which matrix products need no copies."""
-    return x.transpose(0, 1).contiguous()
+    """A view of (T, G, D) as (G, T, D)."""
+    return x.transpose(0, 1)
 
 
-def query_rows(q: Tensor, heads: int) -> Tensor:
-    """(C, H, D) to (G, R, C, D), scaled so that 2^(q.k) is softmax's exp(q.k / sqrt D)."""
-    count, _, width = q.shape
-    rows = q.view(count, heads, -1, width).permute(1, 2, 0, 3)
-    return rows * (LOG2_E / math.sqrt(width))
+def query_rows(q: Tensor, heads: int, scale: float) -> Tensor:
+    """(C, H, D) to (G, R C, D), tight and times `scale`: the R query heads of a group one behind the other."""
+    count, total, width = q.shape
+    rows = q.new_empty(heads, total // heads, count, width)
+    torch.mul(q.view(count, heads, -1, width).permute(1, 2, 0, 3), scale, out=rows)
+    return rows.view(heads, -1, width)
 
 
-def spread(length: int, block: int) -> Iterator[tuple[int, int]]:
-    """(start, end) of consecutive blocks that cover `length`."""
-    for start in range(0, length, block):
-        yield start, min(start + block, length)
-
-
-def softmax(q: Tensor, pieces: Sequence[Piece]) -> Tensor:
+def softmax(q: Tensor, pieces: Sequence[Piece], out: Tensor) -> None:
     """Attend a block of queries to its pieces of keys.
 
     Args:
-        q: (G, R, C, D) from `query_rows`.
+        q: (C, H, D).
         pieces: at least one; together they are the keys the block sees, none twice.
-
-    Returns:
-        (C, H, D) of the inputs' dtype. A row that sees nothing is zeros.
+        out: (C, H, D), written. A row that sees nothing is zeros.
     """
-    groups, group, count, width = q.shape
-    rows = q.reshape(groups, group * count, width)
+    count, _, width = q.shape
+    groups = pieces[0].k.shape[0]
+    rows = query_rows(q, groups, LOG2_E / math.sqrt(width))
     sums, total = _unshifted(rows, count, pieces)
-    answer = (sums / total).to(q.dtype)
-    sound = settled(total)
-    if not sound.all():  # row by row, so that no row's answer depends on what its neighbours see
-        sums, total = _shifted(rows, count, pieces)
-        answer = torch.where(sound, answer, (sums / total).to(q.dtype))
-    return answer.view(groups * group, count, width).transpose(0, 1)
+    answer = out.view(count, groups, -1, width).permute(1, 2, 0, 3)  # (G, R, C, D)
+    torch.div(sums.view(answer.shape), total.view(*answer.shape[:3], 1), out=answer)
+    low, high = torch.aminmax(total)
+    if not (low.item() > SOUND[0] and high.item() < SOUND[1]):
+        _again(rows, count, pieces, is_sound(total), answer)
 
 
-def settled(total: Tensor) -> Tensor:
+def is_sound(total: Tensor) -> Tensor:
     """Row by row, whether a sum of unshifted 2^s proves that nothing overflowed and nothing that matters underflowed."""
-    return (total > SETTLED[0]) & (total < SETTLED[1])
+    return (total > SOUND[0]) & (total < SOUND[1])
+
+
+def _again(rows: Tensor, count: int, pieces: Sequence[Piece], sound: Tensor, answer: Tensor) -> None:
+    """Replace the answers of the unsound rows, and of no other: no row depends on what its neighbours see."""
+    sums, total = _shifted(rows, count, pieces)
+    shifted = (sums / total).to(answer.dtype).view(answer.shape)
+    answer.copy_(torch.where(sound.view(*answer.shape[:3], 1), answer, shifted))
 
 
 def _unshifted(rows: Tensor, count: int, pieces: Sequence[Piece]) -> tuple[Tensor, Tensor]:
-    """Sums of 2^s v (G, RC, D) and of 2^s (G, RC, 1) over all pieces."""
-    answer = total = None
-    wide = _wide(rows)
-    for piece in pieces:
-        weights = torch.bmm(rows, piece.k.transpose(1, 2)).exp2_()
-        if piece.band is not None:
-            piece.band.clear(weights.view(rows.shape[0], -1, count, weights.shape[-1]))
-        part, part_total = torch.bmm(weights, piece.v), weights.sum(-1, keepdim=True)
-        answer = part if answer is None else answer.to(wide) + part
-        total = part_total if total is None else total.to(wide) + part_total
-    assert answer is not None and total is not None, "a block of queries needs at least one piece of keys"
-    return answer, total
+    """Sums of 2^s v (G, RC, D) and of 2^s (G, RC, 1) over all pieces; more than one are summed in at least float32."""
+    widest = max(piece.k.shape[1] for piece in pieces)
+    room = rows.new_empty(rows.shape[0] * rows.shape[1] * widest)
+    sums, total = _piece(rows, count, pieces[0], room)
+    if len(pieces) > 1:
+        sums, total = sums.to(_wide(rows)), total.to(_wide(rows))
+    for piece in pieces[1:]:
+        more, more_total = _piece(rows, count, piece, room)
+        sums += more
+        total += more_total
+    return sums, total
+
+
+def _piece(rows: Tensor, count: int, piece: Piece, room: Tensor) -> tuple[Tensor, Tensor]:
+    """The two sums of one piece; its scores and weights stand in `room`."""
+    shape = (*rows.shape[:2], piece.k.shape[1])
+    weights = room[: math.prod(shape)].view(shape)
+    torch.bmm(rows, piece.k.contiguous().transpose(1, 2), out=weights).exp2_()
+    piece.band.clear(weights.view(shape[0], -1, count, shape[2]))
+    return torch.bmm(weights, piece.v), weights.sum(-1, keepdim=True)
 
 
 def _shifted(rows: Tensor, count: int, pieces: Sequence[Piece]) -> tuple[Tensor, Tensor]:
     """The same two sums relative to each row's largest score: for scores whose 2^s leaves the floats' range."""
     wide = _wide(rows)
-    answer = rows.new_zeros(rows.shape, dtype=wide)
+    sums = rows.new_zeros(rows.shape, dtype=wide)
     total = rows.new_zeros((*rows.shape[:2], 1), dtype=wide)
     top = torch.full_like(total, -math.inf)
     for piece in pieces:
-        scores = torch.bmm(rows, piece.k.transpose(1, 2))
-        if piece.band is not None:
-            blocks = scores.view(rows.shape[0], -1, count, scores.shape[-1])
-            blocks.masked_fill_(piece.band.hidden(count, scores.shape[-1], rows.device), -math.inf)
+        scores = torch.bmm(rows, piece.k.contiguous().transpose(1, 2))
+        hidden = piece.band.hidden(count, scores.shape[-1], rows.device)
+        scores.view(rows.shape[0], -1, count, scores.shape[-1]).masked_fill_(hidden, -math.inf)
         new = torch.maximum(top, scores.amax(-1, keepdim=True))
         finite = torch.where(new == -math.inf, 0.0, new)  # a row that has seen nothing yet keeps its zeros
         scale = torch.exp2(top - finite)
         weights = torch.exp2(scores - finite).to(rows.dtype)
-        answer = answer * scale + torch.bmm(weights, piece.v)
+        sums = sums * scale + torch.bmm(weights, piece.v)
         total = total * scale + weights.sum(-1, keepdim=True, dtype=wide)
         top = new
-    return answer, torch.where(total == 0, 1.0, total)
+    return sums, torch.where(total == 0, 1.0, total)
+
+
+def step(q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> None:
+    """Attend one token to all of k, v (G, n, D): q and out are (H, D)."""
+    groups, tokens, width = k.shape
+    rows = q.view(groups, -1, width) * (1 / math.sqrt(width))
+    answer = out.view(groups, -1, width)
+    if k.is_contiguous() or tokens < HEAD_LOOP_TOKENS:
+        weights = torch.bmm(rows, k.contiguous().transpose(1, 2)).softmax(-1)
+        torch.bmm(weights, v, out=answer)
+    else:
+        for g in range(groups):
+            torch.mm(torch.mm(rows[g], k[g].T).softmax(-1), v[g], out=answer[g])
 
 
 def _wide(x: Tensor) -> torch.dtype:
     """The dtype in which sums over pieces are kept: at least float32."""
     return torch.promote_types(x.dtype, torch.float32)
+
+
+def dense(q: Tensor, keys: Tensor, values: Tensor, past: int, causal: bool, out: Tensor) -> None:
+    """Answer queries at positions `past` and on over all of keys, values (G, n, D) into out (C, H, D)."""
+    width = columns(q.shape[1], q.itemsize)
+    for first, last in spread(0, len(q), ROWS):
+        seen = past + last if causal else keys.shape[1]
+        band = Band(high=past + first) if causal else Band()
+        softmax(q[first:last], split(Piece(keys[:, :seen], values[:, :seen], band), width), out[first:last])
+
+
+def key_value_state(shape: HeadShape, tokens: int) -> dict[str, StateTensor]:
+    """Keys and values of `tokens` tokens, (G, tokens, D) each."""
+    spec = StateTensor((shape.key_value_heads, tokens, shape.head_width), shape.dtype)
+    return {"k": spec, "v": spec}
+
+
+def append(state: dict[str, Tensor], k: Tensor, v: Tensor, past: int) -> tuple[Tensor, Tensor]:
+    """Write k, v (C, G, D) behind the `past` tokens of a state that keeps all; returns all of them, (G, past + C, D)."""
+    total = past + len(k)
+    state["k"][:, past:total] = heads_first(k)
+    state["v"][:, past:total] = heads_first(v)
+    return state["k"][:, :total], state["v"][:, :total]
+
+
+def workspace_bytes(shape: HeadShape, queries: int, widest: int, pieces: int = 2) -> int:
+    """Peak temporaries of `softmax` over blocks whose widest piece has `widest` keys, the answer to all queries included."""
+    size, width = shape.itemsize, shape.head_width
+    rows = shape.query_heads * min(queries, ROWS)
+    scores = rows * widest * size
+    tight_keys = shape.key_value_heads * widest * width * size
+    sums = rows * (width + 1) * (2 * size + (max(size, 4) if pieces > 1 else 0))
+    return queries * shape.query_heads * width * size + scores + tight_keys + sums

@@ -174,8 +174,7 @@ class StatePool:
         self.layers = layers
         self.max_bytes = max_bytes
         self.bytes_in_use = 0
-        self._slots: dict[int, dict[str, Tensor]] = {}
-        self._slot_bytes: dict[int, int] = {}
+        self._slots: dict[int, _Slot] = {}
         self._next = 0
 
     def slot_bytes(self, max_tokens: int) -> int:
@@ -188,21 +187,10 @@ class StatePool:
         Raises:
             PoolExhausted: the slot does not fit beside the slots in use.
         """
-        needed = self.slot_bytes(max_tokens)
-        if self.bytes_in_use + needed > self.max_bytes:
-            raise PoolExhausted(needed, self.max_bytes - self.bytes_in_use)
-        tensors = {
-            name: spec.new(self.backend.shape.device, (self.layers,)) for name, spec in self.backend.state(max_tokens).items()
-        }
-        slot, self._next = self._next, self._next + 1
-        self._slots[slot], self._slot_bytes[slot] = tensors, needed
-        self.bytes_in_use += needed
-        return slot
-
-    def release(self, slot: int) -> None:
-        """Give a slot's bytes back. Raises KeyError for a slot that is not in use."""
-        del self._slots[slot]
-        self.bytes_in_use -= self._slot_bytes.pop(slot)
+        self._need(self.slot_bytes(max_tokens))
+        device = self.backend.shape.device
+        specs = self.backend.state(max_tokens).items()
+        return self._keep(max_tokens, {name: spec.new(device, (self.layers,)) for name, spec in specs})
 
     def copy(self, slot: int) -> int:
         """A new slot that continues from where `slot` stands, so that several answers share one prefill.
@@ -210,35 +198,62 @@ class StatePool:
         Raises:
             PoolExhausted: the copy does not fit.
         """
-        needed = self._slot_bytes[slot]
-        if self.bytes_in_use + needed > self.max_bytes:
-            raise PoolExhausted(needed, self.max_bytes - self.bytes_in_use)
-        tensors = {name: tensor.clone() for name, tensor in self._slots[slot].items()}
-        new, self._next = self._next, self._next + 1
-        self._slots[new], self._slot_bytes[new] = tensors, needed
-        self.bytes_in_use += needed
-        return new
+        old = self._slots[slot]
+        self._need(self.slot_bytes(old.max_tokens))
+        return self._keep(old.max_tokens, {name: tensor.clone() for name, tensor in old.tensors.items()})
+
+    def release(self, slot: int) -> None:
+        """Give a slot's bytes back. Raises KeyError for a slot that is not in use."""
+        self.bytes_in_use -= self.slot_bytes(self._slots.pop(slot).max_tokens)
 
     def tensors(self, slot: int) -> dict[str, Tensor]:
         """The state tensors of a slot, each (layers, ...)."""
-        return self._slots[slot]
+        return self._slots[slot].tensors
+
+    def layer(self, slot: int, layer: int) -> dict[str, Tensor]:
+        """The state of a slot at one layer: views that are made once, since a decode step asks for many."""
+        return self._slots[slot].views[layer]
+
+    def max_tokens(self, slot: int) -> int:
+        """The longest sequence that a slot can hold."""
+        return self._slots[slot].max_tokens
 
     def __len__(self) -> int:
         return len(self._slots)
+
+    def _need(self, needed: int) -> None:
+        if self.bytes_in_use + needed > self.max_bytes:
+            raise PoolExhausted(needed, self.max_bytes - self.bytes_in_use)
+
+    def _keep(self, max_tokens: int, tensors: dict[str, Tensor]) -> int:
+        views = [{name: tensor[layer] for name, tensor in tensors.items()} for layer in range(self.layers)]
+        slot, self._next = self._next, self._next + 1
+        self._slots[slot] = _Slot(max_tokens, tensors, views)
+        self.bytes_in_use += self.slot_bytes(max_tokens)
+        return slot
+
+
+@dataclass(frozen=True)
+class _Slot:
+    max_tokens: int
+    tensors: dict[str, Tensor]  # (layers, ...)
+    views: list[dict[str, Tensor]]  # of each layer
 
 
 class AttentionBackend(ABC):
     """One way to attend. A subclass is one file in `backends/`; the file's name is the backend's name.
 
+    `attend` and `extend` check their input and go through the sequences; a backend says how one sequence is answered
+    (`attend_sequence`), how one is continued (`extend_sequence`), and, where that is faster, how many are continued by one
+    token each (`step`).
+
     Class attributes:
         Options: the backend's own options.
         exact: True when the backend is a softmax over the keys that `visible` names; False for kernels of their own.
-        directions: the values of `causal` that `attend` takes. `extend` needs True among them.
     """
 
     Options: ClassVar[type[BackendOptions]]
     exact: ClassVar[bool] = True
-    directions: ClassVar[tuple[bool, ...]] = (True, False)
 
     def __init__(self, options: BackendOptions, shape: HeadShape) -> None:
         self.options = options
@@ -249,7 +264,11 @@ class AttentionBackend(ABC):
         """The name in configs, requests and metrics: that of the backend's file."""
         return type(self).__module__.rsplit(".", 1)[-1]
 
-    @abstractmethod
+    @property
+    def directions(self) -> tuple[bool, ...]:
+        """The values of `causal` that `attend` takes. `extend` needs True among them."""
+        return (True, False)
+
     def attend(self, q: Tensor, k: Tensor, v: Tensor, segments: Segments, *, causal: bool) -> Tensor:
         """Answer whole sequences; keeps nothing.
 
@@ -264,8 +283,12 @@ class AttentionBackend(ABC):
         Raises:
             ValueError: wrong shape, dtype or device, a past that is not 0, or a direction the backend does not define.
         """
+        self.check_attend(q, k, v, segments, causal)
+        out = q.new_empty(q.shape)
+        for start, end, _ in segments.spans():
+            self.attend_sequence(q[start:end], k[start:end], v[start:end], causal, out[start:end])
+        return out
 
-    @abstractmethod
     def extend(
         self, q: Tensor, k: Tensor, v: Tensor, segments: Segments, pool: StatePool, layer: int, slots: Sequence[int]
     ) -> Tensor:
@@ -274,14 +297,39 @@ class AttentionBackend(ABC):
         Args:
             q: (T, H, D). k, v: (T, G, D).
             segments: new tokens and tokens in state of each sequence; `past` is what earlier calls appended.
-            pool: a pool of this backend. `slots` names one slot per sequence. Changed: the slots' tensors at `layer`.
+            pool: a pool of this backend. `slots` names one slot per sequence. Changed: the slots' state at `layer`.
 
         Returns:
             (T, H, D), the inputs' dtype.
 
         Raises:
-            ValueError: wrong shape, dtype or device, a slot count that differs, or a backend without a causal form.
+            ValueError: wrong shape, dtype or device, a slot count that differs, a slot that cannot hold so many tokens,
+                or a backend without a causal form.
         """
+        self.check_extend(q, k, v, segments, pool, slots)
+        out = q.new_empty(q.shape)
+        states = [pool.layer(slot, layer) for slot in slots]
+        if segments.total == len(slots):
+            self.step(q, k, v, segments.past, states, out)
+        else:
+            for state, (start, end, past) in zip(states, segments.spans(), strict=True):
+                self.extend_sequence(q[start:end], k[start:end], v[start:end], past, state, out[start:end])
+        return out
+
+    @abstractmethod
+    def attend_sequence(self, q: Tensor, k: Tensor, v: Tensor, causal: bool, out: Tensor) -> None:
+        """Answer one whole sequence into `out` (T, H, D)."""
+
+    @abstractmethod
+    def extend_sequence(self, q: Tensor, k: Tensor, v: Tensor, past: int, state: dict[str, Tensor], out: Tensor) -> None:
+        """Append one sequence's new tokens to its state at one layer and answer them into `out` (T, H, D)."""
+
+    def step(
+        self, q: Tensor, k: Tensor, v: Tensor, past: Sequence[int], states: Sequence[dict[str, Tensor]], out: Tensor
+    ) -> None:
+        """Append one token to each of many sequences: q (B, H, D), one `past` and one state per sequence."""
+        for i, state in enumerate(states):
+            self.extend_sequence(q[i : i + 1], k[i : i + 1], v[i : i + 1], past[i], state, out[i : i + 1])
 
     @abstractmethod
     def state(self, max_tokens: int) -> dict[str, StateTensor]:
@@ -291,11 +339,11 @@ class AttentionBackend(ABC):
     def cost(self, queries: int, keys: int, *, causal: bool) -> Cost:
         """Cost of `queries` new tokens at the end of a sequence of `keys` tokens (the new ones included), one layer."""
 
-    def visible(self, i: Tensor, j: Tensor, length: int) -> Tensor:
-        """Whether query position `i` may see key position `j` in a sequence of `length` tokens, causality left aside.
+    def visible(self, i: Tensor, j: Tensor, length: int | Tensor) -> Tensor:
+        """Whether query position `i` sees key position `j` in a sequence of `length` tokens: an exact backend's definition.
 
-        Broadcasts int64 positions to a bool tensor. The definition of an exact backend; a causal answer is this
-        predicate and `j <= i`.
+        Broadcasts int64 positions to a bool tensor. A causal answer is that of the sequence as it stood when the token
+        came: `visible(i, j, i + 1) & (j <= i)`.
         """
         raise NotImplementedError(f"{self.name} is no softmax over a set of keys")
 
@@ -331,10 +379,13 @@ class AttentionBackend(ABC):
             wanted = "causal" if True in self.directions else "bidirectional"
             raise ValueError(f"{self.name} is {wanted} only, received causal={causal}")
 
-    def check_extend(self, q: Tensor, k: Tensor, v: Tensor, segments: Segments, slots: Sequence[int]) -> None:
-        """`check`, and that this backend can continue sequences, one slot each."""
+    def check_extend(self, q: Tensor, k: Tensor, v: Tensor, segments: Segments, pool: StatePool, slots: Sequence[int]) -> None:
+        """`check`, and that this backend can continue sequences, each in a slot of its own that has the room."""
         self.check(q, k, v, segments)
         if True not in self.directions:
             raise ValueError(f"{self.name} has no causal form, so no sequence can be continued with it")
-        if len(slots) != len(segments.lengths):
-            raise ValueError(f"slots must name {len(segments.lengths)} slots, one per sequence, received {len(slots)}")
+        if len(set(slots)) != len(segments.lengths) or len(slots) != len(segments.lengths):
+            raise ValueError(f"slots must name {len(segments.lengths)} slots, one per sequence, received {tuple(slots)}")
+        for slot, length, past in zip(slots, segments.lengths, segments.past, strict=True):
+            if past + length > pool.max_tokens(slot):
+                raise ValueError(f"slot {slot} holds at most {pool.max_tokens(slot)} tokens, received {past + length}")

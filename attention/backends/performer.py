@@ -12,14 +12,13 @@ the stabiliser of the keys looks at no later key (`_scan`).
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
 from attention import blocks
-from attention.interface import AttentionBackend, BackendOptions, Cost, HeadShape, Segments, StatePool, StateTensor
+from attention.interface import AttentionBackend, BackendOptions, Cost, HeadShape, StateTensor
 
 CHUNK = 128  # tokens answered together: their own triangle costs CHUNK per token, their state one product each
 REACH = 60.0  # exponents (of 2) taken as they are; beyond, a row of features is taken relative to its largest
@@ -82,43 +81,29 @@ class Performer(AttentionBackend):
         half_square = k.to(self.wide).square().sum(-1, keepdim=True) * (blocks.LOG2_E / (2 * math.sqrt(k.shape[-1])))
         return features, shift - half_square
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, segments: Segments, *, causal: bool) -> Tensor:
-        self.check_attend(q, k, v, segments, causal)
-        out = torch.empty_like(q)
-        for start, end, _ in segments.spans():
-            span = slice(start, end)
-            fresh = {name: spec.new(q.device) for name, spec in self.state(end - start).items()}
-            if causal:
-                self._scan(q[span], k[span], v[span], fresh["s"], fresh["scale"], out[span])
-            else:
-                self._both_sides(q[span], k[span], v[span], fresh["s"], fresh["scale"], out[span])
-        return out
+    def attend_sequence(self, q: Tensor, k: Tensor, v: Tensor, causal: bool, out: Tensor) -> None:
+        fresh = {name: spec.new(q.device) for name, spec in self.state(len(q)).items()}
+        answer = self._scan if causal else self._both_sides
+        answer(q, k, v, fresh["s"], fresh["scale"], out)
 
-    def extend(
-        self, q: Tensor, k: Tensor, v: Tensor, segments: Segments, pool: StatePool, layer: int, slots: Sequence[int]
-    ) -> Tensor:
-        self.check_extend(q, k, v, segments, slots)
-        out = torch.empty_like(q)
-        for slot, (start, end, _) in zip(slots, segments.spans(), strict=True):
-            state, span = pool.tensors(slot), slice(start, end)
-            self._scan(q[span], k[span], v[span], state["s"][layer], state["scale"][layer], out[span])
-        return out
+    def extend_sequence(self, q: Tensor, k: Tensor, v: Tensor, past: int, state: dict[str, Tensor], out: Tensor) -> None:
+        self._scan(q, k, v, state["s"], state["scale"], out)
 
     def _both_sides(self, q: Tensor, k: Tensor, v: Tensor, s: Tensor, scale: Tensor, out: Tensor) -> None:
         """All keys into s first, then all queries: s (G, m, D + 1) and scale (G, 1, 1) begin empty."""
         heads = self.shape.key_value_heads
-        for first, last in blocks.spread(len(k), CHUNK):
+        for first, last in blocks.spread(0, len(k), CHUNK):
             keys, weight = self.key_features(k[first:last].transpose(0, 1))
             self._rescale(s, scale, torch.maximum(scale, weight.amax(1, keepdim=True)))
             s += keys.transpose(1, 2) @ self._weighted(v[first:last], weight, scale)
-        for first, last in blocks.spread(len(q), CHUNK):
+        for first, last in blocks.spread(0, len(q), CHUNK):
             queries = self.features(query_rows(q[first:last], heads))[0]
             out[first:last] = self._ratio(queries @ s.to(q.dtype), last - first)
 
     def _scan(self, q: Tensor, k: Tensor, v: Tensor, s: Tensor, scale: Tensor, out: Tensor) -> None:
         """Continue s (G, m, D + 1) and scale (G, 1, 1), both changed, over the tokens in order; answers into out (C, H, D)."""
         heads = self.shape.key_value_heads
-        for first, last in blocks.spread(len(q), CHUNK):
+        for first, last in blocks.spread(0, len(q), CHUNK):
             queries = self.features(query_rows(q[first:last], heads))[0]
             keys, weight = self.key_features(k[first:last].transpose(0, 1))
             self._chunk(queries, keys, weight, v[first:last], s, scale, out[first:last])

@@ -4,22 +4,19 @@ Sources: the window of Longformer (Beltagy et al., arXiv 2004.05150, section 3.1
 et al., arXiv 2310.06825, section 2), and the sinks of StreamingLLM (Xiao et al., arXiv 2309.17453, section 3.2). Where we
 part from StreamingLLM: positions are those of the sequence, not of the cache.
 
-Cost per token O(window). The state is a ring of the last window + 1 tokens behind the sinks, constant in length.
+Cost per token O(window). The state keeps the sinks and, in a ring behind them, the last window + 1 tokens: constant in length.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
 from attention import blocks
-from attention.interface import AttentionBackend, BackendOptions, Cost, Segments, StatePool, StateTensor
-
-QUERY_BLOCK = 128  # rows per product: a longer block scores more keys that its rows do not see
-KEY_BLOCK = 1024
+from attention.interface import AttentionBackend, BackendOptions, Cost, StateTensor
 
 
 class SlidingWindowOptions(BackendOptions):
@@ -35,99 +32,88 @@ class SlidingWindow(AttentionBackend):
     Options = SlidingWindowOptions
     options: SlidingWindowOptions
 
-    def visible(self, i: Tensor, j: Tensor, length: int) -> Tensor:
+    def visible(self, i: Tensor, j: Tensor, length: int | Tensor) -> Tensor:
         return ((i - j).abs() <= self.options.window) | ((j < self.options.sinks) & (j <= i))
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, segments: Segments, *, causal: bool) -> Tensor:
-        self.check_attend(q, k, v, segments, causal)
-        out = torch.empty_like(q)
-        sinks = self.options.sinks
-        for start, end, _ in segments.spans():
-            keys, values = blocks.heads_first(k[start:end]), blocks.heads_first(v[start:end])
-            sink = blocks.Piece(keys[:, :sinks], values[:, :sinks])
-            self._answer(q[start:end], keys, values, 0, 0, sink, causal, out[start:end])
-        return out
+    def attend_sequence(self, q: Tensor, k: Tensor, v: Tensor, causal: bool, out: Tensor) -> None:
+        keys, values, sinks = blocks.heads_first(k), blocks.heads_first(v), min(self.options.sinks, len(k))
+        near = keys[:, sinks:], values[:, sinks:]
+        self._answer(q, near, sinks, (keys[:, :sinks], values[:, :sinks]), 0, causal, out)
 
-    def extend(
-        self, q: Tensor, k: Tensor, v: Tensor, segments: Segments, pool: StatePool, layer: int, slots: Sequence[int]
-    ) -> Tensor:
-        self.check_extend(q, k, v, segments, slots)
-        out = torch.empty_like(q)
-        for slot, (start, end, past) in zip(slots, segments.spans(), strict=True):
-            state = pool.tensors(slot)
-            ring = state["k"][layer], state["v"][layer]  # (G, size, D) each
-            step = self._step if end - start == 1 else self._chunk
-            step(q[start:end], k[start:end], v[start:end], past, *ring, out[start:end])
-        return out
-
-    def _step(self, q: Tensor, k: Tensor, v: Tensor, past: int, keys: Tensor, values: Tensor, out: Tensor) -> None:
-        """One new token: write it over the one that leaves the window, then all that stands in the state is visible."""
-        at = self._places(past, past + 1, keys.shape[1])[0]
-        keys[:, at], values[:, at] = k[0], v[0]
-        size = min(past + 1, keys.shape[1])
-        pieces = [blocks.Piece(keys[:, :size], values[:, :size])]
-        out.copy_(blocks.softmax(blocks.query_rows(q, self.shape.key_value_heads), pieces))
-
-    def _chunk(self, q: Tensor, k: Tensor, v: Tensor, past: int, keys: Tensor, values: Tensor, out: Tensor) -> None:
-        """Many new tokens: the window before them in order, then the tokens, answered as a sequence of their own."""
-        size, total = keys.shape[1], past + len(q)
-        base = max(0, past - self.options.window)
-        before = torch.tensor(self._places(base, past, size), dtype=torch.long, device=keys.device)
-        near_keys = torch.cat([keys[:, before], k.transpose(0, 1)], 1)
-        near_values = torch.cat([values[:, before], v.transpose(0, 1)], 1)
-        kept = [p for p in range(past, total) if p < self.options.sinks or p >= total - self.options.window - 1]
-        places = torch.tensor([self._place(p, size) for p in kept], dtype=torch.long, device=keys.device)
-        fresh = torch.tensor(kept, dtype=torch.long, device=keys.device) - past
-        keys[:, places], values[:, places] = k[fresh].transpose(0, 1), v[fresh].transpose(0, 1)
+    def extend_sequence(self, q: Tensor, k: Tensor, v: Tensor, past: int, state: dict[str, Tensor], out: Tensor) -> None:
+        keys, values, total = state["k"], state["v"], past + len(q)
+        if len(q) == 1:
+            self._write(keys, values, k, v, past)
+            size = min(total, keys.shape[1])
+            blocks.step(q[0], keys[:, :size], values[:, :size], out[0])
+            return
         sinks = min(self.options.sinks, total)
-        sink = blocks.Piece(keys[:, :sinks], values[:, :sinks])
-        self._answer(q, near_keys, near_values, base, past, sink, True, out)
+        base = max(sinks, past - self.options.window)
+        near = self._in_order(keys, k, base, past), self._in_order(values, v, base, past)
+        self._write(keys, values, k, v, past)
+        self._answer(q, near, base, (keys[:, :sinks], values[:, :sinks]), past, True, out)
 
-    def _place(self, position: int, size: int) -> int:
-        """Index in the state of a position: the sinks and what fits first, then round the ring."""
-        sinks = min(self.options.sinks, size)
-        return position if position < size else sinks + (position - sinks) % (size - sinks)
+    def _in_order(self, ring: Tensor, new: Tensor, base: int, past: int) -> Tensor:
+        """Positions `base` and on, (G, n, D): those before `past` from the ring, then the new tokens (C, G, D)."""
+        old = [ring[:, at : at + count] for at, _, count in self._runs(base, past, ring.shape[1])]
+        return torch.cat([*old, blocks.heads_first(new[max(base - past, 0) :])], 1)
 
-    def _places(self, start: int, end: int, size: int) -> list[int]:
-        return [self._place(position, size) for position in range(start, end)]
+    def _write(self, keys: Tensor, values: Tensor, k: Tensor, v: Tensor, past: int) -> None:
+        """Put new tokens (C, G, D) at positions `past` and on into the state: the sinks, and the last that fit the ring."""
+        size, sinks, total = keys.shape[1], self.options.sinks, past + len(k)
+        if past < sinks:
+            keys[:, past : min(sinks, total)] = blocks.heads_first(k[: sinks - past])
+            values[:, past : min(sinks, total)] = blocks.heads_first(v[: sinks - past])
+        for at, position, count in self._runs(max(past, sinks, total - (size - sinks)), total, size):
+            new = slice(position - past, position - past + count)
+            keys[:, at : at + count] = blocks.heads_first(k[new])
+            values[:, at : at + count] = blocks.heads_first(v[new])
+
+    def _runs(self, start: int, end: int, size: int) -> Iterator[tuple[int, int, int]]:
+        """(index in the state, position, count) of positions start..end, none of them a sink, as runs of the ring."""
+        sinks = self.options.sinks
+        while start < end:
+            at = sinks + (start - sinks) % (size - sinks)
+            count = min(end - start, size - at)
+            yield at, start, count
+            start += count
 
     def _answer(
-        self, q: Tensor, keys: Tensor, values: Tensor, base: int, past: int, sink: blocks.Piece, causal: bool, out: Tensor
+        self,
+        q: Tensor,
+        near: tuple[Tensor, Tensor],
+        base: int,
+        sinks: tuple[Tensor, Tensor],
+        past: int,
+        causal: bool,
+        out: Tensor,
     ) -> None:
-        """Answer queries at positions `past` and on; keys (G, n, D) begin at position `base`, sinks at 0."""
-        for first, last in blocks.spread(len(q), QUERY_BLOCK):
-            pieces = list(self._pieces(past + first, past + last, keys, values, base, sink, causal))
-            out[first:last] = blocks.softmax(blocks.query_rows(q[first:last], self.shape.key_value_heads), pieces)
+        """Answer queries at positions `past` and on; near (G, n, D) begins at position `base`, sinks (G, s, D) at 0."""
+        most = blocks.columns(q.shape[1], q.itemsize)
+        for first, last in blocks.spread(0, len(q), blocks.ROWS):
+            piece = self._piece(past + first, past + last, near, base, sinks, causal)
+            blocks.softmax(q[first:last], blocks.split(piece, most), out[first:last])
 
-    def _pieces(
-        self, first: int, last: int, keys: Tensor, values: Tensor, base: int, sink: blocks.Piece, causal: bool
-    ) -> Iterator[blocks.Piece]:
-        """What the queries at positions first..last see: the sinks, then the band, none twice."""
-        window = self.options.window
-        low, high = max(base, first - window), last if causal else min(base + keys.shape[1], last + window)
-        ahead = 0 if causal else window
-        sinks = min(sink.k.shape[1], last)
-        if sinks:
-            within = ahead if sinks > first - window else 0  # rows that have sinks in their window see them as the window says
-            yield blocks.Piece(sink.k[:, :sinks], sink.v[:, :sinks], blocks.Band(high=first + within))
-        low = max(low, sinks)
-        for a, b in blocks.spread(high - low, KEY_BLOCK):
-            a, b = low + a, low + b
-            band = blocks.Band(low=first - window - a, high=first + ahead - a)
-            yield blocks.Piece(keys[:, a - base : b - base], values[:, a - base : b - base], band)
+    def _piece(
+        self, first: int, last: int, near: tuple[Tensor, Tensor], base: int, sinks: tuple[Tensor, Tensor], causal: bool
+    ) -> blocks.Piece:
+        """What the queries at positions first..last see: the sinks, then the band of other keys from `low` to `high`."""
+        window, ahead = self.options.window, 0 if causal else self.options.window
+        low = max(base, first - window)
+        high = max(low, min(base + near[0].shape[1], last + ahead))
+        free = sinks[0].shape[1]
+        keys, values = (
+            torch.cat([sink[:, :free], x[:, low - base : high - base]], 1) if free else x[:, low - base : high - base]
+            for sink, x in zip(sinks, near, strict=True)
+        )
+        return blocks.Piece(keys, values, blocks.Band(free + first - window - low, free + first + ahead - low, free))
 
     def state(self, max_tokens: int) -> dict[str, StateTensor]:
-        size = min(max_tokens, self.options.sinks + self.options.window + 1)
-        shape = (self.shape.key_value_heads, size, self.shape.head_width)
-        return {"k": StateTensor(shape, self.shape.dtype), "v": StateTensor(shape, self.shape.dtype)}
+        return blocks.key_value_state(self.shape, min(max_tokens, self.options.sinks + self.options.window + 1))
 
     def cost(self, queries: int, keys: int, *, causal: bool) -> Cost:
         shape, options = self.shape, self.options
         seen = min(keys, options.window * (1 if causal else 2) + 1 + options.sinks)
-        rows = shape.query_heads * min(queries, QUERY_BLOCK)
-        scores = rows * min(seen + QUERY_BLOCK, keys, KEY_BLOCK) * shape.itemsize
-        window = min(keys - queries, options.window)
-        copies = (queries * shape.query_heads + 2 * (window + queries) * shape.key_value_heads) * shape.head_width
-        accumulators = rows * shape.head_width * (4 * 4 + shape.itemsize)
-        flops = 4 * shape.query_heads * shape.head_width * queries * seen
-        return Cost(flops, scores + copies * shape.itemsize + accumulators, self.state_bytes(keys))
+        widest = min(keys, seen + blocks.ROWS, blocks.columns(shape.query_heads, shape.itemsize))
+        workspace = blocks.workspace_bytes(shape, queries, widest)
+        return Cost(4 * shape.query_heads * shape.head_width * queries * seen, workspace, self.state_bytes(keys))
