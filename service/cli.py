@@ -1,0 +1,262 @@
+"""`longserve`: serve a config file, apply an edited one to the running service, tell how it stands, plan a request.
+
+Ray is imported only by the commands that need it; `plan` speaks HTTP.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import signal
+import socket
+import sys
+import sysconfig
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from service.config import ApplicationSection, ConfigError, ServeFile, api_keys, read
+from service.machine import available_cpus
+
+READY_SECONDS = 5.0  # how long an application that runs may take to answer through the proxy
+SWITCH_SECONDS = 120.0  # how long building and checking new backends may take
+BEHIND_THIS_FILE = Path(__file__).resolve().parent.parent / "deploy" / "local.yaml"
+INSTALLED = Path(sysconfig.get_path("data")) / "share" / "longserve" / "local.yaml"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit status: 0, 1 when it failed, 2 when it was asked wrongly."""
+    options = _parser().parse_args(argv)
+    try:
+        return int(options.run(options))
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        return 2
+    except (Refused, ConnectionError, urllib.error.URLError) as error:
+        print(f"longserve {options.command}: {error}", file=sys.stderr)
+        return 1
+
+
+class Refused(Exception):
+    """The command cannot do what it was asked; the message says why and what helps."""
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="longserve", description="Serve long inputs under switchable attention.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, run, help in (
+        ("serve", serve, "start the service and stay until Ctrl-C"),
+        ("apply", apply, "put an edited file's user_config in force in the running service"),
+        ("status", status, "how the running service stands"),
+        ("plan", plan, "what a text would cost under each backend, and whether it would be let in now"),
+    ):
+        command = commands.add_parser(name, help=help, description=help)
+        command.set_defaults(run=run)
+        if name == "plan":
+            command.add_argument("text", type=argparse.FileType("r"), help="a file with the prompt; - reads standard input")
+            command.add_argument("--max-tokens", type=int, default=16)
+        command.add_argument("file", nargs="?", type=Path, help="a Serve config; by default deploy/local.yaml")
+    return parser
+
+
+def config_path(given: Path | None) -> Path:
+    """The config file to use: the one given, else the `local.yaml` of this checkout or installation."""
+    if given is not None:
+        return given
+    found = next((path for path in (BEHIND_THIS_FILE, INSTALLED) if path.is_file()), None)
+    if found is None:
+        raise ConfigError(f"no config file given, and none at {BEHIND_THIS_FILE} or {INSTALLED}")
+    return found
+
+
+def serve(options: argparse.Namespace) -> int:
+    """Start Ray, deploy the file, stay until a signal, drain, end all of it."""
+    began = time.monotonic()
+    path = config_path(options.file)
+    file = read(path)
+    _check_startable(path, file)
+    from service import cluster
+
+    stopped = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stopped.set())
+    try:
+        cluster.start(file, available_cpus())
+        for number in (signal.SIGINT, signal.SIGTERM):  # Ray sets its own
+            signal.signal(number, lambda *_: stopped.set())
+        cluster.deploy(file)
+        if cluster.wait_until_running(file, stopped):
+            _announce(file, time.monotonic() - began)
+            stopped.wait()
+            _drain(file)
+    except cluster.DeployFailed as error:
+        raise Refused(f"the service did not start: {error}") from error
+    finally:
+        cluster.stop()
+    return 0
+
+
+def _check_startable(path: Path, file: ServeFile) -> None:
+    """Raise for what would fail later and less clearly: keys that are not there, a model that is not, a port in use."""
+    for index, application in enumerate(file.applications):
+        model = application.args.model
+        if model != "embedded" and not (Path(model) / "config.json").is_file():
+            raise ConfigError(f"{path}: applications.{index}.args.model: no config.json in {model}")
+        try:
+            api_keys(application.args.http)
+        except ValueError as error:
+            raise ConfigError(f"{path}: applications.{index}.args.{error}") from error
+    host, port = file.http_options.host, file.http_options.port
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise Refused(f"cannot listen on {host} port {port} ({error.strerror}); change http_options in {path}") from error
+
+
+def _announce(file: ServeFile, seconds: float) -> None:
+    for application in file.applications:
+        base = base_url(file, application)
+        _wait_until_ready(base, application)
+        print(f"{application.name} is ready at {base} after {seconds:.1f} s; Ctrl-C stops it", flush=True)
+        print(f"  {curl_line(base, application)}", flush=True)
+
+
+def curl_line(base: str, application: ApplicationSection) -> str:
+    """One line to paste that gets an answer."""
+    name = application.args.http.api_keys_env
+    key = f' -H "authorization: Bearer ${name}"' if name else ""
+    body = shlex.quote(json.dumps({"prompt": "def fibonacci(n):", "max_tokens": 32}))
+    return f"curl {base}/v1/completions -H 'content-type: application/json'{key} -d {body}"
+
+
+def _wait_until_ready(base: str, application: ApplicationSection) -> None:
+    """Wait until the proxy routes to a ready replica. Raises Refused."""
+    last = ""
+    for _ in range(int(READY_SECONDS / 0.1)):
+        try:
+            _get(f"{base}/ready", application)
+            return
+        except urllib.error.URLError as error:
+            last = str(error)
+            time.sleep(0.1)
+    raise Refused(f"{base}/ready does not say yes: {last}")
+
+
+def _drain(file: ServeFile) -> None:
+    """Let every replica finish what runs. A second signal during it ends at once."""
+    from service import cluster
+
+    seconds = max(application.args.drain_seconds for application in file.applications)
+    print(f"draining, at most {seconds:.0f} s; Ctrl-C again ends at once", flush=True)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
+    try:
+        for application in file.applications:
+            cluster.ask_replicas(application, "drain", seconds + 5)
+    except KeyboardInterrupt:
+        print("ended before all was answered", flush=True)
+
+
+def apply(options: argparse.Namespace) -> int:
+    """Put the file's `user_config` in force. Refused when the file differs from the running service in anything else."""
+    path = config_path(options.file)
+    file = read(path)
+    from service import cluster
+
+    with cluster.connected():
+        _check_only_switch_differs(file, cluster.http_options(), cluster.deployed())
+        cluster.deploy(file)
+        cluster.wait_until_running(file, threading.Event())
+        states = {application.name: _switched(application) for application in file.applications}
+    print(json.dumps(states, indent=2))
+    failed = [state for replicas in states.values() for state in replicas if state["degraded"]]
+    return 1 if failed else 0
+
+
+def _check_only_switch_differs(file: ServeFile, address: Mapping[str, Any], deployed: Mapping[str, Any]) -> None:
+    """Raise Refused unless the running service is the file's but for user_config and what Serve changes in place."""
+    wanted = file.to_serve()
+    if (address["host"], address["port"]) != (file.http_options.host, file.http_options.port):
+        raise Refused(f"http_options: the service listens on {address['host']}:{address['port']}, which only a restart changes")
+    if (names := sorted(deployed)) != sorted(application.name for application in file.applications):
+        raise Refused(f"applications: the service runs {', '.join(names)}; another set needs a restart")
+    for index, application in enumerate(wanted["applications"]):
+        running = deployed[application["name"]]
+        for key in ("args", "import_path", "route_prefix", "runtime_env"):
+            if application.get(key) != running.get(key):
+                raise Refused(f"applications.{index}.{key} differs from the running service's, which only a restart changes")
+
+
+def _switched(application: ApplicationSection) -> list[dict[str, Any]]:
+    """The replicas' switches, once none is under way any more."""
+    from service import cluster
+
+    deadline = time.monotonic() + SWITCH_SECONDS
+    while True:
+        states = cluster.ask_replicas(application, "state", cluster.ASK_SECONDS)
+        if time.monotonic() > deadline or not any(state["switching"] for state in states):
+            return states
+        time.sleep(0.1)
+
+
+def status(options: argparse.Namespace) -> int:
+    """Print each application's state and each replica's switch. Exit status 1 unless all run undegraded."""
+    file = read(config_path(options.file))
+    from service import cluster
+
+    with cluster.connected():
+        report = cluster.report(file)
+    print(json.dumps(report, indent=2))
+    return 0 if all(each["status"] == "RUNNING" for each in report.values()) else 1
+
+
+def plan(options: argparse.Namespace) -> int:
+    """Print what the text would cost under each backend of the running service."""
+    file = read(config_path(options.file))
+    application = file.applications[0]
+    base, text = base_url(file, application), options.text.read()
+    backends = [each["name"] for each in _get(f"{base}/info", application)["attention"]["backends"]]
+    print(f"{'backend':<16}{'tokens':>8}{'MiB':>9}{'seconds':>9}  verdict")
+    for backend in backends:
+        body = {"prompt": text, "max_tokens": options.max_tokens, "attention": backend}
+        found = _get(f"{base}/v1/plan", application, body)["data"][0]
+        size, seconds = found["needed_bytes"] / 2**20, sum(found["predicted_seconds"].values())
+        why = f": {found['reason']}, longest {found['longest_tokens']} tokens" if found["reason"] else ""
+        print(f"{backend:<16}{found['total_tokens']:>8}{size:>9.1f}{seconds:>9.2f}  {found['verdict']}{why}")
+    return 0
+
+
+def base_url(file: ServeFile, application: ApplicationSection) -> str:
+    """Where this machine reaches an application."""
+    options = file.http_options
+    host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(
+        options.host, f"[{options.host}]" if ":" in options.host else options.host
+    )
+    return f"{'https' if options.ssl_certfile else 'http'}://{host}:{options.port}{application.route_prefix.rstrip('/')}"
+
+
+def _get(url: str, application: ApplicationSection, body: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The JSON a route answers; POST when there is a body. Raises URLError, with the service's own words when it has some."""
+    name = application.args.http.api_keys_env
+    headers = {"content-type": "application/json"}
+    if name and (keys := os.environ.get(name)):
+        headers["authorization"] = f"Bearer {keys.split(',')[0].strip()}"
+    request = urllib.request.Request(url, None if body is None else json.dumps(body).encode(), headers)
+    try:
+        with urllib.request.urlopen(request, timeout=60) as response:
+            return dict(json.load(response))
+    except urllib.error.HTTPError as error:
+        told = error.read().decode(errors="replace")
+        raise urllib.error.URLError(f"{url} answered {error.code}: {told}") from error
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,29 @@
+"""What the operating system lets this process use. Memory is the engine's affair (`service/engine/memory.py`)."""
+
+from __future__ import annotations
+
+import math
+import os
+from pathlib import Path
+
+CGROUP_V2 = Path("/sys/fs/cgroup/cpu.max")
+CGROUP_V1 = Path("/sys/fs/cgroup/cpu")
+
+
+def available_cpus() -> int:
+    """CPUs this process may use: its affinity mask, and the container's quota rounded up; at least 1."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota = _quota()
+    return allowed if quota is None else max(1, min(allowed, math.ceil(quota)))
+
+
+def _quota() -> float | None:
+    """CPUs that the container's quota allows; None without one."""
+    try:
+        if CGROUP_V2.is_file():
+            limit, period = CGROUP_V2.read_text().split()
+        else:
+            limit, period = ((CGROUP_V1 / f"cpu.cfs_{name}_us").read_text().strip() for name in ("quota", "period"))
+    except (OSError, ValueError):  # no container, or no quota file in it
+        return None
+    return None if limit in ("max", "-1") else int(limit) / int(period)

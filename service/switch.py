@@ -1,0 +1,111 @@
+"""The attention switch: from a config to checked backends, at the start and beside the requests of a running replica.
+
+A change is a target. One background task works towards the newest target: it builds the backends beside those in force,
+checks each against its reference, and swaps one immutable object. When that fails the old ones stay in force, and the
+state and a gauge say so.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import attention
+from attention import AttentionBackend, HeadShape
+from service.config import AttentionConfig
+from service.engine.engine import Backends
+from service.metrics import Metrics
+
+logger = logging.getLogger("longserve.switch")
+
+
+class Swappable(Protocol):
+    """What takes new backends: the engine."""
+
+    async def swap(self, backends: Backends) -> None: ...
+
+
+class Switch:
+    """The allow-list in force, the one aimed at, and how the way there went."""
+
+    def __init__(self, shape: HeadShape, metrics: Metrics) -> None:
+        self._shape = shape
+        self._metrics = metrics
+        self._in_force: AttentionConfig | None = None
+        self._target: AttentionConfig | None = None
+        self._failure: str | None = None
+        self._task: asyncio.Task[None] | None = None
+
+    async def build(self, config: AttentionConfig) -> Backends:
+        """Build and check the backends that go in force first. Raises ValueError for one that cannot serve."""
+        backends = await self._checked(config)
+        self._put_in_force(config, backends)
+        return backends
+
+    def aim(self, config: AttentionConfig, engine: Swappable) -> None:
+        """Make `config` the target, and see to it that a task works towards it. Returns at once, never raises."""
+        self._target = config
+        if self._task is None or self._task.done():
+            self._task = asyncio.create_task(self._work(engine))
+
+    def refuse(self, reason: str) -> None:
+        """Note a change that is no config at all."""
+        logger.error("the attention switch was refused: %s", reason)
+        self._fail(reason)
+
+    def state(self) -> Mapping[str, Any]:
+        """What is in force, what is being built, and why the last change failed."""
+        return {
+            "attention": self._in_force and self._in_force.model_dump(),
+            "switching": self._task is not None and not self._task.done(),
+            "degraded": self._failure,
+        }
+
+    async def stop(self) -> None:
+        """Give up a switch that is under way."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+
+    async def _work(self, engine: Swappable) -> None:
+        """Switch until what is in force is the newest target, or that one has failed."""
+        while (target := self._target) is not None:
+            self._target = None
+            if target != self._in_force or self._failure is not None:
+                await self._switch_to(target, engine)
+
+    async def _switch_to(self, target: AttentionConfig, engine: Swappable) -> None:
+        start = time.monotonic()
+        try:
+            backends = await self._checked(target)
+            await engine.swap(backends)
+        except Exception as error:  # whatever it is, the old backends go on serving
+            logger.exception("the attention switch failed, the former backends stay in force")
+            self._fail(str(error) or type(error).__name__)
+        else:
+            self._put_in_force(target, backends)
+            self._metrics.switches.labels("ok").inc()
+        self._metrics.switch_seconds.observe(time.monotonic() - start)
+
+    def _fail(self, reason: str) -> None:
+        self._failure = reason
+        self._metrics.degraded.set(1)
+        self._metrics.switches.labels("failed").inc()
+
+    async def _checked(self, config: AttentionConfig) -> Backends:
+        """The config's backends, built and checked off the event loop."""
+        built = {name: await asyncio.to_thread(self._build_one, name, config) for name in config.backends}
+        return Backends(built, config.default)
+
+    def _build_one(self, name: str, config: AttentionConfig) -> AttentionBackend:
+        return attention.build(name, config.backends[name], self._shape)
+
+    def _put_in_force(self, config: AttentionConfig, backends: Backends) -> None:
+        self._in_force, self._failure = config, None
+        self._metrics.degraded.set(0)
+        shape = self._shape
+        described = [backend.describe() for backend in backends.by_name.values()]
+        self._metrics.switched_to(described, backends.default, str(shape.dtype).removeprefix("torch."), str(shape.device))
