@@ -227,6 +227,17 @@ class Transformer(nn.Module):
         weight = self.embed.weight if self.config.tie_word_embeddings else self.head.weight
         return F.linear(hidden, weight).float()
 
+    def workspace_bytes(self, tokens: int, attention: int) -> int:
+        """Peak bytes of temporaries of `hidden` over `tokens` tokens when a layer's attention needs `attention` bytes."""
+        config = self.config
+        heads, groups, depth = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        stream = 2 * config.hidden_size + 2 * depth  # the residual stream, its norm, cos and sin
+        normed = 2 if config.qk_norm else 1
+        qkv = (heads + 2 * groups + normed * (heads + groups)) * depth  # as projected, normed, rotated
+        attending = tokens * (stream + qkv) * self.dtype.itemsize + attention
+        feeding = tokens * (stream + 4 * config.intermediate_size) * self.dtype.itemsize
+        return max(attending, feeding)
+
     def rotation(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin of each position's angles, computed in float32, (T, 1, D) in the model's dtype."""
         angles = torch.outer(positions.float(), self.frequencies.float())

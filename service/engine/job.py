@@ -1,0 +1,131 @@
+"""A request inside the engine: what has been computed of it and what it holds.
+
+A `Job` is one request; its `Sequence`s are its samples, the units that are scheduled. A sequence is a list of tokens of
+which the first `past` are in its state. Prefill, decode and the replay after a fault are the same thing: processing the
+tokens that are not. Owned by the event loop between steps and by the model thread during one, never by both.
+"""
+
+from __future__ import annotations
+
+import random
+from array import array
+from dataclasses import dataclass, field
+
+from torch import Tensor
+from torch.nn import functional
+
+from service.engine.admission import Need, Route, total_tokens
+from service.engine.answer import Answer
+from service.engine.request import Request, TokenLogprob
+from service.engine.sampling import generator
+from service.engine.text import TextStream
+from service.model.tokenizer import Tokenizer
+
+
+@dataclass(eq=False)
+class Sequence:
+    """One sample of a job, or the input of an embedding."""
+
+    job: Job
+    index: int
+    source: random.Random
+    text: TextStream
+    output: array[int] = field(default_factory=lambda: array("i"))
+    past: int = 0  # tokens in the state
+    slot: int | None = None
+    is_held: bool = False  # part of a step that has begun
+    is_alone: bool = False  # shared a step that failed: runs by itself until it has proved innocent
+    is_done: bool = False
+    is_opened: bool = False  # its first delta was handed out
+    echoed: str = ""  # the prompt's text, when the answer begins with it
+
+    @property
+    def length(self) -> int:
+        return len(self.job.prompt) + len(self.output)
+
+    @property
+    def is_decoding(self) -> bool:
+        """Only its latest token is left to process."""
+        return len(self.output) > 0 and self.length - self.past == 1
+
+    def tokens(self, start: int, end: int) -> array[int]:
+        """Tokens at positions start..end, prompt and answer taken as one."""
+        border = len(self.job.prompt)
+        return self.job.prompt[start:end] + self.output[max(0, start - border) : max(0, end - border)]
+
+    def free(self) -> None:
+        """Give the state back."""
+        if self.slot is not None:
+            self.job.route.pool.release(self.slot)
+            self.slot = None
+
+    def rewind(self) -> None:
+        """Forget the state, so that all tokens are processed again, alone."""
+        self.free()
+        self.past, self.is_alone, self.is_held = 0, True, False
+
+
+@dataclass(eq=False)
+class Job:
+    """One request on its way. Samples beyond the first join when the prompt that they share is processed."""
+
+    request: Request
+    route: Route
+    need: Need
+    prompt: array[int]
+    answer: Answer
+    service_seconds: float  # predicted for its prefill: the length that decides who overtakes whom
+    sequences: list[Sequence] = field(default_factory=list)
+    siblings: list[Sequence] = field(default_factory=list)  # samples that have not joined yet
+    summed: Tensor | None = None  # float32 (C,): sum of the hidden states so far, embeddings only
+    prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
+
+    @classmethod
+    def create(cls, request: Request, route: Route, need: Need, answer: Answer, tokenizer: Tokenizer) -> Job:
+        """A job that has done nothing yet. Draws the seed of a request that brings none."""
+        seconds = route.course.seconds(len(request.tokens))
+        job = cls(request, route, need, array("i", request.tokens), answer, seconds)
+        request.tokens = job.prompt  # a list of as many Python integers is let go
+        seed = request.sampling.seed if request.sampling.seed is not None else random.getrandbits(32)
+        samples = [
+            Sequence(job, index, generator(seed, index), TextStream(tokenizer, request.sampling.stop))
+            for index in range(request.n)
+        ]
+        for sample in samples:
+            sample.echoed = sample.text.prompt(job.prompt) if request.sampling.echo else ""
+        job.sequences, job.siblings = samples[:1], samples[1:]
+        return job
+
+    @property
+    def is_embedding(self) -> bool:
+        return self.request.kind == "embedding"
+
+    @property
+    def max_length(self) -> int:
+        """Tokens that each of its states must hold."""
+        return total_tokens(self.request)
+
+    @property
+    def remaining_seconds(self) -> float:
+        """Predicted prefill seconds still to come."""
+        past = min(self.sequences[0].past, len(self.prompt))
+        return self.service_seconds - self.route.course.seconds(past)
+
+    @property
+    def remaining_tokens(self) -> int:
+        """Most tokens one of its samples may still draw."""
+        if self.is_embedding:
+            return 0
+        return self.request.sampling.max_tokens - min(len(sequence.output) for sequence in self.sequences)
+
+    def urgency(self, now: float) -> float:
+        """Waiting time in multiples of the job's own length (highest response ratio next, Brinch Hansen 1971).
+
+        A short job overtakes a long one soon after it came. A long one gains too, without bound, so it never starves.
+        """
+        return (now - self.request.arrival) / max(self.service_seconds, 1e-6)
+
+    def vector(self) -> list[float]:
+        """The embedding: the mean of the hidden states at unit length."""
+        assert self.summed is not None, "an embedding without hidden states"
+        return [float(x) for x in functional.normalize(self.summed / len(self.prompt), dim=0).tolist()]

@@ -1,0 +1,186 @@
+"""Bytes: how many there are, who holds them, how many a step really took.
+
+Budget: what the container (cgroup v2 or v1) or the machine has left, or the accelerator's free memory. Ledger: reservations
+against the budget, exact to the byte. StorageCounter: the peak of tensor storages made by dispatched operators, as torch's
+own memory tracker counts them; it costs 5 to 8 microseconds per operator, so steps are sampled.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+
+def available_bytes(device: torch.device, root: Path = Path("/")) -> int:
+    """Bytes that may still be taken: the least of what the machine and each enclosing cgroup leave; on CUDA the free ones."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return min([_machine_bytes(root), *_cgroup_bytes(root)])
+
+
+def budget_bytes(configured: int | None, share: float, available: int) -> int:
+    """The bytes that requests may hold together.
+
+    Raises:
+        ValueError: a configured budget beyond what is available, or nothing available.
+    """
+    if configured is not None and configured > available:
+        raise ValueError(f"engine.memory_budget_bytes must be at most the {available} bytes left here, received {configured}")
+    budget = configured if configured is not None else int(share * available)
+    if budget <= 0:
+        raise ValueError(f"no memory left for requests: {available} bytes available after the weights")
+    return budget
+
+
+def _machine_bytes(root: Path) -> int:
+    for line in (root / "proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    raise AssertionError("/proc/meminfo names no MemAvailable")
+
+
+def _cgroup_bytes(root: Path) -> Iterator[int]:
+    """What each limited cgroup around this process leaves: its limit minus its use, reclaimable cache not counted as use."""
+    for line in _lines(root / "proc/self/cgroup"):
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            base, limit, usage, cache = root / "sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"
+        elif "memory" in controllers.split(","):
+            base, limit, usage = root / "sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
+            cache = "total_inactive_file"
+        else:
+            continue
+        for folder in _upwards(base, path):
+            bound = _lines(folder / limit)
+            if bound and bound[0] != "max":
+                stat = dict(entry.split() for entry in _lines(folder / "memory.stat"))
+                yield max(0, int(bound[0]) - int(_lines(folder / usage)[0]) + int(stat.get(cache, 0)))
+
+
+def _upwards(base: Path, path: str) -> Iterator[Path]:
+    """The cgroup's folder and its parents. Inside a container the path may lie outside what is mounted: the mount is it."""
+    folder = base / path.lstrip("/")
+    while folder != base:
+        yield folder
+        folder = folder.parent
+    yield base
+
+
+def _lines(path: Path) -> list[str]:
+    return path.read_text().splitlines() if path.is_file() else []
+
+
+class Ledger:
+    """Who has reserved how many bytes of the budget."""
+
+    def __init__(self, budget: int) -> None:
+        self.budget = budget
+        self.in_use = 0
+        self._held: dict[object, int] = {}
+
+    @property
+    def free(self) -> int:
+        return self.budget - self.in_use
+
+    def fits(self, needed: int) -> bool:
+        return needed <= self.free
+
+    def hold(self, owner: object, needed: int) -> None:
+        """Set what an owner holds. Growing past the budget is our fault: callers ask `fits` first."""
+        change = needed - self._held.get(owner, 0)
+        assert change <= self.free, f"reservation of {change} bytes passes the {self.free} that are free"
+        self._held[owner] = needed
+        self.in_use += change
+
+    def release(self, owner: object) -> None:
+        """Give back all that an owner holds; nothing when it holds nothing."""
+        self.in_use -= self._held.pop(owner, 0)
+
+
+class StorageCounter(TorchDispatchMode):
+    """Counts the bytes of storages that operators make while it is entered, and their peak.
+
+    Storages that existed before are found among the operators' inputs and not counted. Blind to scratch inside a kernel.
+    May be entered again and again; what lives between counts on.
+    """
+
+    method = "dispatch"
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.current_bytes = 0
+        self.peak_bytes = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(
+        self, func: Callable[..., Any], types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        for tensor in _tensors((args, kwargs)):
+            self._count(tensor.untyped_storage(), 0)
+        out = func(*args, **(kwargs or {}))
+        for tensor in _tensors(out):
+            storage = tensor.untyped_storage()
+            self._count(storage, storage.nbytes())
+        return out
+
+    def _count(self, storage: torch.UntypedStorage, size: int) -> None:
+        if storage._cdata in self._known:
+            return
+        self._known.add(storage._cdata)
+        self.current_bytes += size
+        self.peak_bytes = max(self.peak_bytes, self.current_bytes)
+        weakref.finalize(storage, self._forget, storage._cdata, size)
+
+    def _forget(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.current_bytes -= size
+
+
+class AllocatorPeak:
+    """The same measure on CUDA, where the caching allocator knows it exactly. Sees the whole device: one step at a time."""
+
+    method = "allocator"
+
+    def __init__(self, device: torch.device) -> None:
+        self.peak_bytes = 0
+        self._device = device
+        self._before = 0
+
+    def __enter__(self) -> AllocatorPeak:
+        torch.cuda.reset_peak_memory_stats(self._device)
+        self._before = torch.cuda.memory_allocated(self._device)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.peak_bytes = max(self.peak_bytes, torch.cuda.max_memory_allocated(self._device) - self._before)
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from _tensors(item)
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from _tensors(item)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that memory was refused. torch's CPU allocator has no exception type of its own."""
+    refused = "can't allocate memory" in str(error) or "not enough memory" in str(error)
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (isinstance(error, RuntimeError) and refused)
+
+
+def trim() -> None:
+    """Give the C library's free heap back to the system. Does nothing where there is no glibc."""
+    release = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if release is not None:
+        release(0)

@@ -1,0 +1,165 @@
+"""The model's side of a step: tokens packed, the model called, tokens drawn. All of it runs on the model thread."""
+
+from __future__ import annotations
+
+import time
+from array import array
+from collections.abc import Callable, Generator
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor
+
+from attention import Segments
+from service.engine.job import Sequence
+from service.engine.memory import AllocatorPeak, StorageCounter
+from service.engine.request import TokenLogprob
+from service.engine.sampling import draw, logprobs
+from service.engine.scheduler import Member, Work
+from service.model.transformer import Attend, Transformer
+
+LOGIT_ROWS = 64  # rows of an echoed prompt whose logits exist at one time
+
+
+class Runner:
+    """Runs steps of work on one model."""
+
+    def __init__(self, model: Transformer, row_multiple: int | None, sample_every: int) -> None:
+        """`row_multiple`: packed rows are padded to a multiple of it (see `row_multiple` below)."""
+        self._model = model
+        self._row_multiple = row_multiple or 1
+        self._sample_every = sample_every
+        self._steps = 0
+        self._seen: set[tuple[object, ...]] = set()
+
+    def run(self, work: Work, gives_way: Callable[[], bool]) -> bool:
+        """Run a step to its end, or to the layer behind which `gives_way()` holds. Returns whether it has ended.
+
+        Changes the slots of its members, and on ending their jobs' sums, log-probabilities and the work's `drawn`.
+        Raises whatever the model raises; the members' states are then undefined.
+        """
+        start = time.perf_counter()
+        if work.stages is None:
+            work.stages, work.gauge = self._stages(work), self._gauge(work)
+        with torch.inference_mode(), work.gauge or nullcontext():
+            try:
+                return not any(gives_way() for _ in work.stages)
+            finally:
+                work.seconds += time.perf_counter() - start
+
+    def _gauge(self, work: Work) -> StorageCounter | AllocatorPeak | None:
+        """A measure of this step's memory: for the first of its kind and size, and for one in so many."""
+        self._steps += 1
+        size = (work.kind, work.route, work.tokens.bit_length(), max(m.end for m in work.members).bit_length())
+        if size in self._seen and self._steps % self._sample_every:
+            return None
+        self._seen.add(size)
+        device = self._model.device
+        return AllocatorPeak(device) if device.type == "cuda" else StorageCounter()
+
+    def _stages(self, work: Work) -> Generator[None, None, None]:
+        """The computation of a step, pausing between layers."""
+        for member in work.members:
+            if member.sequence.slot is None:
+                member.sequence.slot = work.route.pool.allocate(member.sequence.job.max_length)
+        ids, segments = self._packed(work)
+        positions = torch.nn.functional.pad(segments.positions(self._model.device), (0, len(ids) - segments.total))
+        hidden = yield from self._model.stages(ids, positions, self._attend(work, segments))
+        if work.kind == "embed":
+            _add_sums(work, segments, hidden)
+        else:
+            self._tell_prompts(work, segments, hidden)
+            self._draw(work, segments, hidden)
+
+    def _packed(self, work: Work) -> tuple[Tensor, Segments]:
+        """Tokens of all members, padded to the row multiple, and where each member stands."""
+        ids = array("i")
+        for member in work.members:
+            ids += member.sequence.tokens(member.start, member.end)
+        segments = Segments(tuple(m.end - m.start for m in work.members), tuple(m.start for m in work.members))
+        ids += array("i", [0] * (-len(ids) % self._row_multiple))
+        return torch.tensor(ids, dtype=torch.long, device=self._model.device), segments
+
+    def _attend(self, work: Work, segments: Segments) -> Attend:
+        backend, pool, total = work.route.backend, work.route.pool, segments.total
+        slots = [member.sequence.slot for member in work.members if member.sequence.slot is not None]
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            answer = backend.extend(q[:total], k[:total], v[:total], segments, pool, layer, slots)
+            return answer if len(q) == total else torch.cat((answer, answer.new_zeros(len(q) - total, *answer.shape[1:])))
+
+        return attend
+
+    def _tell_prompts(self, work: Work, segments: Segments, hidden: Tensor) -> None:
+        """Log-probabilities of the prompt's tokens, for the members that echo them."""
+        for member, (start, _, _) in zip(work.members, segments.spans(), strict=True):
+            job = member.sequence.job
+            top = job.request.sampling.logprobs
+            if not job.request.sampling.echo or top is None or member.sequence.output:
+                continue
+            if member.start == 0:
+                job.prompt_logprobs = [TokenLogprob(job.prompt[0], None)]
+            targets = job.prompt[member.start + 1 : member.end + 1]
+            for a in range(0, len(targets), LOGIT_ROWS):
+                some = targets[a : a + LOGIT_ROWS]
+                logits = self._model.logits(hidden[start + a : start + a + len(some)])
+                job.prompt_logprobs += logprobs(logits, some, [top] * len(some))
+
+    def _draw(self, work: Work, segments: Segments, hidden: Tensor) -> None:
+        """Draw the next token of every member that has none left to process; samples of a new prompt part here."""
+        ends = zip(work.members, segments.last(), strict=True)
+        ready = [(m, row) for m, row in ends if m.end == m.sequence.length and m.sequence.job.request.sampling.max_tokens > 0]
+        if not ready:
+            return
+        last = [row for _, row in ready]
+        last += last[:1] * (-len(last) % self._row_multiple)
+        logits = self._model.logits(hidden[last])[: len(ready)]
+        sequences, rows = [], []
+        for index, (member, _) in enumerate(ready):
+            drawing = [member.sequence, *self._part(member)]
+            sequences += drawing
+            rows += [index] * len(drawing)
+        logits = logits if len(rows) == len(ready) else logits[rows]
+        settings = [sequence.job.request.sampling for sequence in sequences]
+        work.drawn = list(zip(sequences, draw(logits, settings, [s.source for s in sequences]), strict=True))
+
+    def _part(self, member: Member) -> list[Sequence]:
+        """The samples that have waited for this prompt, each with its own copy of the state."""
+        job = member.sequence.job
+        for sibling in job.siblings:
+            assert member.sequence.slot is not None, "a processed prompt without a state"
+            sibling.slot, sibling.past = job.route.pool.copy(member.sequence.slot), member.end
+        return job.siblings
+
+
+def _add_sums(work: Work, segments: Segments, hidden: Tensor) -> None:
+    """Add the hidden states of each member to its job's sum."""
+    for member, (start, end, _) in zip(work.members, segments.spans(), strict=True):
+        job = member.sequence.job
+        part = hidden[start:end].sum(0, dtype=torch.float32)
+        job.summed = part if member.start == 0 or job.summed is None else job.summed + part
+
+
+def row_multiple(model: Transformer, rows: int = 512) -> int | None:
+    """The least number to whose multiples packed rows must be padded for a row's numbers not to depend on its mates.
+
+    A matrix library may compute the same row differently in a product of another height. It is tried out here, on this
+    model and machine, attention left out: 1 for oneDNN's bfloat16 products, 4 for MKL's float32 ones, where we tried it.
+
+    Returns:
+        1, 4, 8 or 16; None when none of them helps, and answers may differ in the last bits by what shares the batch.
+    """
+    ids = torch.arange(rows, device=model.device) % model.config.vocab_size
+
+    def compute(count: int) -> tuple[Tensor, Tensor]:
+        hidden = model.hidden(ids[:count], ids[:count], lambda layer, q, k, v: q)
+        return hidden, model.logits(hidden[:16])
+
+    with torch.inference_mode():
+        hidden, logits = compute(rows)
+        for multiple in (1, 4, 8, 16):
+            counts = {multiple * factor for factor in (1, 2, 3, 4, 5, 7, 8, 16, 25) if multiple * factor <= rows}
+            trials = [(count, *compute(count)) for count in counts]
+            if all(torch.equal(h, hidden[:n]) and torch.equal(x, logits[: min(n, 16)]) for n, h, x in trials):
+                return multiple
+    return None

@@ -1,0 +1,189 @@
+"""What runs next. A step of work is one call of the model for sequences of one backend.
+
+Streams and prompts share the time: behind each slice of prefill the running streams get their share. Among prompts the one
+that has waited longest in multiples of its own length comes first, at every chunk. A prompt enters when its bytes are free;
+smaller ones may pass it meanwhile, until it has waited for `patience` times its own length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterable, Iterator
+from dataclasses import dataclass, field
+
+from service.config import EngineConfig
+from service.engine.admission import Route
+from service.engine.job import Job, Sequence
+from service.engine.memory import AllocatorPeak, Ledger, StorageCounter
+from service.engine.observer import StepKind
+from service.engine.sampling import Drawn
+
+
+@dataclass(frozen=True)
+class Member:
+    """The tokens from `start` to `end` of one sequence."""
+
+    sequence: Sequence
+    start: int
+    end: int
+
+
+@dataclass(eq=False)
+class Work:
+    """One step: its members, and where its computation stands. May pause between the layers of the model."""
+
+    kind: StepKind
+    route: Route
+    members: tuple[Member, ...]
+    stages: Generator[None, None, None] | None = None
+    gauge: StorageCounter | AllocatorPeak | None = None  # measures this step's peak; None when it is not sampled
+    seconds: float = 0.0
+    drawn: list[tuple[Sequence, Drawn]] = field(default_factory=list)
+
+    @property
+    def tokens(self) -> int:
+        return sum(member.end - member.start for member in self.members)
+
+    @property
+    def predicted_seconds(self) -> float:
+        pace = self.route.course.pace
+        return sum(pace.seconds(m.end - m.start, m.end) for m in self.members) - (len(self.members) - 1) * pace.model.fixed
+
+    @property
+    def predicted_bytes(self) -> int:
+        return sum(self.route.course.step_bytes(m.end - m.start, m.end) for m in self.members)
+
+    def urgency(self, now: float) -> float:
+        return max(member.sequence.job.urgency(now) for member in self.members)
+
+
+class Scheduler:
+    """The queue, the running jobs, and the choice among them."""
+
+    def __init__(self, config: EngineConfig, ledger: Ledger, can_pack: bool) -> None:
+        """`can_pack`: prompts may share a call of the model without changing each other's numbers."""
+        self.waiting: list[Job] = []
+        self.running: list[Job] = []
+        self.paused: list[Work] = []
+        self._config = config
+        self._ledger = ledger
+        self._can_pack = can_pack
+        self._owed = 0.0  # seconds that streams are owed for prefill that went before them
+        self._served: dict[Route, int] = {}  # decode steps are dealt in turn among backends
+        self._turn = 0
+
+    @property
+    def num_sequences(self) -> int:
+        """Sequences that hold state or are promised one."""
+        return sum(len(job.sequences) + len(job.siblings) for job in self.running)
+
+    def next(self, now: float) -> Work | None:
+        """The next step, its members marked as held; None when there is nothing to do."""
+        streams = self._streams()
+        if not streams:
+            self._owed = 0.0
+        work = self._prefill(now) if self._owed <= 0 else None
+        return work or (self._decode(streams) if streams else None)
+
+    def account(self, work: Work, seconds: float) -> None:
+        """Book the seconds that a step, or a slice of it, took."""
+        share = self._config.decode_share
+        self._owed = max(0.0, self._owed - seconds) if work.kind == "decode" else seconds * share / (1 - share)
+
+    def pause(self, work: Work) -> None:
+        self.paused.append(work)
+
+    def remove(self, job: Job) -> None:
+        """Forget a job, and the step of its own that is paused."""
+        (self.running if job in self.running else self.waiting).remove(job)
+        self.paused = [work for work in self.paused if any(m.sequence.job is not job for m in work.members)]
+        self._ledger.release(job)
+
+    def has_other_work(self, work: Work) -> bool:
+        """Whether anybody but this step's members could run."""
+        held = {member.sequence.job for member in work.members}
+        return bool(self.waiting) or any(job not in held for job in self.running)
+
+    def _streams(self) -> dict[Route, list[Sequence]]:
+        """Sequences that can decode, by backend; one that must run alone replaces its backend's batch."""
+        streams: dict[Route, list[Sequence]] = {}
+        for job in self.running:
+            for sequence in job.sequences:
+                if sequence.is_decoding and not sequence.is_done and not sequence.is_held:
+                    streams.setdefault(job.route, []).append(sequence)
+        return streams
+
+    def _decode(self, streams: dict[Route, list[Sequence]]) -> Work:
+        route = min(streams, key=lambda route: self._served.get(route, 0))
+        self._turn += 1
+        self._served = {r: turn for r, turn in self._served.items() if r in streams} | {route: self._turn}
+        alone = [sequence for sequence in streams[route] if sequence.is_alone]
+        return _hold("decode", route, alone[:1] or streams[route])
+
+    def _prefill(self, now: float) -> Work | None:
+        """The most urgent prompt that can go on, with others of its backend when they fit beside it."""
+        paused = max(self.paused, key=lambda work: work.urgency(now), default=None)
+        candidates = self._candidates(now)
+        first = next(candidates, None)
+        if paused is not None and (first is None or paused.urgency(now) >= first.job.urgency(now)):
+            self.paused.remove(paused)
+            return paused
+        if first is None:
+            return None
+        return _hold("embed" if first.job.is_embedding else "prefill", first.job.route, self._pack(first, candidates))
+
+    def _candidates(self, now: float) -> Iterator[Sequence]:
+        """Sequences with a prompt to process, most urgent first. Asking for one lets its job in."""
+        jobs = [job for job in self.running if _unprocessed(job)] + self.waiting
+        entered = set(self.running)
+        for job in sorted(jobs, key=lambda job: -job.urgency(now)):
+            if job in entered:
+                yield from _unprocessed(job)
+            elif self._has_room(job):
+                self._enter(job)
+                yield job.sequences[0]
+            elif job.urgency(now) > self._config.patience:
+                return  # it has been overtaken long enough: what comes free is kept for it
+
+    def _has_room(self, job: Job) -> bool:
+        return self._ledger.fits(job.need.total) and self.num_sequences + job.request.n <= self._config.max_sequences
+
+    def _enter(self, job: Job) -> None:
+        self._ledger.hold(job, job.need.total)
+        self.waiting.remove(job)
+        self.running.append(job)
+
+    def _pack(self, first: Sequence, others: Iterable[Sequence]) -> list[Sequence]:
+        """Sequences whose next chunks together cost no more than one chunk may."""
+        pack, seconds, tokens = [first], *_chunk_cost(first)
+        if first.is_alone or not (self._can_pack or first.job.is_embedding):
+            return pack
+        for other in others:
+            if other.job.route is not first.job.route or other.job.is_embedding != first.job.is_embedding or other.is_alone:
+                continue
+            more_seconds, more_tokens = _chunk_cost(other)
+            seconds, tokens = seconds + more_seconds, tokens + more_tokens
+            if seconds > first.job.route.course.chunk_seconds or tokens > self._config.max_chunk_tokens:
+                break
+            pack.append(other)
+        return pack
+
+
+def _unprocessed(job: Job) -> list[Sequence]:
+    """Sequences of a running job that have more than a decode step before them."""
+    return [s for s in job.sequences if not (s.is_decoding or s.is_done or s.is_held)]
+
+
+def _next_end(sequence: Sequence) -> int:
+    return min(sequence.length, sequence.job.route.course.next_end(sequence.past))
+
+
+def _chunk_cost(sequence: Sequence) -> tuple[float, int]:
+    """Predicted seconds, and tokens, of a sequence's next chunk."""
+    end = _next_end(sequence)
+    return sequence.job.route.course.pace.seconds(end - sequence.past, end), end - sequence.past
+
+
+def _hold(kind: StepKind, route: Route, sequences: list[Sequence]) -> Work:
+    for sequence in sequences:
+        sequence.is_held = True
+    return Work(kind, route, tuple(Member(s, s.past, _next_end(s)) for s in sequences))

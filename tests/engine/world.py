@@ -1,0 +1,135 @@
+"""A tiny real world for the engine's tests: a model of random weights, a byte tokenizer, an engine around them."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import tokenizers
+import torch
+from tokenizers import decoders, models
+
+import attention
+from service.config import EngineConfig
+from service.engine.engine import Backends, Engine
+from service.engine.observer import Outcome, Step
+from service.engine.request import Delta, Embedding, Request, Sampling
+from service.model.tokenizer import Tokenizer, _byte_alphabet
+from service.model.transformer import ModelConfig, Transformer
+
+EOS = 256
+VOCABULARY = 257
+MAX_LENGTH = 2048
+BACKENDS = {"dense": {}, "sliding_window": {"window": 64, "sinks": 4}, "performer": {"features": 32}}
+
+_ids = itertools.count()
+
+
+def make_model(dtype: torch.dtype = torch.float32, layers: int = 2) -> Transformer:
+    """A transformer of random weights whose next tokens are not trivial."""
+    torch.manual_seed(0)
+    config = ModelConfig.from_dict(
+        {
+            "model_type": "qwen3",
+            "vocab_size": VOCABULARY,
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": layers,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 16,
+            "max_position_embeddings": MAX_LENGTH,
+            "rms_norm_eps": 1e-6,
+            "tie_word_embeddings": True,
+            "eos_token_id": EOS,
+        }
+    )
+    return Transformer(config).to(dtype).requires_grad_(False).eval()
+
+
+def make_tokenizer() -> Tokenizer:
+    """One token per byte, and an end-of-text token."""
+    vocabulary = {char: byte for char, byte in _byte_alphabet().items()}
+    core = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    core.decoder = decoders.ByteLevel()
+    core.add_special_tokens(["<end>"])
+    return Tokenizer(core, EOS)
+
+
+def make_backends(model: Transformer, default: str = "dense", **options: dict[str, Any]) -> Backends:
+    """Real backends for the model: all of BACKENDS, or those given with their options."""
+    chosen = options or BACKENDS
+    return Backends({name: attention.build(name, opts, model.head_shape()) for name, opts in chosen.items()}, default)
+
+
+@dataclass
+class Watcher:
+    """An observer that remembers."""
+
+    ended: list[tuple[str, Outcome]] = field(default_factory=list)
+    refusals: list[str] = field(default_factory=list)
+    steps: list[Step] = field(default_factory=list)
+
+    def finished(self, request: Request, outcome: Outcome) -> None:
+        self.ended.append((request.id, outcome))
+
+    def refused(self, request: Request, reason: str) -> None:
+        self.refusals.append(reason)
+
+    def stepped(self, step: Step) -> None:
+        self.steps.append(step)
+
+
+@asynccontextmanager
+async def running(
+    model: Transformer | None = None, backends: Backends | None = None, watcher: Watcher | None = None, **config: Any
+) -> AsyncIterator[Engine]:
+    """A started engine, stopped on leaving. The budget is 64 MiB unless the config says otherwise."""
+    model = model or make_model()
+    settings = EngineConfig(**({"memory_budget_bytes": 64 * 2**20} | config))
+    engine = Engine(model, make_tokenizer(), backends or make_backends(model), settings, watcher)
+    await engine.start()
+    try:
+        yield engine
+    finally:
+        await engine.stop()
+
+
+def completion(
+    prompt: str | list[int] = "abc", backend: str | None = None, n: int = 1, deadline: float | None = None, **sampling: Any
+) -> Request:
+    """A greedy completion request unless the sampling says otherwise; it ignores the end-of-text token."""
+    tokens = list(prompt.encode()) if isinstance(prompt, str) else prompt
+    settings = Sampling(**({"temperature": 0.0, "max_tokens": 8, "ignore_eos": True} | sampling))
+    return Request(f"r{next(_ids)}", "completion", tokens, backend, settings, n, deadline)
+
+
+def embedding(prompt: str | list[int] = "abc", backend: str | None = None, deadline: float | None = None) -> Request:
+    tokens = list(prompt.encode()) if isinstance(prompt, str) else prompt
+    return Request(f"r{next(_ids)}", "embedding", tokens, backend, deadline=deadline)
+
+
+async def complete(engine: Engine, request: Request) -> list[Delta]:
+    """All deltas of a completion."""
+    deltas = [item async for item in engine.submit(request)]
+    assert all(isinstance(item, Delta) for item in deltas)
+    return deltas  # type: ignore[return-value]
+
+
+async def tokens_of(engine: Engine, request: Request) -> list[int]:
+    """All tokens of a completion's first sample."""
+    return [token for delta in await complete(engine, request) if delta.index == 0 for token in delta.tokens]
+
+
+async def embed(engine: Engine, request: Request) -> list[float]:
+    (item,) = [item async for item in engine.submit(request)]
+    assert isinstance(item, Embedding)
+    return item.vector
+
+
+def prompt(length: int, seed: int = 0) -> list[int]:
+    """Some bytes."""
+    return torch.randint(0, 256, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
