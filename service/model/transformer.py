@@ -124,9 +124,8 @@ def rotary_frequencies(rope: Mapping[str, Any], head_dim: int) -> Tensor:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate coordinate pairs (i, i + D/2) of x (T, heads, D) by the angles whose cos and sin are (T, 1, D)."""
-    first, second = x.chunk(2, dim=-1)
-    return torch.addcmul(x * cos, torch.cat((-second, first), dim=-1), sin)
+    """Rotate coordinate pairs (i, i + D/2) of x (T, heads, D) by the angles of `Transformer.rotation`, each (T, 1, D)."""
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
 
 
 class Layer(nn.Module):
@@ -155,15 +154,17 @@ class Layer(nn.Module):
         x = x + self.attention(self.norm(x, self.attention_norm), cos, sin, index, attend)
         return x + self.mlp(self.norm(x, self.mlp_norm))
 
-    def norm(self, x: Tensor, weight: Tensor) -> Tensor:
+    def norm(self, x: Tensor, weight: Tensor | None) -> Tensor:
         return F.rms_norm(x, (x.shape[-1],), weight, self.config.rms_norm_eps)
 
     def attention(self, x: Tensor, cos: Tensor, sin: Tensor, index: int, attend: Attend) -> Tensor:  # (T, C) -> (T, C)
         heads, groups, depth = self.config.num_attention_heads, self.config.num_key_value_heads, self.config.head_dim
-        q, k, v = self.qkv(x).view(-1, heads + 2 * groups, depth).split((heads, groups, groups), dim=1)
+        qk, v = self.qkv(x).view(-1, heads + 2 * groups, depth).split((heads + groups, groups), dim=1)
         if self.config.qk_norm:
-            q, k = self.norm(q, self.q_norm), self.norm(k, self.k_norm)
-        answer = attend(index, rotate(q, cos, sin), rotate(k, cos, sin), v)  # (T, H, D)
+            weights = torch.cat((self.q_norm.expand(heads, depth), self.k_norm.expand(groups, depth)))
+            qk = self.norm(qk, None) * weights
+        q, k = rotate(qk, cos, sin).split((heads, groups), dim=1)
+        answer = attend(index, q, k, v)  # (T, H, D)
         return self.out(answer.reshape(-1, heads * depth))
 
     def mlp(self, x: Tensor) -> Tensor:  # (T, C) -> (T, C)
@@ -182,7 +183,7 @@ class Transformer(nn.Module):
         self.final_norm = nn.Parameter(torch.ones(config.hidden_size))
         if not config.tie_word_embeddings:
             self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.register_buffer("frequencies", rotary_frequencies(dict(config.rope), config.head_dim), persistent=False)
+        self._turns: Tensor | None = None  # see `rotation`
 
     @property
     def dtype(self) -> torch.dtype:
@@ -239,7 +240,17 @@ class Transformer(nn.Module):
         return max(attending, feeding)
 
     def rotation(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """cos and sin of each position's angles, computed in float32, (T, 1, D) in the model's dtype."""
-        angles = torch.outer(positions.float(), self.frequencies.float())
-        angles = torch.cat((angles, angles), dim=-1)[:, None]
-        return angles.cos().to(self.dtype), angles.sin().to(self.dtype)
+        """cos, and sin with the sign that `rotate` needs, of each position's angles, (T, 1, D) in the model's dtype."""
+        turns = self._turns
+        if turns is None or turns.dtype != self.dtype or turns.device != self.device:
+            turns = self._turns = self._table()
+        cos, sin = turns[positions].chunk(2, dim=-1)
+        return cos, sin
+
+    @torch.inference_mode(False)  # training may use a table that an evaluation made
+    def _table(self) -> Tensor:
+        """Turns of all positions (P, 1, 2 D). Angles in float32: in bfloat16 they would be wrong by whole turns."""
+        positions = torch.arange(self.config.max_position_embeddings, dtype=torch.float32)
+        angles = torch.outer(positions, rotary_frequencies(dict(self.config.rope), self.config.head_dim))
+        cos, sin = angles.cos(), angles.sin()
+        return torch.cat((cos, cos, -sin, sin), dim=-1)[:, None].to(self.device, self.dtype)

@@ -52,7 +52,7 @@ def make_model(dtype: torch.dtype = torch.float32, layers: int = 2) -> Transform
 
 def make_tokenizer() -> Tokenizer:
     """One token per byte, and an end-of-text token."""
-    vocabulary = {char: byte for char, byte in _byte_alphabet().items()}
+    vocabulary = dict(_byte_alphabet())
     core = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     core.decoder = decoders.ByteLevel()
     core.add_special_tokens(["<end>"])

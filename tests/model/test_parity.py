@@ -163,3 +163,11 @@ def test_rotary_frequencies_fall_from_one_to_almost_nothing() -> None:
     frequencies = rotary_frequencies({"rope_type": "default", "rope_theta": 10000.0}, 64)
     assert frequencies[0] == 1.0
     assert torch.all(frequencies[1:] < frequencies[:-1])
+
+
+def test_a_bfloat16_model_turns_far_positions_by_the_same_angles_as_a_float32_one() -> None:
+    config = ModelConfig.from_dict({**TINY, "model_type": "qwen3", "max_position_embeddings": 32_768})
+    positions = torch.tensor([0, 1, config.max_position_embeddings // 2, config.max_position_embeddings - 1])
+    wide, narrow = (Transformer(config).to(dtype).rotation(positions) for dtype in (torch.float32, torch.bfloat16))
+    for expected, received in zip(wide, narrow, strict=True):
+        torch.testing.assert_close(received.float(), expected, atol=2**-8, rtol=0)  # rounding of a number up to 1
