@@ -75,8 +75,8 @@ class Phase:
 
 PHASES = (
     Phase(0.68, (1024,), 8192, 0.03, (("dense", 0.34), ("sliding_window", 0.3), ("performer", 0.36))),
-    Phase(0.90, (2048,), 16384, 0.06, (("dense", 0.36), ("sliding_window", 0.28), ("performer", 0.36))),
-    Phase(1.01, (8192, 8192, 16384), 16384, 0.25, (("dense", 0.5), ("sliding_window", 0.2), ("performer", 0.3))),
+    Phase(0.90, (2048,), 16384, 0.06, (("dense", 0.34), ("sliding_window", 0.22), ("performer", 0.44))),
+    Phase(1.01, (8192, 8192, 16384), 16384, 0.25, (("dense", 0.5), ("sliding_window", 0.15), ("performer", 0.35))),
 )
 DECAY_FROM = 0.55
 MATRIX_RATE, VECTOR_RATE = 0.02, 0.003
@@ -291,7 +291,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="what service.training.corpus wrote")
     parser.add_argument("--out", type=Path, required=True, help="where the run's state and log go, outside the repository")
-    parser.add_argument("--tokens", type=int, default=40_000_000, help="tokens to train on in all")
+    parser.add_argument("--tokens", type=int, default=36_000_000, help="tokens to train on in all")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True, help="torch.compile short lengths")
