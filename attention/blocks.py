@@ -104,12 +104,10 @@ def heads_first(x: Tensor) -> Tensor:
     return x.transpose(0, 1)
 
 
-def query_rows(q: Tensor, heads: int, scale: float) -> Tensor:
-    """(C, H, D) to (G, R C, D), tight and times `scale`: the R query heads of a group one behind the other."""
-    count, total, width = q.shape
-    rows = q.new_empty(heads, total // heads, count, width)
-    torch.mul(q.view(count, heads, -1, width).permute(1, 2, 0, 3), scale, out=rows)
-    return rows.view(heads, -1, width)
+def query_rows(q: Tensor, heads: int) -> Tensor:
+    """(C, H, D) to (G, RC, D), tight: the R query heads of a group one behind the other."""
+    count, _, width = q.shape
+    return q.view(count, heads, -1, width).permute(1, 2, 0, 3).contiguous().view(heads, -1, width)
 
 
 def softmax(q: Tensor, pieces: Sequence[Piece], out: Tensor) -> None:
@@ -122,7 +120,7 @@ def softmax(q: Tensor, pieces: Sequence[Piece], out: Tensor) -> None:
     """
     count, _, width = q.shape
     groups = pieces[0].k.shape[0]
-    rows = query_rows(q, groups, LOG2_E / math.sqrt(width))
+    rows = query_rows(q, groups)
     sums, total = _unshifted(rows, count, pieces)
     answer = out.view(count, groups, -1, width).permute(1, 2, 0, 3)  # (G, R, C, D)
     torch.div(sums.view(answer.shape), total.view(*answer.shape[:3], 1), out=answer)
@@ -161,9 +159,15 @@ def _piece(rows: Tensor, count: int, piece: Piece, room: Tensor) -> tuple[Tensor
     """The two sums of one piece; its scores and weights stand in `room`."""
     shape = (*rows.shape[:2], piece.k.shape[1])
     weights = room[: math.prod(shape)].view(shape)
-    torch.bmm(rows, piece.k.contiguous().transpose(1, 2), out=weights).exp2_()
+    scores(rows, piece.k, weights).exp2_()
     piece.band.clear(weights.view(shape[0], -1, count, shape[2]))
     return torch.bmm(weights, piece.v), weights.sum(-1, keepdim=True)
+
+
+def scores(rows: Tensor, k: Tensor, out: Tensor) -> Tensor:
+    """q.k log2(e) / sqrt D of rows (G, RC, D) and k (G, N, D) into out (G, RC, N): 2^s is softmax's exp(q.k / sqrt D)."""
+    scale = LOG2_E / math.sqrt(rows.shape[-1])
+    return torch.baddbmm(out, rows, k.contiguous().transpose(1, 2), beta=0, alpha=scale, out=out)
 
 
 def _shifted(rows: Tensor, count: int, pieces: Sequence[Piece]) -> tuple[Tensor, Tensor]:
@@ -173,13 +177,13 @@ def _shifted(rows: Tensor, count: int, pieces: Sequence[Piece]) -> tuple[Tensor,
     total = rows.new_zeros((*rows.shape[:2], 1), dtype=wide)
     top = torch.full_like(total, -math.inf)
     for piece in pieces:
-        scores = torch.bmm(rows, piece.k.contiguous().transpose(1, 2))
-        hidden = piece.band.hidden(count, scores.shape[-1], rows.device)
-        scores.view(rows.shape[0], -1, count, scores.shape[-1]).masked_fill_(hidden, -math.inf)
-        new = torch.maximum(top, scores.amax(-1, keepdim=True))
+        s = scores(rows, piece.k, rows.new_empty(*rows.shape[:2], piece.k.shape[1]))
+        hidden = piece.band.hidden(count, s.shape[-1], rows.device)
+        s.view(rows.shape[0], -1, count, s.shape[-1]).masked_fill_(hidden, -math.inf)
+        new = torch.maximum(top, s.amax(-1, keepdim=True))
         finite = torch.where(new == -math.inf, 0.0, new)  # a row that has seen nothing yet keeps its zeros
         scale = torch.exp2(top - finite)
-        weights = torch.exp2(scores - finite).to(rows.dtype)
+        weights = torch.exp2(s - finite).to(rows.dtype)
         sums = sums * scale + torch.bmm(weights, piece.v)
         total = total * scale + weights.sum(-1, keepdim=True, dtype=wide)
         top = new
@@ -227,10 +231,19 @@ def append(state: dict[str, Tensor], k: Tensor, v: Tensor, past: int) -> tuple[T
     return state["k"][:, :total], state["v"][:, :total]
 
 
-def workspace_bytes(shape: HeadShape, queries: int, widest: int, pieces: int = 2) -> int:
+def extend(q: Tensor, k: Tensor, v: Tensor, past: int, state: dict[str, Tensor], out: Tensor) -> None:
+    """Append new tokens to a state that keeps all and answer them, causally, over all of it."""
+    keys, values = append(state, k, v, past)
+    if len(q) == 1:
+        step(q[0], keys, values, out[0])
+    else:
+        dense(q, keys, values, past, True, out)
+
+
+def workspace_bytes(shape: HeadShape, queries: int, widest: int, pieces: int = 2, rows: int = ROWS) -> int:
     """Peak temporaries of `softmax` over blocks whose widest piece has `widest` keys, the answer to all queries included."""
     size, width = shape.itemsize, shape.head_width
-    rows = shape.query_heads * min(queries, ROWS)
+    rows = shape.query_heads * min(queries, rows)
     scores = rows * widest * size
     tight_keys = shape.key_value_heads * widest * width * size
     sums = rows * (width + 1) * (2 * size + (max(size, 4) if pieces > 1 else 0))

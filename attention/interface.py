@@ -347,6 +347,18 @@ class AttentionBackend(ABC):
         """
         raise NotImplementedError(f"{self.name} is no softmax over a set of keys")
 
+    def kernel(self, q: Tensor, k: Tensor) -> Tensor:
+        """What each key weighs for each query: (..., N, D) and (..., M, D) to (..., N, M), up to a factor per query.
+
+        The definition of a backend that is no softmax, in the inputs' dtype.
+        """
+        raise NotImplementedError(f"{self.name} is a softmax, defined by visible")
+
+    @property
+    def edge(self) -> int:
+        """Sequence length from which all parts of the pattern are in play: checks look on both sides of it."""
+        return 1
+
     def state_bytes(self, max_tokens: int) -> int:
         """Bytes of `state(max_tokens)`: one layer, one sequence."""
         return sum(spec.nbytes for spec in self.state(max_tokens).values())

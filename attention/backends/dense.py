@@ -21,6 +21,10 @@ class Dense(AttentionBackend):
 
     Options = DenseOptions
 
+    @property
+    def edge(self) -> int:
+        return blocks.columns(self.shape.query_heads, self.shape.itemsize) + 1
+
     def visible(self, i: Tensor, j: Tensor, length: int | Tensor) -> Tensor:
         return (i < length) & (j < length)
 
@@ -28,11 +32,7 @@ class Dense(AttentionBackend):
         blocks.dense(q, blocks.heads_first(k), blocks.heads_first(v), 0, causal, out)
 
     def extend_sequence(self, q: Tensor, k: Tensor, v: Tensor, past: int, state: dict[str, Tensor], out: Tensor) -> None:
-        keys, values = blocks.append(state, k, v, past)
-        if len(q) == 1:
-            blocks.step(q[0], keys, values, out[0])
-        else:
-            blocks.dense(q, keys, values, past, True, out)
+        blocks.extend(q, k, v, past, state, out)
 
     def state(self, max_tokens: int) -> dict[str, StateTensor]:
         return blocks.key_value_state(self.shape, max_tokens)

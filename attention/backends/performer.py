@@ -12,15 +12,15 @@ the stabiliser of the keys looks at no later key (`_scan`).
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from attention import blocks
+from attention import blocks, sums
 from attention.interface import AttentionBackend, BackendOptions, Cost, HeadShape, StateTensor
 
-CHUNK = 128  # tokens answered together: their own triangle costs CHUNK per token, their state one product each
 REACH = 60.0  # exponents (of 2) taken as they are; beyond, a row of features is taken relative to its largest
 
 
@@ -65,102 +65,120 @@ class Performer(AttentionBackend):
         self.reach = REACH / float(scaled.double().norm(dim=1).max())  # norm of x up to which no exponent passes REACH
         self.wide = torch.promote_types(shape.dtype, torch.float32)
 
-    def features(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """2^(x W - a) of x (..., D) as (..., m), and the shift a (..., 1): 0 for every row whose norm is within reach."""
-        exponents = x @ self.weights
-        far = x.norm(dim=-1, keepdim=True) > self.reach
-        shift = torch.zeros_like(far, dtype=x.dtype)
-        if far.any():
-            shift = torch.where(far, exponents.amax(-1, keepdim=True), shift)
-            exponents -= shift
-        return exponents.exp2_(), shift
+    def kernel(self, q: Tensor, k: Tensor) -> Tensor:
+        """What each key weighs for each query, up to a factor per query: (..., N, D) and (..., M, D) to (..., N, M).
+
+        The definition, in the inputs' dtype; float64 holds any norms that a model has.
+        """
+        rows = self.weights.to(q.dtype)
+        queries: Tensor = q @ rows
+        keys: Tensor = k @ rows - k.square().sum(-1, keepdim=True) * (blocks.LOG2_E / (2 * math.sqrt(k.shape[-1])))
+        queries, keys = queries - queries.amax(-1, keepdim=True), keys - keys.amax((-1, -2), keepdim=True)
+        weights: Tensor = queries.exp2() @ keys.exp2().transpose(-1, -2)
+        return weights
+
+    def features(self, x: Tensor) -> tuple[Tensor, Tensor | float]:
+        """2^(x W - a) of tight x (..., D) as (..., m), and the shift a (..., 1): 0 for a row whose norm is within reach."""
+        exponents = torch.mm(x.view(-1, x.shape[-1]), self.weights).view(*x.shape[:-1], -1)
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        if norm.amax().item() <= self.reach:
+            return exponents.exp2_(), 0.0
+        shift = torch.where(norm <= self.reach, 0.0, exponents.amax(-1, keepdim=True))
+        return exponents.sub_(shift).exp2_(), shift
+
+    def query_features(self, q: Tensor) -> Tensor:
+        """(C, H, D) to (G, RC, m). The shift is left out: it cancels between numerator and denominator."""
+        return self.features(blocks.query_rows(q, self.shape.key_value_heads))[0]
 
     def key_features(self, k: Tensor) -> tuple[Tensor, Tensor]:
-        """Features of k (G, C, D) as (G, C, m) and the log2 of each key's weight, (G, C, 1) in at least float32."""
-        features, shift = self.features(k)
-        half_square = k.to(self.wide).square().sum(-1, keepdim=True) * (blocks.LOG2_E / (2 * math.sqrt(k.shape[-1])))
-        return features, shift - half_square
+        """(C, G, D) to features (G, C, m) and the log2 of each key's weight, (G, C, 1) in at least float32."""
+        tight = blocks.heads_first(k).contiguous()
+        features, shift = self.features(tight)
+        return features, shift - self._half_square(tight)
+
+    def _half_square(self, k: Tensor) -> Tensor:
+        """|k'|^2 / 2 in powers of two: (..., D) to (..., 1), in at least float32."""
+        square = k.to(self.wide).square().sum(-1, keepdim=True)
+        return square * (blocks.LOG2_E / (2 * math.sqrt(k.shape[-1])))
 
     def attend_sequence(self, q: Tensor, k: Tensor, v: Tensor, causal: bool, out: Tensor) -> None:
         fresh = {name: spec.new(q.device) for name, spec in self.state(len(q)).items()}
-        answer = self._scan if causal else self._both_sides
-        answer(q, k, v, fresh["s"], fresh["scale"], out)
+        (self._scan if causal else self._both_sides)(q, k, v, fresh["s"], fresh["scale"], out)
 
     def extend_sequence(self, q: Tensor, k: Tensor, v: Tensor, past: int, state: dict[str, Tensor], out: Tensor) -> None:
         self._scan(q, k, v, state["s"], state["scale"], out)
 
+    def step(
+        self, q: Tensor, k: Tensor, v: Tensor, past: Sequence[int], states: Sequence[dict[str, Tensor]], out: Tensor
+    ) -> None:
+        queries = self.features(q.contiguous())[0].to(self.wide)  # (B, H, m)
+        keys, shift = self.features(k.contiguous())  # (B, G, m)
+        weight = (shift - self._half_square(k))[..., None]  # (B, G, 1, 1)
+        scale = torch.stack([state["scale"] for state in states])
+        if (weight > scale + REACH).any():
+            for state, old, new in zip(states, scale, weight, strict=True):
+                _rescale(state["s"], state["scale"], torch.where(new > old + REACH, new, old))
+            scale = torch.stack([state["scale"] for state in states])
+        factor = torch.exp2(weight - scale)[..., 0].transpose(0, 1)  # (G, B, 1)
+        values = sums.values_with_ones(v.to(self.wide), factor)
+        queries = queries.view(len(q), self.shape.key_value_heads, -1, queries.shape[-1])
+        sums.step(queries, keys.to(self.wide)[..., None, :], values, [state["s"] for state in states], out)
+
     def _both_sides(self, q: Tensor, k: Tensor, v: Tensor, s: Tensor, scale: Tensor, out: Tensor) -> None:
-        """All keys into s first, then all queries: s (G, m, D + 1) and scale (G, 1, 1) begin empty."""
-        heads = self.shape.key_value_heads
-        for first, last in blocks.spread(0, len(k), CHUNK):
-            keys, weight = self.key_features(k[first:last].transpose(0, 1))
-            self._rescale(s, scale, torch.maximum(scale, weight.amax(1, keepdim=True)))
-            s += keys.transpose(1, 2) @ self._weighted(v[first:last], weight, scale)
-        for first, last in blocks.spread(0, len(q), CHUNK):
-            queries = self.features(query_rows(q[first:last], heads))[0]
-            out[first:last] = self._ratio(queries @ s.to(q.dtype), last - first)
+        """All keys into s (G, D + 1, m) first, then all queries; s and scale (G, 1, 1) begin empty."""
+        for a, b in blocks.spread(0, len(k), sums.BLOCK):
+            keys, weight = self.key_features(k[a:b])
+            _rescale(s, scale, torch.maximum(scale, weight.amax(1, keepdim=True)))
+            sums.add(s, keys, sums.values_with_ones(v[a:b], torch.exp2(weight - scale)))
+        for a, b in blocks.spread(0, len(q), sums.BLOCK):
+            sums.divide(sums.ask(s, self.query_features(q[a:b])), out[a:b])
 
     def _scan(self, q: Tensor, k: Tensor, v: Tensor, s: Tensor, scale: Tensor, out: Tensor) -> None:
-        """Continue s (G, m, D + 1) and scale (G, 1, 1), both changed, over the tokens in order; answers into out (C, H, D)."""
-        heads = self.shape.key_value_heads
-        for first, last in blocks.spread(0, len(q), CHUNK):
-            queries = self.features(query_rows(q[first:last], heads))[0]
-            keys, weight = self.key_features(k[first:last].transpose(0, 1))
-            self._chunk(queries, keys, weight, v[first:last], s, scale, out[first:last])
+        """Continue s (G, D + 1, m) and scale (G, 1, 1), both changed, over the tokens in order; answers into out (C, H, D)."""
+        for a, b in blocks.spread(0, len(q), sums.CHUNK):
+            keys, weight = self.key_features(k[a:b])
+            self._chunk(self.query_features(q[a:b]), keys, weight, v[a:b], s, scale, out[a:b])
 
     def _chunk(self, queries: Tensor, keys: Tensor, weight: Tensor, v: Tensor, s: Tensor, scale: Tensor, out: Tensor) -> None:
         """Answer one chunk causally and add it to the state.
 
         The sums are kept relative to 2^scale. It rises only at a key that would pass 2^REACH: the chunk is then answered in
-        two passes of one shape, before and from that key, so that earlier rows are the same to the bit whatever comes later.
+        passes of one shape, before and from that key, so that earlier rows are the same to the bit whatever comes later.
         """
-        count, done = len(v), 0
-        inner = torch.tril((queries @ keys.transpose(1, 2)).view(len(keys), -1, count, count)).view(len(keys), -1, count)
-        while done < count:
-            far = (weight[:, done:] - scale > REACH).any(0).flatten()
-            stop = done + int(far.int().argmax()) if far.any() else count
+        done = 0
+        while done < len(v):
+            stop = _first_above(weight, scale + REACH, done)
             if stop > done:
-                ends = weight.clone()
-                ends[:, :done], ends[:, stop:] = -math.inf, -math.inf
-                values = self._weighted(v, ends, scale)
-                both = (queries @ s.to(queries.dtype)).to(self.wide) + inner @ values
-                out[done:stop] = self._ratio(both, count)[done:stop]
-                s += keys.transpose(1, 2) @ values
-            if stop < count:
-                rising = weight[:, stop : stop + 1]
-                self._rescale(s, scale, torch.where(rising - scale > REACH, rising, scale))
+                factor = torch.exp2(weight - scale)
+                if stop - done < len(v):
+                    factor[:, :done], factor[:, stop:] = 0.0, 0.0
+                part = torch.empty_like(out)
+                sums.divide(sums.scan(s, queries, keys, sums.values_with_ones(v, factor)), part)
+                out[done:stop] = part[done:stop]
+            if stop < len(v):
+                risen = weight[:, stop : stop + 1]
+                _rescale(s, scale, torch.where(risen > scale + REACH, risen, scale))
             done = stop
-
-    def _weighted(self, v: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
-        """[v, 1] 2^(weight - scale): (C, G, D), (G, C, 1), (G, 1, 1) to (G, C, D + 1)."""
-        factor = torch.exp2(weight - scale)
-        return torch.cat([v.transpose(0, 1) * factor, factor], -1).to(v.dtype)
-
-    def _rescale(self, s: Tensor, scale: Tensor, new: Tensor) -> None:
-        """Move the sums from one scale to another, in place. An empty state (scale -inf) is zeros and stays so."""
-        s *= torch.exp2(scale - new)
-        scale.copy_(new)
-
-    def _ratio(self, both: Tensor, count: int) -> Tensor:
-        """Numerator and denominator (G, RC, D + 1) to answers (C, H, D)."""
-        answer = both[..., :-1] / both[..., -1:]
-        return answer.view(self.shape.query_heads, count, -1).transpose(0, 1)
 
     def state(self, max_tokens: int) -> dict[str, StateTensor]:
         heads = self.shape.key_value_heads
-        sums = (heads, self.weights.shape[1], self.shape.head_width + 1)
-        return {"s": StateTensor(sums, self.wide, 0.0), "scale": StateTensor((heads, 1, 1), self.wide, -math.inf)}
+        sums_shape = (heads, self.shape.head_width + 1, self.weights.shape[1])
+        return {"s": StateTensor(sums_shape, self.wide, 0.0), "scale": StateTensor((heads, 1, 1), self.wide, -math.inf)}
 
     def cost(self, queries: int, keys: int, *, causal: bool) -> Cost:
-        shape, width, features = self.shape, self.shape.head_width, self.weights.shape[1]
-        heads, chunk = shape.query_heads + shape.key_value_heads, min(queries, CHUNK)
-        triangle = 2 * shape.query_heads * chunk * (features + width + 1) if causal else 0
-        flops = queries * (2 * heads * features * (2 * width + 1) + triangle)
-        temporaries = chunk * heads * (features * 2 + (chunk if causal else 0)) * shape.itemsize
-        sums = 2 * self.state_bytes(1)
-        return Cost(flops, queries * shape.query_heads * width * shape.itemsize + temporaries + sums, self.state_bytes(1))
+        shape, features = self.shape, self.weights.shape[1]
+        mapping = 2 * queries * (shape.query_heads + shape.key_value_heads) * shape.head_width * features
+        workspace = sums.workspace_bytes(shape, features, queries, causal)
+        return Cost(mapping + sums.flops(shape, features, queries, causal), workspace, self.state_bytes(keys))
 
 
-def query_rows(q: Tensor, heads: int) -> Tensor:
-    """(C, H, D) to (G, R C, D)."""
-    return q.view(len(q), heads, -1, q.shape[-1]).permute(1, 2, 0, 3).reshape(heads, -1, q.shape[-1])
+def _first_above(weight: Tensor, limit: Tensor, start: int) -> int:
+    """The first token from `start` on whose weight (G, C, 1) is above its group's limit (G, 1, 1); C when there is none."""
+    above = (weight[:, start:] > limit).any(0).flatten()
+    return start + int(above.int().argmax()) if above.any() else weight.shape[1]
+
+
+def _rescale(s: Tensor, scale: Tensor, new: Tensor) -> None:
+    """Move the sums from one scale to another, in place. An empty state (scale -inf) is zeros and stays so."""
+    s *= torch.exp2(scale - new)
+    scale.copy_(new)

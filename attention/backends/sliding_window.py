@@ -32,6 +32,10 @@ class SlidingWindow(AttentionBackend):
     Options = SlidingWindowOptions
     options: SlidingWindowOptions
 
+    @property
+    def edge(self) -> int:
+        return self.options.sinks + self.options.window + 1
+
     def visible(self, i: Tensor, j: Tensor, length: int | Tensor) -> Tensor:
         return ((i - j).abs() <= self.options.window) | ((j < self.options.sinks) & (j <= i))
 

@@ -1,0 +1,56 @@
+"""Chunked softmax attention: the sequence is cut into chunks of fixed length, and a token sees its own chunk only.
+
+The local attention of Llama 4 (query and key in the same chunk: i // C == j // C) and of LRA's "Local" baseline (Tay et al.,
+arXiv 2011.04006). Not a sliding window: what a token sees reaches back between 1 and C tokens. Cost per token O(chunk); the
+state is one chunk of keys and values, position j at index j % chunk.
+"""
+
+from __future__ import annotations
+
+from pydantic import Field
+from torch import Tensor
+
+from attention import blocks
+from attention.interface import AttentionBackend, BackendOptions, Cost, StateTensor
+
+
+class ChunkedOptions(BackendOptions):
+    """How long a chunk is."""
+
+    chunk: int = Field(1024, ge=1, description="tokens of a chunk; a token sees the tokens of its own")
+
+
+class Chunked(AttentionBackend):
+    """Softmax over the own chunk."""
+
+    Options = ChunkedOptions
+    options: ChunkedOptions
+
+    @property
+    def edge(self) -> int:
+        return self.options.chunk
+
+    def visible(self, i: Tensor, j: Tensor, length: int | Tensor) -> Tensor:
+        return i // self.options.chunk == j // self.options.chunk
+
+    def attend_sequence(self, q: Tensor, k: Tensor, v: Tensor, causal: bool, out: Tensor) -> None:
+        for a, b in blocks.spread(0, len(q), self.options.chunk):
+            blocks.dense(q[a:b], blocks.heads_first(k[a:b]), blocks.heads_first(v[a:b]), 0, causal, out[a:b])
+
+    def extend_sequence(self, q: Tensor, k: Tensor, v: Tensor, past: int, state: dict[str, Tensor], out: Tensor) -> None:
+        done = 0
+        while done < len(q):
+            within = (past + done) % self.options.chunk
+            part = slice(done, min(len(q), done + self.options.chunk - within))
+            blocks.extend(q[part], k[part], v[part], within, state, out[part])
+            done = part.stop
+
+    def state(self, max_tokens: int) -> dict[str, StateTensor]:
+        return blocks.key_value_state(self.shape, min(max_tokens, self.options.chunk))
+
+    def cost(self, queries: int, keys: int, *, causal: bool) -> Cost:
+        chunk = min(self.options.chunk, keys)
+        seen = (chunk + 1) / 2 if causal else chunk
+        widest = min(chunk, blocks.columns(self.shape.query_heads, self.shape.itemsize))
+        flops = int(4 * self.shape.query_heads * self.shape.head_width * queries * seen)
+        return Cost(flops, blocks.workspace_bytes(self.shape, queries, widest), self.state_bytes(keys))

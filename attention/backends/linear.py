@@ -1,0 +1,81 @@
+"""Linear attention with ELU + 1 features (Katharopoulos et al., arXiv 2006.16236, section 3.2): phi(x) = elu(x) + 1.
+
+A kernel of its own, not an estimate of softmax. Cost per token O(D); the state is one (D + 1, D) matrix per key-value head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from attention import blocks, sums
+from attention.interface import AttentionBackend, BackendOptions, Cost, HeadShape, StateTensor
+
+
+class LinearOptions(BackendOptions):
+    """ELU + 1 has nothing to choose."""
+
+
+class Linear(AttentionBackend):
+    """phi(q).phi(k) in place of softmax's exp(q.k)."""
+
+    Options = LinearOptions
+    exact = False
+
+    def __init__(self, options: LinearOptions, shape: HeadShape) -> None:
+        super().__init__(options, shape)
+        self.wide = torch.promote_types(shape.dtype, torch.float32)
+
+    def kernel(self, q: Tensor, k: Tensor) -> Tensor:
+        """The unnormalised weight of each key for each query, (..., N, D) and (..., M, D) to (..., N, M): the definition."""
+        return phi(q) @ phi(k).transpose(-1, -2)
+
+    def attend_sequence(self, q: Tensor, k: Tensor, v: Tensor, causal: bool, out: Tensor) -> None:
+        s = self.state(len(q))["s"].new(q.device)
+        (self._scan if causal else self._both_sides)(q, k, v, s, out)
+
+    def extend_sequence(self, q: Tensor, k: Tensor, v: Tensor, past: int, state: dict[str, Tensor], out: Tensor) -> None:
+        self._scan(q, k, v, state["s"], out)
+
+    def step(
+        self, q: Tensor, k: Tensor, v: Tensor, past: Sequence[int], states: Sequence[dict[str, Tensor]], out: Tensor
+    ) -> None:
+        queries = phi(q.to(self.wide)).view(len(q), self.shape.key_value_heads, -1, self.shape.head_width)
+        keys = phi(k.to(self.wide))[..., None, :]
+        sums.step(queries, keys, sums.values_with_ones(v.to(self.wide)), [state["s"] for state in states], out)
+
+    def _scan(self, q: Tensor, k: Tensor, v: Tensor, s: Tensor, out: Tensor) -> None:
+        """Continue s (G, D + 1, D), changed, over the tokens in order; answers into out (C, H, D)."""
+        for a, b in blocks.spread(0, len(q), sums.CHUNK):
+            both = sums.scan(s, self._queries(q[a:b]), self._keys(k[a:b]), sums.values_with_ones(v[a:b]))
+            sums.divide(both, out[a:b])
+
+    def _both_sides(self, q: Tensor, k: Tensor, v: Tensor, s: Tensor, out: Tensor) -> None:
+        """All keys into s (G, D + 1, D) first, then all queries."""
+        for a, b in blocks.spread(0, len(k), sums.BLOCK):
+            sums.add(s, self._keys(k[a:b]), sums.values_with_ones(v[a:b]))
+        for a, b in blocks.spread(0, len(q), sums.BLOCK):
+            sums.divide(sums.ask(s, self._queries(q[a:b])), out[a:b])
+
+    def _queries(self, q: Tensor) -> Tensor:
+        return phi(blocks.query_rows(q, self.shape.key_value_heads))
+
+    def _keys(self, k: Tensor) -> Tensor:
+        return phi(blocks.heads_first(k).contiguous())
+
+    def state(self, max_tokens: int) -> dict[str, StateTensor]:
+        width = self.shape.head_width
+        return {"s": StateTensor((self.shape.key_value_heads, width + 1, width), self.wide, 0.0)}
+
+    def cost(self, queries: int, keys: int, *, causal: bool) -> Cost:
+        width = self.shape.head_width
+        workspace = sums.workspace_bytes(self.shape, width, queries, causal)
+        return Cost(sums.flops(self.shape, width, queries, causal), workspace, self.state_bytes(keys))
+
+
+def phi(x: Tensor) -> Tensor:
+    """elu(x) + 1: positive, x + 1 above zero, e^x below."""
+    return functional.elu(x).add_(1)

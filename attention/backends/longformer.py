@@ -1,0 +1,73 @@
+"""Longformer attention (Beltagy et al., arXiv 2004.05150, section 3.1): a symmetric window and a few global tokens.
+
+The first `global_tokens` tokens see all and are seen by all, with the same projections (the paper's own projections for
+globals belong to its checkpoints). Bidirectional only: globals that see the future have no causal form; causal, the globals
+that later tokens still see are the sinks of `sliding_window`. Cost per token O(window + globals).
+"""
+
+from __future__ import annotations
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from attention import blocks
+from attention.interface import AttentionBackend, BackendOptions, Cost, StateTensor
+
+
+class LongformerOptions(BackendOptions):
+    """What a token sees beside itself."""
+
+    window: int = Field(
+        256, ge=1, description="tokens seen on each side, the token itself not counted; the paper's w is 2 x this"
+    )
+    global_tokens: int = Field(1, ge=0, description="first tokens of a sequence, which see all and are seen by all")
+
+
+class Longformer(AttentionBackend):
+    """Softmax over a symmetric band of keys and the globals."""
+
+    Options = LongformerOptions
+    options: LongformerOptions
+
+    @property
+    def directions(self) -> tuple[bool, ...]:
+        return (False,)
+
+    @property
+    def edge(self) -> int:
+        return self.options.global_tokens + 2 * self.options.window + 1
+
+    def visible(self, i: Tensor, j: Tensor, length: int | Tensor) -> Tensor:
+        first = self.options.global_tokens
+        return ((i - j).abs() <= self.options.window) | (i < first) | (j < first)
+
+    def attend_sequence(self, q: Tensor, k: Tensor, v: Tensor, causal: bool, out: Tensor) -> None:
+        keys, values, first = blocks.heads_first(k), blocks.heads_first(v), min(self.options.global_tokens, len(q))
+        if first:
+            blocks.dense(q[:first], keys, values, 0, False, out[:first])
+        most = blocks.columns(q.shape[1], q.itemsize)
+        for a, b in blocks.spread(first, len(q), blocks.ROWS):
+            blocks.softmax(q[a:b], blocks.split(self._piece(keys, values, a, b), most), out[a:b])
+
+    def _piece(self, keys: Tensor, values: Tensor, a: int, b: int) -> blocks.Piece:
+        """What the queries at positions a..b, none of them global, see: the globals, then the band."""
+        window, free = self.options.window, self.options.global_tokens
+        low, high = max(free, a - window), min(keys.shape[1], b + window)
+        near_keys, near_values = (
+            torch.cat([x[:, :free], x[:, low:high]], 1) if free else x[:, low:high] for x in (keys, values)
+        )
+        return blocks.Piece(near_keys, near_values, blocks.Band(free + a - window - low, free + a + window - low, free))
+
+    def extend_sequence(self, q: Tensor, k: Tensor, v: Tensor, past: int, state: dict[str, Tensor], out: Tensor) -> None:
+        raise AssertionError("check_extend refuses a backend without a causal form")
+
+    def state(self, max_tokens: int) -> dict[str, StateTensor]:
+        return {}
+
+    def cost(self, queries: int, keys: int, *, causal: bool) -> Cost:
+        shape, first = self.shape, min(self.options.global_tokens, keys)
+        seen = min(keys, 2 * self.options.window + 1 + first)
+        pairs = (queries - first) * seen + first * keys
+        widest = min(keys, seen + blocks.ROWS, blocks.columns(shape.query_heads, shape.itemsize))
+        return Cost(4 * shape.query_heads * shape.head_width * pairs, blocks.workspace_bytes(shape, queries, widest), 0)

@@ -1,0 +1,49 @@
+"""The slow, exact oracle: attention in float64, straight from a backend's own definition (`visible` or `kernel`).
+
+Cost O(rows x n) in time and memory, one (rows, n) matrix per head: for tests and for the served-truth check.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from attention.interface import AttentionBackend
+
+
+def answer(backend: AttentionBackend, q: Tensor, k: Tensor, v: Tensor, *, causal: bool, rows: Tensor | None = None) -> Tensor:
+    """What a backend should answer to one whole sequence.
+
+    Args:
+        q: (n, H, D). k, v: (n, G, D). Any dtype.
+        rows: int64 positions whose answers are wanted; None: all n.
+
+    Returns:
+        float64 (rows, H, D). A row that sees nothing is zeros.
+    """
+    rows = torch.arange(len(q)) if rows is None else rows
+    queries, keys, values = (x.double().transpose(0, 1) for x in (q[rows], k, v))
+    keys, values = (x.repeat_interleave(backend.shape.group, 0) for x in (keys, values))  # (H, n, D)
+    weights = torch.where(visible(backend, rows, len(q), causal), _weights(backend, queries, keys), 0.0)
+    total = weights.sum(-1, keepdim=True)
+    answers: Tensor = (weights @ values) / torch.where(total == 0, 1.0, total)
+    return answers.transpose(0, 1)
+
+
+def visible(backend: AttentionBackend, rows: Tensor, length: int, causal: bool) -> Tensor:
+    """Bool (rows, length): which positions the positions `rows` of one sequence see."""
+    i, j = rows[:, None], torch.arange(length)[None, :]
+    before = (j <= i) if causal else torch.ones(len(rows), length, dtype=torch.bool)
+    if not backend.exact:
+        return before
+    return before & backend.visible(i, j, i + 1 if causal else length)
+
+
+def _weights(backend: AttentionBackend, queries: Tensor, keys: Tensor) -> Tensor:
+    """Weights (H, rows, n) up to a factor per row."""
+    if not backend.exact:
+        return backend.kernel(queries, keys)
+    scores = queries @ keys.transpose(-1, -2) / math.sqrt(queries.shape[-1])
+    return (scores - scores.amax(-1, keepdim=True)).exp()

@@ -1,0 +1,96 @@
+"""The served-truth check: does a built backend, on this machine, at its own options, answer what its definition says?
+
+Seeded input at a length that brings all parts of the pattern into play, three sequences in a batch, through `attend` in each
+direction and through `extend` in uneven chunks with single steps between; a sample of rows is compared with `reference`. It
+takes a fraction of a second, so the service runs it at start-up and before every switch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from attention import blocks, reference
+from attention.interface import AttentionBackend, Segments
+
+# Largest error allowed on values drawn from N(0, 1), with scores of standard deviation 1 (largest about 5). bfloat16 rounds a
+# score of 4 to 2^-7, a weight to 2^-9 and an answer of 4 to 2^-7, and errors of 3 x 2^-7 = 0.023 are seen; the others keep
+# the same distance to their epsilon. A wrong mask, a lost key or a stale state is off by 0.1 and more.
+BOUNDS = {torch.bfloat16: 6e-2, torch.float16: 1e-2, torch.float32: 2e-5, torch.float64: 1e-12}
+SAMPLE = 48  # rows compared per sequence, the first and last among them
+
+
+@dataclass(frozen=True)
+class Truth:
+    """The verdict: the largest error seen, the bound it is held to."""
+
+    error: float
+    bound: float
+
+    @property
+    def passed(self) -> bool:
+        """Whether the error is within the bound; an error that is no number is not."""
+        return self.error <= self.bound
+
+
+@torch.inference_mode()
+def check(backend: AttentionBackend, seed: int = 0) -> Truth:
+    """Compare a backend's answers with its definition's on seeded input. Changes nothing."""
+    segments = Segments((1, 17, backend.edge + blocks.ROWS + 3))
+    q, k, v = _input(backend, segments.total, seed)
+    error = 0.0
+    for causal in backend.directions:
+        wanted = _wanted(backend, q, k, v, segments, causal)
+        answers = [backend.attend(q, k, v, segments, causal=causal)]
+        if causal:
+            answers.append(_extended(backend, q, k, v, segments))
+        error = max([error, *(_distance(answer, wanted) for answer in answers)], key=_nan_last)
+    return Truth(error, BOUNDS[backend.shape.dtype])
+
+
+def _input(backend: AttentionBackend, tokens: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Standard normal q, k, v of `tokens` tokens in the backend's shape."""
+    shape, generator = backend.shape, torch.Generator().manual_seed(seed)
+    heads = (shape.query_heads, shape.key_value_heads, shape.key_value_heads)
+    q, k, v = (torch.randn(tokens, count, shape.head_width, generator=generator) for count in heads)
+    return tuple(x.to(shape.device, shape.dtype) for x in (q, k, v))  # type: ignore[return-value]
+
+
+def _wanted(backend: AttentionBackend, q: Tensor, k: Tensor, v: Tensor, segments: Segments, causal: bool) -> dict[int, Tensor]:
+    """The reference's answer by packed index, for a sample of rows of each sequence."""
+    wanted: dict[int, Tensor] = {}
+    for start, end, _ in segments.spans():
+        rows = torch.linspace(0, end - start - 1, min(SAMPLE, end - start)).long()
+        span = slice(start, end)
+        answers = reference.answer(backend, q[span].cpu(), k[span].cpu(), v[span].cpu(), causal=causal, rows=rows)
+        wanted.update(zip((rows + start).tolist(), answers, strict=True))
+    return wanted
+
+
+def _distance(answer: Tensor, wanted: dict[int, Tensor]) -> float:
+    rows = answer[list(wanted)].cpu().double()
+    return float((rows - torch.stack(list(wanted.values()))).abs().amax())
+
+
+def _nan_last(error: float) -> tuple[bool, float]:
+    return error != error, error
+
+
+def _extended(backend: AttentionBackend, q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
+    """The whole batch through `extend`: half of each sequence, one token, the rest but one, one."""
+    pool = backend.new_pool(1, sum(backend.state_bytes(length) for length in segments.lengths))
+    slots = [pool.allocate(length) for length in segments.lengths]
+    answer, past = torch.empty_like(q), [0] * len(slots)
+    for share in (lambda left: left // 2, lambda left: 1, lambda left: left - 1, lambda left: left):
+        take = [max(0, share(length - done)) for length, done in zip(segments.lengths, past, strict=True)]
+        live = [n for n, count in enumerate(take) if count]
+        if not live:
+            continue
+        starts = [start for start, _, _ in segments.spans()]
+        index = torch.cat([torch.arange(starts[n] + past[n], starts[n] + past[n] + take[n]) for n in live])
+        step = Segments(tuple(take[n] for n in live), tuple(past[n] for n in live))
+        answer[index] = backend.extend(q[index], k[index], v[index], step, pool, 0, [slots[n] for n in live])
+        past = [done + count for done, count in zip(past, take, strict=True)]
+    return answer

@@ -1,0 +1,253 @@
+"""The laws every backend is held to. A backend's test class inherits them and names its options and its edges."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from torch import Tensor
+
+from attention import AttentionBackend, HeadShape, PoolExhausted, Segments, build, reference
+from attention.truth import BOUNDS, check
+
+WIDTH = 16
+HEADS = ((2, 2), (4, 2), (3, 1))  # query heads, key-value heads
+
+
+def tokens(shape: HeadShape, count: int, seed: int = 0, scale: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
+    """Standard normal q (times scale), k, v of `count` tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    heads = (shape.query_heads, shape.key_value_heads, shape.key_value_heads)
+    q, k, v = (torch.randn(count, n, shape.head_width, generator=generator) for n in heads)
+    return (q * scale).to(shape.dtype), k.to(shape.dtype), v.to(shape.dtype)
+
+
+def largest(difference: Tensor) -> float:
+    return float(difference.abs().amax())
+
+
+def extend_in(backend: AttentionBackend, q: Tensor, k: Tensor, v: Tensor, chunks: Sequence[int]) -> Tensor:
+    """One sequence through `extend`, chunk by chunk, in the second of two layers."""
+    pool = backend.new_pool(2, 2 * backend.state_bytes(len(q)))
+    slot, past, answers = pool.allocate(len(q)), 0, []
+    for count in chunks:
+        part = slice(past, past + count)
+        answers.append(backend.extend(q[part], k[part], v[part], Segments((count,), (past,)), pool, 1, [slot]))
+        past += count
+    assert past == len(q)
+    return torch.cat(answers)
+
+
+class Laws:
+    """Inherit as `class TestX(Laws)` and set the two class variables."""
+
+    name: ClassVar[str]
+    variants: ClassVar[tuple[dict[str, Any], ...]]  # options, small enough that short sequences cross every edge
+
+    def backends(self, dtype: torch.dtype = torch.float32, heads: tuple[int, int] = (4, 2)) -> list[AttentionBackend]:
+        return [build(self.name, options, HeadShape(*heads, WIDTH, dtype)) for options in self.variants]
+
+    def causal_backends(self, dtype: torch.dtype = torch.float32, heads: tuple[int, int] = (4, 2)) -> list[AttentionBackend]:
+        causal = [backend for backend in self.backends(dtype, heads) if True in backend.directions]
+        if not causal:
+            pytest.skip(f"{self.name} has no causal form")
+        return causal
+
+    def lengths(self, backend: AttentionBackend) -> tuple[int, ...]:
+        """Both sides of the pattern's edge and of the kernels' block of 128 rows, and no multiple of anything."""
+        edge = min(backend.edge, 400)
+        return tuple(sorted({1, 2, edge, edge + 1, 127, 128, 129, edge + 131}))
+
+    @pytest.mark.parametrize("heads", HEADS)
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+    def test_the_answer_equals_the_reference(self, dtype: torch.dtype, heads: tuple[int, int]) -> None:
+        for backend in self.backends(dtype, heads):
+            segments = Segments(self.lengths(backend))
+            q, k, v = tokens(backend.shape, segments.total)
+            for causal in backend.directions:
+                answer = backend.attend(q, k, v, segments, causal=causal)
+                for a, b, _ in segments.spans():
+                    wanted = reference.answer(backend, q[a:b], k[a:b], v[a:b], causal=causal)
+                    assert largest(answer[a:b].double() - wanted) <= BOUNDS[dtype], (backend.options, causal, b - a)
+
+    def test_scores_far_beyond_the_range_of_exp_are_still_answered_right(self) -> None:
+        # scores up to +-10 x 16 / 4 x 4: exp of them is infinite in float32. Rounding errors grow with the scores.
+        for backend in self.backends():
+            q, k, v = tokens(backend.shape, 300, scale=60.0)
+            for causal in backend.directions:
+                answer = backend.attend(q, k, v, Segments((300,)), causal=causal)
+                wanted = reference.answer(backend, q, k, v, causal=causal)
+                assert largest(answer.double() - wanted) <= 100 * BOUNDS[torch.float32]
+
+    @pytest.mark.parametrize("seed", range(6))
+    def test_extending_in_any_chunking_equals_attending(self, seed: int) -> None:
+        draw = random.Random(seed)
+        for backend in self.causal_backends():
+            count = draw.choice(self.lengths(backend))
+            chunks: list[int] = []
+            while left := count - sum(chunks):
+                chunks.append(left if len(chunks) == 6 else draw.choice((1, draw.randint(1, left))))
+            q, k, v = tokens(backend.shape, count)
+            whole = backend.attend(q, k, v, Segments((count,)), causal=True)
+            assert largest(extend_in(backend, q, k, v, chunks) - whole) <= BOUNDS[torch.float32], chunks
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_one_token_after_another_equals_attending(self, dtype: torch.dtype) -> None:
+        for backend in self.causal_backends(dtype):
+            count = min(backend.edge, 400) + 40
+            q, k, v = tokens(backend.shape, count)
+            whole = backend.attend(q, k, v, Segments((count,)), causal=True)
+            assert largest(extend_in(backend, q, k, v, [1] * count) - whole) <= BOUNDS[dtype]
+
+    @pytest.mark.parametrize("poison", [1.0, float("nan"), float("inf")])
+    def test_a_sequence_never_feels_its_batch_neighbours(self, poison: float) -> None:
+        for backend in self.backends():
+            q, k, v = tokens(backend.shape, 140 + 33 + 140)
+            for causal in backend.directions:
+                alone = backend.attend(q[140:173], k[140:173], v[140:173], Segments((33,)), causal=causal)
+                for x in (q, k, v):
+                    x[:140] *= poison
+                    x[173:] *= poison
+                together = backend.attend(q, k, v, Segments((140, 33, 140)), causal=causal)
+                assert torch.equal(together[140:173], alone)
+
+    def test_a_step_is_the_same_to_the_bit_alone_and_in_a_batch(self) -> None:
+        for backend in self.causal_backends(torch.bfloat16):
+            past = (5, 129, 64)
+            q, k, v = tokens(backend.shape, sum(past) + 3)
+            pool = backend.new_pool(1, 1 << 30)
+            slots, copies, start = [], [], 0
+            for n, count in enumerate(past):
+                slots.append(pool.allocate(count + 1))
+                part = slice(start, start + count)
+                backend.extend(q[part], k[part], v[part], Segments((count,)), pool, 0, [slots[n]])
+                copies.append(pool.copy(slots[n]))
+                start += count
+            new = slice(start, start + 3)
+            together = backend.extend(q[new], k[new], v[new], Segments((1, 1, 1), past), pool, 0, slots)
+            for n, count in enumerate(past):
+                one = slice(start + n, start + n + 1)
+                alone = backend.extend(q[one], k[one], v[one], Segments((1,), (count,)), pool, 0, [copies[n]])
+                assert torch.equal(alone[0], together[n])
+
+    def test_poison_in_one_slot_never_reaches_another(self) -> None:
+        for backend in self.causal_backends():
+            q, k, v = tokens(backend.shape, 2)
+            pool = backend.new_pool(1, 1 << 30)
+            slots = [pool.allocate(4), pool.allocate(4)]
+            k[0, 0, 0], v[0] = float("nan"), float("inf")
+            answer = backend.extend(q, k, v, Segments((1, 1)), pool, 0, slots)
+            assert answer[1].isfinite().all()
+            assert largest(answer[1] - v[1].repeat_interleave(backend.shape.group, 0)) <= BOUNDS[torch.float32]
+
+    def test_later_tokens_never_change_earlier_causal_answers(self) -> None:
+        for backend in self.causal_backends():
+            count = min(backend.edge, 400) + 140
+            q, k, v = tokens(backend.shape, count)
+            before = backend.attend(q, k, v, Segments((count,)), causal=True)
+            for first in (1, 60, count - 70, count - 1):
+                for scale in (2.0, 30.0, 1000.0):
+                    later_q, later_k, later_v = q.clone(), k.clone(), v.clone()
+                    later_q[first:] *= -scale
+                    later_k[first:] *= scale
+                    later_v[first:] += scale
+                    after = backend.attend(later_q, later_k, later_v, Segments((count,)), causal=True)
+                    assert torch.equal(after[:first], before[:first]), (backend.options, first, scale)
+
+    def test_the_inputs_are_left_as_they_were(self) -> None:
+        for backend in self.backends():
+            for count in (1, 150):
+                given_ = tokens(backend.shape, count)
+                kept = [x.clone() for x in given_]
+                for causal in backend.directions:
+                    backend.attend(*given_, Segments((count,)), causal=causal)
+                if True in backend.directions:
+                    extend_in(backend, *given_, [count])
+                assert all(torch.equal(x, y) for x, y in zip(given_, kept, strict=True))
+
+    def test_strided_inputs_are_answered_like_contiguous_ones(self) -> None:
+        for backend in self.backends():
+            shape = backend.shape
+            heads = shape.query_heads + 2 * shape.key_value_heads
+            packed = torch.randn(150, heads, WIDTH, generator=torch.Generator().manual_seed(1))
+            q, k, v = packed.split([shape.query_heads, shape.key_value_heads, shape.key_value_heads], 1)
+            for causal in backend.directions:
+                strided = backend.attend(q, k, v, Segments((150,)), causal=causal)
+                tight = backend.attend(q.contiguous(), k.contiguous(), v.contiguous(), Segments((150,)), causal=causal)
+                assert largest(strided - tight) <= BOUNDS[torch.float32]
+
+    def test_pool_bytes_follow_the_law_and_release_gives_all_back(self) -> None:
+        for backend in self.causal_backends(torch.bfloat16):
+            pool = backend.new_pool(3, 1 << 30)
+            for count in self.lengths(backend):
+                slot = pool.allocate(count)
+                real = sum(tensor.untyped_storage().nbytes() for tensor in pool.tensors(slot).values())
+                assert real == pool.bytes_in_use == 3 * backend.cost(1, count, causal=True).state_bytes
+                copy = pool.copy(slot)
+                assert pool.bytes_in_use == 2 * real
+                pool.release(slot)
+                pool.release(copy)
+                assert pool.bytes_in_use == 0 and len(pool) == 0
+
+    def test_a_full_pool_refuses_and_keeps_its_count(self) -> None:
+        for backend in self.causal_backends():
+            pool = backend.new_pool(2, 2 * backend.state_bytes(50))
+            slot = pool.allocate(50)
+            for take in (lambda: pool.allocate(50), lambda: pool.copy(slot)):
+                with pytest.raises(PoolExhausted) as refusal:
+                    take()
+                assert refusal.value.needed_bytes == pool.bytes_in_use and refusal.value.free_bytes == 0
+            pool.release(slot)
+            with pytest.raises(KeyError):
+                pool.release(slot)
+
+    def test_the_served_truth_holds(self) -> None:
+        for dtype in (torch.float32, torch.bfloat16):
+            for backend in self.backends(dtype):
+                truth = check(backend)
+                assert truth.passed, truth
+
+    def test_wrong_input_is_refused_with_what_was_wanted_and_what_came(self) -> None:
+        for backend in self.backends():
+            q, k, v = tokens(backend.shape, 8)
+            causal = backend.directions[0]
+            good = Segments((8,))
+            for wrong_q, wrong_k, segments, message in (
+                (q[:7], k, good, r"q must have shape \(8, 4, 16\), received \(7, 4, 16\)"),
+                (q, k[:, :1], good, r"k must have shape \(8, 2, 16\), received \(8, 1, 16\)"),
+                (q[..., :8], k, good, r"q must have shape"),
+                (q.double(), k, good, r"q must be torch.float32 on cpu, received torch.float64 on cpu"),
+                (q, k, Segments((8,), (3,)), r"attend takes whole sequences, received past \(3,\)"),
+            ):
+                with pytest.raises(ValueError, match=message):
+                    backend.attend(wrong_q, wrong_k, v, segments, causal=causal)
+
+    def test_a_direction_without_a_definition_is_refused(self) -> None:
+        for backend in self.backends():
+            q, k, v = tokens(backend.shape, 8)
+            for causal in {True, False} - set(backend.directions):
+                with pytest.raises(ValueError, match=f"received causal={causal}"):
+                    backend.attend(q, k, v, Segments((8,)), causal=causal)
+            if True not in backend.directions:
+                pool = backend.new_pool(1, 1 << 20)
+                with pytest.raises(ValueError, match="no causal form"):
+                    backend.extend(q, k, v, Segments((8,)), pool, 0, [pool.allocate(8)])
+
+    def test_a_slot_refuses_more_tokens_than_it_was_taken_for(self) -> None:
+        for backend in self.causal_backends():
+            q, k, v = tokens(backend.shape, 8)
+            pool = backend.new_pool(1, 1 << 30)
+            slot = pool.allocate(7)
+            with pytest.raises(ValueError, match=r"holds at most 7 tokens, received 8"):
+                backend.extend(q, k, v, Segments((8,)), pool, 0, [slot])
+            with pytest.raises(ValueError, match="slots must name 2 slots"):
+                backend.extend(q, k, v, Segments((4, 4)), pool, 0, [slot])
+            with pytest.raises(ValueError, match="slots must name 2 slots"):
+                backend.extend(q[:2], k[:2], v[:2], Segments((1, 1)), pool, 0, [slot, slot])
+
+    def test_an_unknown_option_is_refused_by_name(self) -> None:
+        with pytest.raises(ValueError, match="no_such_option"):
+            build(self.name, {"no_such_option": 1}, HeadShape(2, 2, WIDTH))
