@@ -10,6 +10,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import ray
 from prometheus_client.metrics_core import Metric
 from pydantic import ValidationError
 from ray import serve
@@ -30,7 +31,13 @@ class Longserve:
         self._name: str = self._context.replica_tag
         self._peers: Any = None  # a handle on this deployment, made at the first scrape
         self._started = False
-        self._replica = Replica(config, name=self._name, gather=self._gather, echoes_request_id=False)
+        self._replica = Replica(
+            config,
+            name=self._name,
+            facts={"ray_address": ray.get_runtime_context().gcs_address},  # where `longserve apply` finds this service
+            gather=self._gather,
+            echoes_request_id=False,  # Serve's proxy does
+        )
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
         return self._replica.app

@@ -25,6 +25,7 @@ from service.config import ApplicationSection, ConfigError, ServeFile, api_keys,
 from service.machine import available_cpus
 
 READY_SECONDS = 5.0  # how long an application that runs may take to answer through the proxy
+SAME_SIGNAL_SECONDS = 0.5  # a terminal and a wrapper may both pass on one Ctrl-C
 SWITCH_SECONDS = 120.0  # how long building and checking new backends may take
 BEHIND_THIS_FILE = Path(__file__).resolve().parent.parent / "deploy" / "local.yaml"
 INSTALLED = Path(sysconfig.get_path("data")) / "share" / "longserve" / "local.yaml"
@@ -84,12 +85,9 @@ def serve(options: argparse.Namespace) -> int:
     from service import cluster
 
     stopped = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stopped.set())
     try:
         cluster.start(file, available_cpus())
-        for number in (signal.SIGINT, signal.SIGTERM):  # Ray sets its own
-            signal.signal(number, lambda *_: stopped.set())
+        _stop_on_signal(stopped)  # after Ray, which sets handlers of its own
         cluster.deploy(file)
         if cluster.wait_until_running(file, stopped):
             _announce(file, time.monotonic() - began)
@@ -97,9 +95,26 @@ def serve(options: argparse.Namespace) -> int:
             _drain(file)
     except cluster.DeployFailed as error:
         raise Refused(f"the service did not start: {error}") from error
+    except KeyboardInterrupt:
+        print("ended at once", flush=True)
     finally:
         cluster.stop()
     return 0
+
+
+def _stop_on_signal(stopped: threading.Event) -> None:
+    """Set `stopped` at the first SIGINT or SIGTERM; a later one is a KeyboardInterrupt."""
+    first = 0.0
+
+    def handle(*_: object) -> None:
+        nonlocal first
+        if stopped.is_set() and time.monotonic() - first > SAME_SIGNAL_SECONDS:
+            raise KeyboardInterrupt
+        first = first or time.monotonic()
+        stopped.set()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, handle)
 
 
 def _check_startable(path: Path, file: ServeFile) -> None:
@@ -151,18 +166,13 @@ def _wait_until_ready(base: str, application: ApplicationSection) -> None:
 
 
 def _drain(file: ServeFile) -> None:
-    """Let every replica finish what runs. A second signal during it ends at once."""
+    """Let every replica finish what runs."""
     from service import cluster
 
     seconds = max(application.args.drain_seconds for application in file.applications)
     print(f"draining, at most {seconds:.0f} s; Ctrl-C again ends at once", flush=True)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.default_int_handler)
-    try:
-        for application in file.applications:
-            cluster.ask_replicas(application, "drain", seconds + 5)
-    except KeyboardInterrupt:
-        print("ended before all was answered", flush=True)
+    for application in file.applications:
+        cluster.ask_replicas(application, "drain", seconds + cluster.ASK_SECONDS)
 
 
 def apply(options: argparse.Namespace) -> int:
@@ -171,7 +181,7 @@ def apply(options: argparse.Namespace) -> int:
     file = read(path)
     from service import cluster
 
-    with cluster.connected():
+    with cluster.connected(_ray_address(file)):
         _check_only_switch_differs(file, cluster.http_options(), cluster.deployed())
         cluster.deploy(file)
         cluster.wait_until_running(file, threading.Event())
@@ -207,12 +217,18 @@ def _switched(application: ApplicationSection) -> list[dict[str, Any]]:
         time.sleep(0.1)
 
 
+def _ray_address(file: ServeFile) -> str:
+    """Where the Ray of the service behind the file's address is: the service itself says it."""
+    application = file.applications[0]
+    return str(_get(f"{base_url(file, application)}/info", application)["replica"]["ray_address"])
+
+
 def status(options: argparse.Namespace) -> int:
     """Print each application's state and each replica's switch. Exit status 1 unless all run undegraded."""
     file = read(config_path(options.file))
     from service import cluster
 
-    with cluster.connected():
+    with cluster.connected(_ray_address(file)):
         report = cluster.report(file)
     print(json.dumps(report, indent=2))
     return 0 if all(each["status"] == "RUNNING" for each in report.values()) else 1

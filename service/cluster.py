@@ -14,13 +14,14 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, cast
 
-QUIET = {
+ENVIRONMENT = {
+    "RAY_AUTH_MODE": "token",  # Ray runs what it is told: only this user's processes, who can read the token, may tell it
     "RAY_USAGE_STATS_ENABLED": "0",  # nothing of ours is reported to anybody
     "RAY_DISABLE_DOCKER_CPU_WARNING": "1",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_SERVE_LOG_TO_STDERR": "0",  # Serve's own lines stay in its files; ours are on stderr
 }
-os.environ.update({name: value for name, value in QUIET.items() if name not in os.environ})  # Ray reads them on import
+os.environ.update({name: value for name, value in ENVIRONMENT.items() if name not in os.environ})  # Ray reads them on import
 
 import ray  # noqa: E402
 from ray import serve  # noqa: E402
@@ -51,11 +52,6 @@ def start(file: ServeFile, cpus: int) -> None:
     )
     options = file.http_options.model_dump(exclude_none=True)
     serve.start(proxy_location=file.proxy_location, http_options=options, logging_config={"log_level": "ERROR"})
-
-
-def connect() -> None:
-    """Join the Ray of this machine. Raises ConnectionError when there is none."""
-    ray.init(address="auto", namespace=SERVE_NAMESPACE, logging_level="ERROR", log_to_driver=False)
 
 
 def deploy(file: ServeFile) -> None:
@@ -137,15 +133,14 @@ def ask_replicas(application: ApplicationSection, method: str, timeout_seconds: 
 
 
 def stop() -> None:
-    """End Serve and Ray. Only for the process that started them."""
-    serve.shutdown()
+    """End the Ray that this process started, Serve and all its processes with it. Who wants to drain does so before."""
     ray.shutdown()
 
 
 @contextmanager
-def connected() -> Iterator[None]:
-    """Joined to the Ray of this machine for as long as the block lasts."""
-    connect()
+def connected(address: str) -> Iterator[None]:
+    """Joined to a running Ray for as long as the block lasts. Raises ConnectionError when there is none."""
+    ray.init(address=address, namespace=SERVE_NAMESPACE, logging_level="ERROR", log_to_driver=False)
     try:
         yield
     finally:

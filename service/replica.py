@@ -46,6 +46,7 @@ class Replica:
     Args:
         config: what it is made of.
         name: this replica's name in metrics.
+        facts: what `/info` tells of this replica beside its name and process.
         gather: asks all replicas for their metrics; None: this is the only one.
         echoes_request_id: False where a proxy in front answers with the request id itself.
 
@@ -54,13 +55,20 @@ class Replica:
     """
 
     def __init__(
-        self, config: ServiceConfig, *, name: str = "0", gather: Gather | None = None, echoes_request_id: bool = True
+        self,
+        config: ServiceConfig,
+        *,
+        name: str = "0",
+        facts: Mapping[str, str] | None = None,
+        gather: Gather | None = None,
+        echoes_request_id: bool = True,
     ) -> None:
         logging.getLogger("longserve").setLevel(config.log_level.upper())
         torch.set_num_threads(config.threads or available_cpus())
         torch.set_float32_matmul_precision(config.float32_matmul_precision)
         self.settings = config
         self.name = name
+        self._facts = facts or {}
         self._gather = gather or self._only_mine
         self._loaded = checkpoint.load(_directory(config), config.dtype, config.device, config.name)
         self._started = time.time()
@@ -154,7 +162,7 @@ class Replica:
             "limits": self.config.model_dump(exclude={"api_keys_env"}),
             "engine": self.settings.engine.model_dump(),
             "versions": {"longserve": version("longserve"), "torch": torch.__version__},
-            "replica": {"name": self.name, "pid": os.getpid(), "started": int(self._started)},
+            "replica": {"name": self.name, "pid": os.getpid(), "started": int(self._started), **self._facts},
         }
 
     async def metrics(self) -> bytes:

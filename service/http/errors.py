@@ -139,8 +139,8 @@ async def _invalid_body(request: HttpRequest, error: Exception) -> Response:
     if faults[0]["type"] in ("dict_type", "model_attributes_type", "model_type") and "json" not in _media_type(request):
         received = _media_type(request) or "none"
         return response_to(WrongMediaType(f"send the body as JSON with content-type: application/json, received {received}"))
-    param = _path(faults[0]["loc"])
-    return response_to(InvalidRequest("; ".join(_describe(fault) for fault in faults[:5]), param=param or None))
+    param = None if faults[0]["type"] == "json_invalid" else _path(faults[0]["loc"]) or None
+    return response_to(InvalidRequest("; ".join(_describe(fault) for fault in faults[:5]), param=param))
 
 
 async def _http(request: HttpRequest, error: Exception) -> Response:
@@ -163,9 +163,8 @@ def _describe(fault: dict[str, Any]) -> str:
         return f"the body is no JSON: {fault['ctx']['error']} at character {fault['loc'][-1]}"
     if fault["type"] == "missing":
         return f"{where or 'body'} is required"
-    value = fault["input"]
-    received = f", received {_short(value)}" if "received" not in message else ""
-    return f"{where or 'body'}: {message}{received}"
+    received = f", received {_short(fault['input'])}" if "received" not in message else ""
+    return f"{where}: {message}{received}" if where else f"{message}{received}"
 
 
 def _short(value: Any) -> str:
