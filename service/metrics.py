@@ -111,6 +111,8 @@ class Metrics:
         self.responses = self._counter("http_responses", "Responses sent.", ("route", "method", "status"))
         self.active = self._gauge("backend_active", "1 for a backend of the allow-list.", ("backend", "is_default"))
         self.info = self._gauge("backend_info", "1; how a backend is built.", ("backend", "dtype", "device", "options"))
+        self.truth_error = self._gauge("truth_error", "Largest error of a backend's last truth check.", ("backend",))
+        self.truth_bound = self._gauge("truth_bound", "The error that check allows.", ("backend",))
         self.switches = self._counter("backend_switch", "Changes of the allow-list, by result.", ("result",))
         self.switch_seconds = self._histogram("backend_switch_seconds", "Building and checking one.", (), STEP_SECONDS)
         self.degraded = self._gauge("backend_degraded", "1 while the last change failed and the old list is in force.")
@@ -184,6 +186,11 @@ class Metrics:
     def responded(self, route: str, method: str, status: int) -> None:
         """Count one response."""
         self.responses.labels(route, method if method in METHODS else "other", str(status)).inc()
+
+    def truth(self, backend: str, error: float, bound: float) -> None:
+        """State the verdict of a truth check."""
+        self.truth_error.labels(backend).set(error)
+        self.truth_bound.labels(backend).set(bound)
 
     def switched_to(self, backends: Iterable[Mapping[str, Any]], default: str, dtype: str, device: str) -> None:
         """State the allow-list now in force; `backends` are `AttentionBackend.describe()`."""

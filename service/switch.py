@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from typing import Any, Protocol
 
 import attention
-from attention import AttentionBackend, HeadShape
+from attention import AttentionBackend, HeadShape, truth
 from service.config import AttentionConfig
 from service.engine.engine import Backends
 from service.metrics import Metrics
@@ -96,12 +96,21 @@ class Switch:
         self._metrics.switches.labels("failed").inc()
 
     async def _checked(self, config: AttentionConfig) -> Backends:
-        """The config's backends, built and checked off the event loop."""
-        built = {name: await asyncio.to_thread(self._build_one, name, config) for name in config.backends}
+        """The config's backends, built and checked off the event loop. Raises ValueError for one that answers wrongly."""
+        built = {name: await asyncio.to_thread(self._build, name, config.backends[name]) for name in config.backends}
         return Backends(built, config.default)
 
-    def _build_one(self, name: str, config: AttentionConfig) -> AttentionBackend:
-        return attention.build(name, config.backends[name], self._shape)
+    def _build(self, name: str, options: Mapping[str, Any] | None) -> AttentionBackend:
+        backend = attention.build(name, options, self._shape)
+        if True not in backend.directions:
+            raise ValueError(f"attention backend {name} has no causal form, and this model is causal")
+        verdict = truth.check(backend)
+        self._metrics.truth(name, verdict.error, verdict.bound)
+        if not verdict.passed:
+            raise ValueError(
+                f"attention backend {name} is off its definition by {verdict.error:.2g}, allowed: {verdict.bound:.2g}"
+            )
+        return backend
 
     def _put_in_force(self, config: AttentionConfig, backends: Backends) -> None:
         self._in_force, self._failure = config, None

@@ -1,0 +1,94 @@
+"""A caller with nothing between it and the wire: the standard library's HTTP, so that tests see what is sent."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import socket
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import urlsplit
+
+from service.replica import Replica
+
+PATIENCE_SECONDS = 30.0  # far above what any call here takes: a hang becomes a failure
+
+
+@dataclass(frozen=True)
+class Reply:
+    status: int
+    headers: Mapping[str, str]  # names in lower case
+    text: str
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.text)
+
+    @property
+    def error(self) -> Any:
+        """The error of a reply in OpenAI's shape."""
+        error = self.json["error"]
+        assert {"message", "type", "param", "code"} <= error.keys()
+        return error
+
+    @property
+    def events(self) -> list[Any]:
+        """The data of server-sent events; the last one is the text `[DONE]`."""
+        lines = [line.removeprefix("data: ") for line in self.text.split("\n\n") if line.startswith("data: ")]
+        return [line if line == "[DONE]" else json.loads(line) for line in lines]
+
+
+@dataclass(frozen=True)
+class Client:
+    url: str
+    replica: Replica
+
+    def send(self, method: str, path: str, body: bytes | None = None, headers: Mapping[str, str] | None = None) -> Reply:
+        with self._open() as connection:
+            connection.request(method, path, body, dict(headers or {}))
+            answer = connection.getresponse()
+            names = {name.lower(): value for name, value in answer.getheaders()}
+            return Reply(answer.status, names, answer.read().decode())
+
+    def get(self, path: str, **headers: str) -> Reply:
+        return self.send("GET", path, headers=headers)
+
+    def post(self, path: str, body: Any, headers: Mapping[str, str] | None = None) -> Reply:
+        raw = body if isinstance(body, bytes) else json.dumps(body).encode()
+        return self.send("POST", path, raw, {"content-type": "application/json", **(headers or {})})
+
+    def complete(self, prompt: Any, **fields: Any) -> Reply:
+        return self.post("/v1/completions", {"prompt": prompt, "max_tokens": 4, **fields})
+
+    @contextmanager
+    def half_read(self, body: Any, read: int) -> Iterator[socket.socket]:
+        """A completion of which `read` bytes have been read; the block's end hangs up."""
+        raw, host = json.dumps(body).encode(), urlsplit(self.url)
+        head = f"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {len(raw)}\r\n\r\n"
+        with socket.create_connection((str(host.hostname), int(host.port or 0)), timeout=PATIENCE_SECONDS) as line:
+            line.sendall(head.encode() + raw)
+            while read > 0:
+                read -= len(line.recv(read))
+            yield line
+
+    @contextmanager
+    def _open(self) -> Iterator[http.client.HTTPConnection]:
+        host = urlsplit(self.url)
+        connection = http.client.HTTPConnection(str(host.hostname), host.port, timeout=PATIENCE_SECONDS)
+        try:
+            yield connection
+        finally:
+            connection.close()
+
+
+def eventually(holds: Callable[[], bool]) -> bool:
+    """Whether something comes true within the time a test has patience for."""
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while time.monotonic() < deadline:
+        if holds():
+            return True
+        time.sleep(0.01)
+    return False

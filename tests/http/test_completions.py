@@ -1,0 +1,153 @@
+"""Completions over a real socket: shapes, streams, receipts."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.http.client import Client, eventually
+from tests.http.conftest import BACKENDS
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_field_and_the_model_id_choose_the_same_backend(service: Client, backend: str) -> None:
+    by_field = service.complete("import os", attention=backend, temperature=0)
+    by_id = service.complete("import os", model=f"{service.replica.card.id}@{backend}", temperature=0)
+    assert by_field.status == by_id.status == 200
+    for reply in (by_field, by_id):
+        assert reply.json["longserve"]["backend"] == backend
+        assert reply.headers["x-longserve-backend"] == backend
+    assert by_field.json["choices"] == by_id.json["choices"]
+
+
+def test_the_default_backend_serves_who_names_none(service: Client) -> None:
+    assert service.complete("import os").json["longserve"]["backend"] == "sliding_window"
+
+
+def test_an_answer_has_openais_shape_and_counts_its_tokens(service: Client) -> None:
+    answer = service.complete("import os", max_tokens=5, ignore_eos=True).json
+    assert answer["object"] == "text_completion"
+    assert answer["id"].startswith("cmpl-")
+    (choice,) = answer["choices"]
+    assert choice["finish_reason"] == "length"
+    prompt = service.post("/tokenize", {"prompt": "import os"}).json["count"]
+    assert answer["usage"] == {"prompt_tokens": prompt, "completion_tokens": 5, "total_tokens": prompt + 5}
+
+
+def test_left_out_max_tokens_means_sixteen(service: Client) -> None:
+    answer = service.post("/v1/completions", {"prompt": "import os", "ignore_eos": True}).json
+    assert answer["usage"]["completion_tokens"] == 16
+
+
+def test_max_completion_tokens_says_the_same_as_max_tokens(service: Client) -> None:
+    body = {"prompt": "import os", "max_completion_tokens": 3, "ignore_eos": True}
+    assert service.post("/v1/completions", body).json["usage"]["completion_tokens"] == 3
+
+
+def test_token_ids_answer_as_their_text_does(service: Client) -> None:
+    tokens = service.post("/tokenize", {"prompt": "def f(x):"}).json["tokens"]
+    assert service.complete(tokens, temperature=0).json["choices"] == service.complete("def f(x):", temperature=0).json["choices"]
+
+
+def test_prompts_and_samples_answer_in_the_order_asked(service: Client) -> None:
+    texts = ["import os", "def f(", "class A"]
+    alone = [service.complete(text, temperature=0).json["choices"][0]["text"] for text in texts]
+    together = service.complete(texts, temperature=0, n=2).json["choices"]
+    assert [choice["index"] for choice in together] == list(range(6))
+    assert [choice["text"] for choice in together] == [text for text in alone for _ in range(2)]
+
+
+def test_a_seed_repeats_its_sample(service: Client) -> None:
+    def sample(seed: int) -> str:
+        return str(service.complete("x = ", seed=seed, max_tokens=12).json["choices"][0]["text"])
+
+    assert sample(7) == sample(7)
+    assert len({sample(seed) for seed in range(4)}) > 1
+
+
+def test_a_stream_says_what_the_whole_answer_says(service: Client) -> None:
+    fields = {"temperature": 0, "max_tokens": 12, "logprobs": 2}
+    whole = service.complete("for i in", **fields).json["choices"][0]
+    events = service.complete("for i in", stream=True, **fields).events
+    assert events[-1] == "[DONE]"
+    chunks = [event["choices"][0] for event in events[:-1]]
+    assert "".join(chunk["text"] for chunk in chunks) == whole["text"]
+    assert [chunk["finish_reason"] for chunk in chunks] == [None] * (len(chunks) - 1) + [whole["finish_reason"]]
+    for key, values in whole["logprobs"].items():
+        assert [value for chunk in chunks if chunk["logprobs"] for value in chunk["logprobs"][key]] == values
+
+
+def test_a_stream_ends_with_usage_and_receipt_when_asked(service: Client) -> None:
+    reply = service.complete("import os", stream=True, stream_options={"include_usage": True}, ignore_eos=True)
+    *chunks, last, done = reply.events
+    assert done == "[DONE]"
+    assert all(chunk["usage"] is None for chunk in chunks)
+    assert last["choices"] == []
+    assert last["usage"]["completion_tokens"] == 4
+    assert last["longserve"]["backend"] == "sliding_window"
+    assert last["longserve"]["decode_seconds"] >= 0
+    assert reply.headers["content-type"].startswith("text/event-stream")
+    assert reply.headers["x-longserve-backend"] == "sliding_window"
+
+
+def test_continuous_usage_counts_up_in_every_chunk(service: Client) -> None:
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    events = service.complete("import os", stream=True, stream_options=options, ignore_eos=True).events
+    counts = [event["usage"]["completion_tokens"] for event in events[:-1]]
+    assert counts == sorted(counts)
+    assert counts[0] >= 1
+    assert counts[-1] == 4
+
+
+def test_echo_gives_the_prompt_back_with_its_logprobs(service: Client) -> None:
+    choice = service.complete("import os", echo=True, logprobs=1, max_tokens=2, ignore_eos=True).json["choices"][0]
+    logprobs = choice["logprobs"]
+    assert choice["text"].startswith("import os")
+    assert logprobs["token_logprobs"][0] is None
+    assert all(value <= 0 for value in logprobs["token_logprobs"][1:])
+    assert logprobs["text_offset"][0] == 0
+    assert "".join(logprobs["tokens"][:2]) == "import os"[: logprobs["text_offset"][2]]
+
+
+def test_echo_alone_scores_a_prompt(service: Client) -> None:
+    answer = service.complete("import os", echo=True, logprobs=0, max_tokens=0).json
+    assert answer["choices"][0]["text"] == "import os"
+    assert answer["usage"]["completion_tokens"] == 0
+
+
+def test_a_stop_string_is_never_shown(service: Client) -> None:
+    free = service.complete("import os", temperature=0, max_tokens=12).json["choices"][0]["text"]
+    stop = free[3:6]
+    choice = service.complete("import os", temperature=0, max_tokens=12, stop=[stop]).json["choices"][0]
+    assert choice["text"] == free[: free.index(stop)]
+    assert choice["finish_reason"] == "stop"
+
+
+def test_the_receipts_phases_stand_in_server_timing(service: Client) -> None:
+    reply = service.complete("import os")
+    names = [part.split(";")[0] for part in reply.headers["server-timing"].split(", ")]
+    assert names == ["tokenize", "queue", "prefill", "decode"]
+    assert int(reply.headers["x-longserve-peak-bytes"]) == reply.json["longserve"]["peak_bytes"] > 0
+
+
+def test_a_caller_who_hangs_up_mid_stream_gives_its_bytes_back(service: Client) -> None:
+    body = {"prompt": "import os", "max_tokens": 20_000, "stream": True, "ignore_eos": True}
+    with service.half_read(body, read=2000):
+        assert service.replica.engine.snapshot().running == 1
+    assert eventually(lambda: service.replica.engine.snapshot().bytes_in_use == 0)
+
+
+def test_a_caller_who_hangs_up_before_the_answer_gives_its_bytes_back(service: Client) -> None:
+    with service.half_read({"prompt": "import os", "max_tokens": 20_000, "ignore_eos": True}, read=0):
+        assert eventually(lambda: service.replica.engine.snapshot().running == 1)
+    assert eventually(lambda: service.replica.engine.snapshot().bytes_in_use == 0)
+
+
+def test_a_long_silence_is_broken_by_comments_that_clients_pass_over(service: Client) -> None:
+    from service.config import AttentionConfig, HttpConfig, ServiceConfig, UserConfig
+    from service.plain import listening_in_thread
+
+    config = ServiceConfig(threads=1, http=HttpConfig(stream_ping_seconds=0.001))
+    with listening_in_thread(config, UserConfig(attention=AttentionConfig())) as (url, replica):
+        reply = Client(url, replica).complete("import os " * 2000, stream=True)
+    assert ": waiting\n\n" in reply.text
+    assert reply.events[-1] == "[DONE]"
