@@ -67,7 +67,9 @@ class Client:
     def half_read(self, body: Any, read: int) -> Iterator[socket.socket]:
         """A completion of which `read` bytes have been read; the block's end hangs up."""
         raw, host = json.dumps(body).encode(), urlsplit(self.url)
-        head = f"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {len(raw)}\r\n\r\n"
+        head = (
+            f"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {len(raw)}\r\n\r\n"
+        )
         with socket.create_connection((str(host.hostname), int(host.port or 0)), timeout=PATIENCE_SECONDS) as line:
             line.sendall(head.encode() + raw)
             while read > 0:

@@ -45,7 +45,9 @@ def test_max_completion_tokens_says_the_same_as_max_tokens(service: Client) -> N
 
 def test_token_ids_answer_as_their_text_does(service: Client) -> None:
     tokens = service.post("/tokenize", {"prompt": "def f(x):"}).json["tokens"]
-    assert service.complete(tokens, temperature=0).json["choices"] == service.complete("def f(x):", temperature=0).json["choices"]
+    assert (
+        service.complete(tokens, temperature=0).json["choices"] == service.complete("def f(x):", temperature=0).json["choices"]
+    )
 
 
 def test_prompts_and_samples_answer_in_the_order_asked(service: Client) -> None:

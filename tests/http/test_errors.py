@@ -1,0 +1,186 @@
+"""What a caller does wrong is a 4xx in OpenAI's shape that says what is wrong and what is allowed; the service goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from tests.http.client import Client, eventually
+
+MANY = 40_000  # tokens: more than the model's 32,768
+
+
+@pytest.fixture(autouse=True)
+def _the_service_goes_on(service: Client) -> Iterator[None]:
+    yield
+    assert service.complete("import os", max_tokens=1).status == 200
+    assert eventually(lambda: service.replica.engine.snapshot().bytes_in_use == 0)
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        (b'{"prompt": ', ("no JSON", "character")),
+        (b"[]", ("dictionary",)),
+        (b'"prompt"', ("dictionary",)),
+        ({}, ("prompt is required",)),
+        ({"prompt": None}, ("prompt", "a list of strings")),
+        ({"prompt": ""}, ("prompt is empty",)),
+        ({"prompt": []}, ("prompt", "at least one")),
+        ({"prompt": ["a", ""]}, ("prompt is empty",)),
+        ({"prompt": [[1], []]}, ("entry 1", "at least one")),
+        ({"prompt": [1, "a"]}, ("prompt", "only strings")),
+        ({"prompt": [True]}, ("prompt", "only strings")),
+        ({"prompt": [1, 4096]}, ("0 to 4095", "4096", "place 1")),
+        ({"prompt": [-1]}, ("0 to 4095", "-1")),
+        ({"prompt": ["a"] * 5}, ("prompt may hold 4", "5")),
+        ({"prompt": "a", "n": 4}, ("n may be at most 3", "4")),
+        ({"prompt": "a", "n": 0}, ("n:", "1", "0")),
+        ({"prompt": "a", "max_tokens": -1}, ("max_tokens", "-1")),
+        ({"prompt": "a", "max_tokens": 0}, ("max_tokens", "at least 1")),
+        ({"prompt": "a", "max_tokens": "5"}, ("max_tokens", "integer", "'5'")),
+        ({"prompt": "a", "max_tokens": 1.5}, ("max_tokens", "integer", "1.5")),
+        ({"prompt": "a", "temperature": 2.5}, ("temperature", "2", "2.5")),
+        (b'{"prompt": "a", "temperature": NaN}', ("temperature", "finite")),
+        ({"prompt": "a", "top_p": 0}, ("top_p", "0")),
+        ({"prompt": "a", "stop": [""]}, ("stop", "none of them empty")),
+        ({"prompt": "a", "stop": 3}, ("stop", "a list of strings")),
+        ({"prompt": "a", "logprobs": 21}, ("logprobs", "20", "21")),
+        ({"prompt": "a", "stream_options": {}}, ("stream_options", "stream")),
+        ({"prompt": "a", "best_of": 2}, ("best_of", "n (1)")),
+        ({"prompt": "a", "presence_penalty": 0.5}, ("presence_penalty", "send 0", "0.5")),
+        ({"prompt": "a", "logit_bias": {"5": 1}}, ("logit_bias",)),
+        ({"prompt": "a", "suffix": "b"}, ("suffix",)),
+        ({"prompt": "a", "response_format": {"type": "json_object"}}, ("response_format",)),
+    ],
+)
+def test_a_wrong_body_is_refused_by_name(service: Client, body: Any, words: tuple[str, ...]) -> None:
+    reply = service.post("/v1/completions", body)
+    assert reply.status == 400
+    assert reply.error["type"] == "invalid_request_error"
+    assert [word for word in words if word not in reply.error["message"]] == []
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"presence_penalty": 0, "frequency_penalty": 0.0, "logit_bias": None, "suffix": None, "best_of": 1, "min_p": 0},
+        {"stop": None, "user": "me", "seed": None, "n": None, "stream": False, "stream_options": None},
+        {"a_field_of_tomorrow": {"deep": [1]}},
+    ],
+)
+def test_fields_that_change_nothing_are_let_in(service: Client, fields: dict[str, Any]) -> None:
+    assert service.complete("import os", **fields).status == 200
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/embeddings", "/v1/plan"])
+def test_an_unknown_backend_is_refused_with_those_allowed(service: Client, path: str) -> None:
+    key = "input" if path == "/v1/embeddings" else "prompt"
+    for fields in ({"attention": "sparse"}, {"model": f"{service.replica.card.id}@sparse"}):
+        reply = service.post(path, {key: "a", **fields})
+        assert (reply.status, reply.error["code"]) == (400, "unknown_backend")
+        assert "'sparse'" in reply.error["message"]
+        assert "dense, sliding_window, performer" in reply.error["message"]
+
+
+@pytest.mark.parametrize("model", ["gpt-4", "gpt-4@dense", ""])
+def test_an_unknown_model_is_a_404_with_the_one_there_is(service: Client, model: str) -> None:
+    reply = service.complete("a", model=model)
+    assert (reply.status, reply.error["code"], reply.error["param"]) == (404, "model_not_found", "model")
+    assert service.replica.card.id in reply.error["message"]
+
+
+def test_two_backends_in_one_request_are_refused(service: Client) -> None:
+    reply = service.complete("a", model=f"{service.replica.card.id}@dense", attention="performer")
+    assert reply.status == 400
+    assert "dense" in reply.error["message"]
+    assert "performer" in reply.error["message"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_too_long_input_is_refused_with_both_numbers(service: Client, stream: bool) -> None:
+    reply = service.complete([7] * MANY, stream=stream)
+    assert (reply.status, reply.error["code"]) == (400, "context_length_exceeded")
+    assert str(MANY) in reply.error["message"]
+    assert str(service.replica.card.max_length) in reply.error["message"]
+
+
+def test_one_bad_prompt_of_several_refuses_all(service: Client) -> None:
+    reply = service.complete([[1, 2], [7] * MANY])
+    assert (reply.status, reply.error["code"]) == (400, "context_length_exceeded")
+
+
+def test_a_form_is_no_json_body(service: Client) -> None:
+    reply = service.post("/v1/completions", b'{"prompt": "a"}', {"content-type": "application/x-www-form-urlencoded"})
+    assert reply.status == 415
+    assert "application/json" in reply.error["message"]
+
+
+@pytest.mark.parametrize("declared", [True, False])
+def test_a_body_past_the_limit_is_refused_while_it_is_read(service: Client, declared: bool) -> None:
+    body = b'{"prompt": "' + b"a" * 300_000 + b'"}'
+    if declared:
+        reply = service.post("/v1/completions", body)
+    else:
+        with service._open() as connection:
+            chunks = (body[i : i + 50_000] for i in range(0, len(body), 50_000))
+            connection.request("POST", "/v1/completions", chunks, {"content-type": "application/json"}, encode_chunked=True)
+            answer = connection.getresponse()
+            assert answer.status == 413
+            return
+    assert (reply.status, reply.error["code"]) == (413, "body_too_large")
+    assert "200000" in reply.error["message"]
+
+
+def test_an_unknown_route_is_a_404_and_a_wrong_method_a_405(service: Client) -> None:
+    assert (service.get("/v2/completions").status, service.get("/v2/completions").error["code"]) == (404, "not_found")
+    reply = service.get("/v1/completions")
+    assert (reply.status, reply.error["code"]) == (405, "method_not_allowed")
+    assert "POST" in reply.error["message"]
+
+
+@pytest.mark.parametrize("given", ["-1", "0", "soon", "nan"])
+def test_a_timeout_that_is_none_is_refused(service: Client, given: str) -> None:
+    reply = service.post("/v1/completions", {"prompt": "a"}, {"x-request-timeout-seconds": given})
+    assert reply.status == 400
+    assert "x-request-timeout-seconds" in reply.error["message"]
+
+
+def test_a_deadline_that_passes_is_a_408(service: Client) -> None:
+    body = {"prompt": "import os", "max_tokens": 20_000, "ignore_eos": True}
+    reply = service.post("/v1/completions", body, {"x-request-timeout-seconds": "0.2"})
+    assert (reply.status, reply.error["code"]) == (408, "deadline_exceeded")
+
+
+def test_a_deadline_that_passes_mid_stream_is_an_event_and_no_done(service: Client) -> None:
+    body = {"prompt": "import os", "max_tokens": 20_000, "ignore_eos": True, "stream": True}
+    reply = service.post("/v1/completions", body, {"x-request-timeout-seconds": "0.3"})
+    assert reply.status == 200
+    assert reply.events[-1]["error"]["code"] == "deadline_exceeded"
+
+
+def test_an_error_of_ours_is_a_500_that_tells_nothing_but_where_to_look(
+    service: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> None:
+        raise KeyError("a secret of the implementation")
+
+    monkeypatch.setattr(service.replica.engine, "plan", broken)
+    reply = service.post("/v1/plan", {"prompt": "a"}, {"x-request-id": "look-here"})
+    assert (reply.status, reply.error["code"]) == (500, "internal_error")
+    assert "look-here" in reply.error["message"]
+    assert "secret" not in reply.text
+
+
+@pytest.mark.parametrize("given", ["a-name", "x" * 128])
+def test_a_request_id_comes_back(service: Client, given: str) -> None:
+    assert service.get("/health", **{"x-request-id": given}).headers["x-request-id"] == given
+
+
+@pytest.mark.parametrize("given", ["", "x" * 129, "with space"])
+def test_a_request_id_that_no_log_wants_is_replaced(service: Client, given: str) -> None:
+    found = service.get("/health", **{"x-request-id": given}).headers["x-request-id"]
+    assert found != given
+    assert len(found) == 32

@@ -1,0 +1,138 @@
+"""The attention switch of a running replica: no request fails, and nothing that cannot serve comes in force."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+
+from attention import truth
+from service.config import AttentionConfig, ServiceConfig, UserConfig
+from service.plain import listening
+from service.replica import Replica
+from tests.http.client import PATIENCE_SECONDS, Client
+
+
+@pytest.fixture
+async def service() -> AsyncIterator[Client]:
+    replica = Replica(ServiceConfig(threads=1))
+    async with listening(replica, UserConfig()) as url:
+        yield Client(url, replica)
+
+
+def to(default: str, **backends: dict[str, Any]) -> dict[str, Any]:
+    return {"attention": {"default": default, "backends": backends or {default: {}}}}
+
+
+async def served_by(service: Client, **fields: Any) -> str:
+    reply = await asyncio.to_thread(service.complete, "import os", max_tokens=1, **fields)
+    assert reply.status == 200, reply.text
+    return str(reply.json["longserve"]["backend"])
+
+
+async def settled(service: Client) -> dict[str, Any]:
+    """The switch's state once nothing is being built."""
+    async with asyncio.timeout(PATIENCE_SECONDS):
+        while service.replica.readiness()["switching"]:
+            await asyncio.sleep(0.01)
+    return dict(service.replica.readiness())
+
+
+async def test_new_requests_get_the_new_backends_and_only_those(service: Client) -> None:
+    assert await served_by(service) == "dense"
+    service.replica.retarget(to("performer", performer={"features": 64}))
+    assert (await settled(service))["degraded"] is None
+    assert await served_by(service) == "performer"
+    refused = await asyncio.to_thread(service.complete, "import os", attention="dense")
+    assert (refused.status, refused.error["code"]) == (400, "unknown_backend")
+    assert service.replica.engine.backends.by_name["performer"].options.model_dump()["features"] == 64
+
+
+async def test_a_request_keeps_the_backend_it_was_admitted_with(service: Client) -> None:
+    task = asyncio.create_task(asyncio.to_thread(service.complete, "import os", max_tokens=400, ignore_eos=True))
+    while service.replica.engine.snapshot().running == 0:
+        await asyncio.sleep(0.001)
+    service.replica.retarget(to("performer"))
+    await settled(service)
+    assert await served_by(service) == "performer"
+    reply = await task
+    assert (reply.status, reply.json["longserve"]["backend"]) == (200, "dense")
+
+
+async def test_of_several_targets_the_newest_comes_in_force(service: Client) -> None:
+    for default in ("performer", "sliding_window", "dense", "sliding_window"):
+        service.replica.retarget(to(default))
+    assert (await settled(service))["attention"]["default"] == "sliding_window"
+    assert await served_by(service) == "sliding_window"
+
+
+@pytest.mark.parametrize(
+    ("target", "word"),
+    [
+        (to("nowhere"), "nowhere"),
+        (to("dense", dense={}, sliding_window={"window": 0}), "window"),
+        ({"attention": {"defalt": "dense"}}, "defalt"),
+        ([], "dictionary"),
+    ],
+)
+async def test_a_target_that_is_no_config_leaves_the_old_in_force(service: Client, target: Any, word: str) -> None:
+    service.replica.retarget(target)
+    state = await settled(service)
+    assert word in state["degraded"]
+    assert state["ready"] is True
+    assert await served_by(service) == "dense"
+
+
+async def test_a_backend_that_answers_wrongly_never_serves(service: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    honest = truth.check
+    monkeypatch.setattr(truth, "check", lambda backend: truth.Truth(error=1.0, bound=0.1))
+    service.replica.retarget(to("performer"))
+    state = await settled(service)
+    assert "performer is off its definition by 1, allowed: 0.1" in state["degraded"]
+    assert await served_by(service) == "dense"
+    assert 'longserve_backend_degraded{replica="0"} 1.0' in (await asyncio.to_thread(service.get, "/metrics")).text
+    monkeypatch.setattr(truth, "check", honest)
+    service.replica.retarget(to("performer"))
+    assert (await settled(service))["degraded"] is None
+    assert await served_by(service) == "performer"
+
+
+async def test_a_replica_with_a_wrong_backend_does_not_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(truth, "check", lambda backend: truth.Truth(error=float("nan"), bound=0.1))
+    replica = Replica(ServiceConfig(threads=1))
+    with pytest.raises(ValueError, match="dense is off its definition"):
+        await replica.start(UserConfig(attention=AttentionConfig()))
+
+
+async def test_a_replica_that_has_not_started_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    import uvicorn
+
+    replica = Replica(ServiceConfig(threads=1))
+    server = uvicorn.Server(uvicorn.Config(replica.app, port=0, log_level="error"))
+    serving = asyncio.create_task(server.serve())
+    while not server.started:
+        await asyncio.sleep(0.01)
+    client = Client(f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}", replica)
+    for reply in (await asyncio.to_thread(client.complete, "a"), await asyncio.to_thread(client.get, "/v1/models")):
+        assert (reply.status, reply.error["code"]) == (503, "not_ready")
+        assert int(reply.headers["retry-after"]) >= 1
+    assert (await asyncio.to_thread(client.get, "/ready")).status == 503
+    assert (await asyncio.to_thread(client.get, "/health")).status == 200
+    server.should_exit = True
+    await serving
+
+
+async def test_a_draining_replica_finishes_what_runs_and_admits_nothing_more(service: Client) -> None:
+    task = asyncio.create_task(asyncio.to_thread(service.complete, "import os", max_tokens=200, ignore_eos=True))
+    while service.replica.engine.snapshot().running == 0:
+        await asyncio.sleep(0.001)
+    draining = asyncio.create_task(service.replica.drain())
+    await asyncio.sleep(0)
+    refused = await asyncio.to_thread(service.complete, "a")
+    assert (refused.status, refused.error["code"]) == (503, "draining")
+    assert "retry-after" in refused.headers
+    assert (await task).status == 200
+    await draining
+    assert (await asyncio.to_thread(service.get, "/ready")).status == 503
