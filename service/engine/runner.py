@@ -11,11 +11,10 @@ import torch
 from torch import Tensor
 
 from attention import Segments
-from service.engine.job import Sequence
 from service.engine.memory import AllocatorPeak, StorageCounter
 from service.engine.request import TokenLogprob
 from service.engine.sampling import draw, logprobs
-from service.engine.scheduler import Member, Work
+from service.engine.scheduler import Work
 from service.model.transformer import Attend, Transformer
 
 LOGIT_ROWS = 64  # rows of an echoed prompt whose logits exist at one time
@@ -39,13 +38,18 @@ class Runner:
         Raises whatever the model raises; the members' states are then undefined.
         """
         start = time.perf_counter()
-        if work.stages is None:
-            work.stages, work.gauge = self._stages(work), self._gauge(work)
-        with torch.inference_mode(), work.gauge or nullcontext():
-            try:
-                return not any(gives_way() for _ in work.stages)
-            finally:
-                work.seconds += time.perf_counter() - start
+        try:
+            with torch.inference_mode():
+                if work.stages is None:
+                    _allocate(work)
+                    work.stages, work.gauge = self._stages(work), self._gauge(work)
+                with work.gauge or nullcontext():
+                    if any(gives_way() for _ in work.stages):
+                        return False
+                _part(work)
+                return True
+        finally:
+            work.seconds += time.perf_counter() - start
 
     def _gauge(self, work: Work) -> StorageCounter | AllocatorPeak | None:
         """A measure of this step's memory: for the first of its kind and size, and for one in so many."""
@@ -59,9 +63,6 @@ class Runner:
 
     def _stages(self, work: Work) -> Generator[None, None, None]:
         """The computation of a step, pausing between layers."""
-        for member in work.members:
-            if member.sequence.slot is None:
-                member.sequence.slot = work.route.pool.allocate(member.sequence.job.max_length)
         ids, segments = self._packed(work)
         positions = torch.nn.functional.pad(segments.positions(self._model.device), (0, len(ids) - segments.total))
         hidden = yield from self._model.stages(ids, positions, self._attend(work, segments))
@@ -106,7 +107,7 @@ class Runner:
                 job.prompt_logprobs += logprobs(logits, some, [top] * len(some))
 
     def _draw(self, work: Work, segments: Segments, hidden: Tensor) -> None:
-        """Draw the next token of every member that has none left to process; samples of a new prompt part here."""
+        """Draw the next token of every member that has none left to process, and of the samples that waited for it."""
         ends = zip(work.members, segments.last(), strict=True)
         ready = [(m, row) for m, row in ends if m.end == m.sequence.length and m.sequence.job.request.sampling.max_tokens > 0]
         if not ready:
@@ -116,20 +117,29 @@ class Runner:
         logits = self._model.logits(hidden[last])[: len(ready)]
         sequences, rows = [], []
         for index, (member, _) in enumerate(ready):
-            drawing = [member.sequence, *self._part(member)]
+            drawing = [member.sequence, *member.sequence.job.siblings]
             sequences += drawing
             rows += [index] * len(drawing)
         logits = logits if len(rows) == len(ready) else logits[rows]
         settings = [sequence.job.request.sampling for sequence in sequences]
         work.drawn = list(zip(sequences, draw(logits, settings, [s.source for s in sequences]), strict=True))
 
-    def _part(self, member: Member) -> list[Sequence]:
-        """The samples that have waited for this prompt, each with its own copy of the state."""
-        job = member.sequence.job
-        for sibling in job.siblings:
+
+def _allocate(work: Work) -> None:
+    """A slot for every member that has none."""
+    for member in work.members:
+        if member.sequence.slot is None:
+            member.sequence.slot = work.route.pool.allocate(member.sequence.job.max_length)
+
+
+def _part(work: Work) -> None:
+    """Copies of the state for the samples that waited for a prompt which is processed now."""
+    for member in work.members:
+        if member.end < member.sequence.length:
+            continue
+        for sibling in member.sequence.job.siblings:
             assert member.sequence.slot is not None, "a processed prompt without a state"
-            sibling.slot, sibling.past = job.route.pool.copy(member.sequence.slot), member.end
-        return job.siblings
+            sibling.slot, sibling.past = work.route.pool.copy(member.sequence.slot), member.end
 
 
 def _add_sums(work: Work, segments: Segments, hidden: Tensor) -> None:

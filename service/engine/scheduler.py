@@ -161,7 +161,8 @@ class Scheduler:
             if other.job.route is not first.job.route or other.job.is_embedding != first.job.is_embedding or other.is_alone:
                 continue
             more_seconds, more_tokens = _chunk_cost(other)
-            seconds, tokens = seconds + more_seconds, tokens + more_tokens
+            seconds += more_seconds - first.job.route.course.pace.model.fixed  # paid once for all
+            tokens += more_tokens
             if seconds > first.job.route.course.chunk_seconds or tokens > self._config.max_chunk_tokens:
                 break
             pack.append(other)

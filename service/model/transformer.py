@@ -233,11 +233,11 @@ class Transformer(nn.Module):
         config = self.config
         heads, groups, depth = config.num_attention_heads, config.num_key_value_heads, config.head_dim
         stream = 2 * config.hidden_size + 2 * depth  # the residual stream, its norm, cos and sin
-        normed = 2 if config.qk_norm else 1
-        qkv = (heads + 2 * groups + normed * (heads + groups)) * depth  # as projected, normed, rotated
-        attending = tokens * (stream + qkv) * self.dtype.itemsize + attention
-        feeding = tokens * (stream + 4 * config.intermediate_size) * self.dtype.itemsize
-        return max(attending, feeding)
+        qk, qkv = (heads + groups) * depth, (heads + 2 * groups) * depth
+        attending = tokens * (stream + qkv + 2 * qk) * self.dtype.itemsize + attention  # as projected, normed, turned
+        turning = tokens * (stream + qkv + 4 * qk) * self.dtype.itemsize
+        feeding = tokens * (stream + config.hidden_size + 4 * config.intermediate_size) * self.dtype.itemsize
+        return max(attending, turning, feeding)
 
     def rotation(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """cos, and sin with the sign that `rotate` needs, of each position's angles, (T, 1, D) in the model's dtype."""

@@ -7,25 +7,30 @@ import asyncio
 import pytest
 import torch
 
-from attention import Segments
+from attention import AttentionBackend, Segments
+from service.engine.request import ContextTooLong, Delta, InvalidRequest, UnknownBackend
+from service.model.transformer import Transformer
 from tests.engine import world
 from tests.engine.world import complete, completion, embed, embedding, prompt, running, tokens_of
 
 
-def greedy_oracle(model, backend, tokens: list[int], count: int) -> list[int]:
-    """Greedy tokens by whole forwards without any state, one per token: slow and plain."""
+def hidden(model: Transformer, backend: AttentionBackend, tokens: list[int]) -> torch.Tensor:
+    """Last hidden states by one whole forward, without state."""
+    ids, segments = torch.tensor(tokens), Segments((len(tokens),))
+    return model.hidden(ids, torch.arange(len(ids)), lambda i, q, k, v: backend.attend(q, k, v, segments, causal=True))
+
+
+def greedy_oracle(model: Transformer, backend: AttentionBackend, tokens: list[int], count: int) -> list[int]:
+    """Greedy tokens by a whole forward for each: slow and plain."""
     out: list[int] = []
     for _ in range(count):
-        ids = torch.tensor(tokens + out)
-        segments = Segments((len(ids),))
-        hidden = model.hidden(ids, torch.arange(len(ids)), lambda i, q, k, v: backend.attend(q, k, v, segments, causal=True))
-        out.append(int(model.logits(hidden[-1:]).argmax()))
+        out.append(int(model.logits(hidden(model, backend, tokens + out)[-1:]).argmax()))
     return out
 
 
 @pytest.mark.parametrize("name", world.BACKENDS)
 @pytest.mark.parametrize("length", [1, 15, 16, 17, 64, 65, 300])
-async def test_greedy_decode_through_chunks_and_states_equals_whole_forwards(name, length):
+async def test_greedy_decode_through_chunks_and_states_equals_whole_forwards(name: str, length: int) -> None:
     model = world.make_model(torch.float64)
     backends = world.make_backends(model)
     expected = greedy_oracle(model, backends.by_name[name], prompt(length), 12)
@@ -33,13 +38,172 @@ async def test_greedy_decode_through_chunks_and_states_equals_whole_forwards(nam
         assert await tokens_of(engine, completion(prompt(length), name, max_tokens=12)) == expected
 
 
-async def test_an_embedding_is_the_unit_mean_of_the_last_hidden_states():
+async def test_an_embedding_is_the_unit_mean_of_the_last_hidden_states() -> None:
     model = world.make_model(torch.float64)
     backends = world.make_backends(model)
-    ids, segments = torch.tensor(prompt(200)), Segments((200,))
-    dense = backends.by_name["dense"]
-    hidden = model.hidden(ids, torch.arange(200), lambda i, q, k, v: dense.attend(q, k, v, segments, causal=True))
-    expected = torch.nn.functional.normalize(hidden.mean(0), dim=0)
+    mean = hidden(model, backends.by_name["dense"], prompt(200)).mean(0)
     async with running(model, backends, max_chunk_tokens=64) as engine:
         answer = torch.tensor(await embed(engine, embedding(prompt(200))), dtype=torch.float64)
+    expected = torch.nn.functional.normalize(mean, dim=0)
     torch.testing.assert_close(answer, expected, atol=1e-5, rtol=0)  # sums are kept in float32
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", world.BACKENDS)
+async def test_an_answer_is_the_same_alone_and_among_others(name: str, dtype: torch.dtype) -> None:
+    requests = [
+        lambda i=i: completion(prompt(20 + 37 * i, seed=i), name, max_tokens=24, temperature=float(i % 2), seed=i)
+        for i in range(9)
+    ]
+    async with running(world.make_model(dtype)) as engine:
+        if engine.snapshot().row_multiple is None:
+            pytest.skip("this machine's products depend on their height, and the engine says so")
+        alone = [await tokens_of(engine, request()) for request in requests]
+        together = await asyncio.gather(*(tokens_of(engine, request()) for request in requests))
+    assert list(together) == alone
+
+
+async def test_samples_share_the_prefill_and_each_equals_its_own_request() -> None:
+    model, watcher = world.make_model(), world.Watcher()
+    async with running(model, watcher=watcher) as engine:
+        request = completion(prompt(100), n=3, temperature=1.0, seed=4, max_tokens=10)
+        deltas = await complete(engine, request)
+        prefilled = sum(step.tokens for step in watcher.steps if step.kind == "prefill")
+        first = await tokens_of(engine, completion(prompt(100), temperature=1.0, seed=4, max_tokens=10))
+    samples = [[t for d in deltas if d.index == i for t in d.tokens] for i in range(3)]
+    assert prefilled == 100
+    assert [len(sample) for sample in samples] == [10, 10, 10]
+    assert samples[0] == first
+    assert len({tuple(sample) for sample in samples}) == 3
+    assert request.timings.output_tokens == 30
+
+
+async def test_the_end_of_text_token_stops_and_is_not_shown() -> None:
+    async with running() as engine:
+        tokens = await tokens_of(engine, completion("abc", max_tokens=20))
+    eos = tokens[-1]
+    async with running(world.make_model(eos=eos)) as engine:
+        deltas = await complete(engine, completion("abc", ignore_eos=False, max_tokens=20))
+        ignored = await tokens_of(engine, completion("abc", max_tokens=20))
+    assert deltas[-1].finish_reason == "stop"
+    assert [token for delta in deltas for token in delta.tokens] == tokens[: tokens.index(eos)]
+    assert ignored == tokens
+
+
+async def test_a_stop_string_ends_the_answer_before_itself() -> None:
+    async with running() as engine:
+        whole = await complete(engine, completion("abc", max_tokens=60))
+        text = "".join(delta.text for delta in whole)
+        stop = text[5:8]
+        deltas = await complete(engine, completion("abc", max_tokens=60, stop=(stop,)))
+    assert "".join(delta.text for delta in deltas) == text[: text.find(stop)]
+    assert deltas[-1].finish_reason == "stop"
+
+
+async def test_the_answer_ends_with_max_tokens() -> None:
+    async with running() as engine:
+        deltas = await complete(engine, completion("abc", max_tokens=5))
+    assert [delta.finish_reason for delta in deltas if delta.finish_reason] == ["length"]
+    assert sum(len(delta.tokens) for delta in deltas) == 5
+
+
+async def test_an_echo_for_no_tokens_scores_the_prompt() -> None:
+    model = world.make_model(torch.float64)
+    backends = world.make_backends(model)
+    tokens = list(b"some words to be scored" * 9)
+    logs = model.logits(hidden(model, backends.by_name["dense"], tokens)).log_softmax(-1)
+    async with running(model, backends, max_chunk_tokens=64) as engine:
+        (delta,) = await complete(engine, completion(tokens, echo=True, logprobs=2, max_tokens=0))
+    assert (delta.text, delta.tokens, delta.finish_reason) == (bytes(tokens).decode(), tuple(tokens), "length")
+    assert delta.logprobs is not None and delta.logprobs[0].logprob is None
+    for place, told in enumerate(delta.logprobs[1:], 1):
+        assert told.logprob == pytest.approx(float(logs[place - 1, tokens[place]]), abs=1e-5)  # logits are float32
+        assert len(told.top) == 2
+
+
+async def test_a_delta_tells_as_many_logprobs_as_tokens() -> None:
+    async with running() as engine:
+        deltas = await complete(engine, completion("abc", logprobs=1, max_tokens=30, echo=True))
+    assert all(delta.logprobs is not None and len(delta.logprobs) == len(delta.tokens) for delta in deltas)
+    assert sum(len(delta.tokens) for delta in deltas) == 33
+
+
+@pytest.mark.parametrize(
+    ("request_", "error", "says"),
+    [
+        (completion([]), InvalidRequest, "no tokens"),
+        (completion([world.VOCABULARY]), InvalidRequest, "0 to 256"),
+        (completion([-1]), InvalidRequest, "0 to 256"),
+        (completion(n=0), InvalidRequest, "n must be"),
+        (completion(n=65), InvalidRequest, "from 1 to 64"),
+        (completion(max_tokens=-1), InvalidRequest, "max_tokens"),
+        (completion(temperature=-0.1), InvalidRequest, "temperature"),
+        (completion(temperature=float("nan")), InvalidRequest, "temperature"),
+        (completion(top_p=0.0), InvalidRequest, "top_p"),
+        (completion(top_p=1.01), InvalidRequest, "top_p"),
+        (completion(top_k=-1), InvalidRequest, "top_k"),
+        (completion(logprobs=-1), InvalidRequest, "logprobs"),
+        (completion(stop=("",)), InvalidRequest, "stop"),
+        (completion(backend="sparse"), UnknownBackend, "dense, sliding_window, performer, auto"),
+        (completion(prompt(2000), max_tokens=49), ContextTooLong, "2000 tokens and max_tokens 49, together 2049"),
+        (embedding(prompt(2049)), ContextTooLong, "2049 tokens but the model's context is 2048"),
+    ],
+)
+async def test_what_cannot_be_computed_is_refused_at_the_door(request_, error: type[Exception], says: str) -> None:
+    watcher = world.Watcher()
+    async with running(watcher=watcher) as engine:
+        with pytest.raises(error, match=says):
+            engine.submit(request_)
+        assert watcher.refusals == [error.code]
+        assert engine.snapshot().bytes_in_use == 0
+        assert len(await tokens_of(engine, completion())) == 8
+
+
+async def test_the_longest_allowed_request_is_answered() -> None:
+    async with running() as engine:
+        assert len(await tokens_of(engine, completion(prompt(2000), max_tokens=48))) == 48
+        assert len(await embed(engine, embedding(prompt(2048)))) == 32
+
+
+async def test_a_request_keeps_its_backend_over_a_swap() -> None:
+    model = world.make_model()
+    async with running(model, world.make_backends(model, dense={})) as engine:
+        expected = await tokens_of(engine, completion(prompt(30), max_tokens=40))
+        stream = engine.submit(completion(prompt(30), max_tokens=40))
+        first = await anext(stream)
+        await engine.swap(world.make_backends(model, "performer", performer={"features": 32}))
+        later = completion(prompt(30))
+        await complete(engine, later)
+        rest = [item async for item in stream]
+        assert set(engine.snapshot().pool_bytes) == {"performer"}
+    assert [t for delta in (first, *rest) if isinstance(delta, Delta) for t in delta.tokens] == expected
+    assert later.timings.backend == "performer"
+
+
+async def test_auto_takes_the_backend_it_predicts_to_be_fastest_and_says_so() -> None:
+    model = world.make_model()
+    async with running(model, world.make_backends(model, "auto")) as engine:
+        request = completion(prompt(1500))
+        plan = engine.plan(request)
+        await complete(engine, request)
+    assert request.timings.backend == plan.backend
+    assert request.timings.why.startswith("auto: predicted")
+    assert all(name in request.timings.why for name in world.BACKENDS)
+
+
+async def test_the_stopwatch_runs_in_order() -> None:
+    async with running(max_chunk_tokens=16) as engine:
+        request = completion(prompt(40), max_tokens=6)
+        await complete(engine, request)
+    t = request.timings
+    assert t.queued_at <= t.admitted_at <= t.prefilled_at <= t.first_token_at <= t.finished_at
+    assert t.token_times == sorted(t.token_times) and len(t.token_times) == 6
+    assert (t.prefill_chunks, t.decode_steps, t.prompt_tokens, t.output_tokens) == (3, 5, 40, 6)
+    assert (t.backend, t.why, t.batch_mates) == ("dense", "default", 0)
+
+
+async def test_batch_mates_are_counted() -> None:
+    async with running() as engine:
+        requests = [completion(prompt(8, seed=i), max_tokens=30) for i in range(4)]
+        await asyncio.gather(*(complete(engine, request) for request in requests))
+    assert max(request.timings.batch_mates for request in requests) == 3

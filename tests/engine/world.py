@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Generator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import tokenizers
 import torch
 from tokenizers import decoders, models
+from torch import Tensor
 
 import attention
 from service.config import EngineConfig
@@ -18,7 +20,7 @@ from service.engine.engine import Backends, Engine
 from service.engine.observer import Outcome, Step
 from service.engine.request import Delta, Embedding, Request, Sampling
 from service.model.tokenizer import Tokenizer, _byte_alphabet
-from service.model.transformer import ModelConfig, Transformer
+from service.model.transformer import Attend, ModelConfig, Transformer
 
 EOS = 256
 VOCABULARY = 257
@@ -28,23 +30,23 @@ BACKENDS = {"dense": {}, "sliding_window": {"window": 64, "sinks": 4}, "performe
 _ids = itertools.count()
 
 
-def make_model(dtype: torch.dtype = torch.float32, layers: int = 2) -> Transformer:
-    """A transformer of random weights whose next tokens are not trivial."""
+def make_model(dtype: torch.dtype = torch.float32, eos: int = EOS, scale: int = 1) -> Transformer:
+    """A transformer of random weights; untied, since a tied one would only repeat its last token."""
     torch.manual_seed(0)
     config = ModelConfig.from_dict(
         {
             "model_type": "qwen3",
             "vocab_size": VOCABULARY,
-            "hidden_size": 32,
-            "intermediate_size": 48,
-            "num_hidden_layers": layers,
+            "hidden_size": 32 * scale,
+            "intermediate_size": 48 * scale,
+            "num_hidden_layers": 2,
             "num_attention_heads": 4,
             "num_key_value_heads": 2,
-            "head_dim": 16,
+            "head_dim": 16 * scale,
             "max_position_embeddings": MAX_LENGTH,
             "rms_norm_eps": 1e-6,
-            "tie_word_embeddings": True,
-            "eos_token_id": EOS,
+            "tie_word_embeddings": False,
+            "eos_token_id": eos,
         }
     )
     return Transformer(config).to(dtype).requires_grad_(False).eval()
@@ -133,3 +135,31 @@ async def embed(engine: Engine, request: Request) -> list[float]:
 def prompt(length: int, seed: int = 0) -> list[int]:
     """Some bytes."""
     return torch.randint(0, 256, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def is_empty(engine: Engine) -> bool:
+    """Whether the engine holds nothing of any request."""
+    levels = engine.snapshot()
+    held = (levels.running, levels.waiting, levels.waiting_tokens, levels.bytes_in_use)
+    return not any((*held, *levels.pool_bytes.values(), *levels.pool_slots.values()))
+
+
+async def until(condition: Callable[[], object], seconds: float = 10) -> None:
+    """Wait until a condition holds; fail after so many seconds."""
+    async with asyncio.timeout(seconds):
+        while not condition():
+            await asyncio.sleep(0.001)
+
+
+def disturb(model: Transformer, trouble: Callable[[Tensor, Tensor], None]) -> Transformer:
+    """A model whose every call first does `trouble(tokens, positions)`, behind its first layer."""
+    stages = model.stages
+
+    def disturbed(tokens: Tensor, positions: Tensor, attend: Attend) -> Generator[None, None, Tensor]:
+        inner = stages(tokens, positions, attend)
+        next(inner)
+        trouble(tokens, positions)
+        return (yield from inner)
+
+    model.stages = disturbed  # type: ignore[method-assign]
+    return model

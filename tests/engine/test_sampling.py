@@ -1,0 +1,90 @@
+"""Drawing: the distribution that the settings name, and the same token for the same seed in any company."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from service.engine.request import Sampling
+from service.engine.sampling import draw, generator, logprobs
+
+LOGITS = torch.randn(1, 50, generator=torch.Generator().manual_seed(3)) * 2
+SETTINGS = [
+    Sampling(temperature=0.0),
+    Sampling(temperature=1.0),
+    Sampling(temperature=0.7, top_p=0.8),
+    Sampling(temperature=1.3, top_k=7),
+    Sampling(temperature=1.0, top_k=9, top_p=0.5),
+]
+
+
+def draws(settings: Sampling, count: int, logits: torch.Tensor = LOGITS) -> Counter[int]:
+    source = generator(1, 0)
+    return Counter(draw(logits, [settings], [source])[0].token for _ in range(count))
+
+
+def allowed(settings: Sampling, logits: torch.Tensor = LOGITS) -> torch.Tensor:
+    """The distribution by its definition, one token at a time, float64."""
+    weights = (logits[0].double() / settings.temperature).softmax(0)
+    ranked = sorted(range(len(weights)), key=lambda i: -float(weights[i]))[: settings.top_k or None]
+    total, kept, reached = sum(float(weights[i]) for i in ranked), [], 0.0
+    for i in ranked:
+        if reached >= settings.top_p:
+            break
+        kept.append(i)
+        reached += float(weights[i]) / total
+    answer = torch.zeros_like(weights)
+    answer[kept] = weights[kept]
+    return answer / answer.sum()
+
+
+@pytest.mark.parametrize("settings", SETTINGS[1:])
+def test_tokens_come_as_often_as_their_probability_says(settings: Sampling) -> None:
+    count = 4000
+    expected, seen = allowed(settings), draws(settings, count)
+    assert set(seen) <= {i for i in range(50) if expected[i] > 0}
+    for token in range(50):
+        p = float(expected[token])
+        assert abs(seen[token] - count * p) <= 5 * (count * p * (1 - p)) ** 0.5 + 1e-9  # five standard deviations
+
+
+def test_temperature_zero_takes_the_likeliest() -> None:
+    assert draws(SETTINGS[0], 3) == {int(LOGITS.argmax()): 3}
+
+
+def test_a_temperature_next_to_zero_does_not_overflow() -> None:
+    assert draws(Sampling(temperature=1e-30), 3) == {int(LOGITS.argmax()): 3}
+
+
+@given(st.permutations(range(5)), st.integers(1, 5), st.integers(0, 99))
+def test_a_row_draws_the_same_token_in_any_company(order: list[int], count: int, seed: int) -> None:
+    rows = torch.randn(5, 50, generator=torch.Generator().manual_seed(seed))
+    alone = [draw(rows[[i]], [SETTINGS[i]], [generator(seed, i)])[0] for i in range(5)]
+    chosen = order[:count]
+    together = draw(rows[chosen], [SETTINGS[i] for i in chosen], [generator(seed, i) for i in chosen])
+    assert together == [alone[i] for i in chosen]
+
+
+def test_samples_of_one_seed_differ_and_repeat() -> None:
+    firsts = [generator(5, index).random() for index in range(4)]
+    assert len(set(firsts)) == 4
+    assert firsts == [generator(5, index).random() for index in range(4)]
+
+
+def test_logprobs_are_those_of_the_plain_softmax_with_the_likeliest_first() -> None:
+    (told,) = logprobs(LOGITS, [7], [3])
+    plain = LOGITS[0].double().log_softmax(0)
+    assert told.logprob == pytest.approx(float(plain[7]), abs=1e-5)
+    assert [token for token, _ in told.top] == plain.topk(3).indices.tolist()
+
+
+def test_logprobs_are_told_only_to_those_who_ask() -> None:
+    rows = LOGITS.expand(2, -1)
+    drawn = draw(rows, [Sampling(temperature=0.0, logprobs=2), Sampling(temperature=0.0)], [random.Random(), random.Random()])
+    assert drawn[0].logprob is not None and len(drawn[0].logprob.top) == 2
+    assert drawn[1].logprob is None
