@@ -196,9 +196,9 @@ class Laws:
         for backend in self.causal_backends():
             pool = backend.new_pool(2, 2 * backend.state_bytes(50))
             slot = pool.allocate(50)
-            for take in (lambda: pool.allocate(50), lambda: pool.copy(slot)):
+            for take, what in ((pool.allocate, 50), (pool.copy, slot)):
                 with pytest.raises(PoolExhausted) as refusal:
-                    take()
+                    take(what)
                 assert refusal.value.needed_bytes == pool.bytes_in_use and refusal.value.free_bytes == 0
             pool.release(slot)
             with pytest.raises(KeyError):
