@@ -8,6 +8,7 @@ call behind `serve run config.yaml` (the public `serve.run` would replace replic
 from __future__ import annotations
 
 import logging
+import math
 import os
 import threading
 from collections.abc import Iterator, Mapping
@@ -16,6 +17,7 @@ from typing import Any, cast
 
 ENVIRONMENT = {
     "RAY_AUTH_MODE": "token",  # Ray runs what it is told: only this user's processes, who can read the token, may tell it
+    "RAY_worker_niceness": "0",  # Ray's default of 15 lets any other process of the machine starve the model
     "RAY_USAGE_STATS_ENABLED": "0",  # nothing of ours is reported to anybody
     "RAY_DISABLE_DOCKER_CPU_WARNING": "1",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
@@ -44,7 +46,7 @@ class DeployFailed(Exception):
 def start(file: ServeFile, cpus: int) -> None:
     """Start Ray on this machine and Serve's proxy, as the file says: no dashboard, no usage report, a small object store."""
     ray.init(
-        num_cpus=max(cpus, 1),
+        num_cpus=max(cpus, _reserved_cpus(file)),
         include_dashboard=False,
         object_store_memory=OBJECT_STORE_BYTES,
         namespace=SERVE_NAMESPACE,
@@ -52,6 +54,17 @@ def start(file: ServeFile, cpus: int) -> None:
     )
     options = file.http_options.model_dump(exclude_none=True)
     serve.start(proxy_location=file.proxy_location, http_options=options, logging_config={"log_level": "ERROR"})
+
+
+def _reserved_cpus(file: ServeFile) -> int:
+    """CPUs that the file's replicas reserve together. Ray would wait for ever for more than it was told there are."""
+    reserved = 0.0
+    for application in file.applications:
+        (deployment,) = application.deployments
+        options = deployment.ray_actor_options
+        each = 1.0 if options is None or options.num_cpus is None else options.num_cpus
+        reserved += each * (deployment.num_replicas if isinstance(deployment.num_replicas, int) else 1)
+    return math.ceil(reserved)
 
 
 def deploy(file: ServeFile) -> None:

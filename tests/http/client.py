@@ -12,8 +12,6 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
-from service.replica import Replica
-
 PATIENCE_SECONDS = 30.0  # far above what any call here takes: a hang becomes a failure
 
 
@@ -44,7 +42,8 @@ class Reply:
 @dataclass(frozen=True)
 class Client:
     url: str
-    replica: Replica
+    replica: Any  # the one behind the url, where it is in this process
+    patience_seconds: float = PATIENCE_SECONDS
 
     def send(self, method: str, path: str, body: bytes | None = None, headers: Mapping[str, str] | None = None) -> Reply:
         with self._open() as connection:
@@ -70,7 +69,7 @@ class Client:
         head = (
             f"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {len(raw)}\r\n\r\n"
         )
-        with socket.create_connection((str(host.hostname), int(host.port or 0)), timeout=PATIENCE_SECONDS) as line:
+        with socket.create_connection((str(host.hostname), int(host.port or 0)), timeout=self.patience_seconds) as line:
             line.sendall(head.encode() + raw)
             while read > 0:
                 read -= len(line.recv(read))
@@ -79,16 +78,16 @@ class Client:
     @contextmanager
     def _open(self) -> Iterator[http.client.HTTPConnection]:
         host = urlsplit(self.url)
-        connection = http.client.HTTPConnection(str(host.hostname), host.port, timeout=PATIENCE_SECONDS)
+        connection = http.client.HTTPConnection(str(host.hostname), host.port, timeout=self.patience_seconds)
         try:
             yield connection
         finally:
             connection.close()
 
 
-def eventually(holds: Callable[[], bool]) -> bool:
+def eventually(holds: Callable[[], bool], patience_seconds: float = PATIENCE_SECONDS) -> bool:
     """Whether something comes true within the time a test has patience for."""
-    deadline = time.monotonic() + PATIENCE_SECONDS
+    deadline = time.monotonic() + patience_seconds
     while time.monotonic() < deadline:
         if holds():
             return True
