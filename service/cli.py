@@ -206,15 +206,17 @@ def _check_only_switch_differs(file: ServeFile, address: Mapping[str, Any], depl
 
 
 def _switched(application: ApplicationSection) -> list[dict[str, Any]]:
-    """The replicas' switches, once none is under way any more."""
+    """The replicas' switches, once each has done with the file's. Raises Refused when that takes too long."""
     from service import cluster
 
+    wanted = application.deployments[0].user_config.attention.model_dump()
     deadline = time.monotonic() + SWITCH_SECONDS
-    while True:
+    while time.monotonic() < deadline:
         states = cluster.ask_replicas(application, "state", cluster.ASK_SECONDS)
-        if time.monotonic() > deadline or not any(state["switching"] for state in states):
+        if all(state["asked"] == wanted and not state["switching"] for state in states):
             return states
-        time.sleep(0.1)
+        time.sleep(cluster.POLL_SECONDS)
+    raise Refused(f"{application.name} has not switched within {SWITCH_SECONDS:.0f} s; longserve status tells how it stands")
 
 
 def _ray_address(file: ServeFile) -> str:

@@ -12,6 +12,7 @@ import logging
 import resource
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
@@ -155,7 +156,7 @@ class Metrics:
         _observe(self.decode.labels(backend), timings.decode_seconds)
         _observe(self.first_token.labels(backend), timings.first_token_seconds)
         gaps = self.inter_token.labels(backend)
-        for earlier, later in zip(timings.token_times, timings.token_times[1:], strict=False):
+        for earlier, later in pairwise(timings.token_times):
             gaps.observe(later - earlier)
 
     def _log(self, request: Request, outcome: str) -> None:

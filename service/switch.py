@@ -35,19 +35,21 @@ class Switch:
         self._shape = shape
         self._metrics = metrics
         self._in_force: AttentionConfig | None = None
-        self._target: AttentionConfig | None = None
+        self._target: AttentionConfig | None = None  # waits for the background task
+        self._asked: AttentionConfig | None = None  # the last one asked for, in force or not
         self._failure: str | None = None
         self._task: asyncio.Task[None] | None = None
 
     async def build(self, config: AttentionConfig) -> Backends:
         """Build and check the backends that go in force first. Raises ValueError for one that cannot serve."""
+        self._asked = config
         backends = await self._checked(config)
         self._put_in_force(config, backends)
         return backends
 
     def aim(self, config: AttentionConfig, engine: Swappable) -> None:
         """Make `config` the target, and see to it that a task works towards it. Returns at once, never raises."""
-        self._target = config
+        self._target = self._asked = config
         if self._task is None or self._task.done():
             self._task = asyncio.create_task(self._work(engine))
 
@@ -57,9 +59,10 @@ class Switch:
         self._fail(reason)
 
     def state(self) -> Mapping[str, Any]:
-        """What is in force, what is being built, and why the last change failed."""
+        """What is in force, what was asked for last, whether it is being built, and why the last change failed."""
         return {
             "attention": self._in_force and self._in_force.model_dump(),
+            "asked": self._asked and self._asked.model_dump(),
             "switching": self._task is not None and not self._task.done(),
             "degraded": self._failure,
         }
