@@ -35,7 +35,8 @@ from service.http.prompts import (
 from service.http.schemas import CompletionBody, DetokenizeBody, EmbeddingBody, PlanBody, StreamOptions, TokenizeBody
 from service.http.streaming import CompletionStream, complete, embed
 
-TIMEOUT_HEADER = "x-request-timeout-seconds"
+TIMEOUT_HEADER = "x-longserve-timeout-seconds"
+"""Not Ray Serve's own `x-request-timeout-seconds`: its proxy would answer that one first, and not in OpenAI's shape."""
 
 
 def create_app(host: Host, keys: Sequence[str] = (), echoes_request_id: bool = True) -> ASGIApp:

@@ -143,20 +143,20 @@ def test_an_unknown_route_is_a_404_and_a_wrong_method_a_405(service: Client) -> 
 
 @pytest.mark.parametrize("given", ["-1", "0", "soon", "nan"])
 def test_a_timeout_that_is_none_is_refused(service: Client, given: str) -> None:
-    reply = service.post("/v1/completions", {"prompt": "a"}, {"x-request-timeout-seconds": given})
+    reply = service.post("/v1/completions", {"prompt": "a"}, {"x-longserve-timeout-seconds": given})
     assert reply.status == 400
-    assert "x-request-timeout-seconds" in reply.error["message"]
+    assert "x-longserve-timeout-seconds" in reply.error["message"]
 
 
 def test_a_deadline_that_passes_is_a_408(service: Client) -> None:
     body = {"prompt": "import os", "max_tokens": 20_000, "ignore_eos": True}
-    reply = service.post("/v1/completions", body, {"x-request-timeout-seconds": "0.2"})
+    reply = service.post("/v1/completions", body, {"x-longserve-timeout-seconds": "0.2"})
     assert (reply.status, reply.error["code"]) == (408, "deadline_exceeded")
 
 
 def test_a_deadline_that_passes_mid_stream_is_an_event_and_no_done(service: Client) -> None:
     body = {"prompt": "import os", "max_tokens": 20_000, "ignore_eos": True, "stream": True}
-    reply = service.post("/v1/completions", body, {"x-request-timeout-seconds": "0.3"})
+    reply = service.post("/v1/completions", body, {"x-longserve-timeout-seconds": "0.3"})
     assert reply.status == 200
     assert reply.events[-1]["error"]["code"] == "deadline_exceeded"
 
