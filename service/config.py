@@ -34,8 +34,8 @@ class EngineConfig(Settings):
     max_sequences: int = Field(default=64, gt=0)  # that hold state at once, each of `n` samples counted
     max_waiting_requests: int = Field(default=256, gt=0)  # beyond it 429
     max_waiting_tokens: int = Field(default=1_048_576, gt=0)  # beyond it 429
-    slice_seconds: float = Field(default=0.004, gt=0)  # of prefill between decode steps; the aim for one layer of a chunk
-    max_chunk_tokens: int = Field(default=512, ge=16)  # of one prompt in one call of the model
+    chunk_tokens: int = Field(default=512, ge=16)  # of a prompt that pass through a layer at once
+    slice_seconds: float = Field(default=0.003, gt=0)  # of prefill before running streams get their turn
     decode_share: float = Field(default=0.5, ge=0, lt=1)  # of the time, for running streams while prompts wait
     patience: float = Field(default=4, gt=0)  # wait, in its own predicted seconds, after which none may overtake it
     memory_sample_every: int = Field(default=50, gt=0)  # steps; the peak of one in so many is measured

@@ -136,7 +136,7 @@ class Replica:
             return None
         now = self._engine.snapshot()
         stalled = time.monotonic() - now.last_progress
-        if now.running + now.waiting == 0 or stalled < self.settings.stall_seconds:
+        if stalled < self.settings.stall_seconds:  # an idle engine makes progress; one whose loop died never does
             return None
         return f"no step has ended for {stalled:.0f} s while {now.running} requests run and {now.waiting} wait"
 

@@ -162,7 +162,7 @@ def need(request: Request, route: Route, vocab_size: int, prompt_tokens: int | N
     is_scored = sampling.echo and sampling.logprobs is not None
     terms = {
         "state": request.n * route.pool.slot_bytes(total),
-        "step": max(route.course.prefill_bytes(total), request.n * route.course.step_bytes(1, total)),
+        "step": max(route.course.prefill_bytes(total), request.n * route.course.step_bytes(total - 1, total)),
         "logits": vocab_size * max(request.n * ROW_BYTES, SCORE_BYTES if is_scored else 0),
         "logprobs": prompt * LOGPROB_BYTES * (1 + (sampling.logprobs or 0)) if is_scored else 0,
     }

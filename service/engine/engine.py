@@ -272,8 +272,8 @@ class Engine:
         layers = self._model.config.num_hidden_layers
         history = min(CALIBRATION_TOKENS, self._max_length - 64)
         pace = forecast.Pace(layers, self._pace, forecast.measure_attention(backend, history), backend)
-        chunk_seconds = self._config.slice_seconds * layers
-        course = forecast.Course(self._model, pace, self._max_length, chunk_seconds, self._config.max_chunk_tokens)
+        config = self._config
+        course = forecast.Course(self._model, pace, self._max_length, config.chunk_tokens, config.slice_seconds)
         return Route(name, backend, course, backend.new_pool(layers, self._ledger.budget))
 
     # ---- the loop ---------------------------------------------------------------------------------------------------

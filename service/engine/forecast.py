@@ -1,17 +1,16 @@
 """What a computation will take, before it runs: seconds by a pace measured at start, bytes by the laws of cost.
 
 `Pace` is this machine's speed: two straight lines, one for the model without attention, one per backend for a layer's
-attention over its flops. `Course` cuts a sequence's prefill into chunks of about equal seconds, by position alone, so that
-the same prompt is always computed in the same chunks, whatever else is running. Measuring costs tenths of a second.
+attention over its flops. `Course` cuts a prefill into chunks, and a chunk's attention into slices of about equal seconds, by
+position alone: the same prompt is always computed in the same pieces, whatever else is running. Measuring costs tenths of a
+second.
 """
 
 from __future__ import annotations
 
 import time
-from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import dataclass
-from statistics import median
 
 import torch
 from torch import Tensor
@@ -19,8 +18,8 @@ from torch import Tensor
 from attention import AttentionBackend, Segments
 from service.model.transformer import Transformer
 
-SMALLEST_CHUNK = 16  # tokens; below, a product costs the same as for one row
-REPEATS = 5
+SMALLEST_SLICE = 32  # rows; below, a product costs nearly as much as for these
+REPEATS = 7
 
 
 @dataclass(frozen=True)
@@ -49,10 +48,9 @@ class Pace:
     attention: Line  # over flops, one layer
     backend: AttentionBackend
 
-    def seconds(self, queries: int, keys: int) -> float:
-        """Predicted seconds of processing `queries` tokens at the end of a sequence of `keys`."""
-        flops = self.backend.cost(queries, keys, causal=True).flops
-        return self.model(queries) + self.layers * self.attention(flops)
+    def attention_seconds(self, queries: int, keys: int) -> float:
+        """Predicted seconds of one layer's attention for `queries` tokens at the end of a sequence of `keys`."""
+        return self.attention(self.backend.cost(queries, keys, causal=True).flops)
 
 
 def measure_model(model: Transformer, tokens: int = 256) -> Line:
@@ -84,61 +82,75 @@ def measure_attention(backend: AttentionBackend, history: int, tokens: int = 64)
 
 
 def _seconds(run: Callable[[], Tensor]) -> float:
-    """Median seconds of a call, its first run left out."""
+    """Least seconds of a call: what the machine can do when nothing else wants it."""
     times = []
     with torch.inference_mode():
-        for _ in range(REPEATS + 1):
+        for _ in range(REPEATS):
             start = time.perf_counter()
             run()[0, ..., 0].sum().item()  # .item() waits for an accelerator
             times.append(time.perf_counter() - start)
-    return median(times[1:])
+    return min(times)
 
 
 class Course:
-    """How a prefill of any length up to `max_length` runs under one backend: its chunks, seconds and workspace."""
+    """How a prefill of any length up to `max_length` runs under one backend: its chunks, seconds and workspace.
 
-    def __init__(self, model: Transformer, pace: Pace, max_length: int, chunk_seconds: float, max_chunk: int) -> None:
+    A chunk is what passes through a layer at once; within it attention is asked for slices of rows, so that no call of it
+    takes longer than `slice_seconds`.
+    """
+
+    def __init__(self, model: Transformer, pace: Pace, max_length: int, chunk: int, slice_seconds: float) -> None:
         self.pace = pace
-        self.chunk_seconds = chunk_seconds
         self._model = model
-        self._ends: list[int] = [0]
-        self._seconds: list[float] = [0.0]
-        self._bytes: list[int] = [0]
-        while self._ends[-1] < max_length:
-            past = self._ends[-1]
-            end = min(max_length, past + self._chunk(past, chunk_seconds, max_chunk))
-            self._ends.append(end)
-            self._seconds.append(self._seconds[-1] + pace.seconds(end - past, end))
-            self._bytes.append(max(self._bytes[-1], self.step_bytes(end - past, end)))
+        self._chunk = chunk
+        self._slices: list[int] = []  # rows of attention's slices, by chunk
+        self._seconds: list[float] = [0.0]  # of all chunks before
+        self._bytes: list[int] = [0]  # peak workspace of all chunks before
+        for start in range(0, max_length, chunk):
+            end = min(start + chunk, max_length)
+            self._slices.append(self._slice(end, slice_seconds))
+            self._seconds.append(self._seconds[-1] + self.step_seconds(start, end))
+            self._bytes.append(max(self._bytes[-1], self.step_bytes(start, end)))
 
-    def _chunk(self, past: int, chunk_seconds: float, max_chunk: int) -> int:
-        """The largest power of two of tokens that stays within the seconds; never below SMALLEST_CHUNK."""
-        chunk = max_chunk
-        while chunk > SMALLEST_CHUNK and self.pace.seconds(chunk, past + chunk) > chunk_seconds:
-            chunk //= 2
-        return chunk
+    def _slice(self, end: int, slice_seconds: float) -> int:
+        """The most rows, the chunk halved and halved again, that attention answers in time; never below SMALLEST_SLICE."""
+        rows = self._chunk
+        while rows > SMALLEST_SLICE and self.pace.attention_seconds(rows, end) > slice_seconds:
+            rows //= 2
+        return rows
 
     def next_end(self, past: int) -> int:
-        """Where the chunk that begins at position `past`, or lies around it, ends."""
-        return self._ends[bisect_right(self._ends, past)]
+        """Where the chunk around position `past` ends."""
+        return (past // self._chunk + 1) * self._chunk
+
+    def slices(self, start: int, end: int) -> list[tuple[int, int]]:
+        """The slices of rows in which attention is asked for a chunk."""
+        rows = self._slices[start // self._chunk]
+        return [(a, min(a + rows, end)) for a in range(start, end, rows)]
+
+    def step_seconds(self, start: int, end: int) -> float:
+        """Predicted seconds of processing the tokens from `start` to `end`."""
+        attention = sum(self.pace.attention_seconds(b - a, b) for a, b in self.slices(start, end))
+        return self.pace.model(end - start) + self.pace.layers * attention
+
+    def step_bytes(self, start: int, end: int) -> int:
+        """Workspace of processing the tokens from `start` to `end`, by the laws of model and backend."""
+        backend, slices = self.pace.backend, self.slices(start, end)
+        attention = max(backend.cost(b - a, b, causal=True).workspace_bytes for a, b in slices[-1:] + slices[:1])
+        shape = backend.shape
+        answer = (end - start) * shape.query_heads * shape.head_width * shape.itemsize if len(slices) > 1 else 0
+        return self._model.workspace_bytes(end - start, attention + answer)
 
     def seconds(self, length: int) -> float:
         """Predicted seconds of a whole prefill."""
-        done = bisect_right(self._ends, length) - 1
-        rest = length - self._ends[done]
-        return self._seconds[done] + (self.pace.seconds(rest, length) if rest else 0.0)
+        done, rest = divmod(length, self._chunk)
+        return self._seconds[done] + (self.step_seconds(length - rest, length) if rest else 0.0)
 
     def decode_seconds(self, length: int) -> float:
-        """Predicted seconds of one decode step behind `length` tokens."""
-        return self.pace.seconds(1, length + 1)
+        """Predicted seconds of a decode step that makes a sequence `length` tokens long."""
+        return self.step_seconds(length - 1, length)
 
     def prefill_bytes(self, length: int) -> int:
         """Peak workspace of any chunk of a prefill of `length` tokens."""
-        done = bisect_right(self._ends, length) - 1
-        rest = length - self._ends[done]
-        return max(self._bytes[done], self.step_bytes(rest, length) if rest else 0)
-
-    def step_bytes(self, queries: int, keys: int) -> int:
-        """Workspace of processing `queries` tokens at the end of `keys`, by the laws of model and backend."""
-        attention = self.pace.backend.cost(queries, keys, causal=True).workspace_bytes
-        return self._model.workspace_bytes(queries, attention)
+        done, rest = divmod(length, self._chunk)
+        return max(self._bytes[done], self.step_bytes(length - rest, length) if rest else 0)

@@ -6,6 +6,7 @@ import time
 from array import array
 from collections.abc import Callable, Generator
 from contextlib import nullcontext
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from service.engine.memory import AllocatorPeak, StorageCounter
 from service.engine.request import TokenLogprob
 from service.engine.sampling import draw, logprobs
 from service.engine.scheduler import Work
-from service.model.transformer import Attend, Transformer
+from service.model.transformer import Stages, Transformer
 
 LOGIT_ROWS = 64  # rows of an echoed prompt whose logits exist at one time
 
@@ -32,7 +33,7 @@ class Runner:
         self._seen: set[tuple[object, ...]] = set()
 
     def run(self, work: Work, gives_way: Callable[[], bool]) -> bool:
-        """Run a step to its end, or to the layer behind which `gives_way()` holds. Returns whether it has ended.
+        """Run a step to its end, or to the pause at which `gives_way()` holds. Returns whether it has ended.
 
         Changes the slots of its members, and on ending their jobs' sums, log-probabilities and the work's `drawn`.
         Raises whatever the model raises; the members' states are then undefined.
@@ -62,10 +63,10 @@ class Runner:
         return AllocatorPeak(device) if device.type == "cuda" else StorageCounter()
 
     def _stages(self, work: Work) -> Generator[None, None, None]:
-        """The computation of a step, pausing between layers."""
+        """The computation of a step, pausing within layers."""
         ids, segments = self._packed(work)
         positions = torch.nn.functional.pad(segments.positions(self._model.device), (0, len(ids) - segments.total))
-        hidden = yield from self._model.stages(ids, positions, self._attend(work, segments))
+        hidden = yield from self._hidden(work, segments, self._model.stages(ids, positions))
         if work.kind == "embed":
             _add_sums(work, segments, hidden)
         else:
@@ -81,15 +82,20 @@ class Runner:
         ids += array("i", [0] * (-len(ids) % self._row_multiple))
         return torch.tensor(ids, dtype=torch.long, device=self._model.device), segments
 
-    def _attend(self, work: Work, segments: Segments) -> Attend:
-        backend, pool, total = work.route.backend, work.route.pool, segments.total
-        slots = [member.sequence.slot for member in work.members if member.sequence.slot is not None]
-
-        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            answer = backend.extend(q[:total], k[:total], v[:total], segments, pool, layer, slots)
-            return answer if len(q) == total else torch.cat((answer, answer.new_zeros(len(q) - total, *answer.shape[1:])))
-
-        return attend
+    def _hidden(self, work: Work, segments: Segments, stages: Stages) -> Generator[None, None, Tensor]:
+        """Hidden states of the members' tokens; pauses behind each slice of attention."""
+        question = next(stages)
+        while True:
+            layer, q, k, v = question
+            answer = torch.zeros_like(q) if len(q) > segments.total else torch.empty_like(q)
+            for rows, part, slots in _slices(work, segments):
+                answer[rows] = work.route.backend.extend(q[rows], k[rows], v[rows], part, work.route.pool, layer, slots)
+                yield
+            del question, q, k, v  # the rest of the layer has no use for them
+            try:
+                question = stages.send(answer)
+            except StopIteration as end:
+                return cast(Tensor, end.value)
 
     def _tell_prompts(self, work: Work, segments: Segments, hidden: Tensor) -> None:
         """Log-probabilities of the prompt's tokens, for the members that echo them."""
@@ -123,6 +129,18 @@ class Runner:
         logits = logits if len(rows) == len(ready) else logits[rows]
         settings = [sequence.job.request.sampling for sequence in sequences]
         work.drawn = list(zip(sequences, draw(logits, settings, [s.source for s in sequences]), strict=True))
+
+
+def _slices(work: Work, segments: Segments) -> list[tuple[slice, Segments, list[int]]]:
+    """The calls in which a layer's attention is asked: all streams in one, a prompt in the slices of its course."""
+    slots = [member.sequence.slot for member in work.members if member.sequence.slot is not None]
+    if work.kind == "decode":
+        return [(slice(0, segments.total), segments, slots)]
+    calls = []
+    for slot, (start, end, past) in zip(slots, segments.spans(), strict=True):
+        for a, b in work.route.course.slices(past, past + end - start):
+            calls.append((slice(start + a - past, start + b - past), Segments((b - a,), (a,)), [slot]))
+    return calls
 
 
 def _allocate(work: Work) -> None:

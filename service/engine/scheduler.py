@@ -29,7 +29,7 @@ class Member:
 
 @dataclass(eq=False)
 class Work:
-    """One step: its members, and where its computation stands. May pause between the layers of the model."""
+    """One step: its members, and where its computation stands. May pause within the layers of the model."""
 
     kind: StepKind
     route: Route
@@ -45,12 +45,12 @@ class Work:
 
     @property
     def predicted_seconds(self) -> float:
-        pace = self.route.course.pace
-        return sum(pace.seconds(m.end - m.start, m.end) for m in self.members) - (len(self.members) - 1) * pace.model.fixed
+        course, mates = self.route.course, len(self.members) - 1
+        return sum(course.step_seconds(m.start, m.end) for m in self.members) - mates * course.pace.model.fixed
 
     @property
     def predicted_bytes(self) -> int:
-        return sum(self.route.course.step_bytes(m.end - m.start, m.end) for m in self.members)
+        return sum(self.route.course.step_bytes(m.start, m.end) for m in self.members)
 
     def urgency(self, now: float) -> float:
         return max(member.sequence.job.urgency(now) for member in self.members)
@@ -153,17 +153,15 @@ class Scheduler:
         self.running.append(job)
 
     def _pack(self, first: Sequence, others: Iterable[Sequence]) -> list[Sequence]:
-        """Sequences whose next chunks together cost no more than one chunk may."""
-        pack, seconds, tokens = [first], *_chunk_cost(first)
+        """Sequences whose next chunks together are no longer than one may be."""
+        pack, tokens = [first], _next_end(first) - first.past
         if first.is_alone or not (self._can_pack or first.job.is_embedding):
             return pack
         for other in others:
             if other.job.route is not first.job.route or other.job.is_embedding != first.job.is_embedding or other.is_alone:
                 continue
-            more_seconds, more_tokens = _chunk_cost(other)
-            seconds += more_seconds - first.job.route.course.pace.model.fixed  # paid once for all
-            tokens += more_tokens
-            if seconds > first.job.route.course.chunk_seconds or tokens > self._config.max_chunk_tokens:
+            tokens += _next_end(other) - other.past
+            if tokens > self._config.chunk_tokens:
                 break
             pack.append(other)
         return pack
@@ -176,12 +174,6 @@ def _unprocessed(job: Job) -> list[Sequence]:
 
 def _next_end(sequence: Sequence) -> int:
     return min(sequence.length, sequence.job.route.course.next_end(sequence.past))
-
-
-def _chunk_cost(sequence: Sequence) -> tuple[float, int]:
-    """Predicted seconds, and tokens, of a sequence's next chunk."""
-    end = _next_end(sequence)
-    return sequence.job.route.course.pace.seconds(end - sequence.past, end), end - sequence.past
 
 
 def _hold(kind: StepKind, route: Route, sequences: list[Sequence]) -> Work:

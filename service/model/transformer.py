@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +23,8 @@ from attention import HeadShape
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """(layer, q (T, H, D), k (T, G, D), v (T, G, D)) -> (T, H, D)."""
+Stages = Generator[tuple[int, Tensor, Tensor, Tensor], Tensor, Tensor]
+"""A forward that asks for each layer's attention, as an `Attend` is asked, and returns the hidden states."""
 
 FAMILIES = ("qwen3", "qwen2", "llama", "mistral")
 ROPE_TYPES = ("default", "linear", "llama3")
@@ -150,22 +152,24 @@ class Layer(nn.Module):
         self.gate_up = nn.Linear(width, 2 * config.intermediate_size, bias=config.mlp_bias)
         self.down = nn.Linear(config.intermediate_size, width, bias=config.mlp_bias)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, index: int, attend: Attend) -> Tensor:
-        x = x + self.attention(self.norm(x, self.attention_norm), cos, sin, index, attend)
-        return x + self.mlp(self.norm(x, self.mlp_norm))
-
     def norm(self, x: Tensor, weight: Tensor | None) -> Tensor:
         return F.rms_norm(x, (x.shape[-1],), weight, self.config.rms_norm_eps)
 
-    def attention(self, x: Tensor, cos: Tensor, sin: Tensor, index: int, attend: Attend) -> Tensor:  # (T, C) -> (T, C)
+    def question(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What the layer asks of attention: q (T, H, D), k and v (T, G, D), of x (T, C)."""
         heads, groups, depth = self.config.num_attention_heads, self.config.num_key_value_heads, self.config.head_dim
+        x = self.norm(x, self.attention_norm)
         qk, v = self.qkv(x).view(-1, heads + 2 * groups, depth).split((heads + groups, groups), dim=1)
         if self.config.qk_norm:
             weights = torch.cat((self.q_norm.expand(heads, depth), self.k_norm.expand(groups, depth)))
             qk = self.norm(qk, None) * weights
         q, k = rotate(qk, cos, sin).split((heads, groups), dim=1)
-        answer = attend(index, q, k, v)  # (T, H, D)
-        return self.out(answer.reshape(-1, heads * depth))
+        return q, k, v
+
+    def forward(self, x: Tensor, answer: Tensor) -> Tensor:
+        """The layer's output (T, C), from its input and attention's answer (T, H, D)."""
+        x = x + self.out(answer.flatten(1))
+        return x + self.mlp(self.norm(x, self.mlp_norm))
 
     def mlp(self, x: Tensor) -> Tensor:  # (T, C) -> (T, C)
         gate, up = self.gate_up(x).chunk(2, dim=-1)  # (T, F) each
@@ -207,20 +211,19 @@ class Transformer(nn.Module):
         Returns:
             (T, C) in the model's dtype.
         """
-        stages = self.stages(tokens, positions, attend)
-        while True:
-            try:
-                next(stages)
-            except StopIteration as end:
-                return cast(Tensor, end.value)
-
-    def stages(self, tokens: Tensor, positions: Tensor, attend: Attend) -> Generator[None, None, Tensor]:
-        """`hidden`, pausing behind each layer, so that a long computation can give way to a short one."""
         cos, sin = self.rotation(positions)
         x = self.embed(tokens)
         for index, layer in enumerate(self.layers):
-            x = layer(x, cos, sin, index, attend)
-            yield
+            x = layer(x, attend(index, *layer.question(x, cos, sin)))
+        return F.rms_norm(x, (x.shape[-1],), self.final_norm, self.config.rms_norm_eps)
+
+    def stages(self, tokens: Tensor, positions: Tensor) -> Stages:
+        """`hidden` turned inside out: who drives it answers each layer's question, and may pause at any."""
+        cos, sin = self.rotation(positions)
+        x = self.embed(tokens)
+        for index, layer in enumerate(self.layers):
+            answer = yield index, *layer.question(x, cos, sin)
+            x = layer(x, answer)
         return F.rms_norm(x, (x.shape[-1],), self.final_norm, self.config.rms_norm_eps)
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -232,12 +235,13 @@ class Transformer(nn.Module):
         """Peak bytes of temporaries of `hidden` over `tokens` tokens when a layer's attention needs `attention` bytes."""
         config = self.config
         heads, groups, depth = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-        stream = 2 * config.hidden_size + 2 * depth  # the residual stream, its norm, cos and sin
+        stream = config.hidden_size + 2 * depth  # the residual stream, cos and sin
         qk, qkv = (heads + groups) * depth, (heads + 2 * groups) * depth
-        attending = tokens * (stream + qkv + 2 * qk) * self.dtype.itemsize + attention  # as projected, normed, turned
-        turning = tokens * (stream + qkv + 4 * qk) * self.dtype.itemsize
-        feeding = tokens * (stream + config.hidden_size + 4 * config.intermediate_size) * self.dtype.itemsize
-        return max(attending, turning, feeding)
+        turning = stream + config.hidden_size + qkv + 4 * qk  # the norm; as projected, normed, and in the turn's three parts
+        attending = stream + qkv + qk
+        feeding = stream + 2 * config.hidden_size + heads * depth + 4 * config.intermediate_size
+        width = tokens * self.dtype.itemsize
+        return max(width * turning, width * attending + attention, width * feeding)
 
     def rotation(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """cos, and sin with the sign that `rotate` needs, of each position's angles, (T, 1, D) in the model's dtype."""

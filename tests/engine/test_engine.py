@@ -34,7 +34,7 @@ async def test_greedy_decode_through_chunks_and_states_equals_whole_forwards(nam
     model = world.make_model(torch.float64)
     backends = world.make_backends(model)
     expected = greedy_oracle(model, backends.by_name[name], prompt(length), 12)
-    async with running(model, backends, max_chunk_tokens=16) as engine:
+    async with running(model, backends, chunk_tokens=16) as engine:
         assert await tokens_of(engine, completion(prompt(length), name, max_tokens=12)) == expected
 
 
@@ -42,7 +42,7 @@ async def test_an_embedding_is_the_unit_mean_of_the_last_hidden_states() -> None
     model = world.make_model(torch.float64)
     backends = world.make_backends(model)
     mean = hidden(model, backends.by_name["dense"], prompt(200)).mean(0)
-    async with running(model, backends, max_chunk_tokens=64) as engine:
+    async with running(model, backends, chunk_tokens=64) as engine:
         answer = torch.tensor(await embed(engine, embedding(prompt(200))), dtype=torch.float64)
     expected = torch.nn.functional.normalize(mean, dim=0)
     torch.testing.assert_close(answer, expected, atol=1e-5, rtol=0)  # sums are kept in float32
@@ -112,7 +112,7 @@ async def test_an_echo_for_no_tokens_scores_the_prompt() -> None:
     backends = world.make_backends(model)
     tokens = list(b"some words to be scored" * 9)
     logs = model.logits(hidden(model, backends.by_name["dense"], tokens)).log_softmax(-1)
-    async with running(model, backends, max_chunk_tokens=64) as engine:
+    async with running(model, backends, chunk_tokens=64) as engine:
         (delta,) = await complete(engine, completion(tokens, echo=True, logprobs=2, max_tokens=0))
     assert (delta.text, delta.tokens, delta.finish_reason) == (bytes(tokens).decode(), tuple(tokens), "length")
     assert delta.logprobs is not None and delta.logprobs[0].logprob is None
@@ -192,7 +192,7 @@ async def test_auto_takes_the_backend_it_predicts_to_be_fastest_and_says_so() ->
 
 
 async def test_the_stopwatch_runs_in_order() -> None:
-    async with running(max_chunk_tokens=16) as engine:
+    async with running(chunk_tokens=16) as engine:
         request = completion(prompt(40), max_tokens=6)
         await complete(engine, request)
     t = request.timings

@@ -76,7 +76,7 @@ async def test_a_deadline_passes_in_the_queue_between_chunks_and_between_decode_
     def slow(tokens: Tensor, positions: Tensor) -> None:
         time.sleep(0.03)
 
-    async with running(disturb(world.make_model(), slow), max_sequences=1, max_chunk_tokens=16) as engine:
+    async with running(disturb(world.make_model(), slow), max_sequences=1, chunk_tokens=16) as engine:
         decoding = completion(prompt(4), max_tokens=500, deadline=time.monotonic() + 0.5)
         queued = completion(prompt(4), deadline=time.monotonic() + 0.2)
         answers = await asyncio.gather(*(complete(engine, r) for r in (decoding, queued)), return_exceptions=True)
@@ -95,7 +95,7 @@ async def test_a_deadline_passes_in_the_queue_between_chunks_and_between_decode_
 @pytest.mark.parametrize("stage", ["before the first step", "in the queue", "between chunks", "while decoding", "at the end"])
 async def test_a_caller_may_leave_at_any_stage(stage: str) -> None:
     watcher = world.Watcher()
-    async with running(watcher=watcher, max_sequences=1, max_chunk_tokens=16, slice_seconds=1e-5) as engine:
+    async with running(watcher=watcher, max_sequences=1, chunk_tokens=16, slice_seconds=1e-5) as engine:
         if stage == "in the queue":
             other = engine.submit(completion(max_tokens=300))
             await anext(other)
@@ -189,7 +189,7 @@ def test_every_request_ends_once_and_every_byte_comes_back(script: list[tuple]) 
 async def _play(script: list[tuple]) -> None:
     """Throw a script of requests at a small engine whose model sometimes fails, and count."""
     watcher, told = world.Watcher(), Counter()
-    limits = {"max_chunk_tokens": 64, "max_sequences": 6, "memory_budget_bytes": 2**20, "max_waiting_requests": 12}
+    limits = {"chunk_tokens": 64, "max_sequences": 6, "memory_budget_bytes": 2**20, "max_waiting_requests": 12}
     async with running(failing(RuntimeError("boom")), watcher=watcher, **limits) as engine:
 
         async def play(kind: str, length: int, backend: str, count: int, n: int, behaviour: str) -> None:

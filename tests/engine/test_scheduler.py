@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from service.config import EngineConfig
 from service.engine.admission import Need, Route
 from service.engine.answer import Answer
-from service.engine.forecast import Course, Line, Pace
+from service.engine.forecast import SMALLEST_SLICE, Course, Line, Pace
 from service.engine.job import Job
 from service.engine.memory import Ledger
 from service.engine.request import Request, Sampling
@@ -24,15 +24,13 @@ PACE = Pace(2, Line(0.001, 1e-5), Line(0.0, 1e-9), DENSE)
 BUDGET = 10_000
 
 
-def make_route(chunk_seconds: float = 0.003, max_chunk: int = 64) -> Route:
-    return Route("dense", DENSE, Course(MODEL, PACE, world.MAX_LENGTH, chunk_seconds, max_chunk), DENSE.new_pool(2, BUDGET))
-
-
-ROUTE = make_route()
+CHUNK, SLICE_SECONDS = 64, 0.0005
+COURSE = Course(MODEL, PACE, world.MAX_LENGTH, CHUNK, SLICE_SECONDS)
+ROUTE = Route("dense", DENSE, COURSE, DENSE.new_pool(2, BUDGET))
 
 
 def make_scheduler(can_pack: bool = False, **config: object) -> Scheduler:
-    return Scheduler(EngineConfig(max_chunk_tokens=64, **config), Ledger(BUDGET), can_pack)
+    return Scheduler(EngineConfig(chunk_tokens=CHUNK, **config), Ledger(BUDGET), can_pack)
 
 
 def make_job(length: int, arrival: float = 0.0, needed: int = 100, max_tokens: int = 4, kind: str = "completion") -> Job:
@@ -183,33 +181,30 @@ def test_no_more_sequences_hold_state_than_allowed() -> None:
     assert (len(scheduler.running), len(scheduler.waiting)) == (3, 2)
 
 
-@given(st.integers(1, world.MAX_LENGTH), st.integers(1, world.MAX_LENGTH))
-def test_chunks_depend_on_the_position_alone(length: int, other: int) -> None:
-    def borders(stop: int) -> list[int]:
-        ends, past = [], 0
-        while past < stop:
-            past = min(stop, ROUTE.course.next_end(past))
-            ends.append(past)
-        return ends
+@given(st.integers(0, world.MAX_LENGTH - 1), st.integers(1, CHUNK))
+def test_slices_cover_a_chunk_and_take_no_longer_than_they_may(start: int, length: int) -> None:
+    start -= start % CHUNK
+    end = min(start + length, world.MAX_LENGTH)
+    slices = COURSE.slices(start, end)
+    assert [row for a, b in slices for row in range(a, b)] == list(range(start, end))
+    assert all(b - a <= SMALLEST_SLICE or PACE.attention_seconds(b - a, b) <= SLICE_SECONDS for a, b in slices)
 
+
+@given(st.integers(0, world.MAX_LENGTH - 1), st.integers(1, CHUNK), st.integers(1, CHUNK))
+def test_slices_depend_on_the_position_alone(start: int, length: int, other: int) -> None:
+    start -= start % CHUNK
+    ends = [{b for _, b in COURSE.slices(start, start + n)} for n in (length, other)]
     shared = min(length, other)
-    assert [end for end in borders(length) if end < shared] == [end for end in borders(other) if end < shared]
-
-
-@given(st.integers(1, world.MAX_LENGTH))
-def test_a_chunk_costs_no_more_than_it_may_unless_it_is_the_smallest(past: int) -> None:
-    end = ROUTE.course.next_end(past - 1)
-    start = max(e for e in [0, *ROUTE.course._ends] if e <= past - 1)
-    assert end - start <= 16 or PACE.seconds(end - start, end) <= 0.003
+    assert {b for b in ends[0] if b < start + shared} == {b for b in ends[1] if b < start + shared}
 
 
 @given(st.integers(1, world.MAX_LENGTH))
 def test_the_forecast_of_a_prefill_is_the_sum_of_its_chunks(length: int) -> None:
     seconds, largest, past = 0.0, 0, 0
     while past < length:
-        end = min(length, ROUTE.course.next_end(past))
-        seconds += PACE.seconds(end - past, end)
-        largest = max(largest, ROUTE.course.step_bytes(end - past, end))
+        end = min(length, COURSE.next_end(past))
+        seconds += COURSE.step_seconds(past, end)
+        largest = max(largest, COURSE.step_bytes(past, end))
         past = end
-    assert abs(ROUTE.course.seconds(length) - seconds) < 1e-9
-    assert ROUTE.course.prefill_bytes(length) == largest
+    assert abs(COURSE.seconds(length) - seconds) < 1e-9
+    assert COURSE.prefill_bytes(length) == largest

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import AsyncIterator, Callable, Generator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,7 +20,7 @@ from service.engine.engine import Backends, Engine
 from service.engine.observer import Outcome, Step
 from service.engine.request import Delta, Embedding, Request, Sampling
 from service.model.tokenizer import Tokenizer, _byte_alphabet
-from service.model.transformer import Attend, ModelConfig, Transformer
+from service.model.transformer import ModelConfig, Stages, Transformer
 
 EOS = 256
 VOCABULARY = 257
@@ -155,11 +155,15 @@ def disturb(model: Transformer, trouble: Callable[[Tensor, Tensor], None]) -> Tr
     """A model whose every call first does `trouble(tokens, positions)`, behind its first layer."""
     stages = model.stages
 
-    def disturbed(tokens: Tensor, positions: Tensor, attend: Attend) -> Generator[None, None, Tensor]:
-        inner = stages(tokens, positions, attend)
-        next(inner)
+    def disturbed(tokens: Tensor, positions: Tensor) -> Stages:
+        inner = stages(tokens, positions)
+        question = inner.send((yield next(inner)))
         trouble(tokens, positions)
-        return (yield from inner)
+        while True:
+            try:
+                question = inner.send((yield question))
+            except StopIteration as end:
+                return end.value
 
     model.stages = disturbed  # type: ignore[method-assign]
     return model
