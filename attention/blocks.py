@@ -27,7 +27,8 @@ from attention.interface import HeadShape, StateTensor
 LOG2_E = math.log2(math.e)
 # A row sum between these shows that no 2^s overflowed, and that what underflowed (below 2^-126) was at most 2^-66 of the row.
 SOUND = (2.0**-60, 2.0**100)
-ROWS = 128  # queries of a block: fewer lose speed in the products, more score more keys that their rows do not see
+ROWS = 128  # queries of a block of a band: fewer lose speed in the products, more score keys that their rows do not see
+DENSE_ROWS = 256  # where all keys are seen there is no such waste
 L2_BYTES = 1 << 20  # per core; the scores of a piece should stay in it between the two products
 HEAD_LOOP_TOKENS = 4096  # from here on a product per head is faster than a tight copy of the history
 
@@ -49,7 +50,9 @@ class Band:
         if self.high is not None and self.high < columns - 1:
             weights.tril_(self.high)
         if self.low is not None and self.low - self.free > 1 - rows and self.free < columns:
-            weights[..., self.free :].triu_(self.low - self.free)
+            free = weights[..., : self.free].clone()  # put back afterwards: triu_ of a slice would copy it twice
+            weights.triu_(self.low)
+            weights[..., : self.free] = free
 
     def hidden(self, rows: int, columns: int, device: torch.device) -> Tensor:
         """Bool (rows, columns): True where a row does not see a column."""
@@ -210,11 +213,11 @@ def _wide(x: Tensor) -> torch.dtype:
 
 def dense(q: Tensor, keys: Tensor, values: Tensor, past: int, causal: bool, out: Tensor) -> None:
     """Answer queries at positions `past` and on over all of keys, values (G, n, D) into out (C, H, D)."""
-    width = columns(q.shape[1], q.itemsize)
-    for first, last in spread(0, len(q), ROWS):
+    most = columns(q.shape[1], q.itemsize, DENSE_ROWS)
+    for first, last in spread(0, len(q), DENSE_ROWS):
         seen = past + last if causal else keys.shape[1]
         band = Band(high=past + first) if causal else Band()
-        softmax(q[first:last], split(Piece(keys[:, :seen], values[:, :seen], band), width), out[first:last])
+        softmax(q[first:last], split(Piece(keys[:, :seen], values[:, :seen], band), most), out[first:last])
 
 
 def key_value_state(shape: HeadShape, tokens: int) -> dict[str, StateTensor]:
@@ -240,11 +243,21 @@ def extend(q: Tensor, k: Tensor, v: Tensor, past: int, state: dict[str, Tensor],
         dense(q, keys, values, past, True, out)
 
 
-def workspace_bytes(shape: HeadShape, queries: int, widest: int, pieces: int = 2, rows: int = ROWS) -> int:
-    """Peak temporaries of `softmax` over blocks whose widest piece has `widest` keys, the answer to all queries included."""
+def workspace_bytes(
+    shape: HeadShape, queries: int, rows: int, seen: int, *, gathered: bool = False, asking: int | None = None
+) -> int:
+    """Peak temporaries of `softmax` over blocks of `rows` queries that see `seen` keys, the answer to all queries included.
+
+    `gathered`: the backend puts the keys and values of a block together before it asks. `asking`: how many of the queries
+    go this way; None: all.
+    """
     size, width = shape.itemsize, shape.head_width
-    rows = shape.query_heads * min(queries, rows)
-    scores = rows * widest * size
-    tight_keys = shape.key_value_heads * widest * width * size
-    sums = rows * (width + 1) * (2 * size + (max(size, 4) if pieces > 1 else 0))
-    return queries * shape.query_heads * width * size + scores + tight_keys + sums
+    block = shape.query_heads * min(queries if asking is None else asking, rows)
+    widest = -(-seen // -(-seen // columns(shape.query_heads, size, rows)))
+    whole = widest == seen
+    tight = 0 if gathered and whole else shape.key_value_heads * widest * width * size
+    gather = 2 * shape.key_value_heads * seen * width * size if gathered else 0
+    part = block * (width + 1) * size
+    parts = tight + 2 * part if size < 4 else max(tight, part) + (0 if whole else part)  # oneDNN copies v and needs scratch
+    totals = 0 if whole else block * (width + 1) * max(size, 4) + (part if size < 4 else 0)
+    return queries * shape.query_heads * width * size + block * (widest + width) * size + gather + parts + totals

@@ -15,12 +15,13 @@ from torch import Tensor
 from attention.interface import HeadShape
 
 CHUNK = 128  # tokens answered together causally: their own triangle costs CHUNK per token, their state two products a chunk
-BLOCK = 256  # tokens per product where there is no triangle
+BLOCK = 512  # tokens per product where there is no triangle
 
 
 def values_with_ones(v: Tensor, factor: Tensor | float = 1.0) -> Tensor:
-    """[v, 1] x factor: v (C, G, D) and factor (G, C, 1) in at least float32 to (G, C, D + 1) of v's dtype."""
+    """[v, 1] x factor: v (C, G, D) and factor (G, C, 1) to (G, C, D + 1) of v's dtype."""
     count, groups, width = v.shape
+    factor = factor.to(v.dtype) if isinstance(factor, Tensor) else factor  # the product of two dtypes is four times slower
     values = v.new_empty(groups, count, width + 1)
     torch.mul(v.transpose(0, 1), factor, out=values[..., :width])
     values[..., width:] = factor
@@ -52,11 +53,11 @@ def scan(s: Tensor, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     return both
 
 
-def divide(both: Tensor, out: Tensor) -> None:
-    """Numerator over denominator, (G, RC, D + 1), into out (C, H, D)."""
+def divide(both: Tensor, out: Tensor, first: int = 0, last: int | None = None) -> None:
+    """Numerator over denominator, (G, RC, D + 1), into the tokens first..last of out (C, H, D)."""
     count, _, width = out.shape
-    both = both.view(both.shape[0], -1, count, width + 1)
-    answer = out.view(count, both.shape[0], -1, width).permute(1, 2, 0, 3)
+    both = both.view(both.shape[0], -1, count, width + 1)[:, :, first:last]
+    answer = out.view(count, both.shape[0], -1, width).permute(1, 2, 0, 3)[:, :, first:last]
     torch.div(both[..., :width], both[..., width:], out=answer)
 
 
@@ -68,14 +69,21 @@ def flops(shape: HeadShape, features: int, queries: int, causal: bool) -> int:
     return 2 * queries * (sums + (shape.query_heads * chunk * (features + columns) if causal else 0))
 
 
-def workspace_bytes(shape: HeadShape, features: int, queries: int, causal: bool) -> int:
-    """Peak temporaries, the answer to all queries included."""
-    chunk = min(queries, CHUNK if causal else BLOCK)
-    wide = max(shape.itemsize, 4)
-    heads = shape.query_heads + shape.key_value_heads
-    sums = shape.key_value_heads * (shape.head_width + 1) * features * (wide + shape.itemsize)
-    rows = chunk * heads * (features + 2 * shape.head_width) * shape.itemsize
-    return queries * shape.query_heads * shape.head_width * shape.itemsize + sums + rows
+def workspace_bytes(shape: HeadShape, features: int, queries: int, causal: bool, squares: bool = False) -> int:
+    """Peak temporaries, the answer to all queries and a fresh sum included. `squares`: the keys' norms are taken too."""
+    size, wide, width = shape.itemsize, max(shape.itemsize, 4), shape.head_width
+    tokens = min(queries, CHUNK if causal else BLOCK)
+    entries = shape.key_value_heads * features * (width + 1)  # of a sum
+    adding = entries * (size + (wide if size < wide else 0))
+    asked, added = shape.query_heads * tokens, shape.key_value_heads * tokens  # rows of queries and of keys
+    if causal:
+        triangle = asked * (tokens + width + 1) * size
+        peak = (asked + added) * (features + width + 1) * size + max(adding, triangle)
+    else:
+        adds = added * (features + width + 1) * size + max(adding, added * width * wide * (2 if size < wide else 1) * squares)
+        asks = asked * (features + width + 1) * size + entries * (size if size < wide else 0)
+        peak = max(adds, asks)
+    return queries * shape.query_heads * width * size + entries * wide + peak
 
 
 def step(queries: Tensor, keys: Tensor, values: Tensor, states: Sequence[Tensor], out: Tensor) -> None:

@@ -105,11 +105,13 @@ class BigBird(AttentionBackend):
 
     def cost(self, queries: int, keys: int, *, causal: bool) -> Cost:
         options, shape = self.options, self.shape
+        window = options.window_blocks // 2 + 1 if causal else options.window_blocks
         whole = min(keys, (options.global_blocks + options.closing_blocks) * options.block)
-        seen = min(keys, whole + (options.window_blocks + options.random_blocks) * options.block)
+        seen = min(keys, whole + (window + options.random_blocks) * options.block)
         pairs = queries * seen + min(whole, queries) * (0 if causal else keys - seen)
-        widest = min(keys, blocks.columns(shape.query_heads, shape.itemsize, options.block))
-        workspace = blocks.workspace_bytes(shape, queries, widest, rows=options.block)
+        workspace = blocks.workspace_bytes(shape, queries, options.block, seen, gathered=True)
+        if whole and not causal:
+            workspace = max(workspace, blocks.workspace_bytes(shape, queries, options.block, keys))
         return Cost(4 * shape.query_heads * shape.head_width * pairs, workspace, self.state_bytes(keys))
 
 

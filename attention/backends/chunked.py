@@ -7,6 +7,8 @@ state is one chunk of keys and values, position j at index j % chunk.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from pydantic import Field
 from torch import Tensor
 
@@ -39,18 +41,26 @@ class Chunked(AttentionBackend):
 
     def extend_sequence(self, q: Tensor, k: Tensor, v: Tensor, past: int, state: dict[str, Tensor], out: Tensor) -> None:
         done = 0
-        while done < len(q):
-            within = (past + done) % self.options.chunk
-            part = slice(done, min(len(q), done + self.options.chunk - within))
-            blocks.extend(q[part], k[part], v[part], within, state, out[part])
-            done = part.stop
+        for rows, seen in self._parts(past, len(q)):
+            part = slice(done, done + rows)
+            blocks.extend(q[part], k[part], v[part], seen - rows, state, out[part])
+            done += rows
+
+    def _parts(self, past: int, count: int) -> Iterator[tuple[int, int]]:
+        """(new tokens, tokens of the chunk up to the last of them) for each chunk that `count` tokens behind `past` touch."""
+        while count:
+            within = past % self.options.chunk
+            rows = min(count, self.options.chunk - within)
+            yield rows, within + rows
+            past, count = past + rows, count - rows
 
     def state(self, max_tokens: int) -> dict[str, StateTensor]:
         return blocks.key_value_state(self.shape, min(max_tokens, self.options.chunk))
 
     def cost(self, queries: int, keys: int, *, causal: bool) -> Cost:
-        chunk = min(self.options.chunk, keys)
-        seen = (chunk + 1) / 2 if causal else chunk
-        widest = min(chunk, blocks.columns(self.shape.query_heads, self.shape.itemsize))
-        flops = int(4 * self.shape.query_heads * self.shape.head_width * queries * seen)
-        return Cost(flops, blocks.workspace_bytes(self.shape, queries, widest), self.state_bytes(keys))
+        parts = list(self._parts(keys - queries, queries))
+        pairs = sum(rows * seen - (rows * (rows - 1) // 2 if causal else 0) for rows, seen in parts)
+        workspace = max(
+            blocks.workspace_bytes(self.shape, queries, blocks.DENSE_ROWS, seen, asking=rows) for rows, seen in set(parts)
+        )
+        return Cost(4 * self.shape.query_heads * self.shape.head_width * pairs, workspace, self.state_bytes(keys))

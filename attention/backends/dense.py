@@ -23,7 +23,7 @@ class Dense(AttentionBackend):
 
     @property
     def edge(self) -> int:
-        return blocks.columns(self.shape.query_heads, self.shape.itemsize) + 1
+        return blocks.columns(self.shape.query_heads, self.shape.itemsize, blocks.DENSE_ROWS) + 1
 
     def visible(self, i: Tensor, j: Tensor, length: int | Tensor) -> Tensor:
         return (i < length) & (j < length)
@@ -39,6 +39,5 @@ class Dense(AttentionBackend):
 
     def cost(self, queries: int, keys: int, *, causal: bool) -> Cost:
         pairs = queries * keys - (queries * (queries - 1) // 2 if causal else 0)
-        widest = min(keys, blocks.columns(self.shape.query_heads, self.shape.itemsize))
-        workspace = blocks.workspace_bytes(self.shape, queries, widest)
+        workspace = blocks.workspace_bytes(self.shape, queries, blocks.DENSE_ROWS, keys)
         return Cost(4 * self.shape.query_heads * self.shape.head_width * pairs, workspace, self.state_bytes(keys))

@@ -66,8 +66,10 @@ class Longformer(AttentionBackend):
         return {}
 
     def cost(self, queries: int, keys: int, *, causal: bool) -> Cost:
-        shape, first = self.shape, min(self.options.global_tokens, keys)
-        seen = min(keys, 2 * self.options.window + 1 + first)
-        pairs = (queries - first) * seen + first * keys
-        widest = min(keys, seen + blocks.ROWS, blocks.columns(shape.query_heads, shape.itemsize))
-        return Cost(4 * shape.query_heads * shape.head_width * pairs, blocks.workspace_bytes(shape, queries, widest), 0)
+        shape, options, first = self.shape, self.options, min(self.options.global_tokens, keys)
+        pairs = (queries - first) * min(keys, 2 * options.window + 1 + first) + first * keys
+        seen = min(keys, 2 * options.window + min(queries, blocks.ROWS) + first)
+        workspace = blocks.workspace_bytes(shape, queries, blocks.ROWS, seen, gathered=first > 0)
+        if first:
+            workspace = max(workspace, blocks.workspace_bytes(shape, queries, blocks.DENSE_ROWS, keys, asking=first))
+        return Cost(4 * shape.query_heads * shape.head_width * pairs, workspace, 0)

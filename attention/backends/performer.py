@@ -127,11 +127,15 @@ class Performer(AttentionBackend):
     def _both_sides(self, q: Tensor, k: Tensor, v: Tensor, s: Tensor, scale: Tensor, out: Tensor) -> None:
         """All keys into s (G, D + 1, m) first, then all queries; s and scale (G, 1, 1) begin empty."""
         for a, b in blocks.spread(0, len(k), sums.BLOCK):
-            keys, weight = self.key_features(k[a:b])
-            _rescale(s, scale, torch.maximum(scale, weight.amax(1, keepdim=True)))
-            sums.add(s, keys, sums.values_with_ones(v[a:b], torch.exp2(weight - scale)))
+            self._absorb(k[a:b], v[a:b], s, scale)
         for a, b in blocks.spread(0, len(q), sums.BLOCK):
             sums.divide(sums.ask(s, self.query_features(q[a:b])), out[a:b])
+
+    def _absorb(self, k: Tensor, v: Tensor, s: Tensor, scale: Tensor) -> None:
+        """Add tokens to s (G, D + 1, m) at the scale (G, 1, 1) of the heaviest key, both changed."""
+        keys, weight = self.key_features(k)
+        _rescale(s, scale, torch.maximum(scale, weight.amax(1, keepdim=True)))
+        sums.add(s, keys, sums.values_with_ones(v, torch.exp2(weight - scale)))
 
     def _scan(self, q: Tensor, k: Tensor, v: Tensor, s: Tensor, scale: Tensor, out: Tensor) -> None:
         """Continue s (G, D + 1, m) and scale (G, 1, 1), both changed, over the tokens in order; answers into out (C, H, D)."""
@@ -150,11 +154,9 @@ class Performer(AttentionBackend):
             stop = _first_above(weight, scale + REACH, done)
             if stop > done:
                 factor = torch.exp2(weight - scale)
-                if stop - done < len(v):
-                    factor[:, :done], factor[:, stop:] = 0.0, 0.0
-                part = torch.empty_like(out)
-                sums.divide(sums.scan(s, queries, keys, sums.values_with_ones(v, factor)), part)
-                out[done:stop] = part[done:stop]
+                factor[:, :done], factor[:, stop:] = 0.0, 0.0
+                both = sums.scan(s, queries, keys, sums.values_with_ones(v, factor))
+                sums.divide(both, out, done, stop)
             if stop < len(v):
                 risen = weight[:, stop : stop + 1]
                 _rescale(s, scale, torch.where(risen > scale + REACH, risen, scale))
@@ -168,7 +170,7 @@ class Performer(AttentionBackend):
     def cost(self, queries: int, keys: int, *, causal: bool) -> Cost:
         shape, features = self.shape, self.weights.shape[1]
         mapping = 2 * queries * (shape.query_heads + shape.key_value_heads) * shape.head_width * features
-        workspace = sums.workspace_bytes(shape, features, queries, causal)
+        workspace = sums.workspace_bytes(shape, features, queries, causal, squares=True)
         return Cost(mapping + sums.flops(shape, features, queries, causal), workspace, self.state_bytes(keys))
 
 

@@ -95,8 +95,9 @@ class SlidingWindow(AttentionBackend):
         """Answer queries at positions `past` and on; near (G, n, D) begins at position `base`, sinks (G, s, D) at 0."""
         most = blocks.columns(q.shape[1], q.itemsize)
         for first, last in blocks.spread(0, len(q), blocks.ROWS):
-            piece = self._piece(past + first, past + last, near, base, sinks, causal)
-            blocks.softmax(q[first:last], blocks.split(piece, most), out[first:last])
+            pieces = blocks.split(self._piece(past + first, past + last, near, base, sinks, causal), most)
+            blocks.softmax(q[first:last], pieces, out[first:last])
+            del pieces  # or they stand beside those of the next block
 
     def _piece(
         self, first: int, last: int, near: tuple[Tensor, Tensor], base: int, sinks: tuple[Tensor, Tensor], causal: bool
@@ -117,7 +118,10 @@ class SlidingWindow(AttentionBackend):
 
     def cost(self, queries: int, keys: int, *, causal: bool) -> Cost:
         shape, options = self.shape, self.options
-        seen = min(keys, options.window * (1 if causal else 2) + 1 + options.sinks)
-        widest = min(keys, seen + blocks.ROWS, blocks.columns(shape.query_heads, shape.itemsize))
-        workspace = blocks.workspace_bytes(shape, queries, widest)
-        return Cost(4 * shape.query_heads * shape.head_width * queries * seen, workspace, self.state_bytes(keys))
+        sides = 1 if causal else 2
+        pairs = queries * min(keys, options.window * sides + 1 + options.sinks)
+        seen = min(keys, options.window * sides + min(queries, blocks.ROWS) + options.sinks)
+        workspace = blocks.workspace_bytes(shape, queries, blocks.ROWS, seen, gathered=options.sinks > 0)
+        history = min(keys - queries, options.window) + queries if keys > queries else 0  # a chunk behind a past, in order
+        workspace += 2 * history * shape.key_value_heads * shape.head_width * shape.itemsize
+        return Cost(4 * shape.query_heads * shape.head_width * pairs, workspace, self.state_bytes(keys))
