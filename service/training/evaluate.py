@@ -53,14 +53,14 @@ class Plan:
 
     contexts: tuple[int, ...]
     tokens: int | None  # of the held-out stream; None: all
-    needle_contexts: tuple[int, ...]
-    needle_trials: int  # per context, spread evenly over the depths
+    needle_trials: Mapping[int, int]  # by context, spread evenly over the depths
     agreement_tokens: int
     repeats: int  # of each timed prefill
 
 
-FULL = Plan((1024, 2048, 4096, 8192, 16384, 32768), None, (1024, 2048, 4096, 8192, 16384, 32768), 50, 65536, 3)
-QUICK = Plan((1024, 2048, 8192, 16384), 65536, (1024, 4096, 8192), 10, 16384, 1)
+LENGTHS = (1024, 2048, 4096, 8192, 16384, 32768)
+FULL = Plan(LENGTHS, None, dict(zip(LENGTHS, (50, 50, 50, 50, 25, 10), strict=True)), 65536, 3)
+QUICK = Plan((1024, 2048, 8192, 16384), 65536, {1024: 10, 4096: 10, 8192: 10}, 16384, 1)
 DEPTHS = (0.1, 0.3, 0.5, 0.7, 0.9)
 
 
@@ -214,11 +214,11 @@ def evaluate(model: Model, plan: Plan) -> dict[str, object]:
     bits = by_backend(model, plan.contexts, lambda name, n: bits_per_byte(model, name, stream, size, n))
     table("bits per byte by context", plan.contexts, bits)
     recall = {
-        name: {n: needle_recall(model, name, stream, n, plan.needle_trials) for n in plan.needle_contexts}
+        name: {n: needle_recall(model, name, stream, n, trials) for n, trials in plan.needle_trials.items()}
         for name in model.backends
     }
     mean_recall = {name: {n: float(np.mean(list(d.values()))) for n, d in rows.items()} for name, rows in recall.items()}
-    table(f"needle recall by context, {plan.needle_trials} trials each", plan.needle_contexts, mean_recall)
+    table(f"needle recall by context, {list(plan.needle_trials.values())} trials", list(plan.needle_trials), mean_recall)
     longest = 8192
     table(f"needle recall by depth at {longest}", DEPTHS, {name: rows[longest] for name, rows in recall.items()})
     close = {name: agreement(model, name, stream, plan.agreement_tokens) for name in model.backends}
