@@ -1,0 +1,387 @@
+"""`python -m attention.benchmark`: this library beside what a user would install instead, one process, one machine, one run.
+
+Every contest interleaves both sides and takes medians of at least five runs, after one run to warm up (which takes the
+compile time of compiled peers). A peer is timed in each dtype it can do and the faster one counts; its projections are left
+out, so that attention meets attention. `off by` is the largest difference between the two answers where both claim the same
+function. Theory stands beside measurement: flops and peak bytes by the cost law, peak bytes by the profiler.
+
+For people a table, growth and decode; then one line of JSON. Peers are the extra `bench`; one that is missing is named and left
+out. Cost: some minutes at 16,384 tokens; `--quick` (4,096 tokens) stays below three.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import platform
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from attention import AttentionBackend, HeadShape, Segments, build
+from attention.memory import peak_bytes
+
+HEADS, WIDTH = 8, 64
+REPEATS = 5
+WINDOW, GLOBALS, BLOCK, CHUNK, FEATURES = 256, 64, 64, 512, 256
+DTYPES = (torch.bfloat16, torch.float32)
+Call = Callable[[], Tensor]
+Peer = Callable[[Tensor, Tensor, Tensor, bool], Call]  # (T, H, D) three times and causal, to a call that answers
+
+
+def batched(x: Tensor) -> Tensor:
+    """(T, H, D) to (1, H, T, D), tight: the layout that the peers want, made before the clock runs."""
+    return x.transpose(0, 1)[None].contiguous()
+
+
+def sdpa(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Call:
+    q, k, v = batched(q), batched(k), batched(v)
+    return lambda: functional.scaled_dot_product_attention(q, k, v, is_causal=causal)
+
+
+def sdpa_by_chunk(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Call:
+    q, k, v = (x.view(-1, CHUNK, HEADS, WIDTH).transpose(1, 2).contiguous() for x in (q, k, v))
+    return lambda: functional.scaled_dot_product_attention(q, k, v, is_causal=causal)
+
+
+def flex(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Call:
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    def near(batch: Tensor, head: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        return (i - j).abs() <= WINDOW
+
+    mask = create_block_mask(near, None, None, len(q), len(q), device="cpu")
+    compiled = torch.compile(flex_attention)
+    q, k, v = batched(q), batched(k), batched(v)
+    return lambda: compiled(q, k, v, block_mask=mask)
+
+
+def local_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Call:
+    from local_attention import LocalAttention
+
+    module = LocalAttention(WINDOW, causal=causal, exact_windowsize=True, use_rotary_pos_emb=False, autopad=True)
+    everywhere = torch.ones(1, len(q), dtype=torch.bool)  # without a mask its padding is attended to
+    q, k, v = batched(q), batched(k), batched(v)
+    return lambda: module(q, k, v, mask=everywhere)
+
+
+class Given(nn.Module):
+    """Stands in for a projection: answers with what it holds (a copy, for callers that scale in place)."""
+
+    def __init__(self, x: Tensor) -> None:
+        super().__init__()
+        self.x = x
+
+    def forward(self, _: Tensor) -> Tensor:
+        return self.x.clone()
+
+
+def transformers_longformer(q: Tensor, k: Tensor, v: Tensor, causal: bool, global_tokens: int = 0) -> Call:
+    from transformers.models.longformer.modeling_longformer import LongformerConfig, LongformerSelfAttention
+
+    width = HEADS * WIDTH
+    config = LongformerConfig(hidden_size=width, num_attention_heads=HEADS, attention_window=[2 * WINDOW])
+    module = LongformerSelfAttention(config, 0).eval()
+    for name, x in (("query", q), ("key", k), ("value", v)):
+        projected = x.reshape(len(x), 1, width)
+        setattr(module, name, Given(projected))
+        setattr(module, f"{name}_global", Given(projected[:global_tokens] if name == "query" else projected))
+    hidden = q.reshape(1, len(q), width)
+    mask = torch.zeros(1, len(q), dtype=q.dtype)
+    mask[:, :global_tokens] = 1
+    flags = {"is_index_masked": mask < 0, "is_index_global_attn": mask > 0, "is_global_attn": global_tokens > 0}
+    return lambda: module(hidden, attention_mask=mask, **flags)[0]
+
+
+def transformers_bigbird(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Call:
+    from transformers.models.big_bird.modeling_big_bird import BigBirdBlockSparseAttention, BigBirdConfig, BigBirdModel
+
+    width = HEADS * WIDTH
+    config = BigBirdConfig(hidden_size=width, num_attention_heads=HEADS, block_size=BLOCK, num_random_blocks=3)
+    module = BigBirdBlockSparseAttention(config).eval()
+    for name, x in (("query", q), ("key", k), ("value", v)):
+        setattr(module, name, Given(x.reshape(1, len(x), width)))
+    hidden = q.reshape(1, len(q), width)
+    masks = BigBirdModel.create_masks_for_block_sparse_attn(torch.ones(1, len(q), dtype=q.dtype), BLOCK)
+    blocked, band, rows, columns = masks
+    given = {"from_blocked_mask": blocked, "to_blocked_mask": blocked, "band_mask": band, "from_mask": rows, "to_mask": columns}
+    return lambda: module(hidden, **given)[0]
+
+
+def performer_pytorch(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Call:
+    from performer_pytorch import FastAttention
+
+    module = FastAttention(WIDTH, FEATURES, causal=causal).to(q.dtype).eval()
+    q, k, v = batched(q), batched(k), batched(v)
+    return lambda: module(q, k, v)
+
+
+def linear_attention_transformer(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Call:
+    from linear_attention_transformer.linear_attention_transformer import causal_linear_attn, linear_attn
+
+    q, k, v = batched(q), batched(k), batched(v)
+    return (lambda: causal_linear_attn(q, k, v, bucket_size=64)) if causal else (lambda: linear_attn(q, k, v))
+
+
+@dataclass(frozen=True)
+class Contest:
+    """One backend at its options against peers for the same work."""
+
+    backend: str
+    options: Mapping[str, Any]
+    causal: bool
+    peers: Mapping[str, Peer]
+    dtypes: Sequence[torch.dtype] = (torch.bfloat16,)
+    same: bool = True  # both compute the same function, so the answers can be compared
+
+
+BAND = {"window": WINDOW, "sinks": 0}
+CONTESTS = (
+    Contest("dense", {}, False, {"torch SDPA": sdpa}, DTYPES),
+    Contest("dense", {}, True, {"torch SDPA": sdpa}),
+    Contest(
+        "sliding_window",
+        BAND,
+        False,
+        {
+            "torch SDPA, dense": sdpa,
+            "transformers Longformer": transformers_longformer,
+            "local-attention": local_attention,
+            "flex_attention, compiled": flex,
+        },
+        DTYPES,
+    ),
+    Contest("sliding_window", BAND, True, {"local-attention": local_attention}),
+    Contest(
+        "longformer",
+        {"window": WINDOW, "global_tokens": GLOBALS},
+        False,
+        {"transformers Longformer": partial(transformers_longformer, global_tokens=GLOBALS)},
+    ),
+    Contest(
+        "bigbird",
+        {"block": BLOCK, "global_blocks": 1, "closing_blocks": 1},
+        False,
+        {"transformers BigBird": transformers_bigbird},
+        same=False,  # its drawn blocks are all block 0
+    ),
+    Contest("chunked", {"chunk": CHUNK}, True, {"torch SDPA, chunk by chunk": sdpa_by_chunk}),
+    Contest("performer", {"features": FEATURES}, False, {"performer-pytorch": performer_pytorch}, DTYPES, same=False),
+    Contest("performer", {"features": FEATURES}, True, {"performer-pytorch": performer_pytorch}, same=False),
+    Contest("linear", {}, False, {"linear-attention-transformer": linear_attention_transformer}, same=False),
+    Contest("linear", {}, True, {"linear-attention-transformer": linear_attention_transformer}, same=False),
+)
+
+
+@dataclass
+class Row:
+    """One line of the JSON."""
+
+    backend: str
+    impl: str
+    dtype: str
+    causal: bool
+    tokens: int
+    seconds: float
+    peak_bytes: int
+    predicted_bytes: int
+    peer: str
+    peer_seconds: float
+    ratio: float
+
+
+@dataclass
+class Seen:
+    """A row, and what only the table for people shows."""
+
+    row: Row
+    flops: int
+    peer_dtype: str
+    off_by: float | None = field(default=None)
+
+    def line(self) -> str:
+        row = self.row
+        rate = self.flops / row.seconds / 1e9
+        off = "-" if self.off_by is None else f"{self.off_by:.1e}"
+        form = "causal" if row.causal else "both"
+        return (
+            f"{row.backend:15}{row.dtype:9}{form:8}{row.seconds * 1e3:10.1f}{rate:8.0f}{row.peak_bytes / 2**20:9.1f}"
+            f"{row.predicted_bytes / 2**20:9.1f}  {row.peer + ', ' + self.peer_dtype:40}{row.peer_seconds * 1e3:10.1f}"
+            f"{row.ratio:9.1f}x  {off}"
+        )
+
+
+HEADER = f"{'backend':15}{'dtype':9}{'sees':8}{'ms':>10}{'GF/s':>8}{'peak MiB':>9}{'by law':>9}  {'peer':40}{'ms':>10}{'ratio':>10}  off by"
+
+
+def seconds(call: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    call()
+    return time.perf_counter() - started
+
+
+def word(dtype: torch.dtype) -> str:
+    return {torch.bfloat16: "bf16", torch.float32: "fp32"}[dtype]
+
+
+def inputs(tokens: int, dtype: torch.dtype, scale: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k, v (tokens, H, D), standard normal, q and k times scale."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(tokens, HEADS, WIDTH, generator=generator) for _ in range(3))
+    return (q * scale).to(dtype), (k * scale).to(dtype), v.to(dtype)
+
+
+def fastest(peer: Peer, tokens: int, causal: bool) -> tuple[Call, torch.dtype]:
+    """The peer warmed up in the dtype in which it is fastest, of those it can do."""
+    calls: list[tuple[float, Call, torch.dtype]] = []
+    for dtype in DTYPES:
+        call = peer(*inputs(tokens, dtype), causal)
+        try:
+            call()
+        except RuntimeError as error:
+            print(f"  {dtype} left out: {str(error).splitlines()[0]}")
+            continue
+        calls.append((seconds(call), call, dtype))
+    _, call, dtype = min(calls, key=lambda entry: entry[0])
+    return call, dtype
+
+
+def off_by(ours: Tensor, theirs: Tensor) -> float:
+    """Largest difference; theirs (1, H, T, D), or (B, H, T / B, D), or (1, T, H D), to ours (T, H, D)."""
+    theirs = theirs.transpose(1, 2) if theirs.dim() == 4 else theirs
+    return float((ours.float() - theirs.reshape(ours.shape).float()).abs().amax())
+
+
+def hold(contest: Contest, dtype: torch.dtype, tokens: int) -> Iterator[Seen]:
+    """Both sides of a contest, peer by peer, interleaved."""
+    backend = build(contest.backend, contest.options, HeadShape(HEADS, HEADS, WIDTH, dtype))
+    q, k, v = inputs(tokens, dtype)
+    ours = partial(backend.attend, q, k, v, Segments((tokens,)), causal=contest.causal)
+    answer, cost = ours(), backend.cost(tokens, tokens, causal=contest.causal)
+    peak = peak_bytes(ours)
+    for name, peer in contest.peers.items():
+        try:
+            call, peer_dtype = fastest(peer, tokens, contest.causal)
+        except ImportError as error:
+            print(f"  {name} left out: {error}")
+            continue
+        rounds = [(seconds(ours), seconds(call)) for _ in range(REPEATS)]
+        mine, theirs = (statistics.median(side) for side in zip(*rounds, strict=True))
+        row = Row(
+            contest.backend,
+            "cpu",
+            word(dtype),
+            contest.causal,
+            tokens,
+            mine,
+            peak,
+            cost.workspace_bytes,
+            name,
+            theirs,
+            theirs / mine,
+        )
+        same = contest.same and "dense" not in name
+        yield Seen(row, cost.flops, word(peer_dtype), off_by(answer, call()) if same else None)
+
+
+def growth(contest: Contest, lengths: Sequence[int]) -> float:
+    """Exponent b of seconds = a tokens^b, least squares on logarithms of medians."""
+    backend = build(contest.backend, contest.options, HeadShape(HEADS, HEADS, WIDTH, torch.bfloat16))
+    calls = [
+        partial(backend.attend, *inputs(count, torch.bfloat16), Segments((count,)), causal=contest.causal) for count in lengths
+    ]
+    for call in calls:
+        call()
+    rounds = [[seconds(call) for call in calls] for _ in range(REPEATS)]
+    x = [math.log(count) for count in lengths]
+    y = [math.log(statistics.median(side)) for side in zip(*rounds, strict=True)]
+    return statistics.linear_regression(x, y).slope
+
+
+def decode_step(backend: AttentionBackend, past: int, sequences: int) -> float:
+    """Median seconds of one decode step of one layer for `sequences` sequences with `past` tokens behind them."""
+    pool = backend.new_pool(1, 1 << 40)
+    slots = [pool.allocate(past + 1) for _ in range(sequences)]
+    q, k, v = inputs(sequences, torch.bfloat16)
+    ones = (1,) * sequences
+    backend.extend(q, k, v, Segments(ones), pool, 0, slots)
+    for slot in slots:  # a state as of a long history, without its prefill
+        for name, tensor in pool.tensors(slot).items():
+            if name in ("k", "v"):
+                tensor.normal_()
+    step = partial(backend.extend, q, k, v, Segments(ones, (past,) * sequences), pool, 0, slots)
+    step()
+    return statistics.median(seconds(step) for _ in range(20))
+
+
+def show_growth(quick: bool) -> None:
+    lengths = (4096, 8192, 16384) if quick else (4096, 16384, 65536)
+    print(f"\ngrowth: exponent of time over {lengths[0]} to {lengths[-1]} tokens (bf16)")
+    for contest in CONTESTS:
+        if contest.backend != "dense":
+            print(f"  {contest.backend:15} {'causal' if contest.causal else 'both':7} {growth(contest, lengths):.2f}")
+
+
+def show_decode() -> None:
+    print(
+        "\ndecode: microseconds of a step of one layer (bf16), behind 1k and 64k tokens; 32 sequences at 1k, together and one by one"
+    )
+    options: dict[str, dict[str, int]] = {"dense": {}, "sliding_window": {"window": 512}, "chunked": {"chunk": 512}}
+    for name, chosen in (options | {"bigbird": {}, "performer": {}, "linear": {}}).items():
+        backend = build(name, chosen, HeadShape(HEADS, HEADS, WIDTH, torch.bfloat16))
+        short, long, many = (decode_step(backend, *case) * 1e6 for case in ((1023, 1), (65535, 1), (1023, 32)))
+        print(f"  {name:15} {short:8.0f} {long:8.0f}    {many:8.0f} {32 * short:8.0f}  ({32 * short / many:.1f}x)")
+
+
+def machine() -> dict[str, Any]:
+    """What the figures belong to."""
+    info = Path("/proc/cpuinfo")
+    models = (
+        [line.split(":")[1].strip() for line in info.read_text().splitlines() if "model name" in line] if info.exists() else []
+    )
+    return {
+        "cpu": models[0] if models else platform.processor(),
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "float32_matmul_precision": torch.get_float32_matmul_precision(),
+    }
+
+
+@torch.inference_mode()
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the benchmark and print it."""
+    parser = argparse.ArgumentParser(
+        prog="python -m attention.benchmark", description=__doc__.splitlines()[0] if __doc__ else None
+    )
+    parser.add_argument("--quick", action="store_true", help="4,096 tokens, bf16 only: within three minutes")
+    parser.add_argument("--only", help="one backend")
+    chosen = parser.parse_args(arguments)
+    warnings.filterwarnings("ignore")
+    tokens = 4096 if chosen.quick else 16384
+    print(f"{tokens} tokens, {HEADS} heads of {WIDTH}, medians of {REPEATS}, {machine()}\n{HEADER}")
+    seen: list[Seen] = []
+    for contest in CONTESTS:
+        if chosen.only in (None, contest.backend):
+            for dtype in contest.dtypes[:1] if chosen.quick else contest.dtypes:
+                for one in hold(contest, dtype, tokens):
+                    seen.append(one)
+                    print(one.line(), flush=True)
+    if chosen.only is None:
+        show_growth(chosen.quick)
+        show_decode()
+    print(json.dumps({"machine": machine(), "rows": [asdict(one.row) for one in seen]}))
+
+
+if __name__ == "__main__":
+    main()
