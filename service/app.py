@@ -7,6 +7,7 @@ Serve config's `import_path` names. `user_config` is the attention switch, every
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -102,8 +103,11 @@ def build(args: dict[str, Any]) -> serve.Application:
 
 
 def _log_to_stderr() -> None:
-    """The service's own log lines as they are: Ray prefixes them with the replica they come from."""
+    """The service's own log lines as they are: Ray prefixes them with the replica they come from.
+
+    To the process's own stderr, for Serve puts a logger of its own in the place of `sys.stderr`.
+    """
     root = logging.getLogger("longserve")
     if not root.handlers:
-        root.addHandler(logging.StreamHandler())
+        root.addHandler(logging.StreamHandler(sys.__stderr__))
     root.propagate = False

@@ -17,8 +17,9 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from service.config import ApplicationSection, ConfigError, ServeFile, api_keys, read
@@ -39,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         print(error, file=sys.stderr)
         return 2
-    except (Refused, ConnectionError, urllib.error.URLError) as error:
+    except (Refused, ConnectionError) as error:
         print(f"longserve {options.command}: {error}", file=sys.stderr)
         return 1
 
@@ -85,9 +86,11 @@ def serve(options: argparse.Namespace) -> int:
     from service import cluster
 
     stopped = threading.Event()
+    handle = _stopper(stopped)
+    _catch(handle)
     try:
         cluster.start(file, available_cpus())
-        _stop_on_signal(stopped)  # after Ray, which sets handlers of its own
+        _catch(handle)  # again, for Ray sets handlers of its own
         cluster.deploy(file)
         if cluster.wait_until_running(file, stopped):
             _announce(file, time.monotonic() - began)
@@ -102,17 +105,24 @@ def serve(options: argparse.Namespace) -> int:
     return 0
 
 
-def _stop_on_signal(stopped: threading.Event) -> None:
-    """Set `stopped` at the first SIGINT or SIGTERM; a later one is a KeyboardInterrupt."""
+Handler = Callable[[int, FrameType | None], None]
+
+
+def _stopper(stopped: threading.Event) -> Handler:
+    """A signal handler that sets `stopped` at the first signal; a later one is a KeyboardInterrupt."""
     first = 0.0
 
-    def handle(*_: object) -> None:
+    def handle(_: int, __: FrameType | None) -> None:
         nonlocal first
         if stopped.is_set() and time.monotonic() - first > SAME_SIGNAL_SECONDS:
             raise KeyboardInterrupt
         first = first or time.monotonic()
         stopped.set()
 
+    return handle
+
+
+def _catch(handle: Handler) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, handle)
 
@@ -159,10 +169,10 @@ def _wait_until_ready(base: str, application: ApplicationSection) -> None:
         try:
             _get(f"{base}/ready", application)
             return
-        except urllib.error.URLError as error:
+        except Refused as error:
             last = str(error)
             time.sleep(0.1)
-    raise Refused(f"{base}/ready does not say yes: {last}")
+    raise Refused(f"the service runs but is not ready: {last}")
 
 
 def _drain(file: ServeFile) -> None:
@@ -262,7 +272,7 @@ def base_url(file: ServeFile, application: ApplicationSection) -> str:
 
 
 def _get(url: str, application: ApplicationSection, body: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """The JSON a route answers; POST when there is a body. Raises URLError, with the service's own words when it has some."""
+    """The JSON a route answers; POST when there is a body. Raises Refused with the service's own words, if it has some."""
     name = application.args.http.api_keys_env
     headers = {"content-type": "application/json"}
     if name and (keys := os.environ.get(name)):
@@ -273,7 +283,9 @@ def _get(url: str, application: ApplicationSection, body: Mapping[str, Any] | No
             return dict(json.load(response))
     except urllib.error.HTTPError as error:
         told = error.read().decode(errors="replace")
-        raise urllib.error.URLError(f"{url} answered {error.code}: {told}") from error
+        raise Refused(f"{url} answered {error.code}: {told}") from error
+    except urllib.error.URLError as error:
+        raise Refused(f"nothing answers at {url} ({error.reason}); longserve serve starts the service") from error
 
 
 if __name__ == "__main__":

@@ -224,6 +224,19 @@ def test_a_plan_is_told_on_the_command_line(service: Service, tmp_path: Path) ->
     assert [line.split()[0] for line in told.stdout.splitlines()[1:]] == list(BACKENDS)
 
 
+def test_a_model_that_cannot_be_served_is_told_as_the_reason(service: Service, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
+
+    def change(data: Any) -> None:
+        data["http_options"]["port"] = free_port()
+        data["applications"][0]["args"]["model"] = str(tmp_path)
+
+    refused = service.cli("serve", str(service.rewrite(change, tmp_path / "wrong.yaml")))
+    assert refused.returncode == 1
+    assert "the service did not start: ValueError: model_type must be one of" in refused.stderr
+    assert "Traceback" not in refused.stderr
+
+
 def test_a_port_in_use_is_told_before_anything_starts(service: Service) -> None:
     refused = service.cli("serve", str(service.file))
     assert refused.returncode == 1
@@ -241,6 +254,14 @@ def test_openais_client_works_through_the_proxy(service: Service) -> None:
         *_, last = list(parts)
         assert last.usage is not None and last.usage.completion_tokens <= 8
         assert len(client.embeddings.create(model=model, input=["a", "b"]).data) == 2
+
+
+def test_a_command_without_a_service_says_what_is_missing(service: Service, tmp_path: Path) -> None:
+    lonely = service.rewrite(lambda data: data["http_options"].update(port=free_port()), tmp_path / "lonely.yaml")
+    for command in ("apply", "status"):
+        refused = service.cli(command, str(lonely))
+        assert refused.returncode == 1
+        assert "longserve serve starts the service" in refused.stderr
 
 
 def test_an_interrupt_drains_and_leaves_nothing_behind(service: Service) -> None:
