@@ -265,6 +265,11 @@ class AttentionBackend(ABC):
         return type(self).__module__.rsplit(".", 1)[-1]
 
     @property
+    def impl(self) -> str:
+        """The implementation in force: "torch", or what an option chose where the backend was built."""
+        return "torch"
+
+    @property
     def directions(self) -> tuple[bool, ...]:
         """The values of `causal` that `attend` takes. `extend` needs True among them."""
         return (True, False)
@@ -369,7 +374,7 @@ class AttentionBackend(ABC):
 
     def describe(self) -> dict[str, object]:
         """Name, options and implementation in force, for receipts and `/info`."""
-        return {"name": self.name, "options": self.options.model_dump(), "exact": self.exact}
+        return {"name": self.name, "options": self.options.model_dump(), "exact": self.exact, "impl": self.impl}
 
     def check(self, q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> None:
         """Raise ValueError unless q, k, v fit this backend and `segments`."""

@@ -6,20 +6,32 @@ meet blocks of keys, so no n x n matrix exists.
 
 from __future__ import annotations
 
+from pydantic import Field
 from torch import Tensor
 
-from attention import blocks
-from attention.interface import AttentionBackend, BackendOptions, Cost, StateTensor
+from attention import blocks, cuda
+from attention.interface import AttentionBackend, BackendOptions, Cost, HeadShape, Segments, StateTensor
 
 
 class DenseOptions(BackendOptions):
-    """Dense attention has nothing to choose."""
+    """Dense attention has nothing to choose but who computes it."""
+
+    impl: cuda.Impl = Field("auto", description="torch, xformers (CUDA), or auto: xformers where a probe is answered")
 
 
 class Dense(AttentionBackend):
     """Softmax over all keys."""
 
     Options = DenseOptions
+    options: DenseOptions
+
+    def __init__(self, options: DenseOptions, shape: HeadShape) -> None:
+        super().__init__(options, shape)
+        self._impl = cuda.settle(options.impl, shape)
+
+    @property
+    def impl(self) -> str:
+        return self._impl
 
     @property
     def edge(self) -> int:
@@ -27,6 +39,12 @@ class Dense(AttentionBackend):
 
     def visible(self, i: Tensor, j: Tensor, length: int | Tensor) -> Tensor:
         return (i < length) & (j < length)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, segments: Segments, *, causal: bool) -> Tensor:
+        if self.impl == "torch":
+            return super().attend(q, k, v, segments, causal=causal)
+        self.check_attend(q, k, v, segments, causal)
+        return cuda.attend(q, k, v, segments, causal=causal)
 
     def attend_sequence(self, q: Tensor, k: Tensor, v: Tensor, causal: bool, out: Tensor) -> None:
         blocks.dense(q, blocks.heads_first(k), blocks.heads_first(v), 0, causal, out)

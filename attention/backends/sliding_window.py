@@ -15,8 +15,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from attention import blocks
-from attention.interface import AttentionBackend, BackendOptions, Cost, StateTensor
+from attention import blocks, cuda
+from attention.interface import AttentionBackend, BackendOptions, Cost, HeadShape, Segments, StateTensor
 
 
 class SlidingWindowOptions(BackendOptions):
@@ -24,6 +24,7 @@ class SlidingWindowOptions(BackendOptions):
 
     window: int = Field(1024, ge=1, description="tokens seen on each visible side, the token itself not counted")
     sinks: int = Field(4, ge=0, description="first tokens of a sequence that stay visible to all later ones")
+    impl: cuda.Impl = Field("auto", description="torch, xformers (CUDA, no sinks), or auto: xformers where a probe is answered")
 
 
 class SlidingWindow(AttentionBackend):
@@ -32,12 +33,26 @@ class SlidingWindow(AttentionBackend):
     Options = SlidingWindowOptions
     options: SlidingWindowOptions
 
+    def __init__(self, options: SlidingWindowOptions, shape: HeadShape) -> None:
+        super().__init__(options, shape)
+        self._impl = cuda.settle(options.impl, shape, "its masks have no sinks" if options.sinks else None)
+
+    @property
+    def impl(self) -> str:
+        return self._impl
+
     @property
     def edge(self) -> int:
         return self.options.sinks + self.options.window + 1
 
     def visible(self, i: Tensor, j: Tensor, length: int | Tensor) -> Tensor:
         return ((i - j).abs() <= self.options.window) | ((j < self.options.sinks) & (j <= i))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, segments: Segments, *, causal: bool) -> Tensor:
+        if self.impl == "torch" or not causal:  # xformers' windows over a packed batch are causal
+            return super().attend(q, k, v, segments, causal=causal)
+        self.check_attend(q, k, v, segments, causal)
+        return cuda.attend(q, k, v, segments, causal=True, window=self.options.window)
 
     def attend_sequence(self, q: Tensor, k: Tensor, v: Tensor, causal: bool, out: Tensor) -> None:
         keys, values, sinks = blocks.heads_first(k), blocks.heads_first(v), min(self.options.sinks, len(k))
