@@ -15,10 +15,10 @@ from typing import Literal
 from attention import AttentionBackend, StatePool
 from service.engine.forecast import Course
 from service.engine.request import ContextTooLong, InvalidRequest, NeverFits, Request, UnknownBackend
+from service.engine.sampling import bytes_per_logit
 
 AUTO = "auto"
 LOGPROB_BYTES = 256  # of Python objects per echoed token and per alternative, measured with tracemalloc and rounded up
-ROW_BYTES = 64  # of temporaries per logit of a row that is sampled: float64 copies for the draw
 SCORE_BYTES = 64 * 12  # per entry of the vocabulary while an echoed prompt is scored, 64 rows at a time
 
 log = logging.getLogger(__name__)
@@ -127,20 +127,20 @@ def total_tokens(request: Request) -> int:
     return len(request.tokens) + (0 if request.kind == "embedding" else request.sampling.max_tokens)
 
 
-def choose(request: Request, routes: Mapping[str, Route], default: str, budget: int, vocab_size: int) -> tuple[Route, str]:
+def choose(request: Request, routes: Mapping[str, Route], default: str, budget: int) -> tuple[Route, str]:
     """The backend a request runs under, and why. Raises UnknownBackend."""
     asked = request.backend or default
     if asked == AUTO:
-        return _fastest(request, routes, budget, vocab_size)
+        return _fastest(request, routes, budget)
     if asked not in routes:
         allowed = ", ".join((*routes, AUTO))
         raise UnknownBackend(f"attention backend {asked!r} is not allowed here; allowed are {allowed}", param="attention")
     return routes[asked], "request" if request.backend else "default"
 
 
-def _fastest(request: Request, routes: Mapping[str, Route], budget: int, vocab_size: int) -> tuple[Route, str]:
+def _fastest(request: Request, routes: Mapping[str, Route], budget: int) -> tuple[Route, str]:
     """The backend of the least predicted seconds among those whose bytes fit the budget (among all, when none does)."""
-    fitting = [route for route in routes.values() if need(request, route, vocab_size).total <= budget]
+    fitting = [route for route in routes.values() if need(request, route).total <= budget]
     seconds = {route.name: predicted_seconds(request, route) for route in fitting or routes.values()}
     best = min(seconds, key=lambda name: seconds[name])
     told = ", ".join(f"{name} {value:.3g} s" for name, value in seconds.items())
@@ -153,7 +153,7 @@ def predicted_seconds(request: Request, route: Route) -> float:
     return route.course.seconds(len(request.tokens)) + decode * route.course.decode_seconds(total_tokens(request))
 
 
-def need(request: Request, route: Route, vocab_size: int, prompt_tokens: int | None = None) -> Need:
+def need(request: Request, route: Route, prompt_tokens: int | None = None) -> Need:
     """Bytes the request holds under a backend; of a prompt of another length when `prompt_tokens` is given."""
     sampling, prompt = request.sampling, len(request.tokens) if prompt_tokens is None else prompt_tokens
     if request.kind == "embedding":
@@ -163,28 +163,28 @@ def need(request: Request, route: Route, vocab_size: int, prompt_tokens: int | N
     terms = {
         "state": request.n * route.pool.slot_bytes(total),
         "step": max(route.course.prefill_bytes(total), request.n * route.course.step_bytes(total - 1, total)),
-        "logits": vocab_size * max(request.n * ROW_BYTES, SCORE_BYTES if is_scored else 0),
+        "logits": route.course.vocab_size * max(request.n * bytes_per_logit(sampling), SCORE_BYTES if is_scored else 0),
         "logprobs": prompt * LOGPROB_BYTES * (1 + (sampling.logprobs or 0)) if is_scored else 0,
     }
     return Need(terms)
 
 
-def longest_tokens(request: Request, route: Route, vocab_size: int, budget: int, max_length: int) -> int:
+def longest_tokens(request: Request, route: Route, budget: int, max_length: int) -> int:
     """The longest total, prompt and max_tokens, that the budget holds under a backend; 0 when none does."""
     answer = total_tokens(request) - len(request.tokens)
     low, high = 0, max(0, max_length - answer)  # prompt lengths: low fits (or is 0), above high is not asked
     while low < high:
         middle = (low + high + 1) // 2
-        if need(request, route, vocab_size, middle).total <= budget:
+        if need(request, route, middle).total <= budget:
             low = middle
         else:
             high = middle - 1
     return low + answer if low else 0
 
 
-def fitting(request: Request, routes: Iterable[Route], vocab_size: int, budget: int) -> tuple[str, ...]:
+def fitting(request: Request, routes: Iterable[Route], budget: int) -> tuple[str, ...]:
     """Names of the backends under which the request fits the whole budget."""
-    return tuple(route.name for route in routes if need(request, route, vocab_size).total <= budget)
+    return tuple(route.name for route in routes if need(request, route).total <= budget)
 
 
 def refuse(plan: Plan) -> NeverFits:

@@ -163,7 +163,7 @@ class Engine:
             self._observer.refused(request, error.code)
             raise
         answer = Answer(lambda: self._lose(job, "cancelled", None))
-        job = Job.create(request, route, admission.need(request, route, self._vocab_size), answer, self._tokenizer)
+        job = Job.create(request, route, admission.need(request, route), answer, self._tokenizer)
         timings = request.timings
         timings.queued_at, timings.backend, timings.why = time.monotonic(), route.name, why
         timings.prompt_tokens, timings.peak_bytes = len(job.prompt), job.need.total
@@ -175,8 +175,8 @@ class Engine:
     def plan(self, request: Request) -> Plan:
         """What the request would cost and whether it would be admitted now. Raises InvalidRequest, UnknownBackend."""
         admission.check(request, self._vocab_size, self._max_length, self._config.max_sequences)
-        route, why = admission.choose(request, self._routes, self._backends.default, self._ledger.budget, self._vocab_size)
-        need, budget = admission.need(request, route, self._vocab_size), self._ledger.budget
+        route, why = admission.choose(request, self._routes, self._backends.default, self._ledger.budget)
+        need, budget = admission.need(request, route), self._ledger.budget
         total = admission.total_tokens(request)
         reason = "memory_budget_exceeded" if need.total > budget else "draining" if self._is_draining else None
         reason = reason or ("queue_full" if self._is_full(len(request.tokens)) else None)
@@ -193,8 +193,8 @@ class Engine:
             free_bytes=self._ledger.free,
             verdict="refused" if reason else "runs" if runs else "queues",
             reason=reason,
-            longest_tokens=admission.longest_tokens(request, route, self._vocab_size, budget, self._max_length),
-            backends_that_fit=admission.fitting(request, self._routes.values(), self._vocab_size, budget),
+            longest_tokens=admission.longest_tokens(request, route, budget, self._max_length),
+            backends_that_fit=admission.fitting(request, self._routes.values(), budget),
             predicted_seconds={
                 "queue": self._work_in_front(),
                 "prefill": prefill,
@@ -237,8 +237,8 @@ class Engine:
         if request.deadline is not None and request.deadline <= time.monotonic():
             raise DeadlineExceeded("the deadline had passed before the request came")
         admission.check(request, self._vocab_size, self._max_length, self._config.max_sequences)
-        route, why = admission.choose(request, self._routes, self._backends.default, self._ledger.budget, self._vocab_size)
-        if admission.need(request, route, self._vocab_size).total > self._ledger.budget:
+        route, why = admission.choose(request, self._routes, self._backends.default, self._ledger.budget)
+        if admission.need(request, route).total > self._ledger.budget:
             raise admission.refuse(self.plan(request))
         if self._is_full(len(request.tokens)):
             seconds = self._work_in_front()

@@ -101,6 +101,7 @@ class Course:
 
     def __init__(self, model: Transformer, pace: Pace, max_length: int, chunk: int, slice_seconds: float) -> None:
         self.pace = pace
+        self.vocab_size = model.config.vocab_size
         self._model = model
         self._chunk = chunk
         self._slices: list[int] = []  # rows of attention's slices, by chunk

@@ -30,6 +30,13 @@ def generator(seed: int, index: int) -> random.Random:
     return random.Random(f"{seed}/{index}")
 
 
+def bytes_per_logit(settings: Sampling) -> int:
+    """Peak bytes of temporaries of `draw` per entry of a row, the logits themselves included. Held to the ops by a test."""
+    if settings.temperature > 0:
+        return 68 if _is_filtered(settings) else 44
+    return 6 if settings.logprobs is None else 12
+
+
 def draw(logits: Tensor, settings: Sequence[Sampling], sources: Sequence[random.Random]) -> list[Drawn]:
     """Draw one token per row of logits (N, V), float32. Advances the source of each row that is not greedy."""
     tokens = logits.argmax(-1)

@@ -7,7 +7,7 @@ smaller ones may pass it meanwhile, until it has waited for `patience` times its
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass, field
 
 from service.config import EngineConfig
@@ -15,7 +15,7 @@ from service.engine.admission import Route
 from service.engine.job import Job, Sequence
 from service.engine.memory import AllocatorPeak, Ledger, StorageCounter
 from service.engine.observer import StepKind
-from service.engine.sampling import Drawn
+from service.engine.sampling import Drawn, bytes_per_logit
 
 
 @dataclass(frozen=True)
@@ -46,11 +46,20 @@ class Work:
     @property
     def predicted_seconds(self) -> float:
         course, mates = self.route.course, len(self.members) - 1
-        return sum(course.step_seconds(m.start, m.end) for m in self.members) - mates * course.pace.model.fixed
+        return self._summed(course.step_seconds) - mates * course.pace.model.fixed  # which is paid once
 
     @property
     def predicted_bytes(self) -> int:
-        return sum(self.route.course.step_bytes(m.start, m.end) for m in self.members)
+        drawing = [m.sequence.job.request for m in self.members if m.end == m.sequence.length and self.kind != "embed"]
+        logits = self.route.course.vocab_size * sum(bytes_per_logit(request.sampling) for request in drawing)
+        return max(int(self._summed(self.route.course.step_bytes)), logits)
+
+    def _summed(self, law: Callable[[int, int], float]) -> float:
+        """A law of (start, end) over all members; for streams, many and of nearly straight laws, that of their mean."""
+        if self.kind != "decode":
+            return sum(law(member.start, member.end) for member in self.members)
+        mean = sum(member.end for member in self.members) // len(self.members)
+        return len(self.members) * law(mean - 1, mean)
 
     def urgency(self, now: float) -> float:
         return max(member.sequence.job.urgency(now) for member in self.members)

@@ -115,9 +115,8 @@ async def test_no_step_takes_more_than_was_predicted(name: str) -> None:
         reserved = max(request.timings.peak_bytes for request in requests)
     assert all(step.measured_bytes is not None for step in watcher.steps)
     for step in watcher.steps:
-        rows = 64 * world.VOCABULARY  # of logits: a term of their own
         law = max(1.1 * step.predicted_bytes, step.predicted_bytes + 2**20)  # what the backends' laws are held to
-        assert step.measured_bytes <= law + rows, step
+        assert step.measured_bytes <= law + 16 * step.tokens, step  # ids and positions
         assert step.measured_bytes <= max(1.1 * reserved, reserved + 2**20)
 
 

@@ -10,8 +10,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from service.engine.memory import StorageCounter
 from service.engine.request import Sampling
-from service.engine.sampling import draw, generator, logprobs
+from service.engine.sampling import bytes_per_logit, draw, generator, logprobs
 
 LOGITS = torch.randn(1, 50, generator=torch.Generator().manual_seed(3)) * 2
 SETTINGS = [
@@ -88,3 +89,12 @@ def test_logprobs_are_told_only_to_those_who_ask() -> None:
     drawn = draw(rows, [Sampling(temperature=0.0, logprobs=2), Sampling(temperature=0.0)], [random.Random(), random.Random()])
     assert drawn[0].logprob is not None and len(drawn[0].logprob.top) == 2
     assert drawn[1].logprob is None
+
+
+@pytest.mark.parametrize("settings", [*SETTINGS, Sampling(temperature=0.0, logprobs=3), Sampling(top_p=0.5, logprobs=3)])
+def test_a_draw_takes_the_bytes_its_law_says(settings: Sampling) -> None:
+    weight, counter = torch.randn(4096, 8).bfloat16(), StorageCounter()
+    with torch.inference_mode(), counter:
+        logits = torch.nn.functional.linear(torch.randn(3, 8).bfloat16(), weight).float()
+        draw(logits, [settings] * 3, [generator(0, i) for i in range(3)])
+    assert counter.peak_bytes == pytest.approx(bytes_per_logit(settings) * logits.numel(), rel=0.01)  # indices beside
