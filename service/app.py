@@ -19,6 +19,7 @@ from starlette.types import ASGIApp
 
 from service.config import DEPLOYMENT, ServiceConfig, UserConfig, explain
 from service.replica import Replica
+from service.switch import parse
 
 GATHER_SECONDS = 5.0  # a replica that takes longer to export its metrics is counted as missing
 
@@ -53,7 +54,7 @@ class Longserve:
         if self._started:
             self._replica.retarget(user_config)
         else:
-            await self._replica.start(UserConfig.model_validate(user_config))
+            await self._replica.start(parse(user_config))
             self._started = True
 
     def check_health(self) -> None:
@@ -107,7 +108,8 @@ def _log_to_stderr() -> None:
 
     To the process's own stderr, for Serve puts a logger of its own in the place of `sys.stderr`.
     """
-    root = logging.getLogger("longserve")
-    if not root.handlers:
-        root.addHandler(logging.StreamHandler(sys.__stderr__))
-    root.propagate = False
+    for name in ("longserve", "service"):
+        root = logging.getLogger(name)
+        if not root.handlers:
+            root.addHandler(logging.StreamHandler(sys.__stderr__))
+        root.propagate = False

@@ -78,6 +78,7 @@ class Metrics:
         self.requests = self._counter("requests", "Requests by outcome.", (*by_kind, "outcome"))
         self.rejected = self._counter("rejected", "Requests refused at the door, by the error's code.", ("reason",))
         self.duration = self._histogram("request_duration_seconds", "From the door to the end.", by_kind, REQUEST_SECONDS)
+        self.tokenize = self._histogram("tokenize_seconds", "From text to token ids.", ("kind",), TOKEN_SECONDS)
         self.queue = self._histogram("request_queue_seconds", "From the door to the first step.", by_kind, REQUEST_SECONDS)
         self.prefill = self._histogram(
             "prefill_seconds", "From the first step to the last input token.", (*by_backend, "length"), REQUEST_SECONDS
@@ -144,6 +145,7 @@ class Metrics:
         self.input_tokens.labels(backend, kind).observe(len(request.tokens))
         self.reserved.labels(backend, length).observe(timings.peak_bytes)
         _observe(self.duration.labels(backend, kind), timings.total_seconds)
+        self.tokenize.labels(kind).observe(timings.tokenize_seconds)
         _observe(self.queue.labels(backend, kind), timings.queue_seconds)
         _observe(self.prefill.labels(backend, length), timings.prefill_seconds)
         if kind == "completion":

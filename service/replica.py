@@ -19,11 +19,10 @@ from typing import Any
 
 import torch
 from prometheus_client.metrics_core import Metric
-from pydantic import ValidationError
 from starlette.types import ASGIApp
 
 from service import metrics
-from service.config import HttpConfig, ServiceConfig, UserConfig, api_keys, explain
+from service.config import HttpConfig, ServiceConfig, UserConfig, api_keys
 from service.engine.engine import Engine
 from service.http.errors import NotReady
 from service.http.face import ModelCard
@@ -32,7 +31,7 @@ from service.machine import available_cpus
 from service.metrics import Metrics
 from service.model import checkpoint
 from service.model.tokenizer import Tokenizer
-from service.switch import Switch
+from service.switch import Switch, parse
 
 logger = logging.getLogger("longserve")
 
@@ -90,9 +89,9 @@ class Replica:
     def retarget(self, user_config: Mapping[str, Any]) -> None:
         """Aim the switch elsewhere. Returns at once, never raises; requests in flight keep their backend."""
         try:
-            user = UserConfig.model_validate(user_config)
-        except ValidationError as error:
-            self._switch.refuse("; ".join(explain(error, UserConfig)))
+            user = parse(user_config)
+        except ValueError as error:
+            self._switch.refuse(str(error))
         else:
             self._switch.aim(user.attention, self.engine)
 

@@ -13,13 +13,23 @@ import time
 from collections.abc import Mapping
 from typing import Any, Protocol
 
+from pydantic import ValidationError
+
 import attention
 from attention import AttentionBackend, HeadShape, truth
-from service.config import AttentionConfig
+from service.config import AttentionConfig, UserConfig, explain
 from service.engine.engine import Backends
 from service.metrics import Metrics
 
 logger = logging.getLogger("longserve.switch")
+
+
+def parse(user_config: Any) -> UserConfig:
+    """A deployment's `user_config` as Serve hands it over. Raises ValueError naming key, value and what is allowed."""
+    try:
+        return UserConfig.model_validate(user_config)
+    except ValidationError as error:
+        raise ValueError("; ".join(explain(error, UserConfig))) from None
 
 
 class Swappable(Protocol):

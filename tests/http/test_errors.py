@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 
+from service.config import AttentionConfig, EngineConfig, ServiceConfig, UserConfig
+from service.plain import listening_in_thread
 from tests.http.client import Client, eventually
 
 MANY = 40_000  # tokens: more than the model's 32,768
@@ -184,3 +187,28 @@ def test_a_request_id_that_no_log_wants_is_replaced(service: Client, given: str)
     found = service.get("/health", **{"x-request-id": given}).headers["x-request-id"]
     assert found != given
     assert len(found) == 32
+
+
+def test_a_full_queue_is_a_429_that_says_when_to_come_back() -> None:
+    config = ServiceConfig(threads=1, engine=EngineConfig(max_sequences=1, max_waiting_requests=1))
+    with listening_in_thread(config, UserConfig()) as (url, replica), ThreadPoolExecutor(2) as callers:
+        client = Client(url, replica)
+        kept = [callers.submit(client.complete, "import os", max_tokens=300, ignore_eos=True) for _ in range(2)]
+        assert eventually(lambda: (replica.engine.snapshot().running, replica.engine.snapshot().waiting) == (1, 1))
+        refused = client.complete("import os")
+        assert (refused.status, refused.error["code"], refused.error["type"]) == (429, "queue_full", "rate_limit_error")
+        assert int(refused.headers["retry-after"]) >= 1
+        assert [each.result().status for each in kept] == [200, 200]
+
+
+def test_what_can_never_fit_is_refused_with_the_bytes_and_what_would_fit() -> None:
+    config = ServiceConfig(threads=1, engine=EngineConfig(memory_budget_bytes=20 * 2**20))
+    user = UserConfig(attention=AttentionConfig(backends={"dense": {}, "performer": {}}))
+    with listening_in_thread(config, user) as (url, replica):
+        reply = Client(url, replica).complete([7] * 30_000)
+        assert (reply.status, reply.error["code"]) == (400, "memory_budget_exceeded")
+        details = reply.error["details"]
+        assert details["needed_bytes"] > details["budget_bytes"] == 20 * 2**20
+        assert 0 < details["longest_tokens"] < 30_000
+        assert details["backends_that_fit"] == ["performer"]
+        assert Client(url, replica).complete([7] * 30_000, attention="performer", max_tokens=1).status == 200
