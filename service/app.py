@@ -18,7 +18,7 @@ from ray import serve
 from starlette.types import ASGIApp
 
 from service.config import DEPLOYMENT, ServiceConfig, UserConfig, explain
-from service.replica import Replica
+from service.replica import LOGGERS, Replica
 from service.switch import parse
 
 GATHER_SECONDS = 5.0  # a replica that takes longer to export its metrics is counted as missing
@@ -108,7 +108,7 @@ def _log_to_stderr() -> None:
 
     To the process's own stderr, for Serve puts a logger of its own in the place of `sys.stderr`.
     """
-    for name in ("longserve", "service"):
+    for name in LOGGERS:
         root = logging.getLogger(name)
         if not root.handlers:
             root.addHandler(logging.StreamHandler(sys.__stderr__))

@@ -33,7 +33,8 @@ from service.model import checkpoint
 from service.model.tokenizer import Tokenizer
 from service.switch import Switch, parse
 
-logger = logging.getLogger("longserve")
+LOGGERS = ("longserve", "service")
+"""Roots of all our loggers: what users read by topic, and modules by their own name."""
 
 Gather = Callable[[], Awaitable[Mapping[str, Sequence[Metric]]]]
 """Every replica's metrics by replica name."""
@@ -62,7 +63,8 @@ class Replica:
         gather: Gather | None = None,
         echoes_request_id: bool = True,
     ) -> None:
-        logging.getLogger("longserve").setLevel(config.log_level.upper())
+        for logger in LOGGERS:
+            logging.getLogger(logger).setLevel(config.log_level.upper())
         torch.set_num_threads(config.threads or available_cpus())
         torch.set_float32_matmul_precision(config.float32_matmul_precision)
         self.settings = config
