@@ -128,8 +128,9 @@ def softmax(q: Tensor, pieces: Sequence[Piece], out: Tensor) -> None:
     answer = out.view(count, groups, -1, width).permute(1, 2, 0, 3)  # (G, R, C, D)
     torch.div(sums.view(answer.shape), total.view(*answer.shape[:3], 1), out=answer)
     low, high = torch.aminmax(total)
-    if not (low.item() > SOUND[0] and high.item() < SOUND[1]):
-        _again(rows, count, pieces, is_sound(total), answer)
+    narrow = q.dtype == torch.float16  # its range ends at 2^16: no unshifted sum of it proves anything
+    if narrow or not (low.item() > SOUND[0] and high.item() < SOUND[1]):
+        _again(rows, count, pieces, is_sound(total) & (not narrow), answer)
 
 
 def is_sound(total: Tensor) -> Tensor:
