@@ -114,14 +114,14 @@ def _rope_parameters(raw: Mapping[str, Any]) -> dict[str, Any]:
 
 def rotary_frequencies(rope: Mapping[str, Any], head_dim: int) -> Tensor:
     """Radians per position of each pair of coordinates, float32 (D / 2,). `llama3` as in Llama 3.1's reference code."""
-    inverse = 1.0 / rope["rope_theta"] ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
+    inverse: Tensor = 1.0 / rope["rope_theta"] ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
     if rope["rope_type"] == "linear":
-        return inverse / rope["factor"]
+        inverse = inverse / rope["factor"]
     if rope["rope_type"] == "llama3":
         wavelength = 2 * torch.pi / inverse
         low, high, old = rope["low_freq_factor"], rope["high_freq_factor"], rope["original_max_position_embeddings"]
         smooth = ((old / wavelength - low) / (high - low)).clamp(0, 1)
-        return inverse * (smooth + (1 - smooth) / rope["factor"])
+        inverse = inverse * (smooth + (1 - smooth) / rope["factor"])
     return inverse
 
 
@@ -173,7 +173,7 @@ class Layer(nn.Module):
 
     def mlp(self, x: Tensor) -> Tensor:  # (T, C) -> (T, C)
         gate, up = self.gate_up(x).chunk(2, dim=-1)  # (T, F) each
-        return self.down(F.silu(gate) * up)
+        return cast(Tensor, self.down(F.silu(gate) * up))
 
 
 class Transformer(nn.Module):
@@ -188,6 +188,11 @@ class Transformer(nn.Module):
         if not config.tie_word_embeddings:
             self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self._turns: Tensor | None = None  # see `rotation`
+
+    @property
+    def decoder(self) -> list[Layer]:
+        """The layers in order, as what they are."""
+        return cast(list[Layer], list(self.layers))
 
     @property
     def dtype(self) -> torch.dtype:
@@ -213,7 +218,7 @@ class Transformer(nn.Module):
         """
         cos, sin = self.rotation(positions)
         x = self.embed(tokens)
-        for index, layer in enumerate(self.layers):
+        for index, layer in enumerate(self.decoder):
             x = layer(x, attend(index, *layer.question(x, cos, sin)))
         return F.rms_norm(x, (x.shape[-1],), self.final_norm, self.config.rms_norm_eps)
 
@@ -221,7 +226,7 @@ class Transformer(nn.Module):
         """`hidden` turned inside out: who drives it answers each layer's question, and may pause at any."""
         cos, sin = self.rotation(positions)
         x = self.embed(tokens)
-        for index, layer in enumerate(self.layers):
+        for index, layer in enumerate(self.decoder):
             answer = yield index, *layer.question(x, cos, sin)
             x = layer(x, answer)
         return F.rms_norm(x, (x.shape[-1],), self.final_norm, self.config.rms_norm_eps)

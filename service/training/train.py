@@ -23,7 +23,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,7 +34,7 @@ from tqdm import tqdm
 
 from service.model.checkpoint import save
 from service.model.tokenizer import Tokenizer
-from service.model.transformer import Attend, Layer, ModelConfig, Transformer
+from service.model.transformer import Attend, ModelConfig, Transformer
 from service.training import needle
 from service.training.attention import performer_attention, softmax_attention
 
@@ -124,7 +124,7 @@ def new_model(seed: int) -> Transformer:
     torch.manual_seed(seed)
     model = Transformer(ModelConfig.from_dict(EMBEDDED))
     nn.init.normal_(model.embed.weight, std=0.02)
-    for layer in decoder_layers(model):
+    for layer in model.decoder:
         for matrix in (layer.qkv.weight, layer.gate_up.weight):
             nn.init.normal_(matrix, std=matrix.shape[1] ** -0.5)
         nn.init.zeros_(layer.out.weight)
@@ -132,10 +132,6 @@ def new_model(seed: int) -> Transformer:
         layer.q_norm.data.fill_(FIRST_QK_SCALE)
         layer.k_norm.data.fill_(FIRST_QK_SCALE)
     return model
-
-
-def decoder_layers(model: Transformer) -> list[Layer]:
-    return cast(list[Layer], list(model.layers))
 
 
 class Trainer:
@@ -146,7 +142,7 @@ class Trainer:
         self.compiled = compiled
         self.step, self.tokens = 0, 0
         self._losses: dict[tuple[str, int], Loss] = {}
-        layers = decoder_layers(self.model)
+        layers = self.model.decoder
         fused = [p for layer in layers for p in (layer.qkv.weight, layer.gate_up.weight)]
         plain = [p for layer in layers for p in (layer.out.weight, layer.down.weight)]
         config = self.model.config
@@ -204,7 +200,7 @@ class Trainer:
             optimizer.step()  # type: ignore[no-untyped-call]
         self.model.zero_grad(set_to_none=True)
         with torch.no_grad():
-            for layer in decoder_layers(self.model):
+            for layer in self.model.decoder:
                 layer.q_norm.clamp_(-MAX_QK_SCALE, MAX_QK_SCALE)
                 layer.k_norm.clamp_(-MAX_QK_SCALE, MAX_QK_SCALE)
 
