@@ -24,7 +24,7 @@ PACE = Pace(2, Line(0.001, 1e-5), Line(0.0, 1e-9), DENSE)
 BUDGET = 10_000
 
 
-CHUNK, SLICE_SECONDS = 64, 0.0005
+CHUNK, SLICE_SECONDS = 128, 0.0002
 COURSE = Course(MODEL, PACE, world.MAX_LENGTH, CHUNK, SLICE_SECONDS)
 ROUTE = Route("dense", DENSE, COURSE, DENSE.new_pool(2, BUDGET))
 
@@ -78,7 +78,7 @@ def test_a_long_prefill_gives_way_at_its_next_chunk() -> None:
     scheduler = make_scheduler()
     scheduler.waiting = [make_job(1500)]
     first = scheduler.next(0.01)
-    assert first is not None and first.tokens <= 64
+    assert first is not None and first.tokens <= CHUNK
     finish(first, scheduler)
     scheduler.waiting = [make_job(20, arrival=0.01)]
     second = scheduler.next(0.02)
@@ -114,7 +114,7 @@ def test_streams_get_their_share_of_the_time_behind_a_slice_of_prefill() -> None
     stream = make_job(10, max_tokens=100_000)
     scheduler.waiting = [stream]
     finish(scheduler.next(0.0), scheduler)  # type: ignore[arg-type]
-    scheduler.waiting = [make_job(1500, kind="embedding")]
+    scheduler.waiting = [make_job(2000, kind="embedding")]
     spent = {"decode": 0.0, "embed": 0.0}
     while scheduler.waiting or len(scheduler.running) == 2:
         work = scheduler.next(0.0)
