@@ -297,10 +297,12 @@ class Engine:
             timings.admitted_at = timings.admitted_at or time.monotonic()
         limit = time.perf_counter() + self._config.slice_seconds
         before = work.seconds
+
+        def gives_way() -> bool:
+            return time.perf_counter() > limit and (bool(self._lost) or self._scheduler.has_other_work(work))
+
         try:
-            is_over = await self._on_model_thread(
-                lambda: self._runner.run(work, lambda: time.perf_counter() > limit and self._scheduler.has_other_work(work))
-            )
+            is_over = await self._on_model_thread(lambda: self._runner.run(work, gives_way))
         except Exception as error:  # the outer edge: whatever a model call raises concerns its own requests only
             self._fault(work, error)
             return
