@@ -1,7 +1,7 @@
 """python -m service.engine.benchmark: the bare model, then the engine alone, then the service over HTTP, in one run.
 
 What the engine is compared with is the bare model: the same chunks through `Transformer.hidden` with nothing around them,
-measured in turn with it. Prints a table for people, the machine beneath, and one last line of JSON for programs. About three
+measured in turn with it. Prints a table for people, the machine beneath, and one last line of JSON for programs. About five
 minutes on two cores; `--quick` leaves out 32k tokens and HTTP.
 """
 
