@@ -14,7 +14,6 @@ a transposed copy of its own that costs as much as the product.
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -78,13 +77,6 @@ class Piece:
     band: Band = Band()
 
 
-def even(length: int, most: int) -> Iterator[tuple[int, int]]:
-    """(first, last) of the fewest equal parts of at most `most` that cover `length`."""
-    parts = -(-length // most)
-    bounds = [length * part // parts for part in range(parts + 1)]
-    yield from itertools.pairwise(bounds)
-
-
 def spread(start: int, end: int, block: int) -> Iterator[tuple[int, int]]:
     """(first, last) of the consecutive blocks that cover start..end."""
     for first in range(start, end, block):
@@ -98,8 +90,13 @@ def columns(heads: int, itemsize: int, rows: int = ROWS) -> int:
 
 
 def split(piece: Piece, most: int) -> list[Piece]:
-    """The piece in equal parts of at most `most` keys."""
-    return [Piece(piece.k[:, a:b], piece.v[:, a:b], piece.band.part(a, b)) for a, b in even(piece.k.shape[1], most)]
+    """The piece in parts of `most` keys and a remainder.
+
+    Parts of equal length would waste less on the remainder, but each length is a shape of its own, and the matrix library
+    compiles and keeps a kernel for every shape it meets: a first long prompt then pays for hundreds of them.
+    """
+    parts = spread(0, piece.k.shape[1], most)
+    return [Piece(piece.k[:, a:b], piece.v[:, a:b], piece.band.part(a, b)) for a, b in parts]
 
 
 def heads_first(x: Tensor) -> Tensor:
@@ -254,7 +251,7 @@ def workspace_bytes(
     """
     size, width = shape.itemsize, shape.head_width
     block = shape.query_heads * min(queries if asking is None else asking, rows)
-    widest = -(-seen // -(-seen // columns(shape.query_heads, size, rows)))
+    widest = min(seen, columns(shape.query_heads, size, rows))
     whole = widest == seen
     tight = 0 if gathered and whole else shape.key_value_heads * widest * width * size
     gather = 2 * shape.key_value_heads * seen * width * size if gathered else 0
