@@ -27,7 +27,7 @@ from service.engine.engine import Engine
 from service.http.errors import NotReady
 from service.http.face import ModelCard
 from service.http.routes import create_app
-from service.machine import available_cpus
+from service.machine import available_cpus, in_passing_thread
 from service.metrics import Metrics
 from service.model import checkpoint
 from service.model.tokenizer import Tokenizer
@@ -71,7 +71,7 @@ class Replica:
         self.name = name
         self._facts = facts or {}
         self._gather = gather or self._only_mine
-        self._loaded = checkpoint.load(_directory(config), config.dtype, config.device, config.name)
+        self._loaded = in_passing_thread(lambda: checkpoint.load(_directory(config), config.dtype, config.device, config.name))
         self._started = time.time()
         self._metrics = Metrics()
         self._switch = Switch(self._loaded.model.head_shape(), self._metrics)

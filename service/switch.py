@@ -19,6 +19,7 @@ import attention
 from attention import AttentionBackend, HeadShape, truth
 from service.config import AttentionConfig, UserConfig, explain
 from service.engine.engine import Backends
+from service.machine import in_passing_thread
 from service.metrics import Metrics
 
 logger = logging.getLogger("longserve.switch")
@@ -110,8 +111,11 @@ class Switch:
 
     async def _checked(self, config: AttentionConfig) -> Backends:
         """The config's backends, built and checked off the event loop. Raises ValueError for one that answers wrongly."""
-        built = {name: await asyncio.to_thread(self._build, name, config.backends[name]) for name in config.backends}
-        return Backends(built, config.default)
+
+        def build() -> dict[str, AttentionBackend]:
+            return in_passing_thread(lambda: {name: self._build(name, options) for name, options in config.backends.items()})
+
+        return Backends(await asyncio.to_thread(build), config.default)
 
     def _build(self, name: str, options: Mapping[str, Any] | None) -> AttentionBackend:
         backend = attention.build(name, options, self._shape)

@@ -37,6 +37,7 @@ from attention import AttentionBackend, Segments
 from service.config import EngineConfig
 from service.engine.engine import Backends, Engine
 from service.engine.request import Delta, Request, RequestError, Sampling
+from service.machine import in_passing_thread
 from service.model.checkpoint import EMBEDDED, Checkpoint, choose_dtype, load
 from service.model.transformer import ModelConfig, Transformer
 
@@ -138,7 +139,7 @@ async def prefill_ratio(engine: Engine, model: Transformer, name: str, tokens: i
     """
     ours, theirs = [], []
     for _ in range(repeats + 1):
-        theirs.append(await asyncio.to_thread(lambda: bare(model, build(model, name), tokens)[0]))
+        theirs.append(await engine._on_model_thread(lambda: bare(model, build(model, name), tokens)[0]))
         ours.append(await _timed(answered(engine, make_request(tokens - 1, 1, name))))
     return median(theirs[1:]) / median(ours[1:])
 
@@ -211,7 +212,7 @@ async def _quiet(engine: Engine) -> None:
 
 
 async def measure_engine(lengths: Sequence[int], repeats: int) -> dict[str, Any]:
-    checkpoint = load()
+    checkpoint = in_passing_thread(load)
     engine = make_engine(checkpoint)
     await engine.start()
     found: dict[str, Any] = {"prefill_ratio": {}, "decode_speedup_32": {}, "short_p95_ratio": {}, "stream_itl_p95_ratio": {}}
@@ -245,7 +246,7 @@ def memory_trial() -> int:
 
 
 async def _memory_trial() -> int:
-    engine = make_engine(load(), memory_budget_bytes=MEMORY_BUDGET)
+    engine = make_engine(in_passing_thread(load), memory_budget_bytes=MEMORY_BUDGET)
     await engine.start()
     for name in BACKENDS:
         await answered(engine, make_request(2 * CHUNK, 2, name))
@@ -328,7 +329,7 @@ def ask(connection: http.client.HTTPConnection, tokens: int, answer: int, name: 
 
 async def one_token_seconds() -> float:
     """Median seconds of a one-token request on the engine alone."""
-    engine = make_engine(load())
+    engine = make_engine(in_passing_thread(load))
     await engine.start()
     times = [await _timed(answered(engine, make_request(1, 1, "dense"))) for _ in range(100)]
     await engine.stop()
@@ -336,7 +337,7 @@ async def one_token_seconds() -> float:
 
 
 def measure_http(lengths: Sequence[int], repeats: int) -> dict[str, Any]:
-    model, alone = load().model, asyncio.run(one_token_seconds())
+    model, alone = in_passing_thread(load).model, asyncio.run(one_token_seconds())
     found: dict[str, Any] = {}
     with serving() as port:
         connection = http.client.HTTPConnection("127.0.0.1", port, timeout=600)
@@ -369,7 +370,7 @@ def main() -> None:
     random.seed(0)
     result: dict[str, Any] = {"prefill_ratio": {}}
     if "bare" in parts:
-        measure_bare([1024, 4096, *lengths])
+        in_passing_thread(lambda: measure_bare([1024, 4096, *lengths]))
     if "engine" in parts:
         found = asyncio.run(measure_engine(lengths, repeats))
         result["prefill_ratio"]["engine"] = found.pop("prefill_ratio")
