@@ -23,7 +23,7 @@ from service.engine import admission, forecast
 from service.engine.admission import Backends, Plan, Route
 from service.engine.answer import Answer
 from service.engine.job import Job, Sequence
-from service.engine.memory import Ledger, available_bytes, budget_bytes, is_out_of_memory, trim
+from service.engine.memory import Ledger, available_bytes, budget_bytes, is_out_of_memory, trim, warm_up
 from service.engine.observer import NullObserver, Observer, Outcome, Step
 from service.engine.request import (
     DeadlineExceeded,
@@ -107,6 +107,7 @@ class Engine:
         self._ledger = Ledger(budget_bytes(self._config.memory_budget_bytes, self._config.memory_share, available))
         threads = torch.get_num_threads()
         self._thread = ThreadPoolExecutor(1, "longserve-model", initializer=lambda: torch.set_num_threads(threads))
+        await self._on_model_thread(warm_up)
         self._pace = await self._on_model_thread(lambda: forecast.measure_model(self._model))
         self._rows = await self._on_model_thread(lambda: row_multiple(self._model))
         self._routes = await self._built(self._backends)

@@ -179,6 +179,12 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (isinstance(error, RuntimeError) and refused)
 
 
+def warm_up() -> None:
+    """Count nothing once: torch imports a second's worth of modules at a process's first dispatch mode."""
+    with StorageCounter():
+        torch.empty(1)
+
+
 def trim() -> None:
     """Give the C library's free heap back to the system. Does nothing where there is no glibc."""
     release = getattr(ctypes.CDLL(None), "malloc_trim", None)
