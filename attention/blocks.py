@@ -15,13 +15,14 @@ a transposed copy of its own that costs as much as the product.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from attention.interface import HeadShape, StateTensor
+from attention.interface import HeadShape, Parts, StateTensor
 
 LOG2_E = math.log2(math.e)
 # A row sum between these shows that no 2^s overflowed, and that what underflowed (below 2^-126) was at most 2^-66 of the row.
@@ -29,7 +30,8 @@ SOUND = (2.0**-60, 2.0**100)
 ROWS = 128  # queries of a block of a band: fewer lose speed in the products, more score keys that their rows do not see
 DENSE_ROWS = 256  # where all keys are seen there is no such waste
 L2_BYTES = 1 << 20  # per core; the scores of a piece should stay in it between the two products
-HEAD_LOOP_TOKENS = 4096  # from here on a product per head is faster than a tight copy of the history
+STEP = 256  # a step looks at a multiple of so many keys, for each count is a shape that oneDNN compiles a kernel for (4 ms)
+STACKED = 1024  # up to so many keys, the histories of sequences that step together are stacked and answered by one product
 
 
 @dataclass(frozen=True)
@@ -110,8 +112,8 @@ def query_rows(q: Tensor, heads: int) -> Tensor:
     return q.view(count, heads, -1, width).permute(1, 2, 0, 3).contiguous().view(heads, -1, width)
 
 
-def softmax(q: Tensor, pieces: Sequence[Piece], out: Tensor) -> None:
-    """Attend a block of queries to its pieces of keys.
+def softmax(q: Tensor, pieces: Sequence[Piece], out: Tensor) -> Parts:
+    """Attend a block of queries to its pieces of keys, pausing behind each.
 
     Args:
         q: (C, H, D).
@@ -121,7 +123,7 @@ def softmax(q: Tensor, pieces: Sequence[Piece], out: Tensor) -> None:
     count, _, width = q.shape
     groups = pieces[0].k.shape[0]
     rows = query_rows(q, groups)
-    sums, total = _unshifted(rows, count, pieces)
+    sums, total = yield from _unshifted(rows, count, pieces)
     answer = out.view(count, groups, -1, width).permute(1, 2, 0, 3)  # (G, R, C, D)
     torch.div(sums.view(answer.shape), total.view(*answer.shape[:3], 1), out=answer)
     low, high = torch.aminmax(total)
@@ -142,17 +144,19 @@ def _again(rows: Tensor, count: int, pieces: Sequence[Piece], sound: Tensor, ans
     answer.copy_(torch.where(sound.view(*answer.shape[:3], 1), answer, shifted))
 
 
-def _unshifted(rows: Tensor, count: int, pieces: Sequence[Piece]) -> tuple[Tensor, Tensor]:
+def _unshifted(rows: Tensor, count: int, pieces: Sequence[Piece]) -> Generator[None, None, tuple[Tensor, Tensor]]:
     """Sums of 2^s v (G, RC, D) and of 2^s (G, RC, 1) over all pieces; more than one are summed in at least float32."""
     widest = max(piece.k.shape[1] for piece in pieces)
     room = rows.new_empty(rows.shape[0] * rows.shape[1] * widest)
     sums, total = _piece(rows, count, pieces[0], room)
+    yield
     if len(pieces) > 1:
         sums, total = sums.to(_wide(rows)), total.to(_wide(rows))
     for piece in pieces[1:]:
         more, more_total = _piece(rows, count, piece, room)
         sums += more
         total += more_total
+        yield
     return sums, total
 
 
@@ -191,17 +195,58 @@ def _shifted(rows: Tensor, count: int, pieces: Sequence[Piece]) -> tuple[Tensor,
     return sums, torch.where(total == 0, 1.0, total)
 
 
-def step(q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> None:
-    """Attend one token to all of k, v (G, n, D): q and out are (H, D)."""
-    groups, tokens, width = k.shape
-    rows = q.view(groups, -1, width) * (1 / math.sqrt(width))
-    answer = out.view(groups, -1, width)
-    if k.is_contiguous() or tokens < HEAD_LOOP_TOKENS:
-        weights = torch.bmm(rows, k.contiguous().transpose(1, 2)).softmax(-1)
-        torch.bmm(weights, v, out=answer)
+def step(q: Tensor, states: Sequence[dict[str, Tensor]], counts: Sequence[int], out: Tensor) -> None:
+    """Attend one token of each of B sequences to the first `counts` keys of its state: q and out are (B, H, D).
+
+    A step reads every key once for a handful of products, so it is as fast as memory is read. One product serves all heads
+    of a sequence: each query stands at its own group's place in a row of zeros, (G D), and meets whole rows of the history
+    as they lie in memory. The zeros' products cost nothing beside the reading.
+    """
+    count, heads, width = q.shape
+    groups = states[0]["k"].shape[1]
+    place, own = _places(heads, groups, q.dtype, q.device)
+    rows = torch.mul(q[:, :, None], place).view(count, heads, -1)  # (B, H, G D)
+    sizes = [_rounded(seen, len(state["k"])) for state, seen in zip(states, counts, strict=True)]
+    if count == 1 or (sizes[0] <= STACKED and sizes.count(sizes[0]) == count):
+        found = _step(rows, states, counts, sizes[0])
     else:
-        for g in range(groups):
-            torch.mm(torch.mm(rows[g], k[g].T).softmax(-1), v[g], out=answer[g])
+        found = torch.empty_like(rows)
+        for size in set(sizes):
+            these = [i for i, other in enumerate(sizes) if other == size]
+            for some in [these] if size <= STACKED else [[i] for i in these]:
+                found[some] = _step(rows[some], [states[i] for i in some], [counts[i] for i in some], size)
+    torch.index_select(found.view(count, heads * groups, width), 1, own, out=out)
+
+
+@lru_cache(maxsize=64)
+def _places(heads: int, groups: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Each query head's group, as a one-hot column (H, G, 1) and as an index into the heads' groups laid flat, (H,)."""
+    head = torch.arange(heads)
+    group = head // (heads // groups)
+    one_hot = torch.nn.functional.one_hot(group, groups)[:, :, None]
+    return one_hot.to(device, dtype), (head * groups + group).to(device)
+
+
+def _step(rows: Tensor, states: Sequence[dict[str, Tensor]], counts: Sequence[int], size: int) -> Tensor:
+    """Softmax of rows (b, H, G D) over the first `size` keys of each state, those behind `counts` left out: (b, H, G D)."""
+    keys = _histories(states, "k", size)
+    weights = rows.new_empty(len(rows), rows.shape[1], size)
+    scale = 1 / math.sqrt(states[0]["k"].shape[2])
+    torch.baddbmm(weights, rows, keys.transpose(1, 2), beta=0, alpha=scale, out=weights)
+    for i, count in enumerate(counts):
+        if count < size:
+            weights[i, :, count:] = -math.inf
+    return torch.bmm(weights.softmax(-1), _histories(states, "v", size))
+
+
+def _histories(states: Sequence[dict[str, Tensor]], name: str, size: int) -> Tensor:
+    """The first `size` keys or values of each state as (b, size, G D)."""
+    found = [state[name][:size].flatten(1) for state in states]
+    return torch.stack(found) if len(found) > 1 else found[0][None]
+
+
+def _rounded(count: int, most: int) -> int:
+    return min(-(-count // STEP) * STEP, most)
 
 
 def _wide(x: Tensor) -> torch.dtype:
@@ -209,36 +254,51 @@ def _wide(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
-def dense(q: Tensor, keys: Tensor, values: Tensor, past: int, causal: bool, out: Tensor) -> None:
+def dense(q: Tensor, keys: Tensor, values: Tensor, past: int, causal: bool, out: Tensor) -> Parts:
     """Answer queries at positions `past` and on over all of keys, values (G, n, D) into out (C, H, D)."""
     most = columns(q.shape[1], q.itemsize, DENSE_ROWS)
     for first, last in spread(0, len(q), DENSE_ROWS):
         seen = past + last if causal else keys.shape[1]
         band = Band(high=past + first) if causal else Band()
-        softmax(q[first:last], split(Piece(keys[:, :seen], values[:, :seen], band), most), out[first:last])
+        yield from softmax(q[first:last], split(Piece(keys[:, :seen], values[:, :seen], band), most), out[first:last])
 
 
-def key_value_state(shape: HeadShape, tokens: int) -> dict[str, StateTensor]:
-    """Keys and values of `tokens` tokens, (G, tokens, D) each."""
-    spec = StateTensor((shape.key_value_heads, tokens, shape.head_width), shape.dtype)
+def key_value_state(shape: HeadShape, tokens: int, most: int | None = None) -> dict[str, StateTensor]:
+    """Keys and values of `tokens` tokens, (N, G, D) each: in whole `STEP`s, or `most` where a pattern keeps no more."""
+    kept = _rounded(tokens, tokens + STEP if most is None else most)
+    spec = StateTensor((kept, shape.key_value_heads, shape.head_width), shape.dtype)
     return {"k": spec, "v": spec}
 
 
+def write(state: dict[str, Tensor], k: Tensor, v: Tensor, at: int) -> None:
+    """Put k, v (C, G, D) at index `at` and on."""
+    state["k"][at : at + len(k)] = k
+    state["v"][at : at + len(k)] = v
+
+
 def append(state: dict[str, Tensor], k: Tensor, v: Tensor, past: int) -> tuple[Tensor, Tensor]:
-    """Write k, v (C, G, D) behind the `past` tokens of a state that keeps all; returns all of them, (G, past + C, D)."""
+    """Write k, v (C, G, D) behind the `past` tokens of a state that keeps all; returns all of them, (G, past + C, D).
+
+    A step multiplies the values behind the last token by zero, and what an empty tensor holds may be no number: those up to
+    the next whole `STEP` are zeroed. A whole state filled with zeros would take its memory before there are tokens for it.
+    """
+    write(state, k, v, past)
     total = past + len(k)
-    state["k"][:, past:total] = heads_first(k)
-    state["v"][:, past:total] = heads_first(v)
-    return state["k"][:, :total], state["v"][:, :total]
+    if past % STEP == 0 or past // STEP != (total - 1) // STEP:
+        state["v"][total : _rounded(total, len(state["v"]))] = 0.0
+    return heads_first(state["k"][:total]), heads_first(state["v"][:total])
 
 
-def extend(q: Tensor, k: Tensor, v: Tensor, past: int, state: dict[str, Tensor], out: Tensor) -> None:
+def extend(q: Tensor, k: Tensor, v: Tensor, past: int, state: dict[str, Tensor], out: Tensor) -> Parts:
     """Append new tokens to a state that keeps all and answer them, causally, over all of it."""
-    keys, values = append(state, k, v, past)
-    if len(q) == 1:
-        step(q[0], keys, values, out[0])
-    else:
-        dense(q, keys, values, past, True, out)
+    return dense(q, *append(state, k, v, past), past, True, out)
+
+
+def append_step(q: Tensor, k: Tensor, v: Tensor, past: Sequence[int], states: Sequence[dict[str, Tensor]], out: Tensor) -> None:
+    """`extend` by one token of each of B sequences: q, out (B, H, D), k, v (B, G, D)."""
+    for i, (state, at) in enumerate(zip(states, past, strict=True)):
+        append(state, k[i : i + 1], v[i : i + 1], at)
+    step(q, states, [at + 1 for at in past], out)
 
 
 def workspace_bytes(

@@ -10,11 +10,13 @@ Legend of shapes, used at line ends throughout `attention` and `service.model`:
     D   head width         m   random features
 
 A backend answers whole sequences (`attend`) or continues them from a state (`extend`). Both are inference: no gradients.
+`Parts` is a computation that can pause: each step of the iterator does a part of about a millisecond, the last one ends it.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -24,9 +26,16 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
+Parts = Iterator[None]
+
 CPU = torch.device("cpu")
 CPU_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 CUDA_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def finish(parts: Parts) -> None:
+    """Run a computation to its end without a pause."""
+    deque(parts, maxlen=0)
 
 
 class BackendOptions(BaseModel):
@@ -291,7 +300,7 @@ class AttentionBackend(ABC):
         self.check_attend(q, k, v, segments, causal)
         out = q.new_empty(q.shape)
         for start, end, _ in segments.spans():
-            self.attend_sequence(q[start:end], k[start:end], v[start:end], causal, out[start:end])
+            finish(self.attend_sequence(q[start:end], k[start:end], v[start:end], causal, out[start:end]))
         return out
 
     def extend(
@@ -311,22 +320,39 @@ class AttentionBackend(ABC):
             ValueError: wrong shape, dtype or device, a slot count that differs, a slot that cannot hold so many tokens,
                 or a backend without a causal form.
         """
-        self.check_extend(q, k, v, segments, pool, slots)
         out = q.new_empty(q.shape)
+        finish(self.extending(q, k, v, segments, pool, layer, slots, out))
+        return out
+
+    def extending(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        segments: Segments,
+        pool: StatePool,
+        layer: int,
+        slots: Sequence[int],
+        out: Tensor,
+    ) -> Parts:
+        """`extend` into `out` (T, H, D), pausing between parts so that its caller may do something more urgent.
+
+        Until it ends, out and the slots' state at `layer` are undefined. A batch of single tokens does not pause.
+        """
+        self.check_extend(q, k, v, segments, pool, slots)
         states = [pool.layer(slot, layer) for slot in slots]
         if segments.total == len(slots):
             self.step(q, k, v, segments.past, states, out)
         else:
             for state, (start, end, past) in zip(states, segments.spans(), strict=True):
-                self.extend_sequence(q[start:end], k[start:end], v[start:end], past, state, out[start:end])
-        return out
+                yield from self.extend_sequence(q[start:end], k[start:end], v[start:end], past, state, out[start:end])
 
     @abstractmethod
-    def attend_sequence(self, q: Tensor, k: Tensor, v: Tensor, causal: bool, out: Tensor) -> None:
+    def attend_sequence(self, q: Tensor, k: Tensor, v: Tensor, causal: bool, out: Tensor) -> Parts:
         """Answer one whole sequence into `out` (T, H, D)."""
 
     @abstractmethod
-    def extend_sequence(self, q: Tensor, k: Tensor, v: Tensor, past: int, state: dict[str, Tensor], out: Tensor) -> None:
+    def extend_sequence(self, q: Tensor, k: Tensor, v: Tensor, past: int, state: dict[str, Tensor], out: Tensor) -> Parts:
         """Append one sequence's new tokens to its state at one layer and answer them into `out` (T, H, D)."""
 
     def step(
@@ -334,7 +360,7 @@ class AttentionBackend(ABC):
     ) -> None:
         """Append one token to each of many sequences: q (B, H, D), one `past` and one state per sequence."""
         for i, state in enumerate(states):
-            self.extend_sequence(q[i : i + 1], k[i : i + 1], v[i : i + 1], past[i], state, out[i : i + 1])
+            finish(self.extend_sequence(q[i : i + 1], k[i : i + 1], v[i : i + 1], past[i], state, out[i : i + 1]))
 
     @abstractmethod
     def state(self, max_tokens: int) -> dict[str, StateTensor]:

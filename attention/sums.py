@@ -89,12 +89,11 @@ def workspace_bytes(shape: HeadShape, features: int, queries: int, causal: bool,
 def step(queries: Tensor, keys: Tensor, values: Tensor, states: Sequence[Tensor], out: Tensor) -> None:
     """Add one token to each of B sums and ask it.
 
-    queries (B, G, R, m), keys (B, G, 1, m), values (G, B, D + 1), each state (G, D + 1, m), out (B, H, D).
+    queries (B, G, R, m), keys (B, G, 1, m), values (B, G, D + 1, 1), each state (G, D + 1, m), out (B, H, D).
     """
-    columns = values.transpose(0, 1)[..., None]  # (B, G, D + 1, 1)
-    both = queries.new_empty(*queries.shape[:3], values.shape[-1])
-    for i, s in enumerate(states):
-        torch.baddbmm(s, columns[i], keys[i], out=s)
-        torch.bmm(queries[i], s.transpose(1, 2), out=both[i])
+    both = queries.new_empty(*queries.shape[:3], values.shape[2])
+    for s, query, key, value, answer in zip(states, queries, keys, values, both, strict=True):
+        torch.baddbmm(s, value, key, out=s)
+        torch.bmm(query, s.transpose(1, 2), out=answer)
     width = out.shape[-1]
     torch.div(both[..., :width], both[..., width:], out=out.view(*queries.shape[:3], width))

@@ -19,7 +19,7 @@ from pydantic import Field, field_validator
 from torch import Tensor
 
 from attention import blocks
-from attention.interface import AttentionBackend, BackendOptions, Cost, StateTensor
+from attention.interface import AttentionBackend, BackendOptions, Cost, Parts, StateTensor
 
 
 class BigBirdOptions(BackendOptions):
@@ -68,14 +68,14 @@ class BigBird(AttentionBackend):
         """The blocks, ascending, that a query block sees in a sequence of `count` blocks."""
         return _seen(self.options, block, count)
 
-    def attend_sequence(self, q: Tensor, k: Tensor, v: Tensor, causal: bool, out: Tensor) -> None:
-        self._answer(q, blocks.heads_first(k), blocks.heads_first(v), 0, causal, out)
+    def attend_sequence(self, q: Tensor, k: Tensor, v: Tensor, causal: bool, out: Tensor) -> Parts:
+        return self._answer(q, blocks.heads_first(k), blocks.heads_first(v), 0, causal, out)
 
-    def extend_sequence(self, q: Tensor, k: Tensor, v: Tensor, past: int, state: dict[str, Tensor], out: Tensor) -> None:
+    def extend_sequence(self, q: Tensor, k: Tensor, v: Tensor, past: int, state: dict[str, Tensor], out: Tensor) -> Parts:
         keys, values = blocks.append(state, k, v, past)
-        self._answer(q, keys, values, past, True, out)
+        return self._answer(q, keys, values, past, True, out)
 
-    def _answer(self, q: Tensor, keys: Tensor, values: Tensor, past: int, causal: bool, out: Tensor) -> None:
+    def _answer(self, q: Tensor, keys: Tensor, values: Tensor, past: int, causal: bool, out: Tensor) -> Parts:
         """Answer queries at positions `past` and on over keys, values (G, n, D) into out (C, H, D), block by block."""
         size, total = self.options.block, keys.shape[1]
         most, first = blocks.columns(q.shape[1], q.itemsize, size), past
@@ -86,7 +86,7 @@ class BigBird(AttentionBackend):
             keys_seen, values_seen = (_gather(x, runs) for x in (keys, values))
             band = blocks.Band(high=keys_seen.shape[1] - (last - first)) if causal else blocks.Band()
             span = slice(first - past, last - past)
-            blocks.softmax(q[span], blocks.split(blocks.Piece(keys_seen, values_seen, band), most), out[span])
+            yield from blocks.softmax(q[span], blocks.split(blocks.Piece(keys_seen, values_seen, band), most), out[span])
             first = last
 
     def _runs(self, block: int, count: int, total: int) -> Iterator[tuple[int, int]]:

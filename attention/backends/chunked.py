@@ -7,13 +7,13 @@ state is one chunk of keys and values, position j at index j % chunk.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from pydantic import Field
 from torch import Tensor
 
 from attention import blocks
-from attention.interface import AttentionBackend, BackendOptions, Cost, StateTensor
+from attention.interface import AttentionBackend, BackendOptions, Cost, Parts, StateTensor
 
 
 class ChunkedOptions(BackendOptions):
@@ -35,16 +35,21 @@ class Chunked(AttentionBackend):
     def visible(self, i: Tensor, j: Tensor, length: int | Tensor) -> Tensor:
         return i // self.options.chunk == j // self.options.chunk
 
-    def attend_sequence(self, q: Tensor, k: Tensor, v: Tensor, causal: bool, out: Tensor) -> None:
+    def attend_sequence(self, q: Tensor, k: Tensor, v: Tensor, causal: bool, out: Tensor) -> Parts:
         for a, b in blocks.spread(0, len(q), self.options.chunk):
-            blocks.dense(q[a:b], blocks.heads_first(k[a:b]), blocks.heads_first(v[a:b]), 0, causal, out[a:b])
+            yield from blocks.dense(q[a:b], blocks.heads_first(k[a:b]), blocks.heads_first(v[a:b]), 0, causal, out[a:b])
 
-    def extend_sequence(self, q: Tensor, k: Tensor, v: Tensor, past: int, state: dict[str, Tensor], out: Tensor) -> None:
+    def extend_sequence(self, q: Tensor, k: Tensor, v: Tensor, past: int, state: dict[str, Tensor], out: Tensor) -> Parts:
         done = 0
         for rows, seen in self._parts(past, len(q)):
             part = slice(done, done + rows)
-            blocks.extend(q[part], k[part], v[part], seen - rows, state, out[part])
+            yield from blocks.extend(q[part], k[part], v[part], seen - rows, state, out[part])
             done += rows
+
+    def step(
+        self, q: Tensor, k: Tensor, v: Tensor, past: Sequence[int], states: Sequence[dict[str, Tensor]], out: Tensor
+    ) -> None:
+        blocks.append_step(q, k, v, [at % self.options.chunk for at in past], states, out)
 
     def _parts(self, past: int, count: int) -> Iterator[tuple[int, int]]:
         """(new tokens, tokens of the chunk up to the last of them) for each chunk that `count` tokens behind `past` touch."""
@@ -55,7 +60,7 @@ class Chunked(AttentionBackend):
             past, count = past + rows, count - rows
 
     def state(self, max_tokens: int) -> dict[str, StateTensor]:
-        return blocks.key_value_state(self.shape, min(max_tokens, self.options.chunk))
+        return blocks.key_value_state(self.shape, max_tokens, self.options.chunk)
 
     def cost(self, queries: int, keys: int, *, causal: bool) -> Cost:
         parts = list(self._parts(keys - queries, queries))

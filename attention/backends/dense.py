@@ -6,11 +6,13 @@ meet blocks of keys, so no n x n matrix exists.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from pydantic import Field
 from torch import Tensor
 
 from attention import blocks, cuda
-from attention.interface import AttentionBackend, BackendOptions, Cost, HeadShape, Segments, StateTensor
+from attention.interface import AttentionBackend, BackendOptions, Cost, HeadShape, Parts, Segments, StateTensor
 
 
 class DenseOptions(BackendOptions):
@@ -46,11 +48,16 @@ class Dense(AttentionBackend):
         self.check_attend(q, k, v, segments, causal)
         return cuda.attend(q, k, v, segments, causal=causal)
 
-    def attend_sequence(self, q: Tensor, k: Tensor, v: Tensor, causal: bool, out: Tensor) -> None:
-        blocks.dense(q, blocks.heads_first(k), blocks.heads_first(v), 0, causal, out)
+    def attend_sequence(self, q: Tensor, k: Tensor, v: Tensor, causal: bool, out: Tensor) -> Parts:
+        return blocks.dense(q, blocks.heads_first(k), blocks.heads_first(v), 0, causal, out)
 
-    def extend_sequence(self, q: Tensor, k: Tensor, v: Tensor, past: int, state: dict[str, Tensor], out: Tensor) -> None:
-        blocks.extend(q, k, v, past, state, out)
+    def extend_sequence(self, q: Tensor, k: Tensor, v: Tensor, past: int, state: dict[str, Tensor], out: Tensor) -> Parts:
+        return blocks.extend(q, k, v, past, state, out)
+
+    def step(
+        self, q: Tensor, k: Tensor, v: Tensor, past: Sequence[int], states: Sequence[dict[str, Tensor]], out: Tensor
+    ) -> None:
+        blocks.append_step(q, k, v, past, states, out)
 
     def state(self, max_tokens: int) -> dict[str, StateTensor]:
         return blocks.key_value_state(self.shape, max_tokens)

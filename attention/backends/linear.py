@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from attention import blocks, sums
-from attention.interface import AttentionBackend, BackendOptions, Cost, HeadShape, StateTensor
+from attention.interface import AttentionBackend, BackendOptions, Cost, HeadShape, Parts, StateTensor
 
 
 class LinearOptions(BackendOptions):
@@ -33,32 +33,36 @@ class Linear(AttentionBackend):
         """The unnormalised weight of each key for each query, (..., N, D) and (..., M, D) to (..., N, M): the definition."""
         return phi(q) @ phi(k).transpose(-1, -2)
 
-    def attend_sequence(self, q: Tensor, k: Tensor, v: Tensor, causal: bool, out: Tensor) -> None:
+    def attend_sequence(self, q: Tensor, k: Tensor, v: Tensor, causal: bool, out: Tensor) -> Parts:
         s = self.state(len(q))["s"].new(q.device)
-        (self._scan if causal else self._both_sides)(q, k, v, s, out)
+        return (self._scan if causal else self._both_sides)(q, k, v, s, out)
 
-    def extend_sequence(self, q: Tensor, k: Tensor, v: Tensor, past: int, state: dict[str, Tensor], out: Tensor) -> None:
-        self._scan(q, k, v, state["s"], out)
+    def extend_sequence(self, q: Tensor, k: Tensor, v: Tensor, past: int, state: dict[str, Tensor], out: Tensor) -> Parts:
+        return self._scan(q, k, v, state["s"], out)
 
     def step(
         self, q: Tensor, k: Tensor, v: Tensor, past: Sequence[int], states: Sequence[dict[str, Tensor]], out: Tensor
     ) -> None:
         queries = phi(q.to(self.wide)).view(len(q), self.shape.key_value_heads, -1, self.shape.head_width)
         keys = phi(k.to(self.wide))[..., None, :]
-        sums.step(queries, keys, sums.values_with_ones(v.to(self.wide)), [state["s"] for state in states], out)
+        values = torch.nn.functional.pad(v.to(self.wide), (0, 1), value=1.0)[..., None]
+        sums.step(queries, keys, values, [state["s"] for state in states], out)
 
-    def _scan(self, q: Tensor, k: Tensor, v: Tensor, s: Tensor, out: Tensor) -> None:
+    def _scan(self, q: Tensor, k: Tensor, v: Tensor, s: Tensor, out: Tensor) -> Parts:
         """Continue s (G, D + 1, D), changed, over the tokens in order; answers into out (C, H, D)."""
         for a, b in blocks.spread(0, len(q), sums.CHUNK):
             both = sums.scan(s, self._queries(q[a:b]), self._keys(k[a:b]), sums.values_with_ones(v[a:b]))
             sums.divide(both, out[a:b])
+            yield
 
-    def _both_sides(self, q: Tensor, k: Tensor, v: Tensor, s: Tensor, out: Tensor) -> None:
+    def _both_sides(self, q: Tensor, k: Tensor, v: Tensor, s: Tensor, out: Tensor) -> Parts:
         """All keys into s (G, D + 1, D) first, then all queries."""
         for a, b in blocks.spread(0, len(k), sums.BLOCK):
             sums.add(s, self._keys(k[a:b]), sums.values_with_ones(v[a:b]))
+            yield
         for a, b in blocks.spread(0, len(q), sums.BLOCK):
             sums.divide(sums.ask(s, self._queries(q[a:b])), out[a:b])
+            yield
 
     def _queries(self, q: Tensor) -> Tensor:
         return phi(blocks.query_rows(q, self.shape.key_value_heads))

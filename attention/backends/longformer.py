@@ -12,7 +12,7 @@ from pydantic import Field
 from torch import Tensor
 
 from attention import blocks
-from attention.interface import AttentionBackend, BackendOptions, Cost, StateTensor
+from attention.interface import AttentionBackend, BackendOptions, Cost, Parts, StateTensor
 
 
 class LongformerOptions(BackendOptions):
@@ -42,13 +42,13 @@ class Longformer(AttentionBackend):
         first = self.options.global_tokens
         return ((i - j).abs() <= self.options.window) | (i < first) | (j < first)
 
-    def attend_sequence(self, q: Tensor, k: Tensor, v: Tensor, causal: bool, out: Tensor) -> None:
+    def attend_sequence(self, q: Tensor, k: Tensor, v: Tensor, causal: bool, out: Tensor) -> Parts:
         keys, values, first = blocks.heads_first(k), blocks.heads_first(v), min(self.options.global_tokens, len(q))
         if first:
-            blocks.dense(q[:first], keys, values, 0, False, out[:first])
+            yield from blocks.dense(q[:first], keys, values, 0, False, out[:first])
         most = blocks.columns(q.shape[1], q.itemsize)
         for a, b in blocks.spread(first, len(q), blocks.ROWS):
-            blocks.softmax(q[a:b], blocks.split(self._piece(keys, values, a, b), most), out[a:b])
+            yield from blocks.softmax(q[a:b], blocks.split(self._piece(keys, values, a, b), most), out[a:b])
 
     def _piece(self, keys: Tensor, values: Tensor, a: int, b: int) -> blocks.Piece:
         """What the queries at positions a..b, none of them global, see: the globals, then the band."""
@@ -59,7 +59,7 @@ class Longformer(AttentionBackend):
         )
         return blocks.Piece(near_keys, near_values, blocks.Band(free + a - window - low, free + a + window - low, free))
 
-    def extend_sequence(self, q: Tensor, k: Tensor, v: Tensor, past: int, state: dict[str, Tensor], out: Tensor) -> None:
+    def extend_sequence(self, q: Tensor, k: Tensor, v: Tensor, past: int, state: dict[str, Tensor], out: Tensor) -> Parts:
         raise AssertionError("check_extend refuses a backend without a causal form")
 
     def state(self, max_tokens: int) -> dict[str, StateTensor]:

@@ -17,9 +17,10 @@ from collections.abc import Sequence
 import torch
 from pydantic import Field
 from torch import Tensor
+from torch.nn import functional
 
 from attention import blocks, sums
-from attention.interface import AttentionBackend, BackendOptions, Cost, HeadShape, StateTensor
+from attention.interface import AttentionBackend, BackendOptions, Cost, HeadShape, Parts, StateTensor
 
 REACH = 60.0  # exponents (of 2) taken as they are; beyond, a row of features is taken relative to its largest
 
@@ -62,8 +63,11 @@ class Performer(AttentionBackend):
         rows = torch.cat([rows, -rows]) if options.hyperbolic else rows
         scaled = (rows.double() * (blocks.LOG2_E / shape.head_width**0.25)).to(shape.dtype)
         self.weights = scaled.T.contiguous().to(shape.device)  # (D, m): 2^(x W) is exp(W x')
+        # Of a step: whole vector registers, for exp2 of what stands in a loop's remainder differs in the last bit.
+        self.step_weights = functional.pad(self.weights, (0, -scaled.shape[0] % 64))
         self.reach = REACH / float(scaled.double().norm(dim=1).max())  # norm of x up to which no exponent passes REACH
         self.wide = torch.promote_types(shape.dtype, torch.float32)
+        self.half = blocks.LOG2_E / (2 * math.sqrt(shape.head_width))  # |x|^2 times this is |x'|^2 / 2 in powers of two
 
     def kernel(self, q: Tensor, k: Tensor) -> Tensor:
         """What each key weighs for each query, up to a factor per query: (..., N, D) and (..., M, D) to (..., N, M).
@@ -98,38 +102,52 @@ class Performer(AttentionBackend):
 
     def _half_square(self, k: Tensor) -> Tensor:
         """|k'|^2 / 2 in powers of two: (..., D) to (..., 1), in at least float32."""
-        square = k.to(self.wide).square().sum(-1, keepdim=True)
-        return square * (blocks.LOG2_E / (2 * math.sqrt(k.shape[-1])))
+        return k.to(self.wide).square().sum(-1, keepdim=True) * self.half
 
-    def attend_sequence(self, q: Tensor, k: Tensor, v: Tensor, causal: bool, out: Tensor) -> None:
+    def attend_sequence(self, q: Tensor, k: Tensor, v: Tensor, causal: bool, out: Tensor) -> Parts:
         fresh = {name: spec.new(q.device) for name, spec in self.state(len(q)).items()}
-        (self._scan if causal else self._both_sides)(q, k, v, fresh["s"], fresh["scale"], out)
+        return (self._scan if causal else self._both_sides)(q, k, v, fresh["s"], fresh["scale"], out)
 
-    def extend_sequence(self, q: Tensor, k: Tensor, v: Tensor, past: int, state: dict[str, Tensor], out: Tensor) -> None:
-        self._scan(q, k, v, state["s"], state["scale"], out)
+    def extend_sequence(self, q: Tensor, k: Tensor, v: Tensor, past: int, state: dict[str, Tensor], out: Tensor) -> Parts:
+        return self._scan(q, k, v, state["s"], state["scale"], out)
 
     def step(
         self, q: Tensor, k: Tensor, v: Tensor, past: Sequence[int], states: Sequence[dict[str, Tensor]], out: Tensor
     ) -> None:
-        queries = self.features(q.contiguous())[0].to(self.wide)  # (B, H, m)
-        keys, shift = self.features(k.contiguous())  # (B, G, m)
-        weight = (shift - self._half_square(k))[..., None]  # (B, G, 1, 1)
-        scale = torch.stack([state["scale"] for state in states])
-        if (weight > scale + REACH).any():
+        heads, groups = self.shape.query_heads, self.shape.key_value_heads
+        x = torch.cat((q, k), dim=1)  # (B, H + G, D): one pass makes all features of all sequences
+        if x.dtype == self.wide:  # MKL rounds a row by how many stand beside it, so each sequence has its own product
+            exponents = torch.stack([torch.mm(one, self.step_weights) for one in x])
+        else:  # oneDNN does not
+            exponents = torch.mm(x.view(-1, x.shape[-1]), self.step_weights).to(self.wide).view(*x.shape[:2], -1)
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=self.wide)
+        half = norm[:, heads:].square() * self.half  # (B, G, 1), |k'|^2 / 2
+        if norm.amax().item() <= self.reach:
+            weight = -half
+        else:
+            shift = torch.where(norm <= self.reach, 0.0, exponents.amax(-1, keepdim=True))
+            exponents[:, :heads] -= shift[:, :heads]
+            weight = shift[:, heads:] - half
+        scale = torch.stack([state["scale"] for state in states])[..., 0]  # (B, G, 1)
+        if not (weight - scale).amax().item() <= REACH:  # a NaN, too, is looked at sequence by sequence
             for state, old, new in zip(states, scale, weight, strict=True):
-                _rescale(state["s"], state["scale"], torch.where(new > old + REACH, new, old))
-            scale = torch.stack([state["scale"] for state in states])
-        factor = torch.exp2(weight - scale)[..., 0].transpose(0, 1)  # (G, B, 1)
-        values = sums.values_with_ones(v.to(self.wide), factor)
-        queries = queries.view(len(q), self.shape.key_value_heads, -1, queries.shape[-1])
-        sums.step(queries, keys.to(self.wide)[..., None, :], values, [state["s"] for state in states], out)
+                _rescale(state["s"], state["scale"], torch.where(new > old + REACH, new, old)[..., None])
+            scale = torch.stack([state["scale"] for state in states])[..., 0]
+        exponents[:, heads:] -= half + scale  # the key's weight on its value, taken on its features
+        features = exponents.exp2_()[..., : self.weights.shape[1]]
+        values = exponents.new_ones(len(q), groups, self.shape.head_width + 1, 1)
+        values[..., :-1, 0] = v
+        queries, keys = features[:, :heads].unflatten(1, (groups, -1)), features[:, heads:, None]
+        sums.step(queries, keys, values, [state["s"] for state in states], out)
 
-    def _both_sides(self, q: Tensor, k: Tensor, v: Tensor, s: Tensor, scale: Tensor, out: Tensor) -> None:
+    def _both_sides(self, q: Tensor, k: Tensor, v: Tensor, s: Tensor, scale: Tensor, out: Tensor) -> Parts:
         """All keys into s (G, D + 1, m) first, then all queries; s and scale (G, 1, 1) begin empty."""
         for a, b in blocks.spread(0, len(k), sums.BLOCK):
             self._absorb(k[a:b], v[a:b], s, scale)
+            yield
         for a, b in blocks.spread(0, len(q), sums.BLOCK):
             sums.divide(sums.ask(s, self.query_features(q[a:b])), out[a:b])
+            yield
 
     def _absorb(self, k: Tensor, v: Tensor, s: Tensor, scale: Tensor) -> None:
         """Add tokens to s (G, D + 1, m) at the scale (G, 1, 1) of the heaviest key, both changed."""
@@ -137,11 +155,12 @@ class Performer(AttentionBackend):
         _rescale(s, scale, torch.maximum(scale, weight.amax(1, keepdim=True)))
         sums.add(s, keys, sums.values_with_ones(v, torch.exp2(weight - scale)))
 
-    def _scan(self, q: Tensor, k: Tensor, v: Tensor, s: Tensor, scale: Tensor, out: Tensor) -> None:
+    def _scan(self, q: Tensor, k: Tensor, v: Tensor, s: Tensor, scale: Tensor, out: Tensor) -> Parts:
         """Continue s (G, D + 1, m) and scale (G, 1, 1), both changed, over the tokens in order; answers into out (C, H, D)."""
         for a, b in blocks.spread(0, len(q), sums.CHUNK):
             keys, weight = self.key_features(k[a:b])
             self._chunk(self.query_features(q[a:b]), keys, weight, v[a:b], s, scale, out[a:b])
+            yield
 
     def _chunk(self, queries: Tensor, keys: Tensor, weight: Tensor, v: Tensor, s: Tensor, scale: Tensor, out: Tensor) -> None:
         """Answer one chunk causally and add it to the state.

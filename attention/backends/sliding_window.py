@@ -9,14 +9,15 @@ Cost per token O(window). The state keeps the sinks and, in a ring behind them, 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
 from attention import blocks, cuda
-from attention.interface import AttentionBackend, BackendOptions, Cost, HeadShape, Segments, StateTensor
+from attention.interface import AttentionBackend, BackendOptions, Cost, HeadShape, Parts, Segments, StateTensor
 
 
 class SlidingWindowOptions(BackendOptions):
@@ -54,46 +55,50 @@ class SlidingWindow(AttentionBackend):
         self.check_attend(q, k, v, segments, causal)
         return cuda.attend(q, k, v, segments, causal=True, window=self.options.window)
 
-    def attend_sequence(self, q: Tensor, k: Tensor, v: Tensor, causal: bool, out: Tensor) -> None:
+    def attend_sequence(self, q: Tensor, k: Tensor, v: Tensor, causal: bool, out: Tensor) -> Parts:
         keys, values, sinks = blocks.heads_first(k), blocks.heads_first(v), min(self.options.sinks, len(k))
         near = keys[:, sinks:], values[:, sinks:]
-        self._answer(q, near, sinks, (keys[:, :sinks], values[:, :sinks]), 0, causal, out)
+        return self._answer(q, near, sinks, (keys[:, :sinks], values[:, :sinks]), 0, causal, out)
 
-    def extend_sequence(self, q: Tensor, k: Tensor, v: Tensor, past: int, state: dict[str, Tensor], out: Tensor) -> None:
-        keys, values, total = state["k"], state["v"], past + len(q)
-        if len(q) == 1:
-            self._write(keys, values, k, v, past)
-            size = min(total, keys.shape[1])
-            blocks.step(q[0], keys[:, :size], values[:, :size], out[0])
-            return
-        sinks = min(self.options.sinks, total)
+    def extend_sequence(self, q: Tensor, k: Tensor, v: Tensor, past: int, state: dict[str, Tensor], out: Tensor) -> Parts:
+        sinks = min(self.options.sinks, past + len(q))
         base = max(sinks, past - self.options.window)
-        near = self._in_order(keys, k, base, past), self._in_order(values, v, base, past)
-        self._write(keys, values, k, v, past)
-        self._answer(q, near, base, (keys[:, :sinks], values[:, :sinks]), past, True, out)
+        near = self._in_order(state["k"], k, base, past), self._in_order(state["v"], v, base, past)
+        self._write(state, k, v, past)
+        first = blocks.heads_first(state["k"][:sinks]), blocks.heads_first(state["v"][:sinks])
+        return self._answer(q, near, base, first, past, True, out)
+
+    def step(
+        self, q: Tensor, k: Tensor, v: Tensor, past: Sequence[int], states: Sequence[dict[str, Tensor]], out: Tensor
+    ) -> None:
+        for i, (state, at) in enumerate(zip(states, past, strict=True)):
+            blocks.write(state, k[i : i + 1], v[i : i + 1], self._place(at))
+        blocks.step(q, states, [min(at + 1, self.edge) for at in past], out)
 
     def _in_order(self, ring: Tensor, new: Tensor, base: int, past: int) -> Tensor:
         """Positions `base` and on, (G, n, D): those before `past` from the ring, then the new tokens (C, G, D)."""
-        old = [ring[:, at : at + count] for at, _, count in self._runs(base, past, ring.shape[1])]
-        return torch.cat([*old, blocks.heads_first(new[max(base - past, 0) :])], 1)
+        old = [ring[at : at + count] for at, _, count in self._runs(base, past)]
+        return blocks.heads_first(torch.cat([*old, new[max(base - past, 0) :]]))
 
-    def _write(self, keys: Tensor, values: Tensor, k: Tensor, v: Tensor, past: int) -> None:
+    def _write(self, state: dict[str, Tensor], k: Tensor, v: Tensor, past: int) -> None:
         """Put new tokens (C, G, D) at positions `past` and on into the state: the sinks, and the last that fit the ring."""
-        size, sinks, total = keys.shape[1], self.options.sinks, past + len(k)
+        sinks, total = self.options.sinks, past + len(k)
         if past < sinks:
-            keys[:, past : min(sinks, total)] = blocks.heads_first(k[: sinks - past])
-            values[:, past : min(sinks, total)] = blocks.heads_first(v[: sinks - past])
-        for at, position, count in self._runs(max(past, sinks, total - (size - sinks)), total, size):
+            blocks.write(state, k[: sinks - past], v[: sinks - past], past)
+        for at, position, count in self._runs(max(past, sinks, total - self.options.window - 1), total):
             new = slice(position - past, position - past + count)
-            keys[:, at : at + count] = blocks.heads_first(k[new])
-            values[:, at : at + count] = blocks.heads_first(v[new])
+            blocks.write(state, k[new], v[new], at)
 
-    def _runs(self, start: int, end: int, size: int) -> Iterator[tuple[int, int, int]]:
-        """(index in the state, position, count) of positions start..end, none of them a sink, as runs of the ring."""
+    def _place(self, position: int) -> int:
+        """Where a position stands in the state: sinks in front, all others in a ring behind them."""
         sinks = self.options.sinks
+        return position if position < sinks else sinks + (position - sinks) % (self.options.window + 1)
+
+    def _runs(self, start: int, end: int) -> Iterator[tuple[int, int, int]]:
+        """(index in the state, position, count) of positions start..end, none of them a sink, as runs of the ring."""
         while start < end:
-            at = sinks + (start - sinks) % (size - sinks)
-            count = min(end - start, size - at)
+            at = self._place(start)
+            count = min(end - start, self.edge - at)
             yield at, start, count
             start += count
 
@@ -106,12 +111,12 @@ class SlidingWindow(AttentionBackend):
         past: int,
         causal: bool,
         out: Tensor,
-    ) -> None:
+    ) -> Parts:
         """Answer queries at positions `past` and on; near (G, n, D) begins at position `base`, sinks (G, s, D) at 0."""
         most = blocks.columns(q.shape[1], q.itemsize)
         for first, last in blocks.spread(0, len(q), blocks.ROWS):
             pieces = blocks.split(self._piece(past + first, past + last, near, base, sinks, causal), most)
-            blocks.softmax(q[first:last], pieces, out[first:last])
+            yield from blocks.softmax(q[first:last], pieces, out[first:last])
             del pieces  # or they stand beside those of the next block
 
     def _piece(
@@ -129,7 +134,8 @@ class SlidingWindow(AttentionBackend):
         return blocks.Piece(keys, values, blocks.Band(free + first - window - low, free + first + ahead - low, free))
 
     def state(self, max_tokens: int) -> dict[str, StateTensor]:
-        return blocks.key_value_state(self.shape, min(max_tokens, self.options.sinks + self.options.window + 1))
+        kept = blocks.key_value_state(self.shape, max_tokens, self.edge)
+        return {"k": kept["k"], "v": replace(kept["v"], fill=0.0)}  # see blocks.append; a ring has no end to zero from
 
     def cost(self, queries: int, keys: int, *, causal: bool) -> Cost:
         shape, options = self.shape, self.options

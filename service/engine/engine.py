@@ -49,7 +49,6 @@ __all__ = ["Answer", "Backends", "Engine", "Plan", "Snapshot"]
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 
-CALIBRATION_TOKENS = 4096  # history at which attention's pace is measured
 REST_SECONDS = 1.0  # with nothing to do for so long, free heap goes back to the system
 
 
@@ -271,10 +270,8 @@ class Engine:
 
     def _route(self, name: str, backend: AttentionBackend) -> Route:
         layers = self._model.config.num_hidden_layers
-        history = min(CALIBRATION_TOKENS, self._max_length - 64)
-        pace = forecast.Pace(layers, self._pace, forecast.measure_attention(backend, history), backend)
-        config = self._config
-        course = forecast.Course(self._model, pace, self._max_length, config.chunk_tokens, config.slice_seconds)
+        pace = forecast.Pace(layers, self._pace, forecast.measure_attention(backend, self._max_length), backend)
+        course = forecast.Course(self._model, pace, self._max_length, self._config.chunk_tokens)
         return Route(name, backend, course, backend.new_pool(layers, self._ledger.budget))
 
     # ---- the loop ---------------------------------------------------------------------------------------------------

@@ -1,9 +1,7 @@
 """What a computation will take, before it runs: seconds by a pace measured at start, bytes by the laws of cost.
 
 `Pace` is this machine's speed: two straight lines, one for the model without attention, one per backend for a layer's
-attention over its flops. `Course` cuts a prefill into chunks, and a chunk's attention into slices of about equal seconds, by
-position alone: the same prompt is always computed in the same pieces, whatever else is running. Measuring costs tenths of a
-second.
+attention over its flops. `Course` cuts a prefill into chunks by position. Measuring costs tenths of a second.
 """
 
 from __future__ import annotations
@@ -18,8 +16,8 @@ from torch import Tensor
 from attention import AttentionBackend, Segments
 from service.model.transformer import Transformer
 
-SMALLEST_SLICE = 64  # rows; with fewer, products lose a quarter of their speed and more (measured behind 16k tokens)
 REPEATS = 7
+PROBE_ROWS, PROBE_HISTORY = 256, 4096  # tokens of the measured call: enough for the products to reach their speed
 
 
 @dataclass(frozen=True)
@@ -63,9 +61,11 @@ def measure_model(model: Transformer, tokens: int = 256) -> Line:
     return Line.through((1, _seconds(run(1))), (tokens, _seconds(run(tokens))))
 
 
-def measure_attention(backend: AttentionBackend, history: int, tokens: int = 64) -> Line:
-    """Time one layer's `extend` for one token without history and for `tokens` tokens behind `history` others."""
+def measure_attention(backend: AttentionBackend, max_length: int) -> Line:
+    """Time one layer's `extend` for one token without history and for a probe at the end of a long sequence."""
     shape = backend.shape
+    tokens = min(PROBE_ROWS, max_length)
+    history = min(PROBE_HISTORY, max_length - tokens)
     pool = backend.new_pool(1, backend.state_bytes(history + tokens))
     slot = pool.allocate(history + tokens)
     for tensor in pool.tensors(slot).values():
@@ -95,52 +95,34 @@ def _seconds(run: Callable[[], Tensor]) -> float:
 class Course:
     """How a prefill of any length up to `max_length` runs under one backend: its chunks, seconds and workspace.
 
-    A chunk is what passes through a layer at once; within it attention is asked for slices of rows, so that no call of it
-    takes longer than `slice_seconds`.
+    A chunk is what passes through a layer at once. Chunks begin at multiples of `chunk`, whatever else is running, so the
+    same prompt is always computed in the same pieces.
     """
 
-    def __init__(self, model: Transformer, pace: Pace, max_length: int, chunk: int, slice_seconds: float) -> None:
+    def __init__(self, model: Transformer, pace: Pace, max_length: int, chunk: int) -> None:
         self.pace = pace
         self.vocab_size = model.config.vocab_size
         self._model = model
         self._chunk = chunk
-        self._slices: list[int] = []  # rows of attention's slices, by chunk
         self._seconds: list[float] = [0.0]  # of all chunks before
         self._bytes: list[int] = [0]  # peak workspace of all chunks before
         for start in range(0, max_length, chunk):
             end = min(start + chunk, max_length)
-            self._slices.append(self._slice(end, slice_seconds))
             self._seconds.append(self._seconds[-1] + self.step_seconds(start, end))
             self._bytes.append(max(self._bytes[-1], self.step_bytes(start, end)))
-
-    def _slice(self, end: int, slice_seconds: float) -> int:
-        """The most rows, the chunk halved and halved again, that attention answers in time; never below SMALLEST_SLICE."""
-        rows = self._chunk
-        while rows > SMALLEST_SLICE and self.pace.attention_seconds(rows, end) > slice_seconds:
-            rows //= 2
-        return rows
 
     def next_end(self, past: int) -> int:
         """Where the chunk around position `past` ends."""
         return (past // self._chunk + 1) * self._chunk
 
-    def slices(self, start: int, end: int) -> list[tuple[int, int]]:
-        """The slices of rows in which attention is asked for a chunk."""
-        rows = self._slices[start // self._chunk]
-        return [(a, min(a + rows, end)) for a in range(start, end, rows)]
-
     def step_seconds(self, start: int, end: int) -> float:
         """Predicted seconds of processing the tokens from `start` to `end`."""
-        attention = sum(self.pace.attention_seconds(b - a, b) for a, b in self.slices(start, end))
-        return self.pace.model(end - start) + self.pace.layers * attention
+        return self.pace.model(end - start) + self.pace.layers * self.pace.attention_seconds(end - start, end)
 
     def step_bytes(self, start: int, end: int) -> int:
         """Workspace of processing the tokens from `start` to `end`, by the laws of model and backend."""
-        backend, slices = self.pace.backend, self.slices(start, end)
-        attention = max(backend.cost(b - a, b, causal=True).workspace_bytes for a, b in slices[-1:] + slices[:1])
-        shape = backend.shape
-        answer = (end - start) * shape.query_heads * shape.head_width * shape.itemsize if len(slices) > 1 else 0
-        return self._model.workspace_bytes(end - start, attention + answer)
+        attention = self.pace.backend.cost(end - start, end, causal=True).workspace_bytes
+        return self._model.workspace_bytes(end - start, attention)
 
     def seconds(self, length: int) -> float:
         """Predicted seconds of a whole prefill."""

@@ -83,14 +83,15 @@ class Runner:
         return torch.tensor(ids, dtype=torch.long, device=self._model.device), segments
 
     def _hidden(self, work: Work, segments: Segments, stages: Stages) -> Generator[None, None, Tensor]:
-        """Hidden states of the members' tokens; pauses behind each slice of attention."""
+        """Hidden states of the members' tokens; pauses between the parts of each layer's attention."""
+        slots = [member.sequence.slot for member in work.members if member.sequence.slot is not None]
+        backend, pool, count = work.route.backend, work.route.pool, segments.total
         question = next(stages)
         while True:
             layer, q, k, v = question
-            answer = torch.zeros_like(q) if len(q) > segments.total else torch.empty_like(q)
-            for rows, part, slots in _slices(work, segments):
-                answer[rows] = work.route.backend.extend(q[rows], k[rows], v[rows], part, work.route.pool, layer, slots)
-                yield
+            answer = torch.zeros_like(q) if len(q) > count else torch.empty_like(q)  # padded rows get no answer
+            yield from backend.extending(q[:count], k[:count], v[:count], segments, pool, layer, slots, answer[:count])
+            yield
             del question, q, k, v  # the rest of the layer has no use for them
             try:
                 question = stages.send(answer)
@@ -129,18 +130,6 @@ class Runner:
         logits = logits if len(rows) == len(ready) else logits[rows]
         settings = [sequence.job.request.sampling for sequence in sequences]
         work.drawn = list(zip(sequences, draw(logits, settings, [s.source for s in sequences]), strict=True))
-
-
-def _slices(work: Work, segments: Segments) -> list[tuple[slice, Segments, list[int]]]:
-    """The calls in which a layer's attention is asked: all streams in one, a prompt in the slices of its course."""
-    slots = [member.sequence.slot for member in work.members if member.sequence.slot is not None]
-    if work.kind == "decode":
-        return [(slice(0, segments.total), segments, slots)]
-    calls = []
-    for slot, (start, end, past) in zip(slots, segments.spans(), strict=True):
-        for a, b in work.route.course.slices(past, past + end - start):
-            calls.append((slice(start + a - past, start + b - past), Segments((b - a,), (a,)), [slot]))
-    return calls
 
 
 def _allocate(work: Work) -> None:

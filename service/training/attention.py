@@ -6,12 +6,15 @@ laid side by side; `tests/training` holds each to its backend. Cost: block matri
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from attention.backends.performer import projection
 from service.model.transformer import Attend
 
+KEYS = 1024  # keys at a time where tiles are streamed: a tile of scores stays in the cache
 BLOCK = 256  # query rows at a time: as small as matrix products of full speed allow, so little is masked away
 
 
@@ -45,6 +48,71 @@ def _block(q: Tensor, k: Tensor, v: Tensor, start: int, end: int, window: int | 
     bias = torch.zeros(hidden.shape, dtype=q.dtype).masked_fill_(hidden, float("-inf"))
     scores.view(batch, groups, repeat, end - start, -1).add_(bias)
     return (scores.softmax(-1) @ v_seen).view(batch, groups, repeat, end - start, width)
+
+
+def streamed_attention(length: int) -> Attend:
+    """Causal dense attention that keeps no scores: tiles are computed again on the way back (Dao, arXiv 2307.08691, §3).
+
+    Scores are not shifted before exp: the QK-norm's scales bound them (at most 8 * scale^2 for heads of 64).
+    """
+
+    def attend(_: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = _grouped(q, k, v, length)
+        out: Tensor = _Streamed.apply(q * q.shape[-1] ** -0.5, k, v)  # type: ignore[no-untyped-call]
+        return _packed(out)
+
+    return attend
+
+
+class _Streamed(torch.autograd.Function):
+    """q (B, G, R, L, D) already scaled, k and v (B, G, L, D) -> (B, G, R, L, D)."""
+
+    @staticmethod
+    @torch.amp.custom_fwd(device_type="cpu", cast_inputs=torch.bfloat16)  # type: ignore[untyped-decorator]
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out, sums = torch.empty_like(q), torch.empty(*q.shape[:-1], 1)
+        for rows in _ranges(0, q.shape[3], BLOCK):
+            total = torch.zeros(*q.shape[:3], rows.stop - rows.start, q.shape[-1])
+            weight = torch.zeros(*total.shape[:-1], 1)
+            for keys in _ranges(0, rows.stop, KEYS):
+                p = _weights(q, k, rows, keys)
+                weight.add_(p.sum(-1, keepdim=True, dtype=torch.float32).view_as(weight))
+                total.add_((p @ v[:, :, keys]).view_as(total))
+            out[:, :, :, rows], sums[:, :, :, rows] = total / weight, weight
+        ctx.save_for_backward(q, k, v, out, sums)
+        return out
+
+    @staticmethod
+    @torch.amp.custom_bwd(device_type="cpu")  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v, out, sums = ctx.saved_tensors
+        slope = (grads[0] / sums).to(q.dtype)  # the weights' common factor is taken here once
+        level = (slope * out).sum(-1, keepdim=True, dtype=torch.float32).to(q.dtype)
+        dq, dk, dv = torch.empty_like(q), torch.zeros(k.shape), torch.zeros(v.shape)
+        for rows in _ranges(0, q.shape[3], BLOCK):
+            q_rows, slope_rows, level_rows = (x[:, :, :, rows].flatten(2, 3) for x in (q, slope, level))
+            dq_rows = torch.zeros(q_rows.shape)
+            for keys in _ranges(0, rows.stop, KEYS):
+                p = _weights(q, k, rows, keys)
+                dv[:, :, keys] += p.transpose(-1, -2) @ slope_rows
+                p *= (slope_rows @ v[:, :, keys].transpose(-1, -2)).sub_(level_rows)
+                dq_rows += p @ k[:, :, keys]
+                dk[:, :, keys] += p.transpose(-1, -2) @ q_rows
+            dq[:, :, :, rows] = dq_rows.view_as(dq[:, :, :, rows])
+        return dq, dk.to(k.dtype), dv.to(v.dtype)
+
+
+def _weights(q: Tensor, k: Tensor, rows: slice, keys: slice) -> Tensor:
+    """exp(q k') of a tile, later keys at zero: (B, G, R * rows, keys)."""
+    p = (q[:, :, :, rows].flatten(2, 3) @ k[:, :, keys].transpose(-1, -2)).exp_()
+    if keys.stop > rows.start:
+        seen = torch.arange(rows.start, rows.stop)[:, None] >= torch.arange(keys.start, keys.stop)
+        p.unflatten(2, (q.shape[2], -1)).mul_(seen)
+    return p
+
+
+def _ranges(start: int, stop: int, size: int) -> list[slice]:
+    return [slice(at, min(at + size, stop)) for at in range(start, stop, size)]
 
 
 def performer_attention(length: int, features: int, seed: int, block: int = 128) -> Attend:

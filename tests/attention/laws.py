@@ -114,24 +114,39 @@ class Laws:
                 together = backend.attend(q, k, v, Segments((140, 33, 140)), causal=causal)
                 assert torch.equal(together[140:173], alone)
 
-    def test_a_step_is_the_same_to_the_bit_alone_and_in_a_batch(self) -> None:
-        for backend in self.causal_backends(torch.bfloat16):
-            past = (5, 129, 64)
-            q, k, v = tokens(backend.shape, sum(past) + 3)
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_steps_are_the_same_to_the_bit_alone_and_in_a_batch(self, dtype: torch.dtype) -> None:
+        steps = 10
+        for backend in self.causal_backends(dtype):
+            past = (5, 129, 250, 64, 700, 1100)  # steps of several sizes, one of which grows on the way
             pool = backend.new_pool(1, 1 << 30)
-            slots, copies, start = [], [], 0
-            for n, count in enumerate(past):
-                slots.append(pool.allocate(count + 1))
-                part = slice(start, start + count)
-                backend.extend(q[part], k[part], v[part], Segments((count,)), pool, 0, [slots[n]])
-                copies.append(pool.copy(slots[n]))
-                start += count
-            new = slice(start, start + 3)
-            together = backend.extend(q[new], k[new], v[new], Segments((1, 1, 1), past), pool, 0, slots)
-            for n, count in enumerate(past):
-                one = slice(start + n, start + n + 1)
-                alone = backend.extend(q[one], k[one], v[one], Segments((1,), (count,)), pool, 0, [copies[n]])
-                assert torch.equal(alone[0], together[n])
+            slots, copies = [], []
+            for count in past:
+                slots.append(pool.allocate(count + steps))
+                backend.extend(*tokens(backend.shape, count), Segments((count,)), pool, 0, [slots[-1]])
+                copies.append(pool.copy(slots[-1]))
+            for step in range(steps):
+                q, k, v = tokens(backend.shape, len(past), scale=1 + step / 10)
+                at = tuple(count + step for count in past)
+                together = backend.extend(q, k, v, Segments((1,) * len(past), at), pool, 0, slots)
+                for n, slot in enumerate(copies):
+                    one = slice(n, n + 1)
+                    alone = backend.extend(q[one], k[one], v[one], Segments((1,), (at[n],)), pool, 0, [slot])
+                    assert torch.equal(alone[0], together[n]), (backend.options, at[n])
+
+    def test_an_extend_that_is_paused_for_steps_is_the_same_to_the_bit(self) -> None:
+        for backend in self.causal_backends():
+            q, k, v = tokens(backend.shape, 700)
+            pool = backend.new_pool(1, 1 << 30)
+            slot, copy, other = pool.allocate(700), pool.allocate(700), pool.allocate(700)
+            whole = backend.extend(q, k, v, Segments((700,)), pool, 0, [slot])
+            paused = torch.empty_like(whole)
+            pauses = 0
+            for at, _ in enumerate(backend.extending(q, k, v, Segments((700,)), pool, 0, [copy], paused)):
+                one = slice(at, at + 1)
+                backend.extend(q[one], k[one], v[one], Segments((1,), (at,)), pool, 0, [other])
+                pauses += 1
+            assert torch.equal(paused, whole) and pauses >= 3
 
     def test_poison_in_one_slot_never_reaches_another(self) -> None:
         for backend in self.causal_backends():

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from attention import blocks
+from attention.interface import finish
 from attention.truth import BOUNDS
 from tests.attention.laws import largest
 
@@ -42,7 +43,7 @@ BANDS = [
 def test_pieces_of_any_size_answer_as_the_whole(band: blocks.Band, most: int) -> None:
     q, k, v = drawn(20, 30)
     out = torch.empty_like(q)
-    blocks.softmax(q, blocks.split(blocks.Piece(k, v, band), most), out)
+    finish(blocks.softmax(q, blocks.split(blocks.Piece(k, v, band), most), out))
     assert largest(out - plain(q, k, v, band.hidden(20, 30, q.device))) <= BOUNDS[torch.float32]
 
 
@@ -56,7 +57,9 @@ def test_clearing_a_band_zeroes_what_the_band_hides_and_nothing_else(band: block
 def test_a_row_that_sees_nothing_is_zeros_and_its_neighbours_are_right() -> None:
     q, k, v = drawn(20, 30)
     out = torch.empty_like(q)
-    blocks.softmax(q, [blocks.Piece(k, v, blocks.Band(low=20))], out)  # row i sees columns from i + 20: the last ten none
+    finish(
+        blocks.softmax(q, [blocks.Piece(k, v, blocks.Band(low=20))], out)
+    )  # row i sees columns from i + 20: the last ten none
     assert (out[10:] == 0).all() and (out[:10] != 0).all()
     assert largest(out - plain(q, k, v, blocks.Band(low=20).hidden(20, 30, q.device))) <= BOUNDS[torch.float32]
 
@@ -69,16 +72,16 @@ def test_scores_that_are_all_huge_or_all_tiny_are_answered_like_others(shift: fl
         math.copysign(math.sqrt(abs(shift) * 4), shift),
     )  # adds shift to each score
     out = torch.empty_like(q)
-    blocks.softmax(q, [blocks.Piece(k, v)], out)
+    finish(blocks.softmax(q, [blocks.Piece(k, v)], out))
     assert largest(out - plain(q, k, v, torch.zeros(20, 30, dtype=torch.bool))) <= 400 * 2**-20  # a score's own rounding
 
 
 def test_one_row_out_of_range_changes_no_other_row_by_a_bit() -> None:
     q, k, v = drawn(20, 30)
     before, after = torch.empty_like(q), torch.empty_like(q)
-    blocks.softmax(q, [blocks.Piece(k, v)], before)
+    finish(blocks.softmax(q, [blocks.Piece(k, v)], before))
     q[7] *= 1000
-    blocks.softmax(q, [blocks.Piece(k, v)], after)
+    finish(blocks.softmax(q, [blocks.Piece(k, v)], after))
     others = torch.arange(20) != 7
     assert torch.equal(before[others], after[others]) and not torch.equal(before[7], after[7])
 
@@ -87,5 +90,5 @@ def test_float16_is_never_trusted_unshifted() -> None:
     q, k, v = drawn(20, 30, torch.float16)
     q[..., 0], k[..., 0] = 9.0, -9.0  # scores near -20: 2^s is below the smallest normal float16
     out = torch.empty_like(q)
-    blocks.softmax(q, [blocks.Piece(k, v)], out)
+    finish(blocks.softmax(q, [blocks.Piece(k, v)], out))
     assert largest(out - plain(q, k, v, torch.zeros(20, 30, dtype=torch.bool))) <= 4 * BOUNDS[torch.float16]  # scores of 20

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from service.config import EngineConfig
 from service.engine.admission import Need, Route
 from service.engine.answer import Answer
-from service.engine.forecast import SMALLEST_SLICE, Course, Line, Pace
+from service.engine.forecast import Course, Line, Pace
 from service.engine.job import Job
 from service.engine.memory import Ledger
 from service.engine.request import Request, Sampling
@@ -24,8 +24,8 @@ PACE = Pace(2, Line(0.001, 1e-5), Line(0.0, 1e-9), DENSE)
 BUDGET = 10_000
 
 
-CHUNK, SLICE_SECONDS = 128, 0.0002
-COURSE = Course(MODEL, PACE, world.MAX_LENGTH, CHUNK, SLICE_SECONDS)
+CHUNK = 128
+COURSE = Course(MODEL, PACE, world.MAX_LENGTH, CHUNK)
 ROUTE = Route("dense", DENSE, COURSE, DENSE.new_pool(2, BUDGET))
 
 
@@ -179,23 +179,6 @@ def test_no_more_sequences_hold_state_than_allowed() -> None:
     while (work := scheduler.next(0.0)) is not None and work.kind == "prefill":
         finish(work, scheduler)
     assert (len(scheduler.running), len(scheduler.waiting)) == (3, 2)
-
-
-@given(st.integers(0, world.MAX_LENGTH - 1), st.integers(1, CHUNK))
-def test_slices_cover_a_chunk_and_take_no_longer_than_they_may(start: int, length: int) -> None:
-    start -= start % CHUNK
-    end = min(start + length, world.MAX_LENGTH)
-    slices = COURSE.slices(start, end)
-    assert [row for a, b in slices for row in range(a, b)] == list(range(start, end))
-    assert all(b - a <= SMALLEST_SLICE or PACE.attention_seconds(b - a, b) <= SLICE_SECONDS for a, b in slices)
-
-
-@given(st.integers(0, world.MAX_LENGTH - 1), st.integers(1, CHUNK), st.integers(1, CHUNK))
-def test_slices_depend_on_the_position_alone(start: int, length: int, other: int) -> None:
-    start -= start % CHUNK
-    ends = [{b for _, b in COURSE.slices(start, start + n)} for n in (length, other)]
-    shared = min(length, other)
-    assert {b for b in ends[0] if b < start + shared} == {b for b in ends[1] if b < start + shared}
 
 
 @given(st.integers(1, world.MAX_LENGTH))

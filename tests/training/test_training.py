@@ -14,8 +14,8 @@ from service.model.checkpoint import EMBEDDED
 from service.model.tokenizer import Tokenizer
 from service.model.transformer import Attend
 from service.training import corpus, needle
-from service.training.attention import performer_attention, softmax_attention
-from service.training.train import FEATURE_SEED, FEATURES, Sampler, Trainer
+from service.training.attention import performer_attention, softmax_attention, streamed_attention
+from service.training.train import FEATURE_SEED, FEATURES, MAX_QK_SCALE, Sampler, Trainer
 
 TOKENIZER = Tokenizer.load(EMBEDDED)
 
@@ -59,11 +59,12 @@ def test_modules_of_other_encodings_and_third_parties_are_left_out(tmp_path: Pat
     ("form", "backend", "options"),
     [
         (softmax_attention(384), "dense", {}),
+        (streamed_attention(384), "dense", {}),
         (softmax_attention(384, window=100, sinks=4), "sliding_window", {"window": 100, "sinks": 4}),
         (softmax_attention(384, window=100), "sliding_window", {"window": 100, "sinks": 0}),
         (performer_attention(384, FEATURES, FEATURE_SEED), "performer", {"features": FEATURES, "seed": FEATURE_SEED}),
     ],
-    ids=["dense", "window with sinks", "window", "performer"],
+    ids=["dense", "dense streamed", "window with sinks", "window", "performer"],
 )
 def test_a_differentiable_form_computes_what_its_backend_serves(form: Attend, backend: str, options: dict[str, int]) -> None:
     generator = torch.Generator().manual_seed(3)
@@ -72,14 +73,27 @@ def test_a_differentiable_form_computes_what_its_backend_serves(form: Attend, ba
     torch.testing.assert_close(form(0, q, k, v), served, rtol=1e-4, atol=1e-4)  # float32 sums in another order
 
 
+def test_streamed_attention_has_the_gradients_of_plain_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("service.training.attention.KEYS", 100)  # tiles that end within a block of rows, and before it
+    generator = torch.Generator().manual_seed(4)
+    q, k, v, slope = (torch.randn(768, heads, 32, generator=generator) for heads in (4, 2, 2, 4))
+    found = []
+    for form in (softmax_attention(384), streamed_attention(384)):
+        inputs = [x.clone().requires_grad_() for x in (q, k, v)]
+        found.append(torch.autograd.grad((form(0, *inputs) * slope).sum(), inputs))
+    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-4)
+
+
 def test_needles_are_woven_in_whole_and_their_answers_marked() -> None:
     rng = np.random.default_rng(0)
     filler = np.asarray(TOKENIZER.encode("x = 1\n") * 2000, dtype=np.uint16)
     tokens, answers = needle.weave(filler, 2049, rng, TOKENIZER.encode)
     assert tokens.shape == answers.shape == (2049,)
     text = TOKENIZER.decode(tokens.tolist())
-    told = dict(line.removeprefix("# remember: ").split(" = ") for line in text.splitlines() if line.startswith("# remember: "))
-    asked = dict(line.removeprefix("# recall: ").split(" = ") for line in text.splitlines() if line.startswith("# recall: "))
+    told, asked = (
+        dict(line.removeprefix(head).split() for line in text.splitlines() if line.startswith(head))
+        for head in ("# remember: ", "# recall: ")
+    )
     assert asked == told and told
     assert all(text.index(f"# remember: {key}") < text.index(f"# recall: {key}") for key in told)
     marked = "".join(TOKENIZER.decode([t]) for t, a in zip(tokens.tolist(), answers, strict=True) if a)
@@ -121,4 +135,5 @@ def test_an_update_keeps_the_qk_scales_within_their_bound() -> None:
     tokens = torch.randint(0, 4096, (1, 1025), generator=torch.Generator().manual_seed(0))
     trainer.loss("dense", 1024, tokens, torch.ones(1, 1024)).backward()
     trainer.update(0.1)
-    assert max(layer.q_norm.abs().max().item() for layer in trainer.model.layers) <= 1.0
+    for layer, most in zip(trainer.model.decoder, MAX_QK_SCALE, strict=True):
+        assert layer.q_norm.abs().max() <= most
