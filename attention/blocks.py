@@ -1,15 +1,15 @@
 """Softmax attention over blocks of keys, the one kernel under every exact backend.
 
 A backend names, for a block of queries, the pieces of keys they see; `softmax` answers them. The scores of one piece exist
-at a time, so a block costs rows x piece of workspace, never L x L, and stays in the cores' L2 caches.
+at a time, so a block costs rows x piece of workspace, never L x L, and stays in the caches.
 
 Source: the streaming softmax of Milakov and Gimelshein (arXiv 1805.02867) and Rabe and Staats (arXiv 2112.05682), with one
 change. Their running maximum only keeps exp from leaving the floats' range, and costs two passes over the scores. Here
 2^s is taken unshifted first and each row's sum tells afterwards whether that was sound (`is_sound`); a row that was not is
 answered again with the running maximum. The answers are those of softmax either way.
 
-Keys are copied into a tight (G, N, D) block before their product: oneDNN, which multiplies bfloat16 on CPU, otherwise makes
-a transposed copy of its own that costs as much as the product.
+Keys and values are copied into tight (G, N, D) blocks before their products: oneDNN, which multiplies bfloat16 on CPU,
+otherwise makes copies of its own, and that of the keys, transposed, costs as much as the product.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ LOG2_E = math.log2(math.e)
 # A row sum between these shows that no 2^s overflowed, and that what underflowed (below 2^-126) was at most 2^-66 of the row.
 SOUND = (2.0**-60, 2.0**100)
 ROWS = 128  # queries of a block of a band: fewer lose speed in the products, more score keys that their rows do not see
-DENSE_ROWS = 256  # where all keys are seen there is no such waste
-L2_BYTES = 1 << 20  # per core; the scores of a piece should stay in it between the two products
+DENSE_ROWS = 512  # where all keys are seen there is no such waste
+PIECE_BYTES = 2 << 20  # per thread; the scores of a piece should stay near the cores between the two products
 STEP = 256  # a step looks at a multiple of so many keys, for each count is a shape that oneDNN compiles a kernel for (4 ms)
 STACKED = 1024  # up to so many keys, the histories of sequences that step together are stacked and answered by one product
 
@@ -79,6 +79,22 @@ class Piece:
     band: Band = Band()
 
 
+class Room:
+    """Scratch memory of one call: each block works where the one before it did, for fresh memory costs a fault per page."""
+
+    def __init__(self, like: Tensor) -> None:
+        self._like = like
+        self._held: dict[str, Tensor] = {}
+
+    def take(self, name: str, *shape: int) -> Tensor:
+        """An uninitialised tensor of this shape. What was taken under the name before is lost."""
+        count = math.prod(shape)
+        if name not in self._held or self._held[name].numel() < count:
+            self._held.pop(name, None)
+            self._held[name] = self._like.new_empty(count)
+        return self._held[name][:count].view(shape)
+
+
 def spread(start: int, end: int, block: int) -> Iterator[tuple[int, int]]:
     """(first, last) of the consecutive blocks that cover start..end."""
     for first in range(start, end, block):
@@ -86,8 +102,8 @@ def spread(start: int, end: int, block: int) -> Iterator[tuple[int, int]]:
 
 
 def columns(heads: int, itemsize: int, rows: int = ROWS) -> int:
-    """Keys per piece so that the scores of `heads` x `rows` stay in the L2 caches; a multiple of 64, for the products."""
-    fitting = L2_BYTES * torch.get_num_threads() // (heads * rows * itemsize)
+    """Keys per piece so that the scores of `heads` x `rows` stay in the caches; a multiple of 64, for the products."""
+    fitting = PIECE_BYTES * torch.get_num_threads() // (heads * rows * itemsize)
     return max(64, fitting // 64 * 64)
 
 
@@ -108,24 +124,30 @@ def heads_first(x: Tensor) -> Tensor:
 
 def query_rows(q: Tensor, heads: int) -> Tensor:
     """(C, H, D) to (G, RC, D), tight: the R query heads of a group one behind the other."""
-    count, _, width = q.shape
-    return q.view(count, heads, -1, width).permute(1, 2, 0, 3).contiguous().view(heads, -1, width)
+    return _by_group(q, heads, 1).contiguous().view(heads, -1, q.shape[-1])
 
 
-def softmax(q: Tensor, pieces: Sequence[Piece], out: Tensor) -> Parts:
-    """Attend a block of queries to its pieces of keys, pausing behind each.
+def _by_group(x: Tensor, groups: int, together: int) -> Tensor:
+    """A view of (bC, H, D) as (G, b, R, C, D)."""
+    return x.view(together, -1, groups, x.shape[1] // groups, x.shape[2]).permute(2, 0, 3, 1, 4)
+
+
+def softmax(q: Tensor, pieces: Sequence[Piece], out: Tensor, room: Room, together: int = 1) -> Parts:
+    """Attend a block of queries to its pieces of keys, pausing behind each; or several blocks that see equally many.
 
     Args:
-        q: (C, H, D).
-        pieces: at least one; together they are the keys the block sees, none twice.
-        out: (C, H, D), written. A row that sees nothing is zeros.
+        q: (bC, H, D), b blocks of C queries.
+        pieces: at least one, each of keys and values (G b, N, D), block behind block within a group, and a band that is the
+            same for all blocks. Together they are the keys a block sees, none twice.
+        out: (bC, H, D), written. A row that sees nothing is zeros.
+        together: b.
     """
-    count, _, width = q.shape
-    groups = pieces[0].k.shape[0]
-    rows = query_rows(q, groups)
-    sums, total = yield from _unshifted(rows, count, pieces)
-    answer = out.view(count, groups, -1, width).permute(1, 2, 0, 3)  # (G, R, C, D)
-    torch.div(sums.view(answer.shape), total.view(*answer.shape[:3], 1), out=answer)
+    count, width = len(q) // together, q.shape[-1]
+    groups = pieces[0].k.shape[0] // together
+    rows = _by_group(q, groups, together).contiguous().view(groups * together, -1, width)
+    sums, total = yield from _unshifted(rows, count, pieces, room)
+    answer = _by_group(out, groups, together)
+    torch.div(sums.view(answer.shape), total.view(*answer.shape[:-1], 1), out=answer)
     low, high = torch.aminmax(total)
     narrow = q.dtype == torch.float16  # its range ends at 2^16: no unshifted sum of it proves anything
     if narrow or not (low.item() > SOUND[0] and high.item() < SOUND[1]):
@@ -141,13 +163,11 @@ def _again(rows: Tensor, count: int, pieces: Sequence[Piece], sound: Tensor, ans
     """Replace the answers of the unsound rows, and of no other: no row depends on what its neighbours see."""
     sums, total = _shifted(rows, count, pieces)
     shifted = (sums / total).to(answer.dtype).view(answer.shape)
-    answer.copy_(torch.where(sound.view(*answer.shape[:3], 1), answer, shifted))
+    answer.copy_(torch.where(sound.view(*answer.shape[:-1], 1), answer, shifted))
 
 
-def _unshifted(rows: Tensor, count: int, pieces: Sequence[Piece]) -> Generator[None, None, tuple[Tensor, Tensor]]:
+def _unshifted(rows: Tensor, count: int, pieces: Sequence[Piece], room: Room) -> Generator[None, None, tuple[Tensor, Tensor]]:
     """Sums of 2^s v (G, RC, D) and of 2^s (G, RC, 1) over all pieces; more than one are summed in at least float32."""
-    widest = max(piece.k.shape[1] for piece in pieces)
-    room = rows.new_empty(rows.shape[0] * rows.shape[1] * widest)
     sums, total = _piece(rows, count, pieces[0], room)
     yield
     if len(pieces) > 1:
@@ -160,13 +180,15 @@ def _unshifted(rows: Tensor, count: int, pieces: Sequence[Piece]) -> Generator[N
     return sums, total
 
 
-def _piece(rows: Tensor, count: int, piece: Piece, room: Tensor) -> tuple[Tensor, Tensor]:
+def _piece(rows: Tensor, count: int, piece: Piece, room: Room) -> tuple[Tensor, Tensor]:
     """The two sums of one piece; its scores and weights stand in `room`."""
-    shape = (*rows.shape[:2], piece.k.shape[1])
-    weights = room[: math.prod(shape)].view(shape)
-    scores(rows, piece.k, weights).exp2_()
-    piece.band.clear(weights.view(shape[0], -1, count, shape[2]))
-    return torch.bmm(weights, piece.v), weights.sum(-1, keepdim=True)
+    keys, values = (
+        x if x.is_contiguous() else room.take(name, *x.shape).copy_(x) for name, x in (("keys", piece.k), ("values", piece.v))
+    )
+    weights = room.take("weights", *rows.shape[:2], keys.shape[1])
+    scores(rows, keys, weights).exp2_()
+    piece.band.clear(weights.view(len(rows), -1, count, keys.shape[1]))
+    return torch.bmm(weights, values), weights.sum(-1, keepdim=True)
 
 
 def scores(rows: Tensor, k: Tensor, out: Tensor) -> Tensor:
@@ -256,11 +278,50 @@ def _wide(x: Tensor) -> torch.dtype:
 
 def dense(q: Tensor, keys: Tensor, values: Tensor, past: int, causal: bool, out: Tensor) -> Parts:
     """Answer queries at positions `past` and on over all of keys, values (G, n, D) into out (C, H, D)."""
-    most = columns(q.shape[1], q.itemsize, DENSE_ROWS)
+    most, room = columns(q.shape[1], q.itemsize, DENSE_ROWS), Room(q)
     for first, last in spread(0, len(q), DENSE_ROWS):
         seen = past + last if causal else keys.shape[1]
         band = Band(high=past + first) if causal else Band()
-        yield from softmax(q[first:last], split(Piece(keys[:, :seen], values[:, :seen], band), most), out[first:last])
+        yield from softmax(q[first:last], split(Piece(keys[:, :seen], values[:, :seen], band), most), out[first:last], room)
+
+
+Pair = tuple[Tensor, Tensor]  # keys and values, (G, n, D) each
+
+
+def band(q: Tensor, near: Pair, free: Pair, at: int, before: int, ahead: int, out: Tensor) -> Parts:
+    """Answer queries q (C, H, D), the first of which stands at index `at` of near, into out.
+
+    A query sees itself, `before` keys before and `ahead` keys behind it in near, and all f keys of free. Blocks whose keys
+    all lie within near are of one shape, and as many go together as a piece has room for.
+    """
+    extra, wide = free[0].shape[1], before + ROWS + ahead
+    most, keys = columns(q.shape[1], q.itemsize), near[0].shape[1]
+    fitting, room = max(1, most // (wide + extra)), Room(q)
+    first = 0
+    while first < len(q):
+        low = at + first - before
+        whole = min(fitting, max(0, keys - ahead - at - first) // ROWS, (len(q) - first) // ROWS) if low >= 0 else 0
+        together, rows = max(1, whole), min(len(q) - first, ROWS)
+        low = max(0, low)
+        high = low + wide if whole else max(low, min(keys, at + first + rows + ahead))
+        shape = (len(near[0]), together, extra + high - low, q.shape[-1])
+        k, v = (_windows(x, low, f, room.take(name, *shape)) for name, x, f in zip(("k", "v"), near, free, strict=True))
+        seen = Band(extra + at + first - before - low, extra + at + first + ahead - low, extra)
+        pieces = [Piece(k, v, seen)] if whole > 1 else split(Piece(k, v, seen), most)
+        last = first + together * rows
+        yield from softmax(q[first:last], pieces, out[first:last], room, together)
+        first = last
+        del pieces, k, v  # or the room stays twice when the next blocks need more of it
+
+
+def _windows(x: Tensor, low: int, free: Tensor, out: Tensor) -> Tensor:
+    """The keys that each of b blocks sees, into out (G, b, N, D): the free ones, then those from `low` + block * ROWS on."""
+    groups, together, count, width = out.shape
+    extra = free.shape[1]
+    wide = count - extra
+    out[:, :, :extra] = free[:, None]
+    out[:, :, extra:] = x[:, low : low + wide + (together - 1) * ROWS].unfold(1, wide, ROWS).transpose(2, 3)
+    return out.view(groups * together, count, width)
 
 
 def key_value_state(shape: HeadShape, tokens: int, most: int | None = None) -> dict[str, StateTensor]:
@@ -302,20 +363,37 @@ def append_step(q: Tensor, k: Tensor, v: Tensor, past: Sequence[int], states: Se
 
 
 def workspace_bytes(
-    shape: HeadShape, queries: int, rows: int, seen: int, *, gathered: bool = False, asking: int | None = None
+    shape: HeadShape,
+    queries: int,
+    rows: int,
+    seen: int,
+    *,
+    gathered: bool = False,
+    together: int = 1,
+    asking: int | None = None,
 ) -> int:
     """Peak temporaries of `softmax` over blocks of `rows` queries that see `seen` keys, the answer to all queries included.
 
-    `gathered`: the backend puts the keys and values of a block together before it asks. `asking`: how many of the queries
-    go this way; None: all.
+    `gathered`: the backend puts the keys and values of its blocks together before it asks, of `together` blocks at a time.
+    `asking`: how many of the queries go this way; None: all.
     """
-    size, width = shape.itemsize, shape.head_width
-    block = shape.query_heads * min(queries if asking is None else asking, rows)
+    size, width, groups = shape.itemsize, shape.head_width, shape.key_value_heads
+    block = shape.query_heads * min(queries if asking is None else asking, rows) * together
     widest = min(seen, columns(shape.query_heads, size, rows))
     whole = widest == seen
-    tight = 0 if gathered and whole else shape.key_value_heads * widest * width * size
-    gather = 2 * shape.key_value_heads * seen * width * size if gathered else 0
+    tight = 0 if gathered and whole else groups * widest * width * size
+    gather = 2 * groups * seen * width * size * together if gathered else 0
     part = block * (width + 1) * size
-    parts = tight + 2 * part if size < 4 else max(tight, part) + (0 if whole else part)  # oneDNN copies v and needs scratch
+    parts = 2 * tight + (2 * part if size < 4 or not whole else part)  # oneDNN needs scratch
     totals = 0 if whole else block * (width + 1) * max(size, 4) + (part if size < 4 else 0)
     return queries * shape.query_heads * width * size + block * (widest + width) * size + gather + parts + totals
+
+
+def band_workspace_bytes(shape: HeadShape, queries: int, keys: int, before: int, ahead: int, free: int) -> int:
+    """Peak temporaries of `band`, the answer included, for `queries` tokens at the end of `keys` others and themselves."""
+    wide = before + ROWS + ahead
+    seen = min(keys, before + min(queries, ROWS) + ahead + free)
+    fitting = columns(shape.query_heads, shape.itemsize) // (wide + free)
+    early = max(0, before + free - (keys - queries)) + ROWS - 1  # queries of blocks that reach before the first key
+    whole = (queries - early // ROWS * ROWS - ahead) // ROWS  # blocks whose keys all lie within the sequence
+    return workspace_bytes(shape, queries, ROWS, seen, gathered=True, together=max(1, min(fitting, whole)))

@@ -77,28 +77,47 @@ class BigBird(AttentionBackend):
 
     def _answer(self, q: Tensor, keys: Tensor, values: Tensor, past: int, causal: bool, out: Tensor) -> Parts:
         """Answer queries at positions `past` and on over keys, values (G, n, D) into out (C, H, D), block by block."""
-        size, total = self.options.block, keys.shape[1]
-        most, first = blocks.columns(q.shape[1], q.itemsize, size), past
-        while first < past + len(q):
-            block = first // size
-            last = min(past + len(q), (block + 1) * size)
-            runs = list(self._runs(block, block + 1 if causal else -(-total // size), last if causal else total))
-            keys_seen, values_seen = (_gather(x, runs) for x in (keys, values))
-            band = blocks.Band(high=keys_seen.shape[1] - (last - first)) if causal else blocks.Band()
+        size, total, end = self.options.block, keys.shape[1], past + len(q)
+        most, room = blocks.columns(q.shape[1], q.itemsize, size), blocks.Room(q)
+        for first, last, seen in self._groups(past, end, total, causal):
+            together = len(seen)
+            high = last if causal else total
+            k, v = (_gather(x, seen, size, high, room, name) for name, x in (("k", keys), ("v", values)))
+            band = blocks.Band(high=k.shape[1] - (last - first) // together) if causal else blocks.Band()
+            pieces = blocks.split(blocks.Piece(k, v, band), most)
             span = slice(first - past, last - past)
-            yield from blocks.softmax(q[span], blocks.split(blocks.Piece(keys_seen, values_seen, band), most), out[span])
+            yield from blocks.softmax(q[span], pieces, out[span], room, together)
+            del pieces, k, v  # or the room stays twice when the next blocks need more of it
+
+    def _most(self) -> int:
+        """Keys that are gathered for query blocks that go together: half a piece, so that they too stay near the cores."""
+        return blocks.columns(self.shape.query_heads, self.shape.itemsize, self.options.block) // 2
+
+    def _groups(self, first: int, end: int, total: int, causal: bool) -> Iterator[tuple[int, int, list[tuple[int, ...]]]]:
+        """(first, last, what its blocks see) of the groups of query blocks that go together over positions first..end."""
+        while first < end:
+            seen = self._alike(first, end, total, causal)
+            last = min(end, (first // self.options.block + len(seen)) * self.options.block)
+            yield first, last, seen
             first = last
 
-    def _runs(self, block: int, count: int, total: int) -> Iterator[tuple[int, int]]:
-        """(start, end) of the runs of tokens that a block's queries see, ascending, none past `total`."""
-        size, start, end = self.options.block, 0, 0
-        for seen in self.seen(block, count):
-            if seen * size != end:
-                if end > start:
-                    yield start, end
-                start = seen * size
-            end = min((seen + 1) * size, total)
-        yield start, end
+    def _alike(self, first: int, end: int, total: int, causal: bool) -> list[tuple[int, ...]]:
+        """What the query blocks from position `first` on see: of one block, or of as many of one shape as go together."""
+        size, most = self.options.block, self._most()
+        seen: list[tuple[int, ...]] = []
+
+        def alike(shown: tuple[int, ...]) -> bool:  # the sequence's last block may be short
+            return len(shown) == len(seen[0]) and (shown[-1] == seen[0][-1] or max(shown[-1], seen[0][-1]) < total // size)
+
+        for block in range(first // size, -(-end // size)):
+            shown = self.seen(block, block + 1 if causal else -(-total // size))
+            is_whole = block * size >= first and (block + 1) * size <= end
+            if seen and not (is_whole and alike(shown) and (len(seen) + 1) * len(shown) * size <= most):
+                break
+            seen.append(shown)
+            if not is_whole:
+                break
+        return seen
 
     def state(self, max_tokens: int) -> dict[str, StateTensor]:
         return blocks.key_value_state(self.shape, max_tokens)
@@ -109,10 +128,23 @@ class BigBird(AttentionBackend):
         whole = min(keys, (options.global_blocks + options.closing_blocks) * options.block)
         seen = min(keys, whole + (window + options.random_blocks) * options.block)
         pairs = queries * seen + min(whole, queries) * (0 if causal else keys - seen)
-        workspace = blocks.workspace_bytes(shape, queries, options.block, seen, gathered=True)
-        if whole and not causal:
-            workspace = max(workspace, blocks.workspace_bytes(shape, queries, options.block, keys))
+        workspace = queries * shape.query_heads * shape.head_width * shape.itemsize + self._room(queries, keys, causal)
         return Cost(4 * shape.query_heads * shape.head_width * pairs, workspace, self.state_bytes(keys))
+
+    def _room(self, queries: int, keys: int, causal: bool) -> int:
+        """Most bytes of each kind of scratch memory over all groups: the room keeps what it has taken."""
+        shape, block = self.shape, self.options.block
+        entry = shape.key_value_heads * shape.head_width * shape.itemsize
+        gathered = copied = scores = sums = 0
+        for first, last, seen in self._groups(keys - queries, keys, keys, causal):
+            rows, tokens = shape.query_heads * (last - first), min(len(seen[0]) * block, keys)
+            piece = min(tokens, blocks.columns(shape.query_heads, shape.itemsize, block))
+            gathered = max(gathered, 0 if _is_run(seen) else 3 * len(seen) * tokens * entry)
+            copied = max(copied, 2 * piece * entry if _is_run(seen) or piece < tokens else 0)
+            scores = max(scores, rows * piece * shape.itemsize)
+            wide = max(shape.itemsize, 4) if piece < tokens else 0  # of sums over several pieces
+            sums = max(sums, rows * ((3 * shape.head_width + 2) * shape.itemsize + (shape.head_width + 1) * wide))
+        return gathered + copied + scores + sums
 
 
 @lru_cache(maxsize=1 << 16)
@@ -141,7 +173,22 @@ def _others(taken: set[int], ranks: list[int]) -> Iterator[int]:
         yield block
 
 
-def _gather(x: Tensor, runs: list[tuple[int, int]]) -> Tensor:
-    """Runs of (G, n, D) one behind the other."""
-    parts = [x[:, a:b] for a, b in runs]
-    return torch.cat(parts, 1) if len(parts) > 1 else parts[0]
+def _is_run(seen: list[tuple[int, ...]]) -> bool:
+    """Whether the query block is alone and sees neighbouring blocks only."""
+    return len(seen) == 1 and seen[0][-1] - seen[0][0] == len(seen[0]) - 1
+
+
+def _gather(x: Tensor, seen: list[tuple[int, ...]], size: int, end: int, room: blocks.Room, name: str) -> Tensor:
+    """The blocks that each of b query blocks sees, none past `end`: (G, n, D) to (G b, N, D), tight unless it sees one run."""
+    if _is_run(seen):
+        return x[:, seen[0][0] * size : min((seen[0][-1] + 1) * size, end)]
+    groups, _, width = x.shape
+    starts = torch.tensor(seen, device=x.device) * size
+    tokens = (starts[..., None] + torch.arange(size, device=x.device)).view(len(seen), -1)
+    cut = max(0, (seen[0][-1] + 1) * size - end)  # the sequence's last block may be short
+    tokens = tokens[:, : tokens.shape[1] - cut]
+    picked = room.take("picked", tokens.numel(), groups, width)
+    torch.index_select(x.transpose(0, 1), 0, tokens.flatten(), out=picked)
+    gathered = room.take(name, groups, *tokens.shape, width)
+    gathered.copy_(picked.view(*tokens.shape, groups, width).permute(2, 0, 1, 3))
+    return gathered.view(groups * len(seen), -1, width)

@@ -7,7 +7,6 @@ that later tokens still see are the sinks of `sliding_window`. Cost per token O(
 
 from __future__ import annotations
 
-import torch
 from pydantic import Field
 from torch import Tensor
 
@@ -46,18 +45,8 @@ class Longformer(AttentionBackend):
         keys, values, first = blocks.heads_first(k), blocks.heads_first(v), min(self.options.global_tokens, len(q))
         if first:
             yield from blocks.dense(q[:first], keys, values, 0, False, out[:first])
-        most = blocks.columns(q.shape[1], q.itemsize)
-        for a, b in blocks.spread(first, len(q), blocks.ROWS):
-            yield from blocks.softmax(q[a:b], blocks.split(self._piece(keys, values, a, b), most), out[a:b])
-
-    def _piece(self, keys: Tensor, values: Tensor, a: int, b: int) -> blocks.Piece:
-        """What the queries at positions a..b, none of them global, see: the globals, then the band."""
-        window, free = self.options.window, self.options.global_tokens
-        low, high = max(free, a - window), min(keys.shape[1], b + window)
-        near_keys, near_values = (
-            torch.cat([x[:, :free], x[:, low:high]], 1) if free else x[:, low:high] for x in (keys, values)
-        )
-        return blocks.Piece(near_keys, near_values, blocks.Band(free + a - window - low, free + a + window - low, free))
+        near, free = (keys[:, first:], values[:, first:]), (keys[:, :first], values[:, :first])
+        yield from blocks.band(q[first:], near, free, 0, self.options.window, self.options.window, out[first:])
 
     def extend_sequence(self, q: Tensor, k: Tensor, v: Tensor, past: int, state: dict[str, Tensor], out: Tensor) -> Parts:
         raise AssertionError("check_extend refuses a backend without a causal form")
@@ -68,8 +57,7 @@ class Longformer(AttentionBackend):
     def cost(self, queries: int, keys: int, *, causal: bool) -> Cost:
         shape, options, first = self.shape, self.options, min(self.options.global_tokens, keys)
         pairs = (queries - first) * min(keys, 2 * options.window + 1 + first) + first * keys
-        seen = min(keys, 2 * options.window + min(queries, blocks.ROWS) + first)
-        workspace = blocks.workspace_bytes(shape, queries, blocks.ROWS, seen, gathered=first > 0)
+        workspace = blocks.band_workspace_bytes(shape, queries, keys, options.window, options.window, first)
         if first:
             workspace = max(workspace, blocks.workspace_bytes(shape, queries, blocks.DENSE_ROWS, keys, asking=first))
         return Cost(4 * shape.query_heads * shape.head_width * pairs, workspace, 0)

@@ -57,8 +57,9 @@ class SlidingWindow(AttentionBackend):
 
     def attend_sequence(self, q: Tensor, k: Tensor, v: Tensor, causal: bool, out: Tensor) -> Parts:
         keys, values, sinks = blocks.heads_first(k), blocks.heads_first(v), min(self.options.sinks, len(k))
-        near = keys[:, sinks:], values[:, sinks:]
-        return self._answer(q, near, sinks, (keys[:, :sinks], values[:, :sinks]), 0, causal, out)
+        near, first = (keys[:, sinks:], values[:, sinks:]), (keys[:, :sinks], values[:, :sinks])
+        ahead = 0 if causal else self.options.window
+        return blocks.band(q, near, first, -sinks, self.options.window, ahead, out)
 
     def extend_sequence(self, q: Tensor, k: Tensor, v: Tensor, past: int, state: dict[str, Tensor], out: Tensor) -> Parts:
         sinks = min(self.options.sinks, past + len(q))
@@ -66,7 +67,7 @@ class SlidingWindow(AttentionBackend):
         near = self._in_order(state["k"], k, base, past), self._in_order(state["v"], v, base, past)
         self._write(state, k, v, past)
         first = blocks.heads_first(state["k"][:sinks]), blocks.heads_first(state["v"][:sinks])
-        return self._answer(q, near, base, first, past, True, out)
+        return blocks.band(q, near, first, past - base, self.options.window, 0, out)
 
     def step(
         self, q: Tensor, k: Tensor, v: Tensor, past: Sequence[int], states: Sequence[dict[str, Tensor]], out: Tensor
@@ -102,37 +103,6 @@ class SlidingWindow(AttentionBackend):
             yield at, start, count
             start += count
 
-    def _answer(
-        self,
-        q: Tensor,
-        near: tuple[Tensor, Tensor],
-        base: int,
-        sinks: tuple[Tensor, Tensor],
-        past: int,
-        causal: bool,
-        out: Tensor,
-    ) -> Parts:
-        """Answer queries at positions `past` and on; near (G, n, D) begins at position `base`, sinks (G, s, D) at 0."""
-        most = blocks.columns(q.shape[1], q.itemsize)
-        for first, last in blocks.spread(0, len(q), blocks.ROWS):
-            pieces = blocks.split(self._piece(past + first, past + last, near, base, sinks, causal), most)
-            yield from blocks.softmax(q[first:last], pieces, out[first:last])
-            del pieces  # or they stand beside those of the next block
-
-    def _piece(
-        self, first: int, last: int, near: tuple[Tensor, Tensor], base: int, sinks: tuple[Tensor, Tensor], causal: bool
-    ) -> blocks.Piece:
-        """What the queries at positions first..last see: the sinks, then the band of other keys from `low` to `high`."""
-        window, ahead = self.options.window, 0 if causal else self.options.window
-        low = max(base, first - window)
-        high = max(low, min(base + near[0].shape[1], last + ahead))
-        free = sinks[0].shape[1]
-        keys, values = (
-            torch.cat([sink[:, :free], x[:, low - base : high - base]], 1) if free else x[:, low - base : high - base]
-            for sink, x in zip(sinks, near, strict=True)
-        )
-        return blocks.Piece(keys, values, blocks.Band(free + first - window - low, free + first + ahead - low, free))
-
     def state(self, max_tokens: int) -> dict[str, StateTensor]:
         kept = blocks.key_value_state(self.shape, max_tokens, self.edge)
         return {"k": kept["k"], "v": replace(kept["v"], fill=0.0)}  # see blocks.append; a ring has no end to zero from
@@ -141,8 +111,8 @@ class SlidingWindow(AttentionBackend):
         shape, options = self.shape, self.options
         sides = 1 if causal else 2
         pairs = queries * min(keys, options.window * sides + 1 + options.sinks)
-        seen = min(keys, options.window * sides + min(queries, blocks.ROWS) + options.sinks)
-        workspace = blocks.workspace_bytes(shape, queries, blocks.ROWS, seen, gathered=options.sinks > 0)
+        ahead = 0 if causal else options.window
+        workspace = blocks.band_workspace_bytes(shape, queries, keys, options.window, ahead, options.sinks)
         history = min(keys - queries, options.window) + queries if keys > queries else 0  # a chunk behind a past, in order
         workspace += 2 * history * shape.key_value_heads * shape.head_width * shape.itemsize
         return Cost(4 * shape.query_heads * shape.head_width * pairs, workspace, self.state_bytes(keys))

@@ -29,7 +29,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint as recompute
 from tqdm import tqdm
 
 from service.model.checkpoint import save
@@ -111,17 +110,13 @@ class Sampler:
 
 
 def attend_for(backend: str, length: int) -> Attend:
-    """The differentiable form of a backend at a length; long ones compute their scores twice instead of keeping them."""
-    if backend == "dense":
-        return softmax_attention(length) if length <= 2048 else streamed_attention(length)
-    forms = {
-        "sliding_window": lambda: softmax_attention(length, WINDOW, SINKS),
-        "performer": lambda: performer_attention(length, FEATURES, FEATURE_SEED),
-    }
-    attend = forms[backend]()
-    if length <= 2048:
-        return attend
-    return lambda layer, q, k, v: recompute(attend, layer, q, k, v, use_reentrant=False)
+    """The differentiable form of a backend at a length."""
+    if backend == "performer":
+        return performer_attention(length, FEATURES, FEATURE_SEED)
+    if backend == "sliding_window":
+        return softmax_attention(length, WINDOW, SINKS)
+    assert backend == "dense", backend
+    return softmax_attention(length) if length <= 2048 else streamed_attention(length)
 
 
 def new_model(seed: int) -> Transformer:
@@ -176,8 +171,9 @@ class Trainer:
         key = (backend, length, torch.is_grad_enabled())
         if key not in self._losses:
             function = self._loss_function(backend, length)
-            # Longer graphs, and those of the glances at held-out text, take longer to compile than they save.
-            short = self.compiled and length <= 2048 and torch.is_grad_enabled()
+            # The softmax forms' graphs grow with the length: long ones, and those of the glances at held-out text, take
+            # longer to compile than they save.
+            short = self.compiled and (length <= 2048 or backend == "performer") and torch.is_grad_enabled()
             self._losses[key] = torch.compile(function, dynamic=False) if short else function
         with torch.autocast("cpu", torch.bfloat16):
             return self._losses[key](tokens[:, :-1].flatten(), tokens[:, 1:].flatten(), weights.flatten())
@@ -294,7 +290,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="what service.training.corpus wrote")
     parser.add_argument("--out", type=Path, required=True, help="where the run's state and log go, outside the repository")
-    parser.add_argument("--tokens", type=int, default=48_000_000, help="tokens to train on in all")
+    parser.add_argument("--tokens", type=int, default=44_000_000, help="tokens to train on in all")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True, help="torch.compile short lengths")

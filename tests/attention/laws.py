@@ -57,9 +57,9 @@ class Laws:
         return causal
 
     def lengths(self, backend: AttentionBackend) -> tuple[int, ...]:
-        """Both sides of the pattern's edge and of the kernels' block of 128 rows, and no multiple of anything."""
+        """Both sides of the pattern's edge and of the kernels' block of 128 rows, several blocks, no multiple of anything."""
         edge = min(backend.edge, 400)
-        return tuple(sorted({1, 2, edge, edge + 1, 127, 128, 129, edge + 131}))
+        return tuple(sorted({1, 2, edge, edge + 1, 127, 128, 129, edge + 131, edge + 667}))
 
     @pytest.mark.parametrize("heads", HEADS)
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])

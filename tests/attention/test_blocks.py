@@ -43,7 +43,7 @@ BANDS = [
 def test_pieces_of_any_size_answer_as_the_whole(band: blocks.Band, most: int) -> None:
     q, k, v = drawn(20, 30)
     out = torch.empty_like(q)
-    finish(blocks.softmax(q, blocks.split(blocks.Piece(k, v, band), most), out))
+    finish(blocks.softmax(q, blocks.split(blocks.Piece(k, v, band), most), out, blocks.Room(q)))
     assert largest(out - plain(q, k, v, band.hidden(20, 30, q.device))) <= BOUNDS[torch.float32]
 
 
@@ -72,16 +72,16 @@ def test_scores_that_are_all_huge_or_all_tiny_are_answered_like_others(shift: fl
         math.copysign(math.sqrt(abs(shift) * 4), shift),
     )  # adds shift to each score
     out = torch.empty_like(q)
-    finish(blocks.softmax(q, [blocks.Piece(k, v)], out))
+    finish(blocks.softmax(q, [blocks.Piece(k, v)], out, blocks.Room(q)))
     assert largest(out - plain(q, k, v, torch.zeros(20, 30, dtype=torch.bool))) <= 400 * 2**-20  # a score's own rounding
 
 
 def test_one_row_out_of_range_changes_no_other_row_by_a_bit() -> None:
     q, k, v = drawn(20, 30)
     before, after = torch.empty_like(q), torch.empty_like(q)
-    finish(blocks.softmax(q, [blocks.Piece(k, v)], before))
+    finish(blocks.softmax(q, [blocks.Piece(k, v)], before, blocks.Room(q)))
     q[7] *= 1000
-    finish(blocks.softmax(q, [blocks.Piece(k, v)], after))
+    finish(blocks.softmax(q, [blocks.Piece(k, v)], after, blocks.Room(q)))
     others = torch.arange(20) != 7
     assert torch.equal(before[others], after[others]) and not torch.equal(before[7], after[7])
 
@@ -90,5 +90,5 @@ def test_float16_is_never_trusted_unshifted() -> None:
     q, k, v = drawn(20, 30, torch.float16)
     q[..., 0], k[..., 0] = 9.0, -9.0  # scores near -20: 2^s is below the smallest normal float16
     out = torch.empty_like(q)
-    finish(blocks.softmax(q, [blocks.Piece(k, v)], out))
+    finish(blocks.softmax(q, [blocks.Piece(k, v)], out, blocks.Room(q)))
     assert largest(out - plain(q, k, v, torch.zeros(20, 30, dtype=torch.bool))) <= 4 * BOUNDS[torch.float16]  # scores of 20
