@@ -69,8 +69,8 @@ def flops(shape: HeadShape, features: int, queries: int, causal: bool) -> int:
     return 2 * queries * (sums + (shape.query_heads * chunk * (features + columns) if causal else 0))
 
 
-def workspace_bytes(shape: HeadShape, features: int, queries: int, causal: bool, squares: bool = False) -> int:
-    """Peak temporaries, the answer to all queries and a fresh sum included. `squares`: the keys' norms are taken too."""
+def workspace_bytes(shape: HeadShape, features: int, queries: int, causal: bool) -> int:
+    """Peak temporaries, the answer to all queries and a fresh sum included."""
     size, wide, width = shape.itemsize, max(shape.itemsize, 4), shape.head_width
     tokens = min(queries, CHUNK if causal else BLOCK)
     entries = shape.key_value_heads * features * (width + 1)  # of a sum
@@ -80,7 +80,7 @@ def workspace_bytes(shape: HeadShape, features: int, queries: int, causal: bool,
         triangle = asked * (tokens + width + 1) * size
         peak = (asked + added) * (features + width + 1) * size + max(adding, triangle)
     else:
-        adds = added * (features + width + 1) * size + max(adding, added * width * wide * (2 if size < wide else 1) * squares)
+        adds = added * (features + width + 1) * size + adding
         asks = asked * (features + width + 1) * size + entries * (size if size < wide else 0)
         peak = max(adds, asks)
     return queries * shape.query_heads * width * size + entries * wide + peak

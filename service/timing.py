@@ -20,7 +20,6 @@ class Timings:
     first_token_at: float | None = None
     finished_at: float | None = None
     prefill_chunks: int = 0
-    decode_steps: int = 0
     prompt_tokens: int = 0
     output_tokens: int = 0
     batch_mates: int = 0  # most sequences it ever shared a step with, itself left out

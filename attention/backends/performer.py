@@ -81,14 +81,17 @@ class Performer(AttentionBackend):
         weights: Tensor = queries.exp2() @ keys.exp2().transpose(-1, -2)
         return weights
 
-    def features(self, x: Tensor) -> tuple[Tensor, Tensor | float]:
-        """2^(x W - a) of tight x (..., D) as (..., m), and the shift a (..., 1): 0 for a row whose norm is within reach."""
+    def features(self, x: Tensor) -> tuple[Tensor, Tensor | float, Tensor]:
+        """2^(x W - a) of tight x (..., D), with a and |x|: (..., m), (..., 1) and, in at least float32, (..., 1).
+
+        The shift a is 0 for a row whose norm is within reach.
+        """
         exponents = torch.mm(x.view(-1, x.shape[-1]), self.weights).view(*x.shape[:-1], -1)
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=self.wide)
         if norm.amax().item() <= self.reach:
-            return exponents.exp2_(), 0.0
+            return exponents.exp2_(), 0.0, norm
         shift = torch.where(norm <= self.reach, 0.0, exponents.amax(-1, keepdim=True))
-        return exponents.sub_(shift).exp2_(), shift
+        return exponents.sub_(shift).exp2_(), shift, norm
 
     def query_features(self, q: Tensor) -> Tensor:
         """(C, H, D) to (G, RC, m). The shift is left out: it cancels between numerator and denominator."""
@@ -96,13 +99,8 @@ class Performer(AttentionBackend):
 
     def key_features(self, k: Tensor) -> tuple[Tensor, Tensor]:
         """(C, G, D) to features (G, C, m) and the log2 of each key's weight, (G, C, 1) in at least float32."""
-        tight = blocks.heads_first(k).contiguous()
-        features, shift = self.features(tight)
-        return features, shift - self._half_square(tight)
-
-    def _half_square(self, k: Tensor) -> Tensor:
-        """|k'|^2 / 2 in powers of two: (..., D) to (..., 1), in at least float32."""
-        return k.to(self.wide).square().sum(-1, keepdim=True) * self.half
+        features, shift, norm = self.features(blocks.heads_first(k).contiguous())
+        return features, shift - norm.square() * self.half
 
     def attend_sequence(self, q: Tensor, k: Tensor, v: Tensor, causal: bool, out: Tensor) -> Parts:
         fresh = {name: spec.new(q.device) for name, spec in self.state(len(q)).items()}
@@ -189,7 +187,7 @@ class Performer(AttentionBackend):
     def cost(self, queries: int, keys: int, *, causal: bool) -> Cost:
         shape, features = self.shape, self.weights.shape[1]
         mapping = 2 * queries * (shape.query_heads + shape.key_value_heads) * shape.head_width * features
-        workspace = sums.workspace_bytes(shape, features, queries, causal, squares=True)
+        workspace = sums.workspace_bytes(shape, features, queries, causal)
         return Cost(mapping + sums.flops(shape, features, queries, causal), workspace, self.state_bytes(keys))
 
 

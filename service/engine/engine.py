@@ -342,9 +342,7 @@ class Engine:
             sequence, timings = member.sequence, member.sequence.job.request.timings
             sequence.past, sequence.is_held = member.end, False
             timings.batch_mates = max(timings.batch_mates, len(work.members) - 1)
-            if work.kind == "decode":
-                timings.decode_steps += 1
-            else:
+            if work.kind != "decode":
                 timings.prefill_chunks += 1
                 self._settle_prefill(sequence, now)
         for sequence, drawn in work.drawn:

@@ -39,11 +39,12 @@ from service.training import corpus, needle
 CONFIG = Path(__file__).parents[2] / "deploy" / "local.yaml"
 LOGITS_AT_ONCE = 2048  # rows of logits held in memory
 BEGINNINGS = (
-    "def fibonacci(n):\n",
-    "import os\n",
-    "class Stack:\n    def __init__(self):\n",
-    "def read_lines(path):\n    with open(path) as f:\n",
-    "    def test_empty(self):\n",
+    # None ends with a newline: with the indentation behind it that is one token, so a bare one says that none follows.
+    "def fibonacci(n):",
+    "import os",
+    "class Stack:\n    def __init__(self):",
+    "def read_lines(path):\n    with open(path) as f:",
+    "    def test_empty(self):",
 )
 
 
@@ -59,7 +60,7 @@ class Plan:
 
 
 LENGTHS = (1024, 2048, 4096, 8192, 16384, 32768)
-FULL = Plan(LENGTHS, None, dict(zip(LENGTHS, (50, 50, 50, 50, 25, 10), strict=True)), 65536, 3)
+FULL = Plan(LENGTHS, None, dict(zip(LENGTHS, (25, 25, 25, 25, 10, 5), strict=True)), 65536, 3)
 QUICK = Plan((1024, 2048, 8192, 16384), 65536, {1024: 10, 4096: 10, 8192: 10}, 16384, 1)
 DEPTHS = (0.1, 0.3, 0.5, 0.7, 0.9)
 
