@@ -57,9 +57,8 @@ def test_clearing_a_band_zeroes_what_the_band_hides_and_nothing_else(band: block
 def test_a_row_that_sees_nothing_is_zeros_and_its_neighbours_are_right() -> None:
     q, k, v = drawn(20, 30)
     out = torch.empty_like(q)
-    finish(
-        blocks.softmax(q, [blocks.Piece(k, v, blocks.Band(low=20))], out)
-    )  # row i sees columns from i + 20: the last ten none
+    piece = blocks.Piece(k, v, blocks.Band(low=20))  # row i sees columns from i + 20: the last ten none
+    finish(blocks.softmax(q, [piece], out, blocks.Room(q)))
     assert (out[10:] == 0).all() and (out[:10] != 0).all()
     assert largest(out - plain(q, k, v, blocks.Band(low=20).hidden(20, 30, q.device))) <= BOUNDS[torch.float32]
 
