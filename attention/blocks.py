@@ -31,7 +31,7 @@ ROWS = 128  # queries of a block of a band: fewer lose speed in the products, mo
 DENSE_ROWS = 512  # where all keys are seen there is no such waste
 PIECE_BYTES = 2 << 20  # per thread; the scores of a piece should stay near the cores between the two products
 STEP = 256  # a step looks at a multiple of so many keys, for each count is a shape that oneDNN compiles a kernel for (4 ms)
-STACKED = 1024  # up to so many keys, the histories of sequences that step together are stacked and answered by one product
+STACKED_BYTES = 1 << 17  # of keys, up to which histories that step together are stacked: a copy costs less than a product
 
 
 @dataclass(frozen=True)
@@ -229,13 +229,14 @@ def step(q: Tensor, states: Sequence[dict[str, Tensor]], counts: Sequence[int], 
     place, own = _places(heads, groups, q.dtype, q.device)
     rows = torch.mul(q[:, :, None], place).view(count, heads, -1)  # (B, H, G D)
     sizes = [_rounded(seen, len(state["k"])) for state, seen in zip(states, counts, strict=True)]
-    if count == 1 or (sizes[0] <= STACKED and sizes.count(sizes[0]) == count):
+    entry = groups * width * q.itemsize
+    if count == 1 or (sizes[0] * entry <= STACKED_BYTES and sizes.count(sizes[0]) == count):
         found = _step(rows, states, counts, sizes[0])
     else:
         found = torch.empty_like(rows)
         for size in set(sizes):
             these = [i for i, other in enumerate(sizes) if other == size]
-            for some in [these] if size <= STACKED else [[i] for i in these]:
+            for some in [these] if size * entry <= STACKED_BYTES else [[i] for i in these]:
                 found[some] = _step(rows[some], [states[i] for i in some], [counts[i] for i in some], size)
     torch.index_select(found.view(count, heads * groups, width), 1, own, out=out)
 

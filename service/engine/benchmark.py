@@ -48,6 +48,7 @@ BACKENDS: dict[str, dict[str, Any]] = {
     "performer": {"features": 256},
 }
 CHUNK = 512  # of the bare model's prefill
+STEPS = 20  # timed decode steps of the bare model
 SHORT = (200, 16)  # tokens in and out of a short request
 MEMORY_BUDGET = 32 * 2**20  # of the memory trial: a quarter of what 32k tokens hold under dense
 
@@ -105,8 +106,9 @@ def measure_bare(lengths: Sequence[int]) -> None:
         for name in BACKENDS:
             backend = build(model, name)
             for tokens in lengths:
+                tokens = min(tokens, model.config.max_position_embeddings - STEPS)
                 bare(model, backend, tokens)  # compiles the kernels of these shapes
-                prefill, step = bare(model, backend, tokens, steps=20)
+                prefill, step = bare(model, backend, tokens, steps=STEPS)
                 told = f"{tokens / prefill:8.0f} tokens/s, decode step {step * 1e3:.2f} ms"
                 report(f"bare model, {groups} kv heads, {tokens} tokens", name, told)
 
