@@ -143,15 +143,15 @@ class Scheduler:
     def _candidates(self, now: float) -> Iterator[Sequence]:
         """Sequences with a prompt to process, most urgent first. Asking for one lets its job in."""
         jobs = [job for job in self.running if _unprocessed(job)] + self.waiting
-        entered = set(self.running)
+        entered, is_closed = set(self.running), False
         for job in sorted(jobs, key=lambda job: -job.urgency(now)):
             if job in entered:
                 yield from _unprocessed(job)
-            elif self._has_room(job):
+            elif not is_closed and self._has_room(job):
                 self._enter(job)
                 yield job.sequences[0]
             elif job.urgency(now) > self._config.patience:
-                return  # it has been overtaken long enough: what comes free is kept for it
+                is_closed = True  # it has been overtaken long enough: what comes free, as others end, is kept for it
 
     def _has_room(self, job: Job) -> bool:
         return self._ledger.fits(job.need.total) and self.num_sequences + job.request.n <= self._config.max_sequences

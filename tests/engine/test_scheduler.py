@@ -173,6 +173,17 @@ def test_a_big_job_is_passed_by_small_ones_until_its_patience_ends() -> None:
     assert len(scene(now=4.1 * service).running) == 1
 
 
+def test_a_job_that_has_entered_goes_on_before_one_that_waits_too_long_for_its_bytes() -> None:
+    scheduler = make_scheduler(patience=4)
+    big = make_job(10, needed=9000)
+    entered = make_job(1000, arrival=99.0, needed=5000)
+    scheduler.waiting = [entered]
+    assert [sequence.job for sequence in scheduler._candidates(99.0)] == [entered]  # let in, as when a pack has no more room
+    scheduler.waiting = [big]
+    work = scheduler.next(99.0)
+    assert work is not None and [member.sequence.job for member in work.members] == [entered]
+
+
 def test_no_more_sequences_hold_state_than_allowed() -> None:
     scheduler = make_scheduler(max_sequences=3)
     scheduler.waiting = [make_job(10) for _ in range(5)]
