@@ -122,9 +122,9 @@ def heads_first(x: Tensor) -> Tensor:
     return x.transpose(0, 1)
 
 
-def query_rows(q: Tensor, heads: int) -> Tensor:
-    """(C, H, D) to (G, RC, D), tight: the R query heads of a group one behind the other."""
-    return _by_group(q, heads, 1).contiguous().view(heads, -1, q.shape[-1])
+def query_rows(q: Tensor, heads: int, together: int = 1) -> Tensor:
+    """(bC, H, D) to (G b, RC, D), tight: of each of b blocks the R query heads of a group one behind the other."""
+    return _by_group(q, heads, together).contiguous().view(heads * together, -1, q.shape[-1])
 
 
 def _by_group(x: Tensor, groups: int, together: int) -> Tensor:
@@ -142,9 +142,8 @@ def softmax(q: Tensor, pieces: Sequence[Piece], out: Tensor, room: Room, togethe
         out: (bC, H, D), written. A row that sees nothing is zeros.
         together: b.
     """
-    count, width = len(q) // together, q.shape[-1]
-    groups = pieces[0].k.shape[0] // together
-    rows = _by_group(q, groups, together).contiguous().view(groups * together, -1, width)
+    count, groups = len(q) // together, pieces[0].k.shape[0] // together
+    rows = query_rows(q, groups, together)
     sums, total = yield from _unshifted(rows, count, pieces, room)
     answer = _by_group(out, groups, together)
     torch.div(sums.view(answer.shape), total.view(*answer.shape[:-1], 1), out=answer)
