@@ -127,12 +127,19 @@ def query_rows(q: Tensor, heads: int, together: int = 1) -> Tensor:
     return _by_group(q, heads, together).contiguous().view(heads * together, -1, q.shape[-1])
 
 
+def tokens_first(rows: Tensor, count: int) -> Tensor:
+    """A view of (G, RC, d) as (C, H, d): `query_rows` back, of one block of `count` tokens."""
+    return rows.reshape(-1, count, rows.shape[-1]).transpose(0, 1)
+
+
 def _by_group(x: Tensor, groups: int, together: int) -> Tensor:
     """A view of (bC, H, D) as (G, b, R, C, D)."""
     return x.view(together, -1, groups, x.shape[1] // groups, x.shape[2]).permute(2, 0, 3, 1, 4)
 
 
-def softmax(q: Tensor, pieces: Sequence[Piece], out: Tensor, room: Room, together: int = 1) -> Parts:
+def softmax(
+    q: Tensor, pieces: Sequence[Piece], out: Tensor, room: Room, together: int = 1, log_total: Tensor | None = None
+) -> Parts:
     """Attend a block of queries to its pieces of keys, pausing behind each; or several blocks that see equally many.
 
     Args:
@@ -141,16 +148,20 @@ def softmax(q: Tensor, pieces: Sequence[Piece], out: Tensor, room: Room, togethe
             same for all blocks. Together they are the keys a block sees, none twice.
         out: (bC, H, D), written. A row that sees nothing is zeros.
         together: b.
+        log_total: (bC, H, 1), written where given: log2 of the sum of each row's 2^s.
     """
     count, groups = len(q) // together, pieces[0].k.shape[0] // together
     rows = query_rows(q, groups, together)
     sums, total = yield from _unshifted(rows, count, pieces, room)
     answer = _by_group(out, groups, together)
     torch.div(sums.view(answer.shape), total.view(*answer.shape[:-1], 1), out=answer)
+    logs = None if log_total is None else _by_group(log_total, groups, together)
+    if logs is not None:
+        logs.copy_(total.to(logs.dtype).log2().view(logs.shape))
     low, high = torch.aminmax(total)
     narrow = q.dtype == torch.float16  # its range ends at 2^16: no unshifted sum of it proves anything
     if narrow or not (low.item() > SOUND[0] and high.item() < SOUND[1]):
-        _again(rows, count, pieces, is_sound(total) & (not narrow), answer)
+        _again(rows, count, pieces, is_sound(total) & (not narrow), answer, logs)
 
 
 def is_sound(total: Tensor) -> Tensor:
@@ -158,11 +169,13 @@ def is_sound(total: Tensor) -> Tensor:
     return (total > SOUND[0]) & (total < SOUND[1])
 
 
-def _again(rows: Tensor, count: int, pieces: Sequence[Piece], sound: Tensor, answer: Tensor) -> None:
+def _again(rows: Tensor, count: int, pieces: Sequence[Piece], sound: Tensor, answer: Tensor, logs: Tensor | None) -> None:
     """Replace the answers of the unsound rows, and of no other: no row depends on what its neighbours see."""
-    sums, total = _shifted(rows, count, pieces)
-    shifted = (sums / total).to(answer.dtype).view(answer.shape)
-    answer.copy_(torch.where(sound.view(*answer.shape[:-1], 1), answer, shifted))
+    sums, total, top = _shifted(rows, count, pieces)
+    for found, shifted in ((answer, sums / total), (logs, total.log2() + top)):
+        if found is not None:
+            replaced = shifted.to(found.dtype).view(found.shape)
+            found.copy_(torch.where(sound.view(*found.shape[:-1], 1), found, replaced))
 
 
 def _unshifted(rows: Tensor, count: int, pieces: Sequence[Piece], room: Room) -> Generator[None, None, tuple[Tensor, Tensor]]:
@@ -196,8 +209,8 @@ def scores(rows: Tensor, k: Tensor, out: Tensor) -> Tensor:
     return torch.baddbmm(out, rows, k.contiguous().transpose(1, 2), beta=0, alpha=scale, out=out)
 
 
-def _shifted(rows: Tensor, count: int, pieces: Sequence[Piece]) -> tuple[Tensor, Tensor]:
-    """The same two sums relative to each row's largest score: for scores whose 2^s leaves the floats' range."""
+def _shifted(rows: Tensor, count: int, pieces: Sequence[Piece]) -> tuple[Tensor, Tensor, Tensor]:
+    """The same two sums relative to each row's largest score, and that: for scores whose 2^s leaves the floats' range."""
     wide = _wide(rows)
     sums = rows.new_zeros(rows.shape, dtype=wide)
     total = rows.new_zeros((*rows.shape[:2], 1), dtype=wide)
@@ -213,11 +226,19 @@ def _shifted(rows: Tensor, count: int, pieces: Sequence[Piece]) -> tuple[Tensor,
         sums = sums * scale + torch.bmm(weights, piece.v)
         total = total * scale + weights.sum(-1, keepdim=True, dtype=wide)
         top = new
-    return sums, torch.where(total == 0, 1.0, total)
+    return sums, torch.where(total == 0, 1.0, total), top
 
 
-def step(q: Tensor, states: Sequence[dict[str, Tensor]], counts: Sequence[int], out: Tensor) -> None:
+def step(
+    q: Tensor,
+    states: Sequence[dict[str, Tensor]],
+    counts: Sequence[int],
+    out: Tensor,
+    log_total: Tensor | None = None,
+) -> None:
     """Attend one token of each of B sequences to the first `counts` keys of its state: q and out are (B, H, D).
+
+    log_total, float32 (B, H, 1), is written where given: log2 of the sum of each row's 2^s.
 
     A step reads every key once for a handful of products, so it is as fast as memory is read. One product serves all heads
     of a sequence: each query stands at its own group's place in a row of zeros, (G D), and meets whole rows of the history
@@ -230,13 +251,16 @@ def step(q: Tensor, states: Sequence[dict[str, Tensor]], counts: Sequence[int], 
     sizes = [_rounded(seen, len(state["k"])) for state, seen in zip(states, counts, strict=True)]
     entry = groups * width * q.itemsize
     if count == 1 or (sizes[0] * entry <= STACKED_BYTES and sizes.count(sizes[0]) == count):
-        found = _step(rows, states, counts, sizes[0])
+        found = _step(rows, states, counts, sizes[0], log_total)
     else:
         found = torch.empty_like(rows)
         for size in set(sizes):
             these = [i for i, other in enumerate(sizes) if other == size]
             for some in [these] if size * entry <= STACKED_BYTES else [[i] for i in these]:
-                found[some] = _step(rows[some], [states[i] for i in some], [counts[i] for i in some], size)
+                logs = None if log_total is None else log_total.new_empty(len(some), heads, 1)
+                found[some] = _step(rows[some], [states[i] for i in some], [counts[i] for i in some], size, logs)
+                if log_total is not None and logs is not None:
+                    log_total[some] = logs
     torch.index_select(found.view(count, heads * groups, width), 1, own, out=out)
 
 
@@ -249,7 +273,9 @@ def _places(heads: int, groups: int, dtype: torch.dtype, device: torch.device) -
     return one_hot.to(device, dtype), (head * groups + group).to(device)
 
 
-def _step(rows: Tensor, states: Sequence[dict[str, Tensor]], counts: Sequence[int], size: int) -> Tensor:
+def _step(
+    rows: Tensor, states: Sequence[dict[str, Tensor]], counts: Sequence[int], size: int, log_total: Tensor | None
+) -> Tensor:
     """Softmax of rows (b, H, G D) over the first `size` keys of each state, those behind `counts` left out: (b, H, G D)."""
     keys = _histories(states, "k", size)
     weights = rows.new_empty(len(rows), rows.shape[1], size)
@@ -258,6 +284,8 @@ def _step(rows: Tensor, states: Sequence[dict[str, Tensor]], counts: Sequence[in
     for i, count in enumerate(counts):
         if count < size:
             weights[i, :, count:] = -math.inf
+    if log_total is not None:
+        torch.mul(weights.to(log_total.dtype).logsumexp(-1, keepdim=True), LOG2_E, out=log_total)
     return torch.bmm(weights.softmax(-1), _histories(states, "v", size))
 
 
@@ -276,13 +304,17 @@ def _wide(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
-def dense(q: Tensor, keys: Tensor, values: Tensor, past: int, causal: bool, out: Tensor) -> Parts:
-    """Answer queries at positions `past` and on over all of keys, values (G, n, D) into out (C, H, D)."""
+def dense(
+    q: Tensor, keys: Tensor, values: Tensor, past: int, causal: bool, out: Tensor, log_total: Tensor | None = None
+) -> Parts:
+    """Answer queries at positions `past` and on over all of keys, values (G, n, D) into out (C, H, D); see `softmax`."""
     most, room = columns(q.shape[1], q.itemsize, DENSE_ROWS), Room(q)
     for first, last in spread(0, len(q), DENSE_ROWS):
         seen = past + last if causal else keys.shape[1]
         band = Band(high=past + first) if causal else Band()
-        yield from softmax(q[first:last], split(Piece(keys[:, :seen], values[:, :seen], band), most), out[first:last], room)
+        pieces = split(Piece(keys[:, :seen], values[:, :seen], band), most)
+        logs = None if log_total is None else log_total[first:last]
+        yield from softmax(q[first:last], pieces, out[first:last], room, log_total=logs)
 
 
 Pair = tuple[Tensor, Tensor]  # keys and values, (G, n, D) each
@@ -355,11 +387,19 @@ def extend(q: Tensor, k: Tensor, v: Tensor, past: int, state: dict[str, Tensor],
     return dense(q, *append(state, k, v, past), past, True, out)
 
 
-def append_step(q: Tensor, k: Tensor, v: Tensor, past: Sequence[int], states: Sequence[dict[str, Tensor]], out: Tensor) -> None:
-    """`extend` by one token of each of B sequences: q, out (B, H, D), k, v (B, G, D)."""
+def append_step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    past: Sequence[int],
+    states: Sequence[dict[str, Tensor]],
+    out: Tensor,
+    log_total: Tensor | None = None,
+) -> None:
+    """`extend` by one token of each of B sequences: q, out (B, H, D), k, v (B, G, D); see `step`."""
     for i, (state, at) in enumerate(zip(states, past, strict=True)):
         append(state, k[i : i + 1], v[i : i + 1], at)
-    step(q, states, [at + 1 for at in past], out)
+    step(q, states, [at + 1 for at in past], out, log_total)
 
 
 def workspace_bytes(

@@ -26,7 +26,7 @@ def answer(backend: AttentionBackend, q: Tensor, k: Tensor, v: Tensor, *, causal
     rows = torch.arange(len(q)) if rows is None else rows
     queries, keys, values = (x.double().transpose(0, 1) for x in (q[rows], k, v))
     keys, values = (x.repeat_interleave(backend.shape.group, 0) for x in (keys, values))  # (H, n, D)
-    weights = torch.where(visible(backend, rows, len(q), causal), _weights(backend, queries, keys), 0.0)
+    weights = torch.where(visible(backend, rows, len(q), causal), _weights(backend, queries, keys, rows), 0.0)
     total = weights.sum(-1, keepdim=True)
     answers: Tensor = (weights @ values) / torch.where(total == 0, 1.0, total)
     return answers.transpose(0, 1)
@@ -41,9 +41,9 @@ def visible(backend: AttentionBackend, rows: Tensor, length: int, causal: bool) 
     return before & backend.visible(i, j, i + 1 if causal else length)
 
 
-def _weights(backend: AttentionBackend, queries: Tensor, keys: Tensor) -> Tensor:
+def _weights(backend: AttentionBackend, queries: Tensor, keys: Tensor, rows: Tensor) -> Tensor:
     """Weights (H, rows, n) up to a factor per row."""
     if not backend.exact:
-        return backend.kernel(queries, keys)
+        return backend.kernel(queries, keys, rows[:, None], torch.arange(keys.shape[1])[None, :])
     scores = queries @ keys.transpose(-1, -2) / math.sqrt(queries.shape[-1])
     return (scores - scores.amax(-1, keepdim=True)).exp()

@@ -29,7 +29,7 @@ class Linear(AttentionBackend):
         super().__init__(options, shape)
         self.wide = torch.promote_types(shape.dtype, torch.float32)
 
-    def kernel(self, q: Tensor, k: Tensor) -> Tensor:
+    def kernel(self, q: Tensor, k: Tensor, i: Tensor, j: Tensor) -> Tensor:
         """The unnormalised weight of each key for each query, (..., N, D) and (..., M, D) to (..., N, M): the definition."""
         return phi(q) @ phi(k).transpose(-1, -2)
 

@@ -6,6 +6,7 @@ laid side by side; `tests/training` holds each to its backend. Cost: block matri
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -43,11 +44,21 @@ def _block(q: Tensor, k: Tensor, v: Tensor, start: int, end: int, window: int | 
     hidden = keys > rows
     if window is not None:
         hidden |= (rows - keys > window) & (keys >= sinks)
-    batch, groups, repeat, _, width = q.shape
-    scores = q[:, :, :, start:end].flatten(2, 3) @ k_seen.transpose(-1, -2)  # (B, G, R * rows, keys)
+    return _masked(q[:, :, :, start:end], k_seen, v_seen, hidden)
+
+
+def _masked(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor, far: tuple[Tensor, Tensor] | None = None) -> Tensor:
+    """Softmax of q (B, G, R, C, D) over k and v (B, G, N, D), without the keys that `hidden` (C, N) names.
+
+    `far` stands beside the keys as one more: the log of its weight, (B, G, RC, 1), and its value, (B, G, RC, D).
+    """
+    scores = q.flatten(2, 3) @ k.transpose(-1, -2)  # (B, G, RC, N)
     bias = torch.zeros(hidden.shape, dtype=q.dtype).masked_fill_(hidden, float("-inf"))
-    scores.view(batch, groups, repeat, end - start, -1).add_(bias)
-    return (scores.softmax(-1) @ v_seen).view(batch, groups, repeat, end - start, width)
+    scores.unflatten(2, q.shape[2:4]).add_(bias)
+    if far is None:
+        return (scores.softmax(-1) @ v).view_as(q)
+    weights = torch.cat((scores, far[0].to(scores.dtype)), dim=-1).softmax(-1)
+    return (weights[..., :-1] @ v + weights[..., -1:] * far[1]).to(q.dtype).view_as(q)
 
 
 def streamed_attention(length: int) -> Attend:
@@ -115,30 +126,41 @@ def _ranges(start: int, stop: int, size: int) -> list[slice]:
     return [slice(at, min(at + size, stop)) for at in range(start, stop, size)]
 
 
-def performer_attention(length: int, features: int, seed: int, block: int = 128) -> Attend:
-    """Causal FAVOR+ over sequences of `length` tokens (a multiple of `block`), in blocks with a running fp32 state."""
+def performer_attention(length: int, features: int, seed: int, chunk: int) -> Attend:
+    """Causal FAVOR+ over sequences of `length` tokens: the keys of a query's own and the previous chunk weigh exactly, older
+    ones through the features, summed chunk by chunk in float32."""
 
     def attend(_: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         rows = projection(features, q.shape[-1], seed).to(q.dtype)
         q, k, v = _grouped(q, k, v, length)
-        v = torch.cat((v, torch.ones_like(v[..., :1])), dim=-1)  # the last column sums the weights
-        phi_q = _features(q, rows, (-1,)).unflatten(3, (-1, block))  # (B, G, R, n, c, m)
-        phi_k = _features(k, rows, (-2, -1)).unflatten(2, (-1, block))  # (B, G, n, c, m)
-        v = v.unflatten(2, (-1, block))  # (B, G, n, c, D + 1)
-        states = (phi_k.transpose(-1, -2) @ v).float()
-        before = (states.cumsum(2) - states).to(q.dtype)  # (B, G, n, m, D + 1)
-        weights = (phi_q @ phi_k.unsqueeze(2).transpose(-1, -2)).tril()  # (B, G, R, n, c, c)
-        total = phi_q @ before.unsqueeze(2) + weights @ v.unsqueeze(2)
-        return _packed((total[..., :-1] / total[..., -1:].clamp_min(1e-30)).flatten(3, 4))
+        phi_k, level_k = _features(k, rows, (-2, -1))
+        ones = torch.cat((v, torch.ones_like(v[..., :1])), dim=-1)  # the last column sums the weights
+        scaled, s = q * q.shape[-1] ** -0.5, torch.zeros(*k.shape[:2], features, ones.shape[-1])
+        answers = []
+        for here in _ranges(0, length, chunk):
+            first = max(0, here.start - chunk)
+            near = scaled[:, :, :, here], k[:, :, first : here.stop], v[:, :, first : here.stop]
+            hidden = torch.arange(first, here.stop) > torch.arange(here.start, here.stop)[:, None]
+            if first == 0:
+                answers.append(_masked(*near, hidden))
+                continue
+            s = s + phi_k[:, :, first - chunk : first].transpose(-1, -2) @ ones[:, :, first - chunk : first]
+            phi_q, level_q = _features(q[:, :, :, here].flatten(2, 3), rows, (-1,))  # (B, G, RC, m)
+            both = (phi_q @ s.to(q.dtype)).float()
+            weight = both[..., -1:].clamp_min(1e-30)
+            log_weight = weight.log() + level_q + level_k - math.log(features)
+            answers.append(_masked(*near, hidden, (log_weight, both[..., :-1] / weight)))
+        return _packed(torch.cat(answers, dim=3))
 
     return attend
 
 
-def _features(x: Tensor, rows: Tensor, stable_over: tuple[int, ...]) -> Tensor:
-    """exp(W x' - |x'|^2 / 2) up to a factor that cancels between numerator and denominator."""
+def _features(x: Tensor, rows: Tensor, stable_over: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """exp(W x' - |x'|^2 / 2 - level), and that level, float32: the largest exponent over the dimensions named."""
     x = x * x.shape[-1] ** -0.25
     logits = (x @ rows.T).float() - x.float().square().sum(-1, keepdim=True) / 2
-    return (logits - logits.detach().amax(stable_over, keepdim=True)).exp().to(x.dtype)
+    level = logits.detach().amax(stable_over, keepdim=True)
+    return (logits - level).exp().to(x.dtype), level
 
 
 def _grouped(q: Tensor, k: Tensor, v: Tensor, length: int) -> tuple[Tensor, Tensor, Tensor]:

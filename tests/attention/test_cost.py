@@ -15,7 +15,7 @@ OPTIONS: dict[str, tuple[dict[str, Any], ...]] = {
     "sliding_window": ({"window": 256, "sinks": 0}, {"window": 256}, {}),
     "longformer": ({"global_tokens": 64}, {"global_tokens": 0}),
     "bigbird": ({}, {"global_blocks": 1, "closing_blocks": 1}),
-    "performer": ({}, {"hyperbolic": True}),
+    "performer": ({}, {"hyperbolic": True}, {"local_chunk": 512}, {"local_chunk": 1024, "features": 64}),
 }
 CASES = [(name, options) for name in names() for options in OPTIONS.get(name, ({},))]
 

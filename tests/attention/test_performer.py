@@ -39,7 +39,7 @@ def iid() -> Tensor:
 
 class TestPerformer(Laws):
     name = "performer"
-    variants = ({"features": 48}, {"features": 20, "hyperbolic": True, "seed": 3})
+    variants = ({"features": 48}, {"features": 20, "hyperbolic": True, "seed": 3}, {"features": 48, "local_chunk": 70})
 
     @pytest.mark.parametrize("w", [0.5, 1.0, 2.0])
     def test_the_estimate_of_the_softmax_kernel_is_unbiased(self, w: float) -> None:
@@ -81,7 +81,8 @@ class TestPerformer(Laws):
         backend = build("performer", options, HeadShape(1, 1, WIDTH, torch.float64))
         assert isinstance(backend, Performer)
         q, k = (x * WIDTH**0.25 for x in torch.randn(2, 5, WIDTH, dtype=torch.float64) * 0.3)
-        ours = backend.kernel(q, k)
+        at = torch.arange(5)
+        ours = backend.kernel(q, k, at[:, None], at)
         rows = projection(FEATURES, WIDTH, 7)[None]
         theirs = torch.stack(
             [torch.cat([estimates(rows, a, b, hyperbolic) * (a @ b).exp() for b in k / WIDTH**0.25]) for a in q / WIDTH**0.25]
@@ -101,6 +102,28 @@ class TestPerformer(Laws):
             errors[features] = float((torch.stack(answers) - dense).square().mean())
         # the squared error falls as 1 / m, sixteenfold here; half of that is asked for
         assert errors[64] > 8 * errors[1024]
+
+    def test_near_keys_taken_out_of_the_estimate_are_exact_and_bring_the_rest_nearer_to_dense(self) -> None:
+        shape = HeadShape(4, 2, WIDTH)
+        q, k, v = tokens(shape, 400)
+        dense = build("dense", None, shape).attend(q, k, v, Segments((400,)), causal=True)
+        errors = {}
+        for local_chunk in (0, 64, 128):
+            options = {"features": 256, "local_chunk": local_chunk}
+            answer = build("performer", options, shape).attend(q, k, v, Segments((400,)), causal=True)
+            errors[local_chunk] = float((answer - dense).square().mean())
+            assert torch.allclose(answer[: 2 * local_chunk], dense[: 2 * local_chunk], atol=1e-5)
+        assert errors[0] > 1.5 * errors[64] > 1.5 * errors[128]
+
+    def test_far_keys_weigh_against_near_ones_what_they_weigh_in_softmax(self) -> None:
+        # at small norms 4,096 features estimate exp well: what is left is the balance between the two parts
+        shape = HeadShape(4, 2, WIDTH, torch.float64)
+        q, k, v = tokens(shape, 600, scale=0.5)
+        v[:100] += 10.0
+        dense = build("dense", None, shape).attend(q, k * 0.5, v, Segments((600,)), causal=True)
+        options = {"features": 4096, "local_chunk": 64}
+        answer = build("performer", options, shape).attend(q, k * 0.5, v, Segments((600,)), causal=True)
+        assert largest(answer - dense) <= 0.3 and float((answer - dense).mean().abs()) <= 0.01
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     def test_a_late_key_of_enormous_weight_leaves_earlier_rows_alone_and_is_heard_afterwards(self, dtype: torch.dtype) -> None:
@@ -134,8 +157,12 @@ class TestPerformer(Laws):
     def test_the_state_is_the_same_at_1k_and_at_64k_tokens(self) -> None:
         backend = build("performer", {"features": 256}, HeadShape(4, 2, 64, torch.bfloat16))
         assert backend.state_bytes(1024) == backend.state_bytes(65536) == 2 * (256 * 65 + 1) * 4
+        backend = build("performer", {"local_chunk": 256}, HeadShape(4, 2, 64, torch.bfloat16))
+        assert backend.state_bytes(1024) == backend.state_bytes(65536) == 2 * (256 * 65 + 1) * 4 + 2 * 2 * 512 * 64 * 2
 
-    @pytest.mark.parametrize("options", [{"features": 0}, {"features": 10**6}, {"seed": -1}])
+    @pytest.mark.parametrize(
+        "options", [{"features": 0}, {"features": 10**6}, {"seed": -1}, {"local_chunk": 63}, {"local_chunk": -64}]
+    )
     def test_options_without_sense_are_refused(self, options: dict[str, int]) -> None:
         with pytest.raises(ValueError, match=next(iter(options))):
             build("performer", options, HeadShape(2, 2, 16))

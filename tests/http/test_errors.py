@@ -193,8 +193,10 @@ def test_a_full_queue_is_a_429_that_says_when_to_come_back() -> None:
     config = ServiceConfig(threads=1, engine=EngineConfig(max_sequences=1, max_waiting_requests=1))
     with listening_in_thread(config, UserConfig()) as (url, replica), ThreadPoolExecutor(2) as callers:
         client = Client(url, replica)
-        kept = [callers.submit(client.complete, "import os", max_tokens=300, ignore_eos=True) for _ in range(2)]
-        assert eventually(lambda: (replica.engine.snapshot().running, replica.engine.snapshot().waiting) == (1, 1))
+        kept = []
+        for counts in ((1, 0), (1, 1)):  # one by one: side by side they might meet in the queue, where one has room
+            kept.append(callers.submit(client.complete, "import os", max_tokens=2000, ignore_eos=True))
+            assert eventually(lambda: (replica.engine.snapshot().running, replica.engine.snapshot().waiting) == counts)  # noqa: B023
         refused = client.complete("import os")
         assert (refused.status, refused.error["code"], refused.error["type"]) == (429, "queue_full", "rate_limit_error")
         assert int(refused.headers["retry-after"]) >= 1

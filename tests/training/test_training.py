@@ -62,7 +62,7 @@ def test_modules_of_other_encodings_and_third_parties_are_left_out(tmp_path: Pat
         (streamed_attention(384), "dense", {}),
         (softmax_attention(384, window=100, sinks=4), "sliding_window", {"window": 100, "sinks": 4}),
         (softmax_attention(384, window=100), "sliding_window", {"window": 100, "sinks": 0}),
-        (performer_attention(384, FEATURES, FEATURE_SEED), "performer", {"features": FEATURES, "seed": FEATURE_SEED}),
+        (performer_attention(384, FEATURES, FEATURE_SEED, 96), "performer", {"features": FEATURES, "local_chunk": 96}),
     ],
     ids=["dense", "dense streamed", "window with sinks", "window", "performer"],
 )
