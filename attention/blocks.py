@@ -233,6 +233,7 @@ def step(
     q: Tensor,
     states: Sequence[dict[str, Tensor]],
     counts: Sequence[int],
+    groups: int,
     out: Tensor,
     log_total: Tensor | None = None,
 ) -> None:
@@ -245,20 +246,19 @@ def step(
     as they lie in memory. The zeros' products cost nothing beside the reading.
     """
     count, heads, width = q.shape
-    groups = states[0]["k"].shape[1]
     place, own = _places(heads, groups, q.dtype, q.device)
     rows = torch.mul(q[:, :, None], place).view(count, heads, -1)  # (B, H, G D)
     sizes = [_rounded(seen, len(state["k"])) for state, seen in zip(states, counts, strict=True)]
     entry = groups * width * q.itemsize
     if count == 1 or (sizes[0] * entry <= STACKED_BYTES and sizes.count(sizes[0]) == count):
-        found = _step(rows, states, counts, sizes[0], log_total)
+        found = _step(rows, states, counts, sizes[0], width, log_total)
     else:
         found = torch.empty_like(rows)
         for size in set(sizes):
             these = [i for i, other in enumerate(sizes) if other == size]
             for some in [these] if size * entry <= STACKED_BYTES else [[i] for i in these]:
                 logs = None if log_total is None else log_total.new_empty(len(some), heads, 1)
-                found[some] = _step(rows[some], [states[i] for i in some], [counts[i] for i in some], size, logs)
+                found[some] = _step(rows[some], [states[i] for i in some], [counts[i] for i in some], size, width, logs)
                 if log_total is not None and logs is not None:
                     log_total[some] = logs
     torch.index_select(found.view(count, heads * groups, width), 1, own, out=out)
@@ -274,16 +274,20 @@ def _places(heads: int, groups: int, dtype: torch.dtype, device: torch.device) -
 
 
 def _step(
-    rows: Tensor, states: Sequence[dict[str, Tensor]], counts: Sequence[int], size: int, log_total: Tensor | None
+    rows: Tensor,
+    states: Sequence[dict[str, Tensor]],
+    counts: Sequence[int],
+    size: int,
+    width: int,
+    log_total: Tensor | None,
 ) -> Tensor:
     """Softmax of rows (b, H, G D) over the first `size` keys of each state, those behind `counts` left out: (b, H, G D)."""
     keys = _histories(states, "k", size)
     weights = rows.new_empty(len(rows), rows.shape[1], size)
-    scale = 1 / math.sqrt(states[0]["k"].shape[2])
-    torch.baddbmm(weights, rows, keys.transpose(1, 2), beta=0, alpha=scale, out=weights)
-    for i, count in enumerate(counts):
+    torch.baddbmm(weights, rows, keys.transpose(1, 2), beta=0, alpha=1 / math.sqrt(width), out=weights)
+    for scores, count in zip(weights, counts, strict=True):
         if count < size:
-            weights[i, :, count:] = -math.inf
+            scores[:, count:].fill_(-math.inf)
     if log_total is not None:
         torch.mul(weights.to(log_total.dtype).logsumexp(-1, keepdim=True), LOG2_E, out=log_total)
     return torch.bmm(weights.softmax(-1), _histories(states, "v", size))
@@ -291,7 +295,7 @@ def _step(
 
 def _histories(states: Sequence[dict[str, Tensor]], name: str, size: int) -> Tensor:
     """The first `size` keys or values of each state as (b, size, G D)."""
-    found = [state[name][:size].flatten(1) for state in states]
+    found = [state[name][:size] for state in states]
     return torch.stack(found) if len(found) > 1 else found[0][None]
 
 
@@ -357,29 +361,45 @@ def _windows(x: Tensor, low: int, free: Tensor, out: Tensor) -> Tensor:
 
 
 def key_value_state(shape: HeadShape, tokens: int, most: int | None = None) -> dict[str, StateTensor]:
-    """Keys and values of `tokens` tokens, (N, G, D) each: in whole `STEP`s, or `most` where a pattern keeps no more."""
+    """Keys and values of `tokens` tokens, (N, G D) each: in whole `STEP`s, or `most` where a pattern keeps no more."""
     kept = _rounded(tokens, tokens + STEP if most is None else most)
-    spec = StateTensor((kept, shape.key_value_heads, shape.head_width), shape.dtype)
+    spec = StateTensor((kept, shape.key_value_heads * shape.head_width), shape.dtype)
     return {"k": spec, "v": spec}
 
 
 def write(state: dict[str, Tensor], k: Tensor, v: Tensor, at: int) -> None:
     """Put k, v (C, G, D) at index `at` and on."""
-    state["k"][at : at + len(k)] = k
-    state["v"][at : at + len(k)] = v
+    state["k"][at : at + len(k)] = k.flatten(1)
+    state["v"][at : at + len(k)] = v.flatten(1)
 
 
-def append(state: dict[str, Tensor], k: Tensor, v: Tensor, past: int) -> tuple[Tensor, Tensor]:
-    """Write k, v (C, G, D) behind the `past` tokens of a state that keeps all; returns all of them, (G, past + C, D).
+def write_step(states: Sequence[dict[str, Tensor]], k: Tensor, v: Tensor, places: Sequence[int]) -> None:
+    """Put one token of each of B sequences, k, v (B, G, D), at its place in its state."""
+    rows = [state[name][at] for name in ("k", "v") for state, at in zip(states, places, strict=True)]
+    torch._foreach_copy_(rows, [*k.flatten(1).unbind(), *v.flatten(1).unbind()])
 
-    A step multiplies the values behind the last token by zero, and what an empty tensor holds may be no number: those up to
-    the next whole `STEP` are zeroed. A whole state filled with zeros would take its memory before there are tokens for it.
-    """
+
+def history(state: dict[str, Tensor], count: int, groups: int) -> Pair:
+    """The first `count` keys and values of a state as views (G, n, D)."""
+    k, v = (state[name][:count].unflatten(1, (groups, -1)) for name in ("k", "v"))
+    return heads_first(k), heads_first(v)
+
+
+def append(state: dict[str, Tensor], k: Tensor, v: Tensor, past: int) -> Pair:
+    """Write k, v (C, G, D) behind the `past` tokens of a state that keeps all; returns all of them, (G, past + C, D)."""
     write(state, k, v, past)
-    total = past + len(k)
+    _clear(state, past, past + len(k))
+    return history(state, past + len(k), k.shape[1])
+
+
+def _clear(state: dict[str, Tensor], past: int, total: int) -> None:
+    """Zero the values behind the last of `total` tokens up to the next whole `STEP`, unless that was done for `past`.
+
+    A step multiplies them by zero, and what an empty tensor holds may be no number. A whole state filled with zeros would
+    take its memory before there are tokens for it.
+    """
     if past % STEP == 0 or past // STEP != (total - 1) // STEP:
         state["v"][total : _rounded(total, len(state["v"]))] = 0.0
-    return heads_first(state["k"][:total]), heads_first(state["v"][:total])
 
 
 def extend(q: Tensor, k: Tensor, v: Tensor, past: int, state: dict[str, Tensor], out: Tensor) -> Parts:
@@ -397,9 +417,10 @@ def append_step(
     log_total: Tensor | None = None,
 ) -> None:
     """`extend` by one token of each of B sequences: q, out (B, H, D), k, v (B, G, D); see `step`."""
-    for i, (state, at) in enumerate(zip(states, past, strict=True)):
-        append(state, k[i : i + 1], v[i : i + 1], at)
-    step(q, states, [at + 1 for at in past], out, log_total)
+    write_step(states, k, v, past)
+    for state, at in zip(states, past, strict=True):
+        _clear(state, at, at + 1)
+    step(q, states, [at + 1 for at in past], k.shape[1], out, log_total)
 
 
 def workspace_bytes(

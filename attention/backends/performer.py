@@ -154,10 +154,9 @@ class Performer(AttentionBackend):
             for state, old, new in zip(states, scale, weight, strict=True):
                 _rescale(state["s"], state["scale"], torch.where(new > old + REACH, new, old)[..., None])
             scale = torch.stack([state["scale"] for state in states])[..., 0]
-        exponents[:, heads:] -= half + scale  # the key's weight on its value, taken on its features
+        exponents[:, heads:].sub_(half + scale)  # the key's weight on its value, taken on its features
         features = exponents.exp2_()[..., : self.weights.shape[1]]
-        values = exponents.new_ones(len(q), groups, self.shape.head_width + 1, 1)
-        values[..., :-1, 0] = v
+        values = functional.pad(v.to(self.wide), (0, 1), value=1.0)[..., None]
         queries, keys = features[:, :heads].unflatten(1, (groups, -1)), features[:, heads:, None]
         sums.step(queries, keys, values, [state["s"] for state in states], out)
 
@@ -235,7 +234,8 @@ class Performer(AttentionBackend):
     def _turn(self, state: dict[str, Tensor]) -> Parts:
         """Move the older chunk of a full state into the sums, and the newer into its place."""
         chunk = self.options.local_chunk
-        yield from self._absorb_chunk(state["k"][:chunk], state["v"][:chunk], state["s"], state["scale"])
+        k, v = (state[name][:chunk].unflatten(1, (self.shape.key_value_heads, -1)) for name in ("k", "v"))
+        yield from self._absorb_chunk(k, v, state["s"], state["scale"])
         for name in ("k", "v"):
             state[name][:chunk] = state[name][chunk:]
 

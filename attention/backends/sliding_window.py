@@ -66,19 +66,18 @@ class SlidingWindow(AttentionBackend):
         base = max(sinks, past - self.options.window)
         near = self._in_order(state["k"], k, base, past), self._in_order(state["v"], v, base, past)
         self._write(state, k, v, past)
-        first = blocks.heads_first(state["k"][:sinks]), blocks.heads_first(state["v"][:sinks])
+        first = blocks.history(state, sinks, k.shape[1])
         return blocks.band(q, near, first, past - base, self.options.window, 0, out)
 
     def step(
         self, q: Tensor, k: Tensor, v: Tensor, past: Sequence[int], states: Sequence[dict[str, Tensor]], out: Tensor
     ) -> None:
-        for i, (state, at) in enumerate(zip(states, past, strict=True)):
-            blocks.write(state, k[i : i + 1], v[i : i + 1], self._place(at))
-        blocks.step(q, states, [min(at + 1, self.edge) for at in past], out)
+        blocks.write_step(states, k, v, [self._place(at) for at in past])
+        blocks.step(q, states, [min(at + 1, self.edge) for at in past], k.shape[1], out)
 
     def _in_order(self, ring: Tensor, new: Tensor, base: int, past: int) -> Tensor:
-        """Positions `base` and on, (G, n, D): those before `past` from the ring, then the new tokens (C, G, D)."""
-        old = [ring[at : at + count] for at, _, count in self._runs(base, past)]
+        """Positions `base` and on, (G, n, D): those before `past` from the ring (N, G D), then the new tokens (C, G, D)."""
+        old = [ring[at : at + count].view(count, *new.shape[1:]) for at, _, count in self._runs(base, past)]
         return blocks.heads_first(torch.cat([*old, new[max(base - past, 0) :]]))
 
     def _write(self, state: dict[str, Tensor], k: Tensor, v: Tensor, past: int) -> None:

@@ -163,8 +163,10 @@ class AllocatorPeak:
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
+    """All tensors with a storage: packed weights are opaque, and as old as the model."""
     if isinstance(value, Tensor):
-        yield value
+        if not value.is_mkldnn:
+            yield value
     elif isinstance(value, Mapping):
         for item in value.values():
             yield from _tensors(item)

@@ -61,6 +61,7 @@ def load(directory: str | Path = EMBEDDED, dtype: str = "auto", device: str = "c
     model = Transformer(config)
     model.load_state_dict(_merged(config, _read_tensors(directory)), assign=False)
     model = model.to(device=device, dtype=chosen).requires_grad_(False).eval()
+    model.pack()
     tokenizer = Tokenizer.load(directory, config.eos_token_id)
     if tokenizer.vocab_size > config.vocab_size:
         raise ValueError(f"tokenizer has {tokenizer.vocab_size} tokens, the model {config.vocab_size}")
@@ -163,7 +164,7 @@ def _split(model: Transformer) -> Iterator[tuple[str, Tensor]]:
     heads, groups, depth = config.num_attention_heads, config.num_key_value_heads, config.head_dim
     sizes = {3: [heads * depth, groups * depth, groups * depth], 2: [config.intermediate_size] * 2}
     for ours, names in _names(config):
-        tensor = parameters[ours].detach()
+        tensor = parameters[ours].detach().to_dense()  # a loaded model's matrices are packed
         yield from zip(names, tensor.split(sizes[len(names)]) if len(names) > 1 else (tensor,), strict=True)
 
 

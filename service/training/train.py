@@ -42,6 +42,7 @@ Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 # Two layers may attend sharply, which recall in a long text needs; the others stay where FAVOR+ varies little.
 MAX_QK_SCALE = (1.0, 2.5, 1.5, 2.5, 1.5, 1.5)  # by layer
 FIRST_QK_SCALE = 0.6
+FROM_THE_TOP = 0.25  # share of the sequences that begin where a module does, as many prompts do
 ANSWER_WEIGHT = 4.0  # an answer token's loss beside an ordinary one's: there are very few
 WINDOW, SINKS, FEATURES, FEATURE_SEED, LOCAL_CHUNK = 512, 4, 256, 0, 512
 
@@ -80,8 +81,8 @@ PHASES = (
     Phase(0.77, (2048,), 16384, 0.2, MIXED),
     Phase(0.83, (4096, 8192, 8192, 16384), 16384, 0.3, MIXED),
     Phase(0.90, (2048,), 16384, 0.5, MOSTLY_DENSE),
-    Phase(0.942, (4096, 8192, 8192, 16384), 16384, 0.4, MOSTLY_DENSE),
-    Phase(1.01, (8192, 8192, 16384), 16384, 0.6, MOSTLY_DENSE),
+    Phase(0.945, (4096, 8192, 8192, 16384), 16384, 0.5, MOSTLY_DENSE),
+    Phase(1.01, (2048, 2048, 2048, 2048, 2048, 8192, 8192, 16384), 16384, 0.4, MOSTLY_DENSE),
 )
 DECAY_FROM = 0.90
 MATRIX_RATE, VECTOR_RATE = 0.02, 0.003
@@ -93,6 +94,7 @@ class Sampler:
     def __init__(self, stream: np.ndarray, tokenizer: Tokenizer, seed: int) -> None:
         assert tokenizer.eos_id is not None, "the tokenizer of service.training.corpus has an end-of-text token"
         self.stream, self.encode, self.seed, self.eos = stream, tokenizer.encode, seed, tokenizer.eos_id
+        self.tops = np.flatnonzero(stream == self.eos) + 1
 
     def draw(self, step: int, share: float) -> tuple[Phase, str, int, Tensor, Tensor]:
         """(phase, backend, length, tokens int64 (B, length + 1), weights float32 (B, length)) of a step."""
@@ -107,7 +109,8 @@ class Sampler:
 
     def _sequence(self, length: int, needles: float, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         """The end-of-text token, as in front of every served text, and `length` tokens of the stream behind it."""
-        start = int(rng.integers(0, len(self.stream) - length))
+        last = len(self.stream) - length
+        start = int(rng.choice(self.tops[self.tops < last]) if rng.random() < FROM_THE_TOP else rng.integers(0, last))
         crop, answers = self.stream[start : start + length].astype(np.int64), np.zeros(length, bool)
         if rng.random() < needles:
             crop, answers = needle.weave(crop, length, rng, self.encode)
@@ -295,7 +298,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="what service.training.corpus wrote")
     parser.add_argument("--out", type=Path, required=True, help="where the run's state and log go, outside the repository")
-    parser.add_argument("--tokens", type=int, default=52_200_000, help="tokens to train on in all")
+    parser.add_argument("--tokens", type=int, default=55_200_000, help="tokens to train on in all")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True, help="torch.compile short lengths")

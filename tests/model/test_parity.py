@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 import attention
 from attention import Segments
 from service.model.checkpoint import EMBEDDED, choose_dtype, load, save
-from service.model.transformer import ModelConfig, Transformer, rotary_frequencies
+from service.model.transformer import ModelConfig, Transformer, can_pack, rotary_frequencies
 
 TINY = {
     "vocab_size": 4096,
@@ -104,7 +104,18 @@ def test_a_saved_model_loads_with_equal_weights(tmp_path: Path) -> None:
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (tmp_path / name).write_bytes((EMBEDDED / name).read_bytes())
     again = load(tmp_path, dtype="bfloat16").model
-    assert all(torch.equal(a, b) for a, b in zip(original.parameters(), again.parameters(), strict=True))
+    pairs = list(zip(original.parameters(), again.parameters(), strict=True))
+    assert all(torch.equal(a.to_dense(), b.to_dense()) for a, b in pairs)
+
+
+def test_packed_weights_give_the_same_products_to_the_bit() -> None:
+    loaded = load(EMBEDDED, dtype="bfloat16").model
+    plain = Transformer(loaded.config).to(torch.bfloat16)
+    plain.load_state_dict({name: weight.to_dense() for name, weight in loaded.state_dict().items()})
+    assert can_pack() == loaded.decoder[0].qkv.weight.is_mkldnn
+    for count in (1, 3, 64, 700):
+        tokens = torch.randint(0, 4096, (count,), generator=torch.Generator().manual_seed(count))
+        assert torch.equal(our_logits(loaded, tokens), our_logits(plain, tokens)), count
 
 
 def test_a_sharded_checkpoint_loads_like_a_whole_one(tmp_path: Path) -> None:
