@@ -21,7 +21,8 @@ from service.replica import Replica
 async def listening(replica: Replica, user: UserConfig) -> AsyncIterator[str]:
     """The base URL under which a replica answers on loopback, at a free port, for as long as the block lasts."""
     await replica.start(user)
-    with socket.socket() as listener:
+    # asyncio turns Nagle's delay off, 40 ms for an answer, on sockets that say they are TCP
+    with socket.socket(proto=socket.IPPROTO_TCP) as listener:
         listener.bind(("127.0.0.1", 0))
         server = uvicorn.Server(uvicorn.Config(replica.app, log_level="error", timeout_graceful_shutdown=5))
         serving = asyncio.create_task(server.serve([listener]))

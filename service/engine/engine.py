@@ -40,6 +40,7 @@ from service.engine.request import (
 from service.engine.runner import Runner, row_multiple
 from service.engine.sampling import Drawn
 from service.engine.scheduler import Scheduler, Work
+from service.engine.team import give_team_its_cpus
 from service.engine.text import Settled
 from service.model.tokenizer import Tokenizer
 from service.model.transformer import Transformer
@@ -105,7 +106,7 @@ class Engine:
         available = available_bytes(self._model.device)
         self._ledger = Ledger(budget_bytes(self._config.memory_budget_bytes, self._config.memory_share, available))
         threads = torch.get_num_threads()
-        self._thread = ThreadPoolExecutor(1, "longserve-model", initializer=lambda: torch.set_num_threads(threads))
+        self._thread = ThreadPoolExecutor(1, "longserve-model", initializer=lambda: give_team_its_cpus(threads))
         await self._on_model_thread(warm_up)
         self._pace = await self._on_model_thread(lambda: forecast.measure_model(self._model))
         self._rows = await self._on_model_thread(lambda: row_multiple(self._model))
