@@ -312,8 +312,11 @@ def growth(contest: Contest, lengths: Sequence[int]) -> float:
     return statistics.linear_regression(x, y).slope
 
 
-def decode_step(backend: AttentionBackend, past: int, sequences: int) -> float:
-    """Median seconds of one decode step of one layer for `sequences` sequences with `past` tokens behind them."""
+def decode_step(backend: AttentionBackend, past: int, sequences: int, together: bool = True) -> float:
+    """Median seconds of one decode step of one layer for `sequences` sequences with `past` tokens behind them.
+
+    together: in one call; else each sequence in a call of its own.
+    """
     pool = backend.new_pool(1, 1 << 40)
     slots = [pool.allocate(past + 1) for _ in range(sequences)]
     q, k, v = inputs(sequences, torch.bfloat16)
@@ -323,7 +326,14 @@ def decode_step(backend: AttentionBackend, past: int, sequences: int) -> float:
         for name, tensor in pool.tensors(slot).items():
             if name in ("k", "v"):
                 tensor.normal_()
-    step = partial(backend.extend, q, k, v, Segments(ones, (past,) * sequences), pool, 0, slots)
+
+    def step() -> None:
+        if together:
+            backend.extend(q, k, v, Segments(ones, (past,) * sequences), pool, 0, slots)
+            return
+        for i, slot in enumerate(slots):
+            backend.extend(q[i : i + 1], k[i : i + 1], v[i : i + 1], Segments((1,), (past,)), pool, 0, [slot])
+
     step()
     return statistics.median(seconds(step) for _ in range(20))
 
@@ -338,12 +348,13 @@ def show_growth(quick: bool) -> None:
 
 def show_decode() -> None:
     print("\ndecode: microseconds of a step of one layer (bf16)")
-    print(f"  {'':15} {'1k':>8} {'64k':>8}    {'32 at 1k':>8} {'32 steps':>8}")
+    print(f"  {'':15} {'1k':>8} {'64k':>8}    {'32 at 1k':>8} {'one by one':>10}")
     options: dict[str, dict[str, int]] = {"dense": {}, "sliding_window": {"window": 512}, "chunked": {"chunk": 512}}
     for name, chosen in (options | {"bigbird": {}, "performer": {}, "linear": {}}).items():
         backend = build(name, chosen, HeadShape(HEADS, HEADS, WIDTH, torch.bfloat16))
-        short, long, many = (decode_step(backend, *case) * 1e6 for case in ((1023, 1), (65535, 1), (1023, 32)))
-        print(f"  {name:15} {short:8.0f} {long:8.0f}    {many:8.0f} {32 * short:8.0f}  ({32 * short / many:.1f}x)")
+        cases = ((1023, 1), (65535, 1), (1023, 32), (1023, 32, False))
+        short, long, many, each = (decode_step(backend, *case) * 1e6 for case in cases)
+        print(f"  {name:15} {short:8.0f} {long:8.0f}    {many:8.0f} {each:10.0f}  ({each / many:.1f}x)")
 
 
 def machine() -> dict[str, Any]:

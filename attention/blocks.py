@@ -31,7 +31,7 @@ ROWS = 128  # queries of a block of a band: fewer lose speed in the products, mo
 DENSE_ROWS = 512  # where all keys are seen there is no such waste
 PIECE_BYTES = 2 << 20  # per thread; the scores of a piece should stay near the cores between the two products
 STEP = 256  # a step looks at a multiple of so many keys, for each count is a shape that oneDNN compiles a kernel for (4 ms)
-STACKED_BYTES = 1 << 17  # of keys, up to which histories that step together are stacked: a copy costs less than a product
+STACKED_BYTES = 4 << 20  # of keys: so many histories that step together are stacked for one product, in memory that stays warm
 
 
 @dataclass(frozen=True)
@@ -249,14 +249,15 @@ def step(
     place, own = _places(heads, groups, q.dtype, q.device)
     rows = torch.mul(q[:, :, None], place).view(count, heads, -1)  # (B, H, G D)
     sizes = [_rounded(seen, len(state["k"])) for state, seen in zip(states, counts, strict=True)]
-    entry = groups * width * q.itemsize
-    if count == 1 or (sizes[0] * entry <= STACKED_BYTES and sizes.count(sizes[0]) == count):
+    if count == 1:
         found = _step(rows, states, counts, sizes[0], width, log_total)
     else:
         found = torch.empty_like(rows)
         for size in set(sizes):
             these = [i for i, other in enumerate(sizes) if other == size]
-            for some in [these] if size * entry <= STACKED_BYTES else [[i] for i in these]:
+            most = max(1, STACKED_BYTES // (size * rows.shape[-1] * q.itemsize))
+            for first, last in spread(0, len(these), most):
+                some = these[first:last]
                 logs = None if log_total is None else log_total.new_empty(len(some), heads, 1)
                 found[some] = _step(rows[some], [states[i] for i in some], [counts[i] for i in some], size, width, logs)
                 if log_total is not None and logs is not None:

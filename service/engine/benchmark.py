@@ -155,15 +155,19 @@ async def _timed(work: Any) -> float:
     return time.perf_counter() - start
 
 
-async def decode_speedup(engine: Engine, name: str, together: int = 32, answer: int = 100) -> float:
-    """Tokens a second of many concurrent decodes over those of one, each measured behind a run that compiled its kernels."""
+async def decode_speedup(engine: Engine, name: str, together: int = 32, answer: int = 300) -> float:
+    """Tokens a second of many concurrent decodes over those of one, each measured behind a run that compiled its kernels.
+
+    Counted while all of them run: from the end of the last prefill to the end of the first answer.
+    """
 
     async def rate(count: int) -> float:
         requests = [make_request(SHORT[0], answer, name) for _ in range(count)]
         await asyncio.gather(*(answered(engine, request) for request in requests))
         begin = max(request.timings.prefilled_at or 0.0 for request in requests)
-        times = [at for request in requests for at in request.timings.token_times if at > begin]
-        return len(times) / (max(times) - begin)
+        end = min(request.timings.token_times[-1] for request in requests)
+        counted = sum(begin < at <= end for request in requests for at in request.timings.token_times)
+        return counted / (end - begin)
 
     found = [[await rate(count) for _ in range(2)][-1] for count in (together, 1)]
     return found[0] / found[1]
