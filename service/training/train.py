@@ -108,7 +108,7 @@ class Sampler:
         return phase, backend, length, tokens, 1.0 + (ANSWER_WEIGHT - 1.0) * answers[:, 1:].float()
 
     def _sequence(self, length: int, needles: float, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-        """The end-of-text token, as in front of every served text, and `length` tokens of the stream behind it."""
+        """The end-of-text token, as in front of every module, and `length` tokens of the stream behind it."""
         last = len(self.stream) - length
         start = int(rng.choice(self.tops[self.tops < last]) if rng.random() < FROM_THE_TOP else rng.integers(0, last))
         crop, answers = self.stream[start : start + length].astype(np.int64), np.zeros(length, bool)
