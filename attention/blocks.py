@@ -286,9 +286,9 @@ def _step(
     keys = _histories(states, "k", size)
     weights = rows.new_empty(len(rows), rows.shape[1], size)
     torch.baddbmm(weights, rows, keys.transpose(1, 2), beta=0, alpha=1 / math.sqrt(width), out=weights)
-    for scores, count in zip(weights, counts, strict=True):
+    for own, count in zip(weights, counts, strict=True):
         if count < size:
-            scores[:, count:].fill_(-math.inf)
+            own[:, count:].fill_(-math.inf)
     if log_total is not None:
         torch.mul(weights.to(log_total.dtype).logsumexp(-1, keepdim=True), LOG2_E, out=log_total)
     return torch.bmm(weights.softmax(-1), _histories(states, "v", size))

@@ -141,7 +141,7 @@ class Projection(nn.Linear):
         those that torch.compile's frozen graphs use; they are not in the public reference, so where they are missing the
         matrix stays as it is. Other dtypes are multiplied by MKL.
         """
-        if self.weight.dtype == torch.bfloat16 and self.weight.device.type == "cpu" and can_pack():
+        if can_pack(self.weight):
             self.weight = nn.Parameter(packed(self.weight), requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -150,10 +150,11 @@ class Projection(nn.Linear):
     __call__ = forward  # without nn.Module's look for hooks, which takes a tenth of a small product
 
 
-def can_pack() -> bool:
-    """Whether this build of torch has oneDNN and the two operators."""
-    found = all(hasattr(torch.ops.mkldnn, name) for name in ("_reorder_linear_weight", "_linear_pointwise"))
-    return found and torch.backends.mkldnn.is_available()
+def can_pack(weight: Tensor) -> bool:
+    """Whether oneDNN multiplies this matrix, bfloat16 on CPU, and this build of torch has the two operators."""
+    if weight.dtype != torch.bfloat16 or weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        return False
+    return all(hasattr(torch.ops.mkldnn, name) for name in ("_reorder_linear_weight", "_linear_pointwise"))
 
 
 def packed(weight: Tensor) -> Tensor:
@@ -292,8 +293,7 @@ class Transformer(nn.Module):
             if isinstance(module, Layer) and self.config.qk_norm:
                 module._qk_scales = module.qk_scales()
         tied = self.embed.weight
-        small = self.config.tie_word_embeddings and tied.nbytes <= TIED_COPY_BYTES
-        if small and self.dtype == torch.bfloat16 and self.device.type == "cpu" and can_pack():
+        if self.config.tie_word_embeddings and tied.nbytes <= TIED_COPY_BYTES and can_pack(tied):
             self._packed_head = packed(tied)
 
     def workspace_bytes(self, tokens: int, attention: int) -> int:

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service.engine.memory import Ledger, StorageCounter, available_bytes, budget_bytes, is_out_of_memory
+from service.engine.memory import BESIDE_BUDGET_BYTES, Ledger, StorageCounter, available_bytes, budget_bytes, is_out_of_memory
 
 CPU = torch.device("cpu")
 GIB = 2**30
@@ -68,6 +68,14 @@ def test_a_full_cgroup_leaves_nothing_and_is_refused(tmp_path: Path) -> None:
     assert available_bytes(CPU, root) == 0
     with pytest.raises(ValueError, match="no memory left"):
         budget_bytes(None, 0.5, 0)
+
+
+def test_what_a_process_takes_beside_its_budget_is_held_back() -> None:
+    available = BESIDE_BUDGET_BYTES + 1000
+    assert budget_bytes(None, 0.5, available) == 500
+    assert budget_bytes(1000, 0.5, available) == 1000
+    with pytest.raises(ValueError, match="at most the 1000 bytes left here, received 1001"):
+        budget_bytes(1001, 0.5, available)
 
 
 def test_the_real_machine_is_read() -> None:
