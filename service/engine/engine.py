@@ -399,8 +399,9 @@ class Engine:
         job, sampling = sequence.job, sequence.job.request.sampling
         text, tokens, logprobs = settled.text, settled.tokens, settled.logprobs
         if sampling.echo and not sequence.is_opened:
-            text, tokens = sequence.echoed + text, (*job.prompt, *tokens)
-            logprobs = (*job.prompt_logprobs, *logprobs)
+            own = slice(job.request.leading, None)
+            text, tokens = sequence.echoed + text, (*job.prompt[own], *tokens)
+            logprobs = (*job.prompt_logprobs[own], *logprobs)
         sequence.is_opened = True
         told = logprobs if sampling.logprobs is not None else None
         job.answer.put(Delta(sequence.index, text, tokens, told, reason))

@@ -92,7 +92,7 @@ class Job:
             for index in range(request.n)
         ]
         for sample in samples:
-            sample.echoed = sample.text.prompt(job.prompt) if request.sampling.echo else ""
+            sample.echoed = sample.text.prompt(job.prompt[request.leading :]) if request.sampling.echo else ""
         job.sequences, job.siblings = samples[:1], samples[1:]
         return job
 

@@ -43,6 +43,7 @@ class Request:
     deadline: float | None = None  # time.monotonic() value after which nobody waits for the answer
     arrival: float = field(default_factory=time.monotonic)
     timings: Timings = field(default_factory=Timings)
+    leading: int = 0  # of the tokens: special ones that the service put in front of a text; an echo leaves them out
 
 
 @dataclass(frozen=True)

@@ -30,23 +30,24 @@ async def completion_requests(body: CompletionBody, host: Host, call: Call) -> l
     if body.samples > host.config.max_samples:
         raise InvalidRequest(f"n may be at most {host.config.max_samples}, received {body.samples}", param="n")
     asked = Request(call.id, "completion", (), backend_of(body, host), sampling_of(body), body.samples, call.deadline)
-    return await _requests(asked, "prompt", body.prompt, host)
+    return await _requests(asked, "prompt", body.prompt, body.with_special_tokens, host)
 
 
 async def embedding_requests(body: EmbeddingBody, host: Host, call: Call) -> list[Request]:
     """One request per input. Raises InvalidRequest."""
     asked = Request(call.id, "embedding", (), backend_of(body, host), deadline=call.deadline)
-    return await _requests(asked, "input", body.input, host)
+    return await _requests(asked, "input", body.input, body.with_special_tokens, host)
 
 
 async def planned_requests(body: PlanBody, host: Host, call: Call) -> list[Request]:
     """The requests a plan is asked about. Raises InvalidRequest."""
     backend = backend_of(body, host)
     if body.input is not None:
-        return await _requests(Request(call.id, "embedding", (), backend), "input", body.input, host)
+        asked = Request(call.id, "embedding", (), backend)
+        return await _requests(asked, "input", body.input, body.with_special_tokens, host)
     assert body.prompt is not None, "the schema wants one of the two"
-    sampling = Sampling(max_tokens=_max_tokens(body.max_tokens))
-    return await _requests(Request(call.id, "completion", (), backend, sampling, body.n or 1), "prompt", body.prompt, host)
+    asked = Request(call.id, "completion", (), backend, Sampling(max_tokens=_max_tokens(body.max_tokens)), body.n or 1)
+    return await _requests(asked, "prompt", body.prompt, body.with_special_tokens, host)
 
 
 def check_model(body: Body, host: Host) -> str | None:
@@ -87,31 +88,36 @@ def _max_tokens(asked: int | None) -> int:
     return DEFAULT_MAX_TOKENS if asked is None else asked
 
 
-async def _requests(asked: Request, param: str, prompts: Sequence[Prompt], host: Host) -> list[Request]:
+async def _requests(
+    asked: Request, param: str, prompts: Sequence[Prompt], add_special_tokens: bool, host: Host
+) -> list[Request]:
     """`asked` once for every prompt, with the prompt's own tokens, id and clock."""
     if len(prompts) > host.config.max_prompts:
         raise InvalidRequest(f"{param} may hold {host.config.max_prompts} entries, received {len(prompts)}", param=param)
     requests = []
     for index, prompt in enumerate(prompts):
         start = time.monotonic()
-        tokens = await tokens_of(prompt, host, param)
+        tokens = await tokens_of(prompt, add_special_tokens, host, param)
         timings = Timings(tokenize_seconds=time.monotonic() - start)
-        requests.append(replace(asked, id=f"{asked.id}-{index}", tokens=tokens, timings=timings))
+        leading = host.tokenizer.leading if add_special_tokens and isinstance(prompt, str) else 0
+        requests.append(replace(asked, id=f"{asked.id}-{index}", tokens=tokens, timings=timings, leading=leading))
     return requests
 
 
-async def tokens_of(prompt: Prompt, host: Host, param: str) -> list[int]:
-    """A prompt's token ids. Raises InvalidRequest for an empty prompt or an id that is no token."""
-    tokens = await encode(prompt, host) if isinstance(prompt, str) else prompt
-    if not tokens:
+async def tokens_of(prompt: Prompt, add_special_tokens: bool, host: Host, param: str) -> list[int]:
+    """A prompt's token ids; those of a caller stay as they are. Raises InvalidRequest: an empty prompt, an id that is none."""
+    tokens = await encode(prompt, add_special_tokens, host) if isinstance(prompt, str) else prompt
+    if not prompt or not tokens:
         raise InvalidRequest(f"{param} is empty, it must have at least one token", param=param)
     check_ids(tokens, host, param)
     return tokens
 
 
-async def encode(text: str, host: Host) -> list[int]:
+async def encode(text: str, add_special_tokens: bool, host: Host) -> list[int]:
     """Token ids of a text, off the event loop when it is long."""
-    return host.tokenizer.encode(text) if len(text) <= LONG_TEXT else await asyncio.to_thread(host.tokenizer.encode, text)
+    if len(text) <= LONG_TEXT:
+        return host.tokenizer.encode(text, add_special_tokens)
+    return await asyncio.to_thread(host.tokenizer.encode, text, add_special_tokens)
 
 
 def check_ids(tokens: Sequence[int], host: Host, param: str) -> None:

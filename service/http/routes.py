@@ -109,7 +109,7 @@ def _add_tokens(app: FastAPI, host: Host) -> None:
     async def tokenize(body: TokenizeBody) -> dict[str, Any]:
         """A text's token ids."""
         check_model(body, host)
-        tokens = await encode(body.prompt, host)
+        tokens = await encode(body.prompt, body.with_special_tokens, host)
         return {"tokens": tokens, "count": len(tokens), "max_model_len": host.card.max_length}
 
     @app.post("/detokenize")

@@ -27,7 +27,6 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "bad_words": (None, []),
     "truncate_prompt_tokens": (None,),
     "prompt_logprobs": (None,),
-    "add_special_tokens": (None, False),
     "response_format": (None, {"type": "text"}),
     "guided_json": (None,),
     "guided_regex": (None,),
@@ -93,7 +92,20 @@ class Body(BaseModel):
         return value
 
 
-class Attended(Body):
+class Worded(Body):
+    """A body with text that becomes tokens."""
+
+    add_special_tokens: bool | None = Field(
+        default=None, description="Whether text gets the tokenizer's special tokens; token ids never do. Left out: true."
+    )
+
+    @property
+    def with_special_tokens(self) -> bool:
+        """Whether text gets begin-of-text and what else the tokenizer's file puts around it."""
+        return self.add_special_tokens is not False
+
+
+class Attended(Worded):
     """A body that is answered by attending."""
 
     attention: str | None = Field(default=None, description="The backend; left out: the default of the config in force.")
@@ -177,7 +189,7 @@ class PlanBody(Attended):
         return self
 
 
-class TokenizeBody(Body):
+class TokenizeBody(Worded):
     """POST /tokenize."""
 
     prompt: str

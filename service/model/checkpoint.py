@@ -189,7 +189,7 @@ def _config_json(config: ModelConfig) -> dict[str, Any]:
         "attention_bias": config.attention_bias,
         "hidden_act": "silu",
         "eos_token_id": config.eos_token_id,
-        "bos_token_id": None,
+        "bos_token_id": config.eos_token_id,  # as service.training.corpus has it
         "torch_dtype": "bfloat16",
         "use_cache": True,
     }

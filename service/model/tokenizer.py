@@ -1,6 +1,7 @@
 """Text to tokens and back: a Hugging Face `tokenizer.json`, run by the `tokenizers` library.
 
-The chat and padding machinery of transformers is left out: the service encodes plain text and adds no token.
+The chat and padding machinery of transformers is left out. Which special tokens go around a text, Llama's begin-of-text for
+one, is what the file's own post-processor says.
 """
 
 from __future__ import annotations
@@ -43,9 +44,17 @@ class Tokenizer:
         """Number of token ids, added tokens included."""
         return int(self._core.get_vocab_size(with_added_tokens=True))
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids of a text. Special tokens are neither added nor recognised as more than their text's own tokens."""
-        return list(self._core.encode(text, add_special_tokens=False).ids)
+    @cached_property
+    def leading(self) -> int:
+        """How many special tokens `add_special_tokens` puts in front of a text."""
+        return int(self._core.encode("a", add_special_tokens=True).special_tokens_mask.index(0))
+
+    def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
+        """Token ids of a text, with the special tokens around it that the file adds when asked to.
+
+        What looks like a special token within the text is encoded as the plain text it is.
+        """
+        return list(self._core.encode(text, add_special_tokens=add_special_tokens).ids)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of token ids; bytes that are no UTF-8 become U+FFFD. Special tokens show as their text."""

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import tokenizers
-from tokenizers import decoders, models, pre_tokenizers, trainers
+from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 EOS = "<|endoftext|>"
 VOCABULARY = 4096
@@ -90,6 +90,8 @@ def train_tokenizer(texts: list[str]) -> tokenizers.Tokenizer:
         show_progress=False,
     )
     core.train_from_iterator(texts, trainer)
+    end = core.token_to_id(EOS)
+    core.post_processor = processors.TemplateProcessing(single=f"{EOS} $A", special_tokens=[(EOS, end)])  # as `encode` does
     return core
 
 
@@ -99,6 +101,7 @@ def save_tokenizer(core: tokenizers.Tokenizer, directory: Path, max_length: int)
     core.save(str(directory / "tokenizer.json"))
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": EOS,
         "eos_token": EOS,
         "model_max_length": max_length,
         "clean_up_tokenization_spaces": False,
@@ -109,7 +112,9 @@ def save_tokenizer(core: tokenizers.Tokenizer, directory: Path, max_length: int)
 def encode(core: tokenizers.Tokenizer, found: list[Module]) -> np.ndarray:
     """All modules as one stream of uint16 tokens, an EOS in front of each."""
     eos = core.token_to_id(EOS)
-    parts = [[eos, *encoding.ids] for encoding in core.encode_batch([module.text for module in found])]
+    parts = [
+        [eos, *encoding.ids] for encoding in core.encode_batch([module.text for module in found], add_special_tokens=False)
+    ]
     return np.concatenate([np.asarray(part, dtype=np.uint16) for part in parts])
 
 

@@ -147,9 +147,9 @@ def complete(model: Model, backend: str, beginning: str, tokens: int) -> str:
     """Greedy continuation of a text, the beginning included."""
     chosen = model.backends[backend]
     pool = chosen.new_pool(model.core.config.num_hidden_layers, 2**40)
-    text = model.tokenizer.encode(beginning)
-    slot = pool.allocate(len(text) + tokens)
-    new, past = [model.eos, *text], 0
+    new, past = model.tokenizer.encode(beginning, add_special_tokens=True), 0
+    text = new[model.tokenizer.leading :]
+    slot = pool.allocate(len(new) + tokens)
     while len(text) < tokens:
         segments = Segments((len(new),), (past,))
         attend = _extend(chosen, segments, pool, slot)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+import attention
+from service.model.checkpoint import load
+from service.training.evaluate import BEGINNINGS, Model, complete
 from tests.http.client import Client, eventually
 from tests.http.conftest import BACKENDS
 
@@ -104,10 +107,37 @@ def test_echo_gives_the_prompt_back_with_its_logprobs(service: Client) -> None:
     choice = service.complete("import os", echo=True, logprobs=1, max_tokens=2, ignore_eos=True).json["choices"][0]
     logprobs = choice["logprobs"]
     assert choice["text"].startswith("import os")
-    assert logprobs["token_logprobs"][0] is None
-    assert all(value <= 0 for value in logprobs["token_logprobs"][1:])
+    assert all(value <= 0 for value in logprobs["token_logprobs"])
     assert logprobs["text_offset"][0] == 0
     assert "".join(logprobs["tokens"][:2]) == "import os"[: logprobs["text_offset"][2]]
+
+
+def test_a_text_begins_with_the_models_begin_token_unless_told_otherwise(service: Client) -> None:
+    with_it, without = (
+        service.post("/tokenize", {"prompt": "import os", "add_special_tokens": wanted}).json["tokens"]
+        for wanted in (None, False)
+    )
+    assert with_it == [service.replica.tokenizer.eos_id, *without]
+    scored = {"echo": True, "logprobs": 0, "max_tokens": 0, "temperature": 0}
+    asked = [service.complete("import os", **scored), service.complete("import os", add_special_tokens=False, **scored)]
+    assert [each.json["usage"]["prompt_tokens"] for each in asked] == [len(with_it), len(without)]
+    first, second = (each.json["choices"][0] for each in asked)
+    assert first["text"] == second["text"] == "import os"
+    assert first["logprobs"]["tokens"] == second["logprobs"]["tokens"]
+    assert first["logprobs"]["text_offset"] == second["logprobs"]["text_offset"]
+    assert first["logprobs"]["token_logprobs"][0] < 0, "the first token of the text stands behind the begin token"
+    assert second["logprobs"]["token_logprobs"][0] is None
+    ids = service.complete(with_it, **scored).json["choices"][0]["logprobs"]
+    assert ids["token_logprobs"] == [None, *first["logprobs"]["token_logprobs"]]
+
+
+@pytest.mark.parametrize("beginning", BEGINNINGS)
+def test_a_beginning_is_continued_as_the_models_card_shows(service: Client, beginning: str) -> None:
+    core = load()
+    shown = complete(Model(core, {"dense": attention.build("dense", {}, core.model.head_shape())}), "dense", beginning, 40)
+    tokens = 40 - len(core.tokenizer.encode(beginning))
+    answer = service.complete(beginning, attention="dense", temperature=0, max_tokens=tokens, echo=True)
+    assert answer.json["choices"][0]["text"] == shown
 
 
 def test_echo_alone_scores_a_prompt(service: Client) -> None:

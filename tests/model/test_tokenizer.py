@@ -39,6 +39,19 @@ def test_the_end_of_text_token_is_plain_text_in_a_prompt() -> None:
     assert TOKENIZER.decode(tokens) == "<|endoftext|>"
 
 
+def test_a_text_begins_with_the_special_tokens_of_its_file() -> None:
+    assert TOKENIZER.eos_id is not None and TOKENIZER.leading == 1
+    assert TOKENIZER.encode("import os", add_special_tokens=True) == [TOKENIZER.eos_id, *TOKENIZER.encode("import os")]
+
+
+def test_a_file_that_adds_no_special_token_gets_none(tmp_path: Path) -> None:
+    raw = json.loads((EMBEDDED / "tokenizer.json").read_text()) | {"post_processor": None}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(raw))
+    plain = Tokenizer.load(tmp_path)
+    assert plain.leading == 0
+    assert plain.encode("import os", add_special_tokens=True) == plain.encode("import os")
+
+
 def test_half_a_character_shows_as_a_replacement_mark() -> None:
     tokens = TOKENIZER.encode("é")
     assert TOKENIZER.decode(tokens[:1]) == "�" or len(tokens) == 1
@@ -49,6 +62,7 @@ def test_encoding_agrees_with_transformers() -> None:
     theirs = transformers.AutoTokenizer.from_pretrained(EMBEDDED)
     text = Path(json.__file__).read_text()
     assert theirs(text, add_special_tokens=False)["input_ids"] == TOKENIZER.encode(text)
+    assert theirs(text)["input_ids"] == TOKENIZER.encode(text, add_special_tokens=True)
     assert theirs.model_max_length == 32768
 
 
