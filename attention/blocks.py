@@ -15,6 +15,7 @@ otherwise makes copies of its own, and that of the keys, transposed, costs as mu
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -26,6 +27,7 @@ from attention.interface import HeadShape, Parts, StateTensor
 
 LOG2_E = math.log2(math.e)
 # A row sum between these shows that no 2^s overflowed, and that what underflowed (below 2^-126) was at most 2^-66 of the row.
+_own = threading.local()  # of each thread: the memory in which its steps stack histories
 SOUND = (2.0**-60, 2.0**100)
 ROWS = 128  # queries of a block of a band: fewer lose speed in the products, more score keys that their rows do not see
 DENSE_ROWS = 512  # where all keys are seen there is no such waste
@@ -249,20 +251,27 @@ def step(
     place, own = _places(heads, groups, q.dtype, q.device)
     rows = torch.mul(q[:, :, None], place).view(count, heads, -1)  # (B, H, G D)
     sizes = [_rounded(seen, len(state["k"])) for state, seen in zip(states, counts, strict=True)]
-    if count == 1:
+    together = _together(sizes, groups * width * q.itemsize) if count > 1 else [[0]]
+    if len(together) == 1:
         found = _step(rows, states, counts, sizes[0], width, log_total)
     else:
         found = torch.empty_like(rows)
-        for size in set(sizes):
-            these = [i for i, other in enumerate(sizes) if other == size]
-            most = max(1, STACKED_BYTES // (size * rows.shape[-1] * q.itemsize))
-            for first, last in spread(0, len(these), most):
-                some = these[first:last]
-                logs = None if log_total is None else log_total.new_empty(len(some), heads, 1)
-                found[some] = _step(rows[some], [states[i] for i in some], [counts[i] for i in some], size, width, logs)
-                if log_total is not None and logs is not None:
-                    log_total[some] = logs
+        for some in together:
+            logs = None if log_total is None else log_total.new_empty(len(some), heads, 1)
+            found[some] = _step(rows[some], [states[i] for i in some], [counts[i] for i in some], sizes[some[0]], width, logs)
+            if log_total is not None and logs is not None:
+                log_total[some] = logs
     torch.index_select(found.view(count, heads * groups, width), 1, own, out=out)
+
+
+def _together(sizes: Sequence[int], row_bytes: int) -> list[list[int]]:
+    """The indices of histories in groups of one size each, none of more than STACKED_BYTES of keys."""
+    found = []
+    for size in set(sizes):
+        these = [i for i, other in enumerate(sizes) if other == size]
+        most = max(1, STACKED_BYTES // (size * row_bytes))
+        found += [these[first:last] for first, last in spread(0, len(these), most)]
+    return found
 
 
 @lru_cache(maxsize=64)
@@ -286,18 +295,37 @@ def _step(
     keys = _histories(states, "k", size)
     weights = rows.new_empty(len(rows), rows.shape[1], size)
     torch.baddbmm(weights, rows, keys.transpose(1, 2), beta=0, alpha=1 / math.sqrt(width), out=weights)
-    for own, count in zip(weights, counts, strict=True):
-        if count < size:
-            own[:, count:].fill_(-math.inf)
+    if len(counts) == 1 and counts[0] < size:
+        weights[..., counts[0] :].fill_(-math.inf)
+    elif min(counts) < size:
+        weights.masked_fill_(_behind(tuple(counts), size, rows.device), -math.inf)
     if log_total is not None:
         torch.mul(weights.to(log_total.dtype).logsumexp(-1, keepdim=True), LOG2_E, out=log_total)
     return torch.bmm(weights.softmax(-1), _histories(states, "v", size))
 
 
 def _histories(states: Sequence[dict[str, Tensor]], name: str, size: int) -> Tensor:
-    """The first `size` keys or values of each state as (b, size, G D)."""
+    """The first `size` keys or values of each state as (b, size, G D); gone with this thread's next call, or a view."""
     found = [state[name][:size] for state in states]
-    return torch.stack(found) if len(found) > 1 else found[0][None]
+    return torch.stack(found, out=_stack(found[0], len(found))) if len(found) > 1 else found[0][None]
+
+
+def _stack(like: Tensor, count: int) -> Tensor:
+    """Uninitialised (count, ...) for as many tensors like this one. On CPU it is this thread's, one step after the other:
+
+    fresh memory costs a fault per page, and 4 MB of them take longer than all else that a step does with a layer.
+    """
+    if like.device.type != "cpu":
+        return like.new_empty(count, *like.shape)
+    rooms: dict[torch.dtype, Room] = _own.__dict__.setdefault("rooms", {})
+    with torch.inference_mode(False):  # memory that was taken in inference mode can be used nowhere else
+        return rooms.setdefault(like.dtype, Room(torch.empty(0, dtype=like.dtype))).take("stack", count, *like.shape)
+
+
+@lru_cache(maxsize=8)
+def _behind(counts: tuple[int, ...], size: int, device: torch.device) -> Tensor:
+    """Bool (b, 1, size): True at and behind each sequence's count; the layers of a step ask for the same."""
+    return (torch.arange(size) >= torch.tensor(counts)[:, None])[:, None].to(device)
 
 
 def _rounded(count: int, most: int) -> int:

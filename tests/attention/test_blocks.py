@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -91,3 +92,34 @@ def test_float16_is_never_trusted_unshifted() -> None:
     out = torch.empty_like(q)
     finish(blocks.softmax(q, [blocks.Piece(k, v)], out, blocks.Room(q)))
     assert largest(out - plain(q, k, v, torch.zeros(20, 30, dtype=torch.bool))) <= 4 * BOUNDS[torch.float16]  # scores of 20
+
+
+@pytest.mark.parametrize("counts", [(3, 700), (256, 256, 200), (1, 300, 299, 800)])
+def test_histories_that_step_together_answer_as_plain_softmax(counts: tuple[int, ...]) -> None:
+    states = [{name: drawn(n, 800)[place].transpose(0, 1).flatten(1) for name, place in (("k", 1), ("v", 2))} for n in counts]
+    q = drawn(len(counts), 1)[0]
+    for mode in (True, False, True):  # memory that is kept from step to step serves both
+        with torch.inference_mode(mode):
+            out = torch.empty_like(q)
+            blocks.step(q, states, counts, 2, out)
+        for row, state, count in zip(range(len(counts)), states, counts, strict=True):
+            k, v = blocks.history(state, count, 2)
+            assert largest(out[row : row + 1] - plain(q[row : row + 1], k, v, torch.zeros(1, count).bool())) < 1e-5
+
+
+def test_threads_that_step_at_once_do_not_meet() -> None:
+    counts = (1000,) * 8
+    states = [
+        {"k": k.transpose(0, 1).flatten(1), "v": v.transpose(0, 1).flatten(1)} for _, k, v in map(drawn, range(8), counts)
+    ]
+
+    def answer(seed: int) -> Tensor:
+        q = drawn(8, 2000 + seed)[0]
+        out = torch.empty_like(q)
+        blocks.step(q, states, counts, 2, out)
+        return out
+
+    wanted = [answer(seed) for seed in range(4)]
+    with ThreadPoolExecutor(4) as threads:
+        for seed, found in zip(list(range(4)) * 20, threads.map(answer, list(range(4)) * 20), strict=True):
+            assert torch.equal(found, wanted[seed])
