@@ -50,6 +50,7 @@ __all__ = ["Answer", "Backends", "Engine", "Plan", "Snapshot"]
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 
+STREAM_SLICES = 10  # slices after which a decode step gives way too: most end before, and a pause within one delays its streams
 REST_SECONDS = 1.0  # with nothing to do for so long, free heap goes back to the system
 
 
@@ -294,7 +295,8 @@ class Engine:
         for member in work.members:
             timings = member.sequence.job.request.timings
             timings.admitted_at = timings.admitted_at or time.monotonic()
-        limit = time.perf_counter() + self._config.slice_seconds
+        slices = STREAM_SLICES if work.kind == "decode" else 1
+        limit = time.perf_counter() + slices * self._config.slice_seconds
         before = work.seconds
 
         def gives_way() -> bool:

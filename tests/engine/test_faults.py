@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from service.engine.request import DeadlineExceeded, Draining, ModelFailed, OutOfMemory, Request, RequestError
+from service.engine.scheduler import Scheduler
 from tests.engine import world
 from tests.engine.world import complete, completion, disturb, embed, embedding, is_empty, prompt, running, tokens_of, until
 
@@ -90,6 +91,21 @@ async def test_a_deadline_passes_in_the_queue_between_chunks_and_between_decode_
         with pytest.raises(DeadlineExceeded):
             engine.submit(completion(deadline=time.monotonic() - 1))
         assert is_empty(engine)
+
+
+@pytest.mark.parametrize(("slice_seconds", "paused"), [(0.02, {"prefill"}), (0.001, {"prefill", "decode"})])
+async def test_a_prompt_gives_way_behind_a_slice_and_a_decode_step_behind_ten(
+    monkeypatch: pytest.MonkeyPatch, slice_seconds: float, paused: set[str]
+) -> None:
+    seen: set[str] = set()
+    pause = Scheduler.pause
+    monkeypatch.setattr(Scheduler, "pause", lambda self, work: (seen.add(work.kind), pause(self, work))[1])
+    model = disturb(world.make_model(), lambda tokens, positions: time.sleep(0.03))
+    async with running(model, chunk_tokens=16, slice_seconds=slice_seconds) as engine:
+        await asyncio.gather(
+            complete(engine, completion(max_tokens=6)), complete(engine, completion(prompt(100), max_tokens=1))
+        )
+    assert seen == paused
 
 
 @pytest.mark.parametrize("stage", ["before the first step", "in the queue", "between chunks", "while decoding", "at the end"])
