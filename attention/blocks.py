@@ -238,10 +238,13 @@ def step(
     groups: int,
     out: Tensor,
     log_total: Tensor | None = None,
+    runs: Sequence[Runs] | None = None,
 ) -> None:
     """Attend one token of each of B sequences to the first `counts` keys of its state: q and out are (B, H, D).
 
-    log_total, float32 (B, H, 1), is written where given: log2 of the sum of each row's 2^s.
+    log_total, float32 (B, H, 1), is written where given: log2 of the sum of each row's 2^s. runs: where in its state each
+    sequence's keys stand, one run behind the other, where that is not at its beginning; `counts` then counts along them.
+    Values behind the count, to the end of the runs, must be numbers.
 
     A step reads every key once for a handful of products, so it is as fast as memory is read. One product serves all heads
     of a sequence: each query stands at its own group's place in a row of zeros, (G D), and meets whole rows of the history
@@ -250,15 +253,18 @@ def step(
     count, heads, width = q.shape
     place, own = _places(heads, groups, q.dtype, q.device)
     rows = torch.mul(q[:, :, None], place).view(count, heads, -1)  # (B, H, G D)
-    sizes = [_rounded(seen, len(state["k"])) for state, seen in zip(states, counts, strict=True)]
+    if runs is None:
+        runs = [((0, rounded(seen, len(state["k"]))),) for state, seen in zip(states, counts, strict=True)]
+    sizes = [sum(last - first for first, last in each) for each in runs]
     together = _together(sizes, groups * width * q.itemsize) if count > 1 else [[0]]
     if len(together) == 1:
-        found = _step(rows, states, counts, sizes[0], width, log_total)
+        found = _step(rows, states, counts, runs, sizes[0], width, log_total)
     else:
         found = torch.empty_like(rows)
         for some in together:
             logs = None if log_total is None else log_total.new_empty(len(some), heads, 1)
-            found[some] = _step(rows[some], [states[i] for i in some], [counts[i] for i in some], sizes[some[0]], width, logs)
+            those, seen, at = [states[i] for i in some], [counts[i] for i in some], [runs[i] for i in some]
+            found[some] = _step(rows[some], those, seen, at, sizes[some[0]], width, logs)
             if log_total is not None and logs is not None:
                 log_total[some] = logs
     torch.index_select(found.view(count, heads * groups, width), 1, own, out=out)
@@ -287,12 +293,13 @@ def _step(
     rows: Tensor,
     states: Sequence[dict[str, Tensor]],
     counts: Sequence[int],
+    runs: Sequence[Runs],
     size: int,
     width: int,
     log_total: Tensor | None,
 ) -> Tensor:
-    """Softmax of rows (b, H, G D) over the first `size` keys of each state, those behind `counts` left out: (b, H, G D)."""
-    keys = _histories(states, "k", size)
+    """Softmax of rows (b, H, G D) over the `size` keys in each state's runs, those behind `counts` left out: (b, H, G D)."""
+    keys = _histories(states, "k", runs, size)
     weights = rows.new_empty(len(rows), rows.shape[1], size)
     torch.baddbmm(weights, rows, keys.transpose(1, 2), beta=0, alpha=1 / math.sqrt(width), out=weights)
     if len(counts) == 1 and counts[0] < size:
@@ -301,25 +308,29 @@ def _step(
         weights.masked_fill_(_behind(tuple(counts), size, rows.device), -math.inf)
     if log_total is not None:
         torch.mul(weights.to(log_total.dtype).logsumexp(-1, keepdim=True), LOG2_E, out=log_total)
-    return torch.bmm(weights.softmax(-1), _histories(states, "v", size))
+    return torch.bmm(weights.softmax(-1), _histories(states, "v", runs, size))
 
 
-def _histories(states: Sequence[dict[str, Tensor]], name: str, size: int) -> Tensor:
-    """The first `size` keys or values of each state as (b, size, G D); gone with this thread's next call, or a view."""
-    found = [state[name][:size] for state in states]
-    return torch.stack(found, out=_stack(found[0], len(found))) if len(found) > 1 else found[0][None]
+def _histories(states: Sequence[dict[str, Tensor]], name: str, runs: Sequence[Runs], size: int) -> Tensor:
+    """The `size` keys or values in each state's runs as (b, size, G D); a view, or gone with this thread's next call."""
+    found = [state[name][first:last] for state, own in zip(states, runs, strict=True) for first, last in own]
+    if len(found) == 1:
+        return found[0][None]
+    stack = _stack(found[0], len(states) * size)
+    torch.cat(found, out=stack)
+    return stack.view(len(states), size, -1)
 
 
 def _stack(like: Tensor, count: int) -> Tensor:
-    """Uninitialised (count, ...) for as many tensors like this one. On CPU it is this thread's, one step after the other:
+    """Uninitialised (count, G D) for as many rows like these. On CPU it is this thread's, one step after the other:
 
     fresh memory costs a fault per page, and 4 MB of them take longer than all else that a step does with a layer.
     """
     if like.device.type != "cpu":
-        return like.new_empty(count, *like.shape)
+        return like.new_empty(count, like.shape[1])
     rooms: dict[torch.dtype, Room] = _own.__dict__.setdefault("rooms", {})
     with torch.inference_mode(False):  # memory that was taken in inference mode can be used nowhere else
-        return rooms.setdefault(like.dtype, Room(torch.empty(0, dtype=like.dtype))).take("stack", count, *like.shape)
+        return rooms.setdefault(like.dtype, Room(torch.empty(0, dtype=like.dtype))).take("stack", count, like.shape[1])
 
 
 @lru_cache(maxsize=8)
@@ -328,7 +339,8 @@ def _behind(counts: tuple[int, ...], size: int, device: torch.device) -> Tensor:
     return (torch.arange(size) >= torch.tensor(counts)[:, None])[:, None].to(device)
 
 
-def _rounded(count: int, most: int) -> int:
+def rounded(count: int, most: int) -> int:
+    """The next whole `STEP`, or `most`."""
     return min(-(-count // STEP) * STEP, most)
 
 
@@ -350,6 +362,7 @@ def dense(
         yield from softmax(q[first:last], pieces, out[first:last], room, log_total=logs)
 
 
+Runs = Sequence[tuple[int, int]]  # (first, last) of keys that stand one behind the other
 Pair = tuple[Tensor, Tensor]  # keys and values, (G, n, D) each
 
 
@@ -391,7 +404,7 @@ def _windows(x: Tensor, low: int, free: Tensor, out: Tensor) -> Tensor:
 
 def key_value_state(shape: HeadShape, tokens: int, most: int | None = None) -> dict[str, StateTensor]:
     """Keys and values of `tokens` tokens, (N, G D) each: in whole `STEP`s, or `most` where a pattern keeps no more."""
-    kept = _rounded(tokens, tokens + STEP if most is None else most)
+    kept = rounded(tokens, tokens + STEP if most is None else most)
     spec = StateTensor((kept, shape.key_value_heads * shape.head_width), shape.dtype)
     return {"k": spec, "v": spec}
 
@@ -428,7 +441,7 @@ def _clear(state: dict[str, Tensor], past: int, total: int) -> None:
     take its memory before there are tokens for it.
     """
     if past % STEP == 0 or past // STEP != (total - 1) // STEP:
-        state["v"][total : _rounded(total, len(state["v"]))] = 0.0
+        state["v"][total : rounded(total, len(state["v"]))] = 0.0
 
 
 def extend(q: Tensor, k: Tensor, v: Tensor, past: int, state: dict[str, Tensor], out: Tensor) -> Parts:
@@ -446,10 +459,15 @@ def append_step(
     log_total: Tensor | None = None,
 ) -> None:
     """`extend` by one token of each of B sequences: q, out (B, H, D), k, v (B, G, D); see `step`."""
+    put_step(states, k, v, past)
+    step(q, states, [at + 1 for at in past], k.shape[1], out, log_total)
+
+
+def put_step(states: Sequence[dict[str, Tensor]], k: Tensor, v: Tensor, past: Sequence[int]) -> None:
+    """`append` of one token of each of B sequences, k, v (B, G, D)."""
     write_step(states, k, v, past)
     for state, at in zip(states, past, strict=True):
         _clear(state, at, at + 1)
-    step(q, states, [at + 1 for at in past], k.shape[1], out, log_total)
 
 
 def workspace_bytes(

@@ -11,7 +11,7 @@ Cost per token O((window + globals + random) x block). The state keeps all keys 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 
 import torch
@@ -74,6 +74,26 @@ class BigBird(AttentionBackend):
     def extend_sequence(self, q: Tensor, k: Tensor, v: Tensor, past: int, state: dict[str, Tensor], out: Tensor) -> Parts:
         keys, values = blocks.append(state, k, v, past)
         return self._answer(q, keys, values, past, True, out)
+
+    def step(
+        self, q: Tensor, k: Tensor, v: Tensor, past: Sequence[int], states: Sequence[dict[str, Tensor]], out: Tensor
+    ) -> None:
+        blocks.put_step(states, k, v, past)
+        runs = [self._runs(at, len(state["k"])) for at, state in zip(past, states, strict=True)]
+        counts = [sum(b - a for a, b in own) - own[-1][1] + at + 1 for at, own in zip(past, runs, strict=True)]
+        blocks.step(q, states, counts, k.shape[1], out, runs=runs)
+
+    def _runs(self, position: int, kept: int) -> list[tuple[int, int]]:
+        """The blocks that a token sees behind its past as runs of a state of `kept` keys; the last ends with its own block."""
+        size = self.options.block
+        found: list[tuple[int, int]] = []
+        for block in self.seen(position // size, position // size + 1):
+            first = block * size
+            if found and found[-1][1] == first:
+                first, _ = found.pop()
+            found.append((first, (block + 1) * size))
+        first, last = found[-1]
+        return [*found[:-1], (first, min(last, blocks.rounded(position + 1, kept)))]
 
     def _answer(self, q: Tensor, keys: Tensor, values: Tensor, past: int, causal: bool, out: Tensor) -> Parts:
         """Answer queries at positions `past` and on over keys, values (G, n, D) into out (C, H, D), block by block."""

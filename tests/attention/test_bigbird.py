@@ -26,6 +26,7 @@ class TestBigBird(Laws):
         {"block": 64, "random_blocks": 1},
         {"block": 4, "global_blocks": 1, "closing_blocks": 1},
         {"block": 5, "window_blocks": 1, "global_blocks": 0},
+        {"block": 300, "random_blocks": 1},
         {"block": 3, "window_blocks": 5, "random_blocks": 0, "global_blocks": 1, "closing_blocks": 2},
     )
 
