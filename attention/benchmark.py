@@ -33,6 +33,7 @@ from attention.memory import peak_bytes
 
 HEADS, WIDTH = 8, 64
 REPEATS = 5
+GROWTH_REPEATS = 15  # an exponent is read to 0.01, a disturbed median of 5 moves it by 0.1
 LONG = 1.0  # seconds: a first run this long is warm enough to judge a dtype by, but for one that compiles
 WINDOW, GLOBALS, BLOCK, CHUNK, FEATURES = 256, 64, 64, 512, 256
 DTYPES = (torch.bfloat16, torch.float32)
@@ -306,7 +307,7 @@ def growth(contest: Contest, lengths: Sequence[int]) -> float:
     ]
     for call in calls:
         call()
-    rounds = [[seconds(call) for call in calls] for _ in range(REPEATS)]
+    rounds = [[seconds(call) for call in calls] for _ in range(GROWTH_REPEATS)]
     x = [math.log(count) for count in lengths]
     y = [math.log(statistics.median(side)) for side in zip(*rounds, strict=True)]
     return statistics.linear_regression(x, y).slope
