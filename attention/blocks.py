@@ -444,25 +444,6 @@ def _clear(state: dict[str, Tensor], past: int, total: int) -> None:
         state["v"][total : rounded(total, len(state["v"]))] = 0.0
 
 
-def extend(q: Tensor, k: Tensor, v: Tensor, past: int, state: dict[str, Tensor], out: Tensor) -> Parts:
-    """Append new tokens to a state that keeps all and answer them, causally, over all of it."""
-    return dense(q, *append(state, k, v, past), past, True, out)
-
-
-def append_step(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    past: Sequence[int],
-    states: Sequence[dict[str, Tensor]],
-    out: Tensor,
-    log_total: Tensor | None = None,
-) -> None:
-    """`extend` by one token of each of B sequences: q, out (B, H, D), k, v (B, G, D); see `step`."""
-    put_step(states, k, v, past)
-    step(q, states, [at + 1 for at in past], k.shape[1], out, log_total)
-
-
 def put_step(states: Sequence[dict[str, Tensor]], k: Tensor, v: Tensor, past: Sequence[int]) -> None:
     """`append` of one token of each of B sequences, k, v (B, G, D)."""
     write_step(states, k, v, past)
@@ -470,7 +451,12 @@ def put_step(states: Sequence[dict[str, Tensor]], k: Tensor, v: Tensor, past: Se
         _clear(state, at, at + 1)
 
 
-def workspace_bytes(
+def dense_workspace_bytes(shape: HeadShape, queries: int, keys: int, asking: int | None = None) -> int:
+    """Peak temporaries of `dense`, the answer included. asking: how many of the queries go this way; None: all."""
+    return _workspace_bytes(shape, queries, DENSE_ROWS, keys, asking=asking)
+
+
+def _workspace_bytes(
     shape: HeadShape,
     queries: int,
     rows: int,
@@ -504,4 +490,4 @@ def band_workspace_bytes(shape: HeadShape, queries: int, keys: int, before: int,
     fitting = columns(shape.query_heads, shape.itemsize) // (wide + free)
     early = max(0, before + free - (keys - queries)) + ROWS - 1  # queries of blocks that reach before the first key
     whole = (queries - early // ROWS * ROWS - ahead) // ROWS  # blocks whose keys all lie within the sequence
-    return workspace_bytes(shape, queries, ROWS, seen, gathered=True, together=max(1, min(fitting, whole)))
+    return _workspace_bytes(shape, queries, ROWS, seen, gathered=True, together=max(1, min(fitting, whole)))

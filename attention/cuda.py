@@ -1,41 +1,28 @@
 """Dense and windowed attention on CUDA through xformers (0.0.35), over the packed batch as it is.
 
-An explicit choice: a backend's `impl` option. `auto` is settled once, when the backend is built, and reported by
-`describe`; `xformers` where it cannot run is refused at start-up with the reason. Nothing changes over later. xformers has
-no CPU operator, so it is imported on CUDA only. The masks are tested on CPU against our own definitions; the kernels
-themselves have been run on no GPU yet (the tests marked `gpu` await one).
+`implementation.py` chooses it. xformers has no CPU operator, so it is imported on CUDA only. The masks are tested on CPU
+against our own definitions; the kernels themselves have been run on no GPU yet (the tests marked `gpu` await one).
 """
 
 from __future__ import annotations
 
 import importlib
 from functools import cache
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from attention.interface import HeadShape, Segments
 
-Impl = Literal["auto", "torch", "xformers"]
 
-
-def settle(impl: Impl, shape: HeadShape, obstacle: str | None = None) -> str:
-    """The implementation in force: "torch" or "xformers". `obstacle`: why the options rule xformers out.
-
-    Raises:
-        ValueError: xformers is asked for and cannot run; the message has the reason.
-    """
-    if impl == "torch":
-        return impl
-    reason = obstacle or probe(shape.device.type, shape.dtype, shape.head_width)
-    if impl == "xformers" and reason:
-        raise ValueError(f"impl is 'xformers', but {reason}; allowed here: 'auto', 'torch'")
-    return "torch" if reason else "xformers"
+def obstacle(shape: HeadShape) -> str | None:
+    """Why xformers cannot answer heads of a shape here; None when it can."""
+    return _probe(shape.device.type, shape.dtype, shape.head_width)
 
 
 @cache
-def probe(device: str, dtype: torch.dtype, width: int) -> str | None:
+def _probe(device: str, dtype: torch.dtype, width: int) -> str | None:
     """Why xformers cannot answer here, None when one tiny call with a packed mask was answered."""
     if device != "cuda":
         return f"xformers has no operator for device {device}"

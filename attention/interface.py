@@ -256,13 +256,15 @@ class AttentionBackend(ABC):
     (`attend_sequence`), how one is continued (`extend_sequence`), and, where that is faster, how many are continued by one
     token each (`step`).
 
-    Class attributes:
+    Attributes:
         Options: the backend's own options.
+        impl: the implementation in force, see `implementation`.
         exact: True when the backend is a softmax over the keys that `visible` names; False for kernels of their own.
     """
 
     Options: ClassVar[type[BackendOptions]]
     exact: ClassVar[bool] = True
+    impl: str = "torch"
 
     def __init__(self, options: BackendOptions, shape: HeadShape) -> None:
         self.options = options
@@ -272,11 +274,6 @@ class AttentionBackend(ABC):
     def name(self) -> str:
         """The name in configs, requests and metrics: that of the backend's file."""
         return type(self).__module__.rsplit(".", 1)[-1]
-
-    @property
-    def impl(self) -> str:
-        """The implementation in force: "torch", or what an option chose where the backend was built."""
-        return "torch"
 
     @property
     def directions(self) -> tuple[bool, ...]:

@@ -18,8 +18,8 @@ import torch
 from pydantic import Field, field_validator
 from torch import Tensor
 
-from attention import blocks
-from attention.interface import AttentionBackend, BackendOptions, Cost, Parts, StateTensor
+from attention import blocks, implementation, native
+from attention.interface import AttentionBackend, BackendOptions, Cost, HeadShape, Parts, StateTensor
 
 
 class BigBirdOptions(BackendOptions):
@@ -31,6 +31,7 @@ class BigBirdOptions(BackendOptions):
     global_blocks: int = Field(2, ge=0, description="first blocks of a sequence, which see all and are seen by all")
     closing_blocks: int = Field(0, ge=0, description="last blocks of a sequence that are global too; bidirectional only")
     seed: int = Field(0, ge=0, description="of the drawn blocks")
+    impl: implementation.CpuImpl = Field("auto", description="torch, native (CPU), or auto: native where it can run")
 
     @field_validator("window_blocks")
     @classmethod
@@ -45,6 +46,11 @@ class BigBird(AttentionBackend):
 
     Options = BigBirdOptions
     options: BigBirdOptions
+
+    def __init__(self, options: BigBirdOptions, shape: HeadShape) -> None:
+        super().__init__(options, shape)
+        self.impl = implementation.settle(options.impl, shape)
+        self.softmax = implementation.softmax(self.impl)
 
     @property
     def directions(self) -> tuple[bool, ...]:
@@ -81,23 +87,21 @@ class BigBird(AttentionBackend):
         blocks.put_step(states, k, v, past)
         runs = [self._runs(at, len(state["k"])) for at, state in zip(past, states, strict=True)]
         counts = [sum(b - a for a, b in own) - own[-1][1] + at + 1 for at, own in zip(past, runs, strict=True)]
-        blocks.step(q, states, counts, k.shape[1], out, runs=runs)
+        self.softmax.step(q, states, counts, k.shape[1], out, runs=runs)
 
     def _runs(self, position: int, kept: int) -> list[tuple[int, int]]:
         """The blocks that a token sees behind its past as runs of a state of `kept` keys; the last ends with its own block."""
         size = self.options.block
-        found: list[tuple[int, int]] = []
-        for block in self.seen(position // size, position // size + 1):
-            first = block * size
-            if found and found[-1][1] == first:
-                first, _ = found.pop()
-            found.append((first, (block + 1) * size))
+        found = _joined(self.seen(position // size, position // size + 1), size)
         first, last = found[-1]
         return [*found[:-1], (first, min(last, blocks.rounded(position + 1, kept)))]
 
     def _answer(self, q: Tensor, keys: Tensor, values: Tensor, past: int, causal: bool, out: Tensor) -> Parts:
         """Answer queries at positions `past` and on over keys, values (G, n, D) into out (C, H, D), block by block."""
         size, total, end = self.options.block, keys.shape[1], past + len(q)
+        if self.impl == "native":
+            yield from native.pattern(q, keys, values, past, causal, self._shown(past, end, total, causal), out)
+            return
         most, room = blocks.columns(q.shape[1], q.itemsize, size), blocks.Room(q)
         for first, last, seen in self._groups(past, end, total, causal):
             together = len(seen)
@@ -108,6 +112,14 @@ class BigBird(AttentionBackend):
             span = slice(first - past, last - past)
             yield from blocks.softmax(q[span], pieces, out[span], room, together)
             del pieces, k, v  # or the room stays twice when the next blocks need more of it
+
+    def _shown(self, past: int, end: int, total: int, causal: bool) -> Iterator[tuple[int, blocks.Runs]]:
+        """For each query block of positions past..end, where it ends among the queries and the runs of keys it sees."""
+        size = self.options.block
+        for block in range(past // size, -(-end // size)):
+            runs = _joined(self.seen(block, block + 1 if causal else -(-total // size)), size)
+            first, last = runs[-1]
+            yield min(end, (block + 1) * size) - past, [*runs[:-1], (first, min(last, total))]
 
     def _most(self) -> int:
         """Keys that are gathered for query blocks that go together: half a piece, so that they too stay near the cores."""
@@ -148,7 +160,10 @@ class BigBird(AttentionBackend):
         whole = min(keys, (options.global_blocks + options.closing_blocks) * options.block)
         seen = min(keys, whole + (window + options.random_blocks) * options.block)
         pairs = queries * seen + min(whole, queries) * (0 if causal else keys - seen)
-        workspace = queries * shape.query_heads * shape.head_width * shape.itemsize + self._room(queries, keys, causal)
+        if self.impl == "native":
+            workspace = self.softmax.dense_workspace_bytes(shape, queries, seen)
+        else:
+            workspace = queries * shape.query_heads * shape.head_width * shape.itemsize + self._room(queries, keys, causal)
         return Cost(4 * shape.query_heads * shape.head_width * pairs, workspace, self.state_bytes(keys))
 
     def _room(self, queries: int, keys: int, causal: bool) -> int:
@@ -191,6 +206,15 @@ def _others(taken: set[int], ranks: list[int]) -> Iterator[int]:
                 break
             block += 1
         yield block
+
+
+def _joined(seen: tuple[int, ...], size: int) -> list[tuple[int, int]]:
+    """Blocks as runs of keys, neighbours as one."""
+    found: list[tuple[int, int]] = []
+    for block in seen:
+        first = found.pop()[0] if found and found[-1][1] == block * size else block * size
+        found.append((first, (block + 1) * size))
+    return found
 
 
 def _is_run(seen: list[tuple[int, ...]]) -> bool:

@@ -12,14 +12,15 @@ from collections.abc import Iterator, Sequence
 from pydantic import Field
 from torch import Tensor
 
-from attention import blocks
-from attention.interface import AttentionBackend, BackendOptions, Cost, Parts, StateTensor
+from attention import blocks, implementation
+from attention.interface import AttentionBackend, BackendOptions, Cost, HeadShape, Parts, StateTensor
 
 
 class ChunkedOptions(BackendOptions):
     """How long a chunk is."""
 
     chunk: int = Field(1024, ge=1, description="tokens of a chunk; a token sees the tokens of its own")
+    impl: implementation.CpuImpl = Field("auto", description="torch, native (CPU), or auto: native where it can run")
 
 
 class Chunked(AttentionBackend):
@@ -27,6 +28,11 @@ class Chunked(AttentionBackend):
 
     Options = ChunkedOptions
     options: ChunkedOptions
+
+    def __init__(self, options: ChunkedOptions, shape: HeadShape) -> None:
+        super().__init__(options, shape)
+        self.impl = implementation.settle(options.impl, shape)
+        self.softmax = implementation.softmax(self.impl)
 
     @property
     def edge(self) -> int:
@@ -37,19 +43,23 @@ class Chunked(AttentionBackend):
 
     def attend_sequence(self, q: Tensor, k: Tensor, v: Tensor, causal: bool, out: Tensor) -> Parts:
         for a, b in blocks.spread(0, len(q), self.options.chunk):
-            yield from blocks.dense(q[a:b], blocks.heads_first(k[a:b]), blocks.heads_first(v[a:b]), 0, causal, out[a:b])
+            keys, values = blocks.heads_first(k[a:b]), blocks.heads_first(v[a:b])
+            yield from self.softmax.dense(q[a:b], keys, values, 0, causal, out[a:b])
 
     def extend_sequence(self, q: Tensor, k: Tensor, v: Tensor, past: int, state: dict[str, Tensor], out: Tensor) -> Parts:
         done = 0
         for rows, seen in self._parts(past, len(q)):
             part = slice(done, done + rows)
-            yield from blocks.extend(q[part], k[part], v[part], seen - rows, state, out[part])
+            keys, values = blocks.append(state, k[part], v[part], seen - rows)
+            yield from self.softmax.dense(q[part], keys, values, seen - rows, True, out[part])
             done += rows
 
     def step(
         self, q: Tensor, k: Tensor, v: Tensor, past: Sequence[int], states: Sequence[dict[str, Tensor]], out: Tensor
     ) -> None:
-        blocks.append_step(q, k, v, [at % self.options.chunk for at in past], states, out)
+        places = [at % self.options.chunk for at in past]
+        blocks.put_step(states, k, v, places)
+        self.softmax.step(q, states, [at + 1 for at in places], k.shape[1], out)
 
     def _parts(self, past: int, count: int) -> Iterator[tuple[int, int]]:
         """(new tokens, tokens of the chunk up to the last of them) for each chunk that `count` tokens behind `past` touch."""
@@ -65,7 +75,5 @@ class Chunked(AttentionBackend):
     def cost(self, queries: int, keys: int, *, causal: bool) -> Cost:
         parts = list(self._parts(keys - queries, queries))
         pairs = sum(rows * seen - (rows * (rows - 1) // 2 if causal else 0) for rows, seen in parts)
-        workspace = max(
-            blocks.workspace_bytes(self.shape, queries, blocks.DENSE_ROWS, seen, asking=rows) for rows, seen in set(parts)
-        )
+        workspace = max(self.softmax.dense_workspace_bytes(self.shape, queries, seen, asking=rows) for rows, seen in set(parts))
         return Cost(4 * self.shape.query_heads * self.shape.head_width * pairs, workspace, self.state_bytes(keys))

@@ -11,14 +11,14 @@ from collections.abc import Sequence
 from pydantic import Field
 from torch import Tensor
 
-from attention import blocks, cuda
+from attention import blocks, cuda, implementation
 from attention.interface import AttentionBackend, BackendOptions, Cost, HeadShape, Parts, Segments, StateTensor
 
 
 class DenseOptions(BackendOptions):
     """Dense attention has nothing to choose but who computes it."""
 
-    impl: cuda.Impl = Field("auto", description="torch, xformers (CUDA), or auto: xformers where a probe is answered")
+    impl: implementation.Impl = Field("auto", description="torch, native (CPU), xformers (CUDA), or auto: what can run here")
 
 
 class Dense(AttentionBackend):
@@ -29,11 +29,8 @@ class Dense(AttentionBackend):
 
     def __init__(self, options: DenseOptions, shape: HeadShape) -> None:
         super().__init__(options, shape)
-        self._impl = cuda.settle(options.impl, shape)
-
-    @property
-    def impl(self) -> str:
-        return self._impl
+        self.impl = implementation.settle(options.impl, shape, no_xformers="")
+        self.softmax = implementation.softmax(self.impl)
 
     @property
     def edge(self) -> int:
@@ -43,26 +40,27 @@ class Dense(AttentionBackend):
         return (i < length) & (j < length)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, segments: Segments, *, causal: bool) -> Tensor:
-        if self.impl == "torch":
+        if self.impl != "xformers":
             return super().attend(q, k, v, segments, causal=causal)
         self.check_attend(q, k, v, segments, causal)
         return cuda.attend(q, k, v, segments, causal=causal)
 
     def attend_sequence(self, q: Tensor, k: Tensor, v: Tensor, causal: bool, out: Tensor) -> Parts:
-        return blocks.dense(q, blocks.heads_first(k), blocks.heads_first(v), 0, causal, out)
+        return self.softmax.dense(q, blocks.heads_first(k), blocks.heads_first(v), 0, causal, out)
 
     def extend_sequence(self, q: Tensor, k: Tensor, v: Tensor, past: int, state: dict[str, Tensor], out: Tensor) -> Parts:
-        return blocks.extend(q, k, v, past, state, out)
+        return self.softmax.dense(q, *blocks.append(state, k, v, past), past, True, out)
 
     def step(
         self, q: Tensor, k: Tensor, v: Tensor, past: Sequence[int], states: Sequence[dict[str, Tensor]], out: Tensor
     ) -> None:
-        blocks.append_step(q, k, v, past, states, out)
+        blocks.put_step(states, k, v, past)
+        self.softmax.step(q, states, [at + 1 for at in past], k.shape[1], out)
 
     def state(self, max_tokens: int) -> dict[str, StateTensor]:
         return blocks.key_value_state(self.shape, max_tokens)
 
     def cost(self, queries: int, keys: int, *, causal: bool) -> Cost:
         pairs = queries * keys - (queries * (queries - 1) // 2 if causal else 0)
-        workspace = blocks.workspace_bytes(self.shape, queries, blocks.DENSE_ROWS, keys)
+        workspace = self.softmax.dense_workspace_bytes(self.shape, queries, keys)
         return Cost(4 * self.shape.query_heads * self.shape.head_width * pairs, workspace, self.state_bytes(keys))

@@ -10,8 +10,8 @@ from __future__ import annotations
 from pydantic import Field
 from torch import Tensor
 
-from attention import blocks
-from attention.interface import AttentionBackend, BackendOptions, Cost, Parts, StateTensor
+from attention import blocks, implementation
+from attention.interface import AttentionBackend, BackendOptions, Cost, HeadShape, Parts, StateTensor
 
 
 class LongformerOptions(BackendOptions):
@@ -21,6 +21,7 @@ class LongformerOptions(BackendOptions):
         256, ge=1, description="tokens seen on each side, the token itself not counted; the paper's w is 2 x this"
     )
     global_tokens: int = Field(1, ge=0, description="first tokens of a sequence, which see all and are seen by all")
+    impl: implementation.CpuImpl = Field("auto", description="torch, native (CPU), or auto: native where it can run")
 
 
 class Longformer(AttentionBackend):
@@ -28,6 +29,11 @@ class Longformer(AttentionBackend):
 
     Options = LongformerOptions
     options: LongformerOptions
+
+    def __init__(self, options: LongformerOptions, shape: HeadShape) -> None:
+        super().__init__(options, shape)
+        self.impl = implementation.settle(options.impl, shape)
+        self.softmax = implementation.softmax(self.impl)
 
     @property
     def directions(self) -> tuple[bool, ...]:
@@ -44,9 +50,9 @@ class Longformer(AttentionBackend):
     def attend_sequence(self, q: Tensor, k: Tensor, v: Tensor, causal: bool, out: Tensor) -> Parts:
         keys, values, first = blocks.heads_first(k), blocks.heads_first(v), min(self.options.global_tokens, len(q))
         if first:
-            yield from blocks.dense(q[:first], keys, values, 0, False, out[:first])
+            yield from self.softmax.dense(q[:first], keys, values, 0, False, out[:first])
         near, free = (keys[:, first:], values[:, first:]), (keys[:, :first], values[:, :first])
-        yield from blocks.band(q[first:], near, free, 0, self.options.window, self.options.window, out[first:])
+        yield from self.softmax.band(q[first:], near, free, 0, self.options.window, self.options.window, out[first:])
 
     def extend_sequence(self, q: Tensor, k: Tensor, v: Tensor, past: int, state: dict[str, Tensor], out: Tensor) -> Parts:
         raise AssertionError("check_extend refuses a backend without a causal form")
@@ -57,7 +63,7 @@ class Longformer(AttentionBackend):
     def cost(self, queries: int, keys: int, *, causal: bool) -> Cost:
         shape, options, first = self.shape, self.options, min(self.options.global_tokens, keys)
         pairs = (queries - first) * min(keys, 2 * options.window + 1 + first) + first * keys
-        workspace = blocks.band_workspace_bytes(shape, queries, keys, options.window, options.window, first)
+        workspace = self.softmax.band_workspace_bytes(shape, queries, keys, options.window, options.window, first)
         if first:
-            workspace = max(workspace, blocks.workspace_bytes(shape, queries, blocks.DENSE_ROWS, keys, asking=first))
+            workspace = max(workspace, self.softmax.dense_workspace_bytes(shape, queries, keys, asking=first))
         return Cost(4 * shape.query_heads * shape.head_width * pairs, workspace, 0)

@@ -23,7 +23,7 @@ from pydantic import Field, field_validator
 from torch import Tensor
 from torch.nn import functional
 
-from attention import blocks, sums
+from attention import blocks, implementation, sums
 from attention.interface import AttentionBackend, BackendOptions, Cost, HeadShape, Parts, StateTensor, finish
 
 LOG2_E = blocks.LOG2_E
@@ -56,6 +56,7 @@ class PerformerOptions(BackendOptions):
     local_chunk: int = Field(
         0, description="tokens of a chunk; keys of a token's own and the previous chunk weigh exactly; 0: none. Causal only"
     )
+    impl: implementation.CpuImpl = Field("auto", description="of the exact part: torch, native (CPU), or auto")
 
     @field_validator("local_chunk")
     @classmethod
@@ -74,6 +75,8 @@ class Performer(AttentionBackend):
 
     def __init__(self, options: PerformerOptions, shape: HeadShape) -> None:
         super().__init__(options, shape)
+        self.impl = implementation.settle(options.impl, shape)
+        self.softmax = implementation.softmax(self.impl)  # how near keys are answered
         rows = projection(options.features, shape.head_width, options.seed)
         rows = torch.cat([rows, -rows]) if options.hyperbolic else rows
         scaled = (rows.double() * (LOG2_E / shape.head_width**0.25)).to(shape.dtype)
@@ -206,7 +209,8 @@ class Performer(AttentionBackend):
         held = [self._held(at) for at in past]
         old = [i for i, at in enumerate(past) if held[i] != at]  # sequences that have far keys
         near = q.new_empty(*q.shape[:2], 1, dtype=self.wide) if old else None
-        blocks.append_step(q, k, v, held, states, out, near)
+        blocks.put_step(states, k, v, held)
+        self.softmax.step(q, states, [at + 1 for at in held], k.shape[1], out, near)
         if near is None:
             return
         everyone = len(old) == len(q)
@@ -249,11 +253,11 @@ class Performer(AttentionBackend):
     ) -> Parts:
         """Answer q (C, H, D), whose first stands behind `held` of the near keys (G, n, D), over these and the far sums."""
         if far is None:
-            yield from blocks.dense(q, keys, values, held, True, out)
+            yield from self.softmax.dense(q, keys, values, held, True, out)
             return
         s, scale = far
         near = q.new_empty(*q.shape[:2], 1, dtype=self.wide)
-        yield from blocks.dense(q, keys, values, held, True, out, near)
+        yield from self.softmax.dense(q, keys, values, held, True, out, near)
         for a, b in blocks.spread(0, len(q), sums.BLOCK):
             features, shift, norm = self.features(blocks.query_rows(q[a:b], len(s)))
             both = sums.ask(s, features)  # (G, RC, D + 1)
@@ -342,7 +346,7 @@ class Performer(AttentionBackend):
             flops += 4 * shape.query_heads * shape.head_width * (rows * held + rows * (rows + 1) // 2)
             flops += per_token * (shape.query_heads * rows if held != at else 0)
             flops += per_token * (shape.key_value_heads * chunk if self._is_full(at) else 0)
-            near = blocks.workspace_bytes(shape, queries, blocks.DENSE_ROWS, held + rows, asking=rows)
+            near = self.softmax.dense_workspace_bytes(shape, queries, held + rows, asking=rows)
             far = sums.workspace_bytes(shape, features, rows, causal=False) if held != at else 0
             workspace = max(workspace, near, far + queries * shape.query_heads * shape.head_width * shape.itemsize)
             at += rows

@@ -16,7 +16,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from attention import blocks, cuda
+from attention import blocks, cuda, implementation
 from attention.interface import AttentionBackend, BackendOptions, Cost, HeadShape, Parts, Segments, StateTensor
 
 
@@ -25,7 +25,9 @@ class SlidingWindowOptions(BackendOptions):
 
     window: int = Field(1024, ge=1, description="tokens seen on each visible side, the token itself not counted")
     sinks: int = Field(4, ge=0, description="first tokens of a sequence that stay visible to all later ones")
-    impl: cuda.Impl = Field("auto", description="torch, xformers (CUDA, no sinks), or auto: xformers where a probe is answered")
+    impl: implementation.Impl = Field(
+        "auto", description="torch, native (CPU), xformers (CUDA, no sinks), or auto: what can run here"
+    )
 
 
 class SlidingWindow(AttentionBackend):
@@ -36,11 +38,8 @@ class SlidingWindow(AttentionBackend):
 
     def __init__(self, options: SlidingWindowOptions, shape: HeadShape) -> None:
         super().__init__(options, shape)
-        self._impl = cuda.settle(options.impl, shape, "its masks have no sinks" if options.sinks else None)
-
-    @property
-    def impl(self) -> str:
-        return self._impl
+        self.impl = implementation.settle(options.impl, shape, "its masks have no sinks" if options.sinks else "")
+        self.softmax = implementation.softmax(self.impl)
 
     @property
     def edge(self) -> int:
@@ -50,7 +49,7 @@ class SlidingWindow(AttentionBackend):
         return ((i - j).abs() <= self.options.window) | ((j < self.options.sinks) & (j <= i))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, segments: Segments, *, causal: bool) -> Tensor:
-        if self.impl == "torch" or not causal:  # xformers' windows over a packed batch are causal
+        if self.impl != "xformers" or not causal:  # xformers' windows over a packed batch are causal
             return super().attend(q, k, v, segments, causal=causal)
         self.check_attend(q, k, v, segments, causal)
         return cuda.attend(q, k, v, segments, causal=True, window=self.options.window)
@@ -59,7 +58,7 @@ class SlidingWindow(AttentionBackend):
         keys, values, sinks = blocks.heads_first(k), blocks.heads_first(v), min(self.options.sinks, len(k))
         near, first = (keys[:, sinks:], values[:, sinks:]), (keys[:, :sinks], values[:, :sinks])
         ahead = 0 if causal else self.options.window
-        return blocks.band(q, near, first, -sinks, self.options.window, ahead, out)
+        return self.softmax.band(q, near, first, -sinks, self.options.window, ahead, out)
 
     def extend_sequence(self, q: Tensor, k: Tensor, v: Tensor, past: int, state: dict[str, Tensor], out: Tensor) -> Parts:
         sinks = min(self.options.sinks, past + len(q))
@@ -67,13 +66,13 @@ class SlidingWindow(AttentionBackend):
         near = self._in_order(state["k"], k, base, past), self._in_order(state["v"], v, base, past)
         self._write(state, k, v, past)
         first = blocks.history(state, sinks, k.shape[1])
-        return blocks.band(q, near, first, past - base, self.options.window, 0, out)
+        return self.softmax.band(q, near, first, past - base, self.options.window, 0, out)
 
     def step(
         self, q: Tensor, k: Tensor, v: Tensor, past: Sequence[int], states: Sequence[dict[str, Tensor]], out: Tensor
     ) -> None:
         blocks.write_step(states, k, v, [self._place(at) for at in past])
-        blocks.step(q, states, [min(at + 1, self.edge) for at in past], k.shape[1], out)
+        self.softmax.step(q, states, [min(at + 1, self.edge) for at in past], k.shape[1], out)
 
     def _in_order(self, ring: Tensor, new: Tensor, base: int, past: int) -> Tensor:
         """Positions `base` and on, (G, n, D): those before `past` from the ring (N, G D), then the new tokens (C, G, D)."""
@@ -111,7 +110,7 @@ class SlidingWindow(AttentionBackend):
         sides = 1 if causal else 2
         pairs = queries * min(keys, options.window * sides + 1 + options.sinks)
         ahead = 0 if causal else options.window
-        workspace = blocks.band_workspace_bytes(shape, queries, keys, options.window, ahead, options.sinks)
+        workspace = self.softmax.band_workspace_bytes(shape, queries, keys, options.window, ahead, options.sinks)
         history = min(keys - queries, options.window) + queries if keys > queries else 0  # a chunk behind a past, in order
         workspace += 2 * history * shape.key_value_heads * shape.head_width * shape.itemsize
         return Cost(4 * shape.query_heads * shape.head_width * pairs, workspace, self.state_bytes(keys))

@@ -13,7 +13,6 @@ from torch import Tensor
 from attention import AttentionBackend, HeadShape, PoolExhausted, Segments, build, reference
 from attention.truth import BOUNDS, check
 
-WIDTH = 16
 HEADS = ((2, 2), (4, 2), (3, 1))  # query heads, key-value heads
 
 
@@ -42,13 +41,18 @@ def extend_in(backend: AttentionBackend, q: Tensor, k: Tensor, v: Tensor, chunks
 
 
 class Laws:
-    """Inherit as `class TestX(Laws)` and set the two class variables."""
+    """Inherit as `class TestX(Laws)` and set the first two class variables. The width of 16 leaves all to torch."""
 
     name: ClassVar[str]
     variants: ClassVar[tuple[dict[str, Any], ...]]  # options, small enough that short sequences cross every edge
+    width: ClassVar[int] = 16
+    impl: ClassVar[str] = "torch"
+    pauses: ClassVar[int] = 3  # of a prefill of 700 tokens, at least
 
     def backends(self, dtype: torch.dtype = torch.float32, heads: tuple[int, int] = (4, 2)) -> list[AttentionBackend]:
-        return [build(self.name, options, HeadShape(*heads, WIDTH, dtype)) for options in self.variants]
+        built = [build(self.name, options, HeadShape(*heads, self.width, dtype)) for options in self.variants]
+        assert {backend.impl for backend in built} == {self.impl}
+        return built
 
     def causal_backends(self, dtype: torch.dtype = torch.float32, heads: tuple[int, int] = (4, 2)) -> list[AttentionBackend]:
         causal = [backend for backend in self.backends(dtype, heads) if True in backend.directions]
@@ -146,7 +150,7 @@ class Laws:
                 one = slice(at, at + 1)
                 backend.extend(q[one], k[one], v[one], Segments((1,), (at,)), pool, 0, [other])
                 pauses += 1
-            assert torch.equal(paused, whole) and pauses >= 3
+            assert torch.equal(paused, whole) and pauses >= self.pauses
 
     def test_poison_in_one_slot_never_reaches_another(self) -> None:
         for backend in self.causal_backends():
@@ -187,7 +191,7 @@ class Laws:
         for backend in self.backends():
             shape = backend.shape
             heads = shape.query_heads + 2 * shape.key_value_heads
-            packed = torch.randn(150, heads, WIDTH, generator=torch.Generator().manual_seed(1))
+            packed = torch.randn(150, heads, shape.head_width, generator=torch.Generator().manual_seed(1))
             q, k, v = packed.split([shape.query_heads, shape.key_value_heads, shape.key_value_heads], 1)
             for causal in backend.directions:
                 strided = backend.attend(q, k, v, Segments((150,)), causal=causal)
@@ -229,10 +233,10 @@ class Laws:
         for backend in self.backends():
             q, k, v = tokens(backend.shape, 8)
             causal = backend.directions[0]
-            good = Segments((8,))
+            good, d = Segments((8,)), self.width
             for wrong_q, wrong_k, segments, message in (
-                (q[:7], k, good, r"q must have shape \(8, 4, 16\), received \(7, 4, 16\)"),
-                (q, k[:, :1], good, r"k must have shape \(8, 2, 16\), received \(8, 1, 16\)"),
+                (q[:7], k, good, rf"q must have shape \(8, 4, {d}\), received \(7, 4, {d}\)"),
+                (q, k[:, :1], good, rf"k must have shape \(8, 2, {d}\), received \(8, 1, {d}\)"),
                 (q[..., :8], k, good, r"q must have shape"),
                 (q.double(), k, good, r"q must be torch.float32 on cpu, received torch.float64 on cpu"),
                 (q, k, Segments((8,), (3,)), r"attend takes whole sequences, received past \(3,\)"),
@@ -265,4 +269,4 @@ class Laws:
 
     def test_an_unknown_option_is_refused_by_name(self) -> None:
         with pytest.raises(ValueError, match="no_such_option"):
-            build(self.name, {"no_such_option": 1}, HeadShape(2, 2, WIDTH))
+            build(self.name, {"no_such_option": 1}, HeadShape(2, 2, self.width))

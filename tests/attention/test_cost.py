@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from attention import HeadShape, Segments, build, names, reference
+from attention import HeadShape, Segments, backend_class, build, names, native, reference
 from attention.memory import peak_bytes
 
 MIB = 1 << 20
@@ -17,7 +17,11 @@ OPTIONS: dict[str, tuple[dict[str, Any], ...]] = {
     "bigbird": ({}, {"global_blocks": 1, "closing_blocks": 1}),
     "performer": ({}, {"hyperbolic": True}, {"local_chunk": 512}, {"local_chunk": 1024, "features": 64}),
 }
-CASES = [(name, options) for name in names() for options in OPTIONS.get(name, ({},))]
+PLAIN = [(name, options) for name in names() for options in OPTIONS.get(name, ({},))]
+CHOOSING = [case for case in PLAIN if "impl" in backend_class(case[0]).Options.model_fields]
+IMPLS = ("torch",) if native.obstacle(HeadShape(8, 8, 64, torch.bfloat16)) else ("torch", "native")
+CASES = [case for case in PLAIN if case not in CHOOSING]
+CASES += [(name, {**options, "impl": impl}) for name, options in CHOOSING for impl in IMPLS]
 
 
 def near(law: int, measured: int) -> bool:
@@ -61,7 +65,7 @@ def test_the_peak_of_a_chunk_behind_a_history_is_the_workspace_that_the_law_stat
         assert law.state_bytes == pool.bytes_in_use
 
 
-@pytest.mark.parametrize(("name", "options"), CASES)
+@pytest.mark.parametrize(("name", "options"), PLAIN)
 def test_the_flops_of_an_exact_backend_are_those_of_the_pairs_it_sees(name: str, options: dict[str, Any]) -> None:
     backend = build(name, options, HeadShape(4, 2, 64))
     if not backend.exact:

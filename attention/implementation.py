@@ -1,0 +1,68 @@
+"""Who computes a backend's softmax: settled once from its option `impl` and the machine, and reported by `describe`.
+
+    torch      blocks.py, operators of torch: runs anywhere, the slow reading of the next
+    native     native.py, a kernel in C for CPUs with AVX-512: for an exact backend on CPU the default where it can run
+    xformers   cuda.py, for dense and windowed attention on CUDA: there the default where it can run
+
+`auto` takes the first that can run, in the order native, xformers, torch. A name that cannot run here is refused at start-up
+with the reason. Nothing changes over later.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, Protocol, cast
+
+from torch import Tensor
+
+from attention import blocks, cuda, native
+from attention.blocks import Pair, Runs
+from attention.interface import HeadShape, Parts
+
+Impl = Literal["auto", "torch", "native", "xformers"]
+CpuImpl = Literal["auto", "torch", "native"]
+
+
+class Softmax(Protocol):
+    """Softmax over keys: what `blocks` and `native` both answer. Shapes and meaning are told in `blocks`."""
+
+    def dense(
+        self, q: Tensor, keys: Tensor, values: Tensor, past: int, causal: bool, out: Tensor, log_total: Tensor | None = None
+    ) -> Parts: ...
+
+    def band(self, q: Tensor, near: Pair, free: Pair, at: int, before: int, ahead: int, out: Tensor) -> Parts: ...
+
+    def step(
+        self,
+        q: Tensor,
+        states: Sequence[dict[str, Tensor]],
+        counts: Sequence[int],
+        groups: int,
+        out: Tensor,
+        log_total: Tensor | None = None,
+        runs: Sequence[Runs] | None = None,
+    ) -> None: ...
+
+    def dense_workspace_bytes(self, shape: HeadShape, queries: int, keys: int, asking: int | None = None) -> int: ...
+
+    def band_workspace_bytes(self, shape: HeadShape, queries: int, keys: int, before: int, ahead: int, free: int) -> int: ...
+
+
+def settle(impl: Impl, shape: HeadShape, no_xformers: str = "xformers has no such mask") -> str:
+    """The implementation in force. `no_xformers`: why the backend or its options rule xformers out; empty: nothing does.
+
+    Raises:
+        ValueError: one is asked for that cannot run; the message has the reason.
+    """
+    obstacles = {"native": native.obstacle(shape), "xformers": no_xformers or cuda.obstacle(shape), "torch": None}
+    if impl == "auto":
+        return next(name for name, reason in obstacles.items() if reason is None)
+    if obstacles[impl] is not None:
+        allowed = ", ".join(repr(name) for name, reason in {"auto": None, **obstacles}.items() if reason is None)
+        raise ValueError(f"impl is {impl!r}, but {obstacles[impl]}; allowed here: {allowed}")
+    return impl
+
+
+def softmax(impl: str) -> Softmax:
+    """The softmax of an implementation; what xformers does not answer (chunks and steps) is torch's."""
+    return cast(Softmax, native if impl == "native" else blocks)

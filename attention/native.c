@@ -1,0 +1,473 @@
+/* Softmax attention on x86 with AVX-512: the score of a key never leaves the core that computed it.
+ *
+ * The two functions behind `native.py`, which checks every argument: `attend` answers blocks of queries over runs of keys,
+ * `step` answers one query per head of many sequences over their histories. Plain C on pointers and strides, float32 or
+ * bfloat16 in and out, float32 between; built at install, without a compiler at run time.
+ *
+ * Source: the tiles and the running maximum of FlashAttention-2 (Dao, arXiv 2307.08691, section 3.1), the split histories of
+ * Flash-Decoding (Dao et al., 2023), written for registers: six rows of queries meet 64 columns of a packed block, 24 sums in
+ * 24 registers. One change: the running maximum is rounded up to a whole number. Scores are powers of two, so rescaling is
+ * exact, and what a row answers does not depend on where its keys were cut.
+ *
+ * Letters: H query heads, G key-value heads, D width. A word is 32 bits: one float32, or two neighbouring bfloat16, which
+ * vdpbf16ps multiplies and adds in float32. `wide` says which; it is a constant wherever it stands in a loop.
+ */
+#include <stdint.h>
+
+enum { NOTHING = 0, FLOAT32 = 1, BFLOAT16 = 2 }; /* what this machine multiplies, as bits */
+
+typedef struct { /* keys and values (n, G, D) by strides */
+    const char *k, *v;
+    int64_t k_row, k_head, v_row, v_head;
+} Source;
+
+typedef struct { /* `count` keys of a source from `first` on, that one at `position`; free: no query is too far ahead of them */
+    int64_t source, first, count, position, free;
+} Run;
+
+typedef struct { /* queries first..last, the first of them at `position`, and the runs that they may see */
+    int64_t first, last, position, run, end;
+} Block;
+
+typedef struct {
+    const char *q;      /* (C, H, D) by strides */
+    char *out;          /* (C, H, D) by strides */
+    float *log_total;   /* (C, H) or null: log2 of each row's sum of 2^s */
+    float *carry;       /* sums (C, H, D), tops (C, H), totals (C, H) */
+    int64_t q_row, q_head, out_row, out_head;
+    int64_t queries, heads, groups, width;
+    int64_t before, ahead; /* a query at p sees the keys at p - before .. p + ahead */
+    int64_t call, calls;   /* of so many calls this one meets its share of the keys; the carry goes from one to the next */
+    int64_t wide;
+    float scale; /* log2(e) / sqrt(D) */
+} Call;
+
+typedef struct { /* keys and values (n, G D) of a sequence */
+    int64_t sequence;
+    const char *k, *v;
+    int64_t row, count;
+} History;
+
+typedef struct {
+    const char *q;    /* (B, H, D), heads tight */
+    char *out;        /* (B, H, D), tight */
+    float *log_total; /* (B, H) or null */
+    float *parts;     /* for each part of each history: sums (H, D), tops (H), totals (H) */
+    int64_t q_row, heads, groups, width, wide;
+    float scale;
+} Step;
+
+#if defined(__x86_64__) && defined(__GNUC__)
+#include <immintrin.h>
+#include <math.h>
+#include <string.h>
+
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,fma")
+
+#define INLINE static inline __attribute__((always_inline))
+#define TILE 6       /* rows of queries in registers */
+#define KEYS 128     /* keys of a packed block */
+#define WIDEST 256   /* D, at most */
+#define HEADS 128    /* H of a step, at most */
+#define PART 256     /* keys of a history that one thread takes at a time */
+#define STRIDE 64    /* keys of a part whose scores exist at a time */
+
+int supported(void) {
+    __builtin_cpu_init();
+    if (!(__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("fma")))
+        return NOTHING;
+    return __builtin_cpu_supports("avx512bf16") ? FLOAT32 | BFLOAT16 : FLOAT32;
+}
+
+INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
+INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+/* 2^x by a polynomial on [0, 1) of relative error 7e-8; 0 for -inf. */
+INLINE __m512 exp2_16(__m512 x) {
+    const __m512 r = _mm512_reduce_ps(x, 0x09); /* x - floor(x) */
+    __m512 p = _mm512_set1_ps(0.0018775766453451859f);
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0.00898934016274927f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0.05582631799263116f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0.24015361706488592f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0.6931530731977913f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0.9999999250635696f));
+    return _mm512_scalef_ps(p, x);
+}
+
+INLINE __m512 multiply_add(const int wide, __m512i x, __m512i y, __m512 sum) {
+    return wide ? _mm512_fmadd_ps(_mm512_castsi512_ps(x), _mm512_castsi512_ps(y), sum) : _mm512_dpbf16_ps(sum, (__m512bh)x, (__m512bh)y);
+}
+
+/* The running softmax of one row: its top moves up to a whole number, its total and, by the factor returned, its sums follow.
+ * scores (count) in multiples of 16, become 2^(s - top). */
+INLINE float soften(float *scores, int64_t count, float scale, float *top, float *total) {
+    __m512 highest = _mm512_loadu_ps(scores);
+    for (int64_t j = 16; j < count; j += 16) highest = _mm512_max_ps(highest, _mm512_loadu_ps(scores + j));
+    const float old = *top, found = ceilf(_mm512_reduce_max_ps(highest) * scale), now = found > old ? found : old;
+    const float factor = now > old ? exp2f(old - now) : 1.0f;
+    const __m512 by = _mm512_set1_ps(scale), less = _mm512_set1_ps(now == -INFINITY ? 0.0f : now);
+    __m512 sum = _mm512_setzero_ps();
+    for (int64_t j = 0; j < count; j += 16) {
+        const __m512 weight = exp2_16(_mm512_fmsub_ps(_mm512_loadu_ps(scores + j), by, less));
+        sum = _mm512_add_ps(sum, weight);
+        _mm512_storeu_ps(scores + j, weight);
+    }
+    *top = now;
+    *total = *total * factor + _mm512_reduce_add_ps(sum);
+    return factor;
+}
+
+/* Hide the scores (16 of them, the first of column `column`) that stand outside low..high. */
+INLINE void hide(float *scores, int64_t column, int64_t low, int64_t high) {
+    const int64_t a = least(most(low - column, 0), 16), b = least(most(high - column, 0), 16);
+    const __mmask16 seen = (__mmask16)(((1u << b) - 1) & ~((1u << a) - 1));
+    _mm512_storeu_ps(scores, _mm512_mask_blend_ps(seen, _mm512_set1_ps(-INFINITY), _mm512_loadu_ps(scores)));
+}
+
+/* to (elements) = sums / total, in the answer's dtype */
+INLINE void store_answer(const int wide, char *to, __m512 sum, float total) {
+    const __m512 answer = total == 0.0f ? _mm512_setzero_ps() : _mm512_div_ps(sum, _mm512_set1_ps(total));
+    if (wide)
+        _mm512_storeu_ps(to, answer);
+    else
+        _mm256_storeu_si256((__m256i *)to, (__m256i)_mm512_cvtneps_pbh(answer));
+}
+
+/* ---- attend ------------------------------------------------------------------------------------------------------------ */
+
+/* c (rows, 16 columns) = factors c + a b over `steps` words: a by rows, b (steps, columns). No factors: c = a b. */
+INLINE void product(const int wide, const int rows, const int columns, int64_t steps, const uint32_t *a, int64_t a_row,
+                    const uint32_t *b, int64_t b_row, float *c, int64_t c_row, const float *factors) {
+    __m512 sum[TILE][4];
+#pragma GCC unroll 6
+    for (int i = 0; i < rows; i++)
+#pragma GCC unroll 4
+        for (int j = 0; j < columns; j++)
+            sum[i][j] = factors ? _mm512_mul_ps(_mm512_loadu_ps(c + i * c_row + 16 * j), _mm512_set1_ps(factors[i])) : _mm512_setzero_ps();
+    for (int64_t s = 0; s < steps; s++) {
+        __m512i y[4];
+#pragma GCC unroll 4
+        for (int j = 0; j < columns; j++) y[j] = _mm512_loadu_si512(b + s * b_row + 16 * j);
+#pragma GCC unroll 6
+        for (int i = 0; i < rows; i++) {
+            const __m512i x = _mm512_set1_epi32((int)a[i * a_row + s]);
+#pragma GCC unroll 4
+            for (int j = 0; j < columns; j++) sum[i][j] = multiply_add(wide, x, y[j], sum[i][j]);
+        }
+    }
+#pragma GCC unroll 6
+    for (int i = 0; i < rows; i++)
+#pragma GCC unroll 4
+        for (int j = 0; j < columns; j++) _mm512_storeu_ps(c + i * c_row + 16 * j, sum[i][j]);
+}
+
+/* The same over `count` columns, a multiple of 16. */
+INLINE void products(const int wide, const int rows, int64_t count, int64_t steps, const uint32_t *a, int64_t a_row,
+                     const uint32_t *b, int64_t b_row, float *c, int64_t c_row, const float *factors) {
+    int64_t j = 0;
+    for (; j + 64 <= count; j += 64) product(wide, rows, 4, steps, a, a_row, b + j, b_row, c + j, c_row, factors);
+    switch ((count - j) / 16) {
+    case 3: product(wide, rows, 3, steps, a, a_row, b + j, b_row, c + j, c_row, factors); break;
+    case 2: product(wide, rows, 2, steps, a, a_row, b + j, b_row, c + j, c_row, factors); break;
+    case 1: product(wide, rows, 1, steps, a, a_row, b + j, b_row, c + j, c_row, factors); break;
+    }
+}
+
+/* Rows of queries of one head meet the keys low..high (multiples of 16) of a packed block; row i sees lows[i]..highs[i]. */
+INLINE void tile(const int wide, const int rows, const int64_t width, const uint32_t *q, int64_t q_row, const uint32_t *keys,
+                 const uint32_t *values, int64_t low, int64_t high, const int64_t *lows, const int64_t *highs, float scale,
+                 float *sums, int64_t sums_row, float *tops, float *totals, int64_t heads) {
+    float s[TILE][KEYS] __attribute__((aligned(64)));
+    uint32_t p[TILE][KEYS / 2] __attribute__((aligned(64))); /* weights as bfloat16 */
+    float factors[TILE];
+    const int packed = wide ? 1 : 2;
+    products(wide, rows, high - low, width / packed, q, q_row, keys + low, KEYS, &s[0][low], KEYS, 0);
+    for (int i = 0; i < rows; i++) {
+        if (lows[i] > low || highs[i] < high)
+            for (int64_t j = low; j < high; j += 16) hide(&s[i][j], j, lows[i], highs[i]);
+        factors[i] = soften(&s[i][low], high - low, scale, tops + i * heads, totals + i * heads);
+        if (!wide)
+            for (int64_t j = low; j < high; j += 16)
+                _mm256_store_si256((__m256i *)&p[i][j / 2], (__m256i)_mm512_cvtneps_pbh(_mm512_load_ps(&s[i][j])));
+    }
+    const uint32_t *weights = wide ? (const uint32_t *)&s[0][low] : &p[0][low / 2];
+    products(wide, rows, width, (high - low) / packed, weights, KEYS / packed, values + low / packed * width, width, sums, sums_row, factors);
+}
+
+/* 16 rows of 16 words, transposed. */
+INLINE void transpose(__m512i r[16]) {
+    __m512i t[16];
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; i++) {
+        t[2 * i] = _mm512_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
+        t[2 * i + 1] = _mm512_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) {
+        r[4 * i] = _mm512_unpacklo_epi64(t[4 * i], t[4 * i + 2]);
+        r[4 * i + 1] = _mm512_unpackhi_epi64(t[4 * i], t[4 * i + 2]);
+        r[4 * i + 2] = _mm512_unpacklo_epi64(t[4 * i + 1], t[4 * i + 3]);
+        r[4 * i + 3] = _mm512_unpackhi_epi64(t[4 * i + 1], t[4 * i + 3]);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) {
+        t[i] = _mm512_shuffle_i32x4(r[i], r[4 + i], 0x88);
+        t[4 + i] = _mm512_shuffle_i32x4(r[i], r[4 + i], 0xdd);
+        t[8 + i] = _mm512_shuffle_i32x4(r[8 + i], r[12 + i], 0x88);
+        t[12 + i] = _mm512_shuffle_i32x4(r[8 + i], r[12 + i], 0xdd);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) {
+        r[i] = _mm512_shuffle_i32x4(t[i], t[8 + i], 0x88);
+        r[8 + i] = _mm512_shuffle_i32x4(t[i], t[8 + i], 0xdd);
+        r[4 + i] = _mm512_shuffle_i32x4(t[4 + i], t[12 + i], 0x88);
+        r[12 + i] = _mm512_shuffle_i32x4(t[4 + i], t[12 + i], 0xdd);
+    }
+}
+
+/* Rows (n, D) of keys to (words, KEYS), zeros up to a multiple of 16 keys. bytes: of a row's stride. */
+INLINE void pack_keys(const char *k, int64_t bytes, int64_t n, const int64_t words, uint32_t *to) {
+    for (int64_t j = 0; j < n; j += 16)
+        for (int64_t w = 0; w < words; w += 16) {
+            __m512i r[16];
+#pragma GCC unroll 16
+            for (int i = 0; i < 16; i++) r[i] = j + i < n ? _mm512_loadu_si512(k + (j + i) * bytes + 4 * w) : _mm512_setzero_si512();
+            transpose(r);
+#pragma GCC unroll 16
+            for (int i = 0; i < 16; i++) _mm512_storeu_si512(to + (w + i) * KEYS + j, r[i]);
+        }
+}
+
+/* Rows (n, D) of values as the second product reads them: float32 as they are, bfloat16 (n / 2, D) in pairs of tokens. */
+INLINE void pack_values(const int wide, const char *v, int64_t bytes, int64_t n, const int64_t width, uint32_t *to) {
+    const int64_t whole = (n + 15) & ~15;
+    if (wide) {
+        for (int64_t j = 0; j < whole; j++)
+            for (int64_t d = 0; d < width; d += 16)
+                _mm512_storeu_si512(to + j * width + d, j < n ? _mm512_loadu_si512(v + j * bytes + 4 * d) : _mm512_setzero_si512());
+        return;
+    }
+    const __m512i ascending = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+    const __m512i first = _mm512_or_si512(ascending, _mm512_slli_epi32(_mm512_add_epi32(ascending, _mm512_set1_epi32(32)), 16));
+    const __m512i second = _mm512_add_epi32(first, _mm512_set1_epi32(0x00100010)); /* elements 16.. of both rows */
+    for (int64_t j = 0; j < whole; j += 2)
+        for (int64_t d = 0; d < width; d += 32) {
+            const __m512i a = j < n ? _mm512_loadu_si512(v + j * bytes + 2 * d) : _mm512_setzero_si512();
+            const __m512i b = j + 1 < n ? _mm512_loadu_si512(v + (j + 1) * bytes + 2 * d) : _mm512_setzero_si512();
+            _mm512_storeu_si512(to + j / 2 * width + d, _mm512_permutex2var_epi16(a, first, b));
+            _mm512_storeu_si512(to + j / 2 * width + d + 16, _mm512_permutex2var_epi16(a, second, b));
+        }
+}
+
+/* The queries of a block, all heads of a group, over all its runs. */
+INLINE void attend_block(const int wide, const int64_t width, const Call *c, const Source *sources, const Block *block, const Run *runs,
+                         int64_t group) {
+    uint32_t keys[WIDEST * KEYS / 2 * (wide ? 2 : 1)] __attribute__((aligned(64)));
+    uint32_t values[WIDEST * KEYS / 2 * (wide ? 2 : 1)] __attribute__((aligned(64)));
+    const int64_t size = wide ? 4 : 2, words = width * size / 4, count = block->last - block->first, sums_row = c->heads * width;
+    const int64_t ratio = c->heads / c->groups, head = group * ratio;
+    float *sums = c->carry, *tops = sums + c->queries * sums_row, *totals = tops + c->queries * c->heads;
+    for (int64_t i = block->first; i < block->last && c->call == 0; i++)
+        for (int64_t h = head; h < head + ratio; h++) {
+            memset(sums + i * sums_row + h * width, 0, sizeof(float) * width);
+            tops[i * c->heads + h] = -INFINITY;
+            totals[i * c->heads + h] = 0.0f;
+        }
+    for (const Run *run = runs + block->run; run < runs + block->end; run++) {
+        const int64_t place = block->position - run->position; /* of the first query among these keys */
+        const int64_t start = run->free ? 0 : most(0, place - c->before) & ~15, end = least(run->count, place + count + c->ahead);
+        const int64_t share = (most(0, end - start) + c->calls * KEYS - 1) / (c->calls * KEYS) * KEYS;
+        const int64_t from = start + c->call * share, to = least(end, from + share);
+        const Source *source = sources + run->source;
+        for (int64_t at = from; at < to; at += KEYS) {
+            const int64_t n = least(KEYS, to - at), key = run->first + at;
+            pack_keys(source->k + (group * source->k_head + key * source->k_row) * size, source->k_row * size, n, words, keys);
+            pack_values(wide, source->v + (group * source->v_head + key * source->v_row) * size, source->v_row * size, n, width, values);
+            for (int64_t h = head; h < head + ratio; h++)
+                for (int64_t i = 0; i < count; i += TILE) {
+                    const int64_t rows = least(TILE, count - i), row = block->first + i;
+                    int64_t lows[TILE], highs[TILE];
+                    for (int64_t t = 0; t < rows; t++) {
+                        lows[t] = run->free ? 0 : most(0, place + i + t - c->before - at);
+                        highs[t] = least(n, place + i + t + c->ahead + 1 - at);
+                    }
+                    const int64_t low = lows[0] & ~15, high = (most(highs[rows - 1], 0) + 15) & ~15;
+                    if (low >= high) continue;
+                    const uint32_t *q = (const uint32_t *)(c->q + (row * c->q_row + h * c->q_head) * size);
+                    float *sum = sums + row * sums_row + h * width, *top = tops + row * c->heads + h, *total = totals + row * c->heads + h;
+#define ROWS(R) \
+    case R: tile(wide, R, width, q, c->q_row * size / 4, keys, values, low, high, lows, highs, c->scale, sum, sums_row, top, total, c->heads); break;
+                    switch (rows) { ROWS(6) ROWS(5) ROWS(4) ROWS(3) ROWS(2) ROWS(1) }
+                }
+        }
+    }
+    for (int64_t i = block->first; i < block->last && c->call == c->calls - 1; i++)
+        for (int64_t h = head; h < head + ratio; h++) {
+            const float total = totals[i * c->heads + h];
+            for (int64_t d = 0; d < width; d += 16)
+                store_answer(wide, c->out + (i * c->out_row + h * c->out_head + d) * size, _mm512_loadu_ps(sums + i * sums_row + h * width + d), total);
+            if (c->log_total) c->log_total[i * c->heads + h] = tops[i * c->heads + h] + log2f(total);
+        }
+}
+
+#define ATTEND(NAME, WIDE, WIDTH) \
+    __attribute__((noinline)) static void NAME(const Call *c, const Source *s, const Block *b, const Run *r, int64_t g) { attend_block(WIDE, WIDTH, c, s, b, r, g); }
+ATTEND(attend_narrow_64, 0, 64)
+ATTEND(attend_narrow, 0, c->width)
+ATTEND(attend_wide_64, 1, 64)
+ATTEND(attend_wide, 1, c->width)
+
+void attend(const Call *c, const Source *sources, const Block *blocks, int64_t count, const Run *runs, int threads) {
+    void (*answer)(const Call *, const Source *, const Block *, const Run *, int64_t) =
+        c->wide ? (c->width == 64 ? attend_wide_64 : attend_wide) : (c->width == 64 ? attend_narrow_64 : attend_narrow);
+#pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
+    for (int64_t i = 0; i < count * c->groups; i++) answer(c, sources, blocks + i / c->groups, runs, i % c->groups);
+}
+
+/* ---- step -------------------------------------------------------------------------------------------------------------- */
+
+/* The sums of 16 registers, as one. */
+INLINE __m512 sums_of(__m512 a[16]) {
+    __m512 t[8], y[4], z[2];
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; i++) t[i] = _mm512_add_ps(_mm512_unpacklo_ps(a[2 * i], a[2 * i + 1]), _mm512_unpackhi_ps(a[2 * i], a[2 * i + 1]));
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) {
+        const __m512d l = _mm512_castps_pd(t[2 * i]), h = _mm512_castps_pd(t[2 * i + 1]);
+        y[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(l, h)), _mm512_castpd_ps(_mm512_unpackhi_pd(l, h)));
+    }
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; i++)
+        z[i] = _mm512_add_ps(_mm512_shuffle_f32x4(y[2 * i], y[2 * i + 1], 0x88), _mm512_shuffle_f32x4(y[2 * i], y[2 * i + 1], 0xdd));
+    return _mm512_add_ps(_mm512_shuffle_f32x4(z[0], z[1], 0x88), _mm512_shuffle_f32x4(z[0], z[1], 0xdd));
+}
+
+/* The scores of one query with up to 16 keys; those behind n are hidden. bytes: of a row's stride. */
+INLINE void score(const int wide, const int64_t words, const char *q, const char *k, int64_t bytes, int64_t n, float *to) {
+    __m512 sum[16];
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; i++) sum[i] = _mm512_setzero_ps();
+    for (int64_t w = 0; w < words; w += 16) {
+        const __m512i x = _mm512_loadu_si512(q + 4 * w);
+#pragma GCC unroll 16
+        for (int i = 0; i < 16; i++) /* a row that is not there is read as the first */
+            sum[i] = multiply_add(wide, x, _mm512_loadu_si512(k + (i < n ? i : 0) * bytes + 4 * w), sum[i]);
+    }
+    _mm512_storeu_ps(to, sums_of(sum));
+    if (n < 16) hide(to, 0, 0, n);
+}
+
+/* sums (D) = factor sums + weights (n) v. Of bfloat16, 32 elements at a time, the even ones stand before the odd ones. */
+INLINE void gather(const int wide, const int64_t width, const float *weights, const char *v, int64_t bytes, int64_t n, float factor, float *sums) {
+    const __m512 by = _mm512_set1_ps(factor);
+    const __m512i upper = _mm512_set1_epi32((int)0xffff0000);
+    for (int64_t d = 0; d < width; d += 32) {
+        __m512 a = _mm512_mul_ps(by, _mm512_loadu_ps(sums + d)), b = _mm512_mul_ps(by, _mm512_loadu_ps(sums + d + 16));
+        for (int64_t j = 0; j < n; j++) {
+            const __m512 weight = _mm512_set1_ps(weights[j]);
+            const char *row = v + j * bytes + d * (wide ? 4 : 2);
+            const __m512i x = _mm512_loadu_si512(row);
+            a = _mm512_fmadd_ps(weight, wide ? _mm512_castsi512_ps(x) : _mm512_castsi512_ps(_mm512_slli_epi32(x, 16)), a);
+            b = _mm512_fmadd_ps(weight, wide ? _mm512_loadu_ps(row + 64) : _mm512_castsi512_ps(_mm512_and_si512(x, upper)), b);
+        }
+        _mm512_storeu_ps(sums + d, a);
+        _mm512_storeu_ps(sums + d + 16, b);
+    }
+}
+
+/* One sequence's query, all heads, over up to PART keys: sums (H, D), tops (H), totals (H). */
+INLINE void step_part(const int wide, const int64_t width, const Step *c, const char *q, const char *k, const char *v, int64_t row, int64_t count, float *sums) {
+    float s[HEADS][STRIDE] __attribute__((aligned(64)));
+    const int64_t size = wide ? 4 : 2, ratio = c->heads / c->groups, bytes = row * size, whole = c->groups * width * size;
+    float *tops = sums + c->heads * width, *totals = tops + c->heads;
+    memset(sums, 0, sizeof(float) * c->heads * width);
+    for (int64_t h = 0; h < c->heads; h++) tops[h] = -INFINITY, totals[h] = 0.0f;
+    for (int64_t at = 0; at < count; at += STRIDE) {
+        const int64_t n = least(STRIDE, count - at);
+        for (int64_t j = 0; j < n; j += 16) {
+            for (int64_t i = j; i < least(j + 16, n); i++) /* the values are wanted next, and head by head they are no stream */
+                for (int64_t b = 0; b < whole; b += 64) _mm_prefetch(v + (at + i) * bytes + b, _MM_HINT_T0);
+            for (int64_t h = 0; h < c->heads; h++)
+                score(wide, width * size / 4, q + h * width * size, k + (at + j) * bytes + h / ratio * width * size, bytes, n - j, &s[h][j]);
+        }
+        for (int64_t h = 0; h < c->heads; h++) {
+            const float factor = soften(s[h], (n + 15) & ~15, c->scale, tops + h, totals + h);
+            gather(wide, width, s[h], v + at * bytes + h / ratio * width * size, bytes, n, factor, sums + h * width);
+        }
+    }
+}
+
+#define STEP(NAME, WIDE, WIDTH) \
+    __attribute__((noinline)) static void NAME(const Step *c, const char *q, const char *k, const char *v, int64_t row, int64_t n, float *s) { step_part(WIDE, WIDTH, c, q, k, v, row, n, s); }
+STEP(step_narrow_64, 0, 64)
+STEP(step_narrow, 0, c->width)
+STEP(step_wide_64, 1, 64)
+STEP(step_wide, 1, c->width)
+
+/* The answer of one sequence from the parts first..last. */
+static void merge(const Step *c, int64_t sequence, int64_t first, int64_t last) {
+    const int64_t width = c->width, size = c->wide ? 4 : 2, floats = c->heads * (width + 2);
+    for (int64_t h = 0; h < c->heads; h++) {
+        float sums[WIDEST] __attribute__((aligned(64))) = {0}, top = -INFINITY, total = 0.0f;
+        for (int64_t p = first; p < last; p++) top = fmaxf(top, c->parts[p * floats + c->heads * width + h]);
+        for (int64_t p = first; p < last; p++) {
+            const float *part = c->parts + p * floats, factor = top == -INFINITY ? 1.0f : exp2f(part[c->heads * width + h] - top);
+            for (int64_t d = 0; d < width; d += 16)
+                _mm512_store_ps(sums + d, _mm512_fmadd_ps(_mm512_set1_ps(factor), _mm512_loadu_ps(part + h * width + d), _mm512_load_ps(sums + d)));
+            total += factor * part[c->heads * width + c->heads + h];
+        }
+        for (int64_t d = 0; d < width; d += 32) {
+            __m512 a = _mm512_load_ps(sums + d), b = _mm512_load_ps(sums + d + 16);
+            if (!c->wide) { /* even and odd elements back in their order */
+                const __m512i low = _mm512_set_epi32(23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+                const __m512 even = a;
+                a = _mm512_permutex2var_ps(even, low, b);
+                b = _mm512_permutex2var_ps(even, _mm512_add_epi32(low, _mm512_set1_epi32(8)), b);
+            }
+            char *to = c->out + ((sequence * c->heads + h) * width + d) * size;
+            store_answer((int)c->wide, to, a, total);
+            store_answer((int)c->wide, to + 16 * size, b, total);
+        }
+        if (c->log_total) c->log_total[sequence * c->heads + h] = top + log2f(total);
+    }
+}
+
+/* histories: in the order of their sequences. starts (count + 1) is filled with the number of each history's first part;
+ * parts begin at fixed places, so that an answer does not depend on the others or on the threads. */
+void step(const Step *c, const History *histories, int64_t count, int64_t *starts, int threads) {
+    void (*answer)(const Step *, const char *, const char *, const char *, int64_t, int64_t, float *) =
+        c->wide ? (c->width == 64 ? step_wide_64 : step_wide) : (c->width == 64 ? step_narrow_64 : step_narrow);
+    const int64_t size = c->wide ? 4 : 2;
+    starts[0] = 0;
+    for (int64_t i = 0; i < count; i++) starts[i + 1] = starts[i] + (histories[i].count + PART - 1) / PART;
+#pragma omp parallel num_threads(starts[count] > 1 ? threads : 1)
+    {
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t p = 0; p < starts[count]; p++) {
+            int64_t low = 0, high = count;
+            while (high - low > 1) {
+                const int64_t middle = (low + high) / 2;
+                if (starts[middle] <= p) low = middle;
+                else high = middle;
+            }
+            const History *x = histories + low;
+            const int64_t at = (p - starts[low]) * PART, offset = at * x->row * size;
+            answer(c, c->q + x->sequence * c->q_row * size, x->k + offset, x->v + offset, x->row, least(PART, x->count - at),
+                   c->parts + p * c->heads * (c->width + 2));
+        }
+#pragma omp for schedule(static)
+        for (int64_t i = 0; i < count; i++) {
+            if (i && histories[i].sequence == histories[i - 1].sequence) continue;
+            int64_t end = i + 1;
+            while (end < count && histories[end].sequence == histories[i].sequence) end++;
+            merge(c, histories[i].sequence, starts[i], starts[end]);
+        }
+    }
+}
+
+#else
+int supported(void) { return NOTHING; }
+void attend(const Call *c, const Source *sources, const Block *blocks, int64_t count, const Run *runs, int threads) { (void)c, (void)sources, (void)blocks, (void)count, (void)runs, (void)threads; }
+void step(const Step *c, const History *histories, int64_t count, int64_t *starts, int threads) { (void)c, (void)histories, (void)count, (void)starts, (void)threads; }
+#endif

@@ -1,0 +1,261 @@
+"""The softmax kernel of `blocks.py` in C, for CPUs with AVX-512: built at install, chosen by a backend's `impl`.
+
+`native.c` computes; here is what it needs to be told and checked. Its scores never leave the core that computed them and no
+key is copied where it lies already, so attention runs near the rate at which the cores multiply, and a decode step near the
+rate at which memory is read. The functions are those of `implementation.Softmax`, and `blocks.py` is their slow reading.
+
+What a step or a block answers depends on its own keys alone: not on the batch, the threads, or how keys were cut into calls.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.machinery
+import math
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from attention.blocks import LOG2_E, Pair, Runs, spread
+from attention.interface import HeadShape, Parts
+
+ROWS = 504  # queries that share a call, and a carry
+BLOCK = 252  # at most so many of them are one thread's task, a multiple of the kernel's six; their keys are packed once
+PART_FLOPS = 4 << 27  # per thread and call: about a millisecond
+PART = 256  # keys of a history that one thread takes at a time, as in native.c
+WIDEST, MOST_HEADS = 256, 128  # what the kernel's own memory is made for
+FREE = 1 << 40  # a distance that binds nothing
+WORDS = {torch.float32: 1, torch.bfloat16: 2}  # the dtypes, by the bits with which native.c names them
+
+_Run = tuple[int, int, int, int, bool]  # source, first, count, position, free: see native.c
+_Block = tuple[int, int, int, Sequence[_Run]]  # first and last query, the first one's position, what they may see
+
+
+class _Call(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("q", "out", "log_total", "carry")),
+        *((name, ctypes.c_int64) for name in ("q_row", "q_head", "out_row", "out_head", "queries", "heads", "groups", "width")),
+        *((name, ctypes.c_int64) for name in ("before", "ahead", "call", "calls", "wide")),
+        ("scale", ctypes.c_float),
+    ]
+
+
+class _Step(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("q", "out", "log_total", "parts")),
+        *((name, ctypes.c_int64) for name in ("q_row", "heads", "groups", "width", "wide")),
+        ("scale", ctypes.c_float),
+    ]
+
+
+@cache
+def library() -> ctypes.CDLL | None:
+    """The compiled kernel, None where the package was installed without a C compiler."""
+    beside = (Path(__file__).with_name("_native" + suffix) for suffix in importlib.machinery.EXTENSION_SUFFIXES)
+    found = next((path for path in beside if path.exists()), None)
+    if found is None:
+        return None
+    loaded = ctypes.CDLL(str(found))  # torch's OpenMP is loaded already, and both share its threads
+    pointer, number = ctypes.c_void_p, ctypes.c_int64
+    loaded.attend.argtypes, loaded.attend.restype = (pointer, pointer, pointer, number, pointer, ctypes.c_int), None
+    loaded.step.argtypes, loaded.step.restype = (pointer, pointer, number, pointer, ctypes.c_int), None
+    return loaded
+
+
+def obstacle(shape: HeadShape) -> str | None:
+    """Why this kernel cannot answer heads of a shape here; None when it can."""
+    if shape.device.type != "cpu":
+        return f"the native kernel is for CPUs, the device is {shape.device}"
+    if shape.dtype not in WORDS:
+        return f"the native kernel takes float32 and bfloat16, the dtype is {shape.dtype}"
+    if shape.head_width % 32 or shape.head_width > WIDEST or shape.query_heads > MOST_HEADS:
+        limits = f"heads whose width is a multiple of 32 up to {WIDEST}, and at most {MOST_HEADS} of them"
+        return f"the native kernel takes {limits}; these are {shape.query_heads} of {shape.head_width}"
+    loaded = library()
+    if loaded is None:
+        return "the native kernel was not built, for which installing needs a C compiler with OpenMP"
+    if not loaded.supported() & WORDS[shape.dtype]:
+        return f"this CPU lacks the instructions of the native kernel for {shape.dtype} (AVX-512, and for bfloat16 AVX512-bf16)"
+    return None
+
+
+def dense(
+    q: Tensor, keys: Tensor, values: Tensor, past: int, causal: bool, out: Tensor, log_total: Tensor | None = None
+) -> Parts:
+    """Answer queries at positions `past` and on over all of keys, values (G, n, D) into out (C, H, D).
+
+    log_total, float32 (C, H, 1), is written where given: log2 of the sum of each row's 2^s.
+    """
+    runs = [(0, 0, keys.shape[1], 0, False)]
+    each = ((a, b, past + a, runs) for a, b in spread(0, len(q), _rows(len(keys))))
+    yield from _attend(q, [(keys, values)], each, FREE, 0 if causal else FREE, out, log_total)
+
+
+def band(q: Tensor, near: Pair, free: Pair, at: int, before: int, ahead: int, out: Tensor) -> Parts:
+    """Answer queries q (C, H, D), the first of which stands at index `at` of near, into out; see `blocks.band`."""
+    extra = free[0].shape[1]
+    runs = [(0, 0, extra, -extra, True), (1, 0, near[0].shape[1], 0, False)]
+    each = ((a, b, at + a, runs) for a, b in spread(0, len(q), _rows(len(near[0]))))
+    yield from _attend(q, [free, near], each, before, ahead, out)
+
+
+def pattern(
+    q: Tensor, keys: Tensor, values: Tensor, past: int, causal: bool, seen: Iterable[tuple[int, Runs]], out: Tensor
+) -> Parts:
+    """Answer queries at positions `past` and on, each block of them over runs of its own of keys, values (G, n, D).
+
+    seen: for each block, where it ends among the queries, and the runs that it sees; causally up to each query's own place.
+    """
+
+    def each() -> Iterator[_Block]:
+        first = 0
+        for last, runs in seen:
+            yield first, last, past + first, [(0, a, b - a, a, False) for a, b in runs]
+            first = last
+
+    yield from _attend(q, [(keys, values)], each(), FREE, 0 if causal else FREE, out)
+
+
+def step(
+    q: Tensor,
+    states: Sequence[dict[str, Tensor]],
+    counts: Sequence[int],
+    groups: int,
+    out: Tensor,
+    log_total: Tensor | None = None,
+    runs: Sequence[Runs] | None = None,
+) -> None:
+    """Attend one token of each of B sequences to the first `counts` keys of its state, or along `runs`; see `blocks.step`."""
+    _, heads, width = q.shape
+    histories, parts = array("q"), 0
+    for index, (state, left) in enumerate(zip(states, counts, strict=True)):
+        k, v = state["k"], state["v"]
+        row = k.stride(0)
+        for first, last in ((0, left),) if runs is None else runs[index]:
+            taken, at = min(left, last - first), first * row * k.element_size()
+            histories.extend((index, k.data_ptr() + at, v.data_ptr() + at, row, taken))
+            left, parts = left - taken, parts + -(-taken // PART)
+    starts = array("q", bytes(8 * (len(histories) // 5 + 1)))
+    room = torch.empty(parts * heads * (width + 2), dtype=torch.float32)
+    q = q if q.stride()[1:] == (width, 1) else q.contiguous()
+    call = _Step(
+        q.data_ptr(),
+        _tight(out).data_ptr(),
+        None if log_total is None else _tight(log_total).data_ptr(),
+        room.data_ptr(),
+        q.stride(0),
+        heads,
+        groups,
+        width,
+        q.dtype == torch.float32,
+        LOG2_E / math.sqrt(width),
+    )
+    tables = histories.buffer_info()[0], len(starts) - 1, starts.buffer_info()[0]
+    _loaded().step(ctypes.byref(call), *tables, torch.get_num_threads())
+
+
+def band_workspace_bytes(shape: HeadShape, queries: int, keys: int, before: int, ahead: int, free: int) -> int:
+    """Peak temporaries of `band`, the answer included, for `queries` tokens at the end of `keys` others and themselves."""
+    return dense_workspace_bytes(shape, queries, min(keys, before + 1 + free))
+
+
+def dense_workspace_bytes(shape: HeadShape, queries: int, keys: int, asking: int | None = None) -> int:
+    """Peak temporaries of `dense`, of `pattern`, and of `step` over `keys` keys, the answer to all queries included.
+
+    asking: how many of the queries go this way; None: all. A thread's own scratch is on its stack.
+    """
+    heads, width = shape.query_heads, shape.head_width
+    rows = -(-keys // PART) if queries == 1 else min(queries if asking is None else asking, ROWS)
+    return queries * heads * width * shape.itemsize + rows * heads * (width + 2) * 4
+
+
+def _rows(groups: int) -> int:
+    """Queries of a task, so that a call has two or more for each thread."""
+    tasks = -(-2 * torch.get_num_threads() // groups)
+    return min(BLOCK, max(48, ROWS // tasks // 6 * 6))
+
+
+def _attend(
+    q: Tensor,
+    sources: Sequence[Pair],
+    blocks: Iterable[_Block],
+    before: int,
+    ahead: int,
+    out: Tensor,
+    log_total: Tensor | None = None,
+) -> Parts:
+    """Answer blocks of queries, pausing behind each call; what would take long is cut along the keys into several."""
+    count, heads, width = q.shape
+    tensors = [q, out, *(x for pair in sources for x in pair)]
+    assert all(x.stride(2) == 1 for x in tensors), "the elements of a query, key or value must lie side by side"
+    assert log_total is None or log_total.is_contiguous()
+    carry = torch.empty(min(count, ROWS) * heads * (width + 2), dtype=torch.float32)
+    table = array("q")
+    for k, v in sources:
+        table.extend((k.data_ptr(), v.data_ptr(), k.stride(1), k.stride(0), v.stride(1), v.stride(0)))
+    threads = torch.get_num_threads()
+    call = _Call(
+        carry=carry.data_ptr(),
+        q_row=q.stride(0),
+        q_head=q.stride(1),
+        out_row=out.stride(0),
+        out_head=out.stride(1),
+        heads=heads,
+        groups=len(sources[0][0]),
+        width=width,
+        before=before,
+        ahead=ahead,
+        wide=q.dtype == torch.float32,
+        scale=LOG2_E / math.sqrt(width),
+    )
+    for batch in _batches(blocks):
+        first, last = batch[0][0], batch[-1][1]
+        call.q, call.out = q[first:].data_ptr(), out[first:].data_ptr()
+        call.log_total = None if log_total is None else log_total[first:].data_ptr()
+        call.queries = last - first
+        pairs = sum((b - a) * sum(_seen(run, b - a, at, before, ahead) for run in runs) for a, b, at, runs in batch)
+        call.calls = max(1, round(4 * heads * width * pairs / (PART_FLOPS * threads)))
+        rows, runs = array("q"), array("q")
+        for a, b, at, own in batch:
+            rows.extend((a - first, b - first, at, len(runs) // 5, len(runs) // 5 + len(own)))
+            for run in own:
+                runs.extend(run)
+        addresses = [x.buffer_info()[0] for x in (table, rows, runs)]
+        for index in range(call.calls):
+            call.call = index
+            _loaded().attend(ctypes.byref(call), *addresses[:2], len(batch), addresses[2], threads)
+            yield
+
+
+def _seen(run: _Run, count: int, at: int, before: int, ahead: int) -> int:
+    """Keys of a run that `count` queries from position `at` on may see."""
+    _, _, keys, position, free = run
+    start = 0 if free else max(0, at - position - before)
+    return max(0, min(keys, at - position + count + ahead) - start)
+
+
+def _batches(blocks: Iterable[_Block]) -> Iterator[list[_Block]]:
+    """Consecutive blocks of ROWS queries together, at most."""
+    batch: list[_Block] = []
+    for block in blocks:
+        if batch and block[1] - batch[0][0] > ROWS:
+            yield batch
+            batch = []
+        batch.append(block)
+    if batch:
+        yield batch
+
+
+def _tight(x: Tensor) -> Tensor:
+    assert x.is_contiguous(), "an answer of a step, and a log, must be tight"
+    return x
+
+
+def _loaded() -> ctypes.CDLL:
+    found = library()
+    assert found is not None, "`obstacle` tells whether the kernel can be called"
+    return found
