@@ -48,13 +48,13 @@ class Softmax(Protocol):
     def band_workspace_bytes(self, shape: HeadShape, queries: int, keys: int, before: int, ahead: int, free: int) -> int: ...
 
 
-def settle(impl: Impl, shape: HeadShape, no_xformers: str = "xformers has no such mask") -> str:
-    """The implementation in force. `no_xformers`: why the backend or its options rule xformers out; empty: nothing does.
+def settle(impl: Impl, shape: HeadShape, no_xformers: str = "xformers has no such mask", no_native: str = "") -> str:
+    """The implementation in force. The last two: why a backend or its options rule one out; empty: nothing does.
 
     Raises:
         ValueError: one is asked for that cannot run; the message has the reason.
     """
-    obstacles = {"native": native.obstacle(shape), "xformers": no_xformers or cuda.obstacle(shape), "torch": None}
+    obstacles = {"native": no_native or native.obstacle(shape), "xformers": no_xformers or cuda.obstacle(shape), "torch": None}
     if impl == "auto":
         return next(name for name, reason in obstacles.items() if reason is None)
     if obstacles[impl] is not None:

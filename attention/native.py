@@ -1,8 +1,8 @@
-"""The softmax kernel of `blocks.py` in C, for CPUs with AVX-512: built at install, chosen by a backend's `impl`.
+"""The softmax kernel of `blocks.py`, and Performer's steps, in C for CPUs with AVX-512: chosen by a backend's `impl`.
 
-`native.c` computes; here is what it needs to be told and checked. Its scores never leave the core that computed them and no
-key is copied where it lies already, so attention runs near the rate at which the cores multiply, and a decode step near the
-rate at which memory is read. The functions are those of `implementation.Softmax`, and `blocks.py` is their slow reading.
+`csrc` computes, built at install; here is what it needs to be told. A score never leaves the core that computed it and keys
+are read where they lie, so attention runs near the rate at which the cores multiply, and a decode step near the rate at which
+memory is read. `dense`, `band` and `step` are those of `implementation.Softmax`; `blocks.py` is their slow reading.
 
 What a step or a block answers depends on its own keys alone: not on the batch, the threads, or how keys were cut into calls.
 """
@@ -23,15 +23,15 @@ from torch import Tensor
 from attention.blocks import LOG2_E, Pair, Runs, spread
 from attention.interface import HeadShape, Parts
 
-ROWS = 504  # queries that share a call, and a carry
-BLOCK = 252  # at most so many of them are one thread's task, a multiple of the kernel's six; their keys are packed once
-PART_FLOPS = 4 << 27  # per thread and call: about a millisecond
-PART = 256  # keys of a history that one thread takes at a time, as in native.c
+ROWS = 512  # queries that share a call, and a carry
+BLOCK = 256  # at most so many of them are one thread's task; their keys are packed once
+PART_FLOPS = 3 << 27  # per thread and call: about a millisecond
+PART = 256  # keys of a history that one thread takes at a time, as in softmax.c
 WIDEST, MOST_HEADS = 256, 128  # what the kernel's own memory is made for
 FREE = 1 << 40  # a distance that binds nothing
-WORDS = {torch.float32: 1, torch.bfloat16: 2}  # the dtypes, by the bits with which native.c names them
+WORDS = {torch.float32: 1, torch.bfloat16: 2}  # the dtypes, by the bits with which softmax.c names them
 
-_Run = tuple[int, int, int, int, bool]  # source, first, count, position, free: see native.c
+_Run = tuple[int, int, int, int, bool]  # source, first, count, position, free: see softmax.c
 _Block = tuple[int, int, int, Sequence[_Run]]  # first and last query, the first one's position, what they may see
 
 
@@ -52,6 +52,15 @@ class _Step(ctypes.Structure):
     ]
 
 
+class _FeaturesStep(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("q", "k", "v", "out", "weights", "features")),
+        *((name, ctypes.c_int64) for name in ("q_row", "k_row", "v_row")),
+        *((name, ctypes.c_int64) for name in ("sequences", "heads", "groups", "width", "count", "wide")),
+        *((name, ctypes.c_float) for name in ("half", "reach", "limit")),
+    ]
+
+
 @cache
 def library() -> ctypes.CDLL | None:
     """The compiled kernel, None where the package was installed without a C compiler."""
@@ -63,6 +72,7 @@ def library() -> ctypes.CDLL | None:
     pointer, number = ctypes.c_void_p, ctypes.c_int64
     loaded.attend.argtypes, loaded.attend.restype = (pointer, pointer, pointer, number, pointer, ctypes.c_int), None
     loaded.step.argtypes, loaded.step.restype = (pointer, pointer, number, pointer, ctypes.c_int), None
+    loaded.features_step.argtypes, loaded.features_step.restype = (pointer, pointer, ctypes.c_int), None
     return loaded
 
 
@@ -163,6 +173,58 @@ def band_workspace_bytes(shape: HeadShape, queries: int, keys: int, before: int,
     return dense_workspace_bytes(shape, queries, min(keys, before + 1 + free))
 
 
+def words(weights: Tensor) -> Tensor:
+    """Random rows (D, m) as the kernel reads them: of bfloat16, neighbouring rows side by side, (D / 2, m, 2)."""
+    if weights.dtype == torch.float32:
+        return weights.contiguous()
+    return weights.view(-1, 2, weights.shape[1]).transpose(1, 2).contiguous()
+
+
+def features_step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    weights: Tensor,
+    states: Sequence[dict[str, Tensor]],
+    out: Tensor,
+    *,
+    half: float,
+    reach: float,
+    limit: float,
+) -> None:
+    """Add one token of each of B sequences to its random features' sums and ask them; `Performer.step` is the slow reading.
+
+    q, out: (B, H, D). k, v: (B, G, D). weights: `words` of the random rows. states: each with s (G, D + 1, m), m a multiple of
+    16, and scale (G, 1, 1), both float32, changed. half, reach, limit: those of `Performer`.
+    """
+    count, heads, width = q.shape
+    groups, features = k.shape[1], states[0]["s"].shape[2]
+    q, k, v = (x if x.stride()[1:] == (width, 1) else x.contiguous() for x in (q, k, v))
+    room = torch.empty(count * (heads + groups) * features, dtype=torch.float32)
+    call = _FeaturesStep(
+        q=q.data_ptr(),
+        k=k.data_ptr(),
+        v=v.data_ptr(),
+        out=_tight(out).data_ptr(),
+        weights=weights.data_ptr(),
+        features=room.data_ptr(),
+        q_row=q.stride(0),
+        k_row=k.stride(0),
+        v_row=v.stride(0),
+        sequences=count,
+        heads=heads,
+        groups=groups,
+        width=width,
+        count=features,
+        wide=q.dtype == torch.float32,
+        half=half,
+        reach=reach,
+        limit=limit,
+    )
+    addresses = array("q", [state[name].data_ptr() for state in states for name in ("s", "scale")])
+    _loaded().features_step(ctypes.byref(call), addresses.buffer_info()[0], torch.get_num_threads())
+
+
 def dense_workspace_bytes(shape: HeadShape, queries: int, keys: int, asking: int | None = None) -> int:
     """Peak temporaries of `dense`, of `pattern`, and of `step` over `keys` keys, the answer to all queries included.
 
@@ -176,7 +238,7 @@ def dense_workspace_bytes(shape: HeadShape, queries: int, keys: int, asking: int
 def _rows(groups: int) -> int:
     """Queries of a task, so that a call has two or more for each thread."""
     tasks = -(-2 * torch.get_num_threads() // groups)
-    return min(BLOCK, max(48, ROWS // tasks // 6 * 6))
+    return min(BLOCK, max(64, ROWS // tasks))
 
 
 def _attend(

@@ -23,7 +23,7 @@ from pydantic import Field, field_validator
 from torch import Tensor
 from torch.nn import functional
 
-from attention import blocks, implementation, sums
+from attention import blocks, implementation, native, sums
 from attention.interface import AttentionBackend, BackendOptions, Cost, HeadShape, Parts, StateTensor, finish
 
 LOG2_E = blocks.LOG2_E
@@ -56,7 +56,9 @@ class PerformerOptions(BackendOptions):
     local_chunk: int = Field(
         0, description="tokens of a chunk; keys of a token's own and the previous chunk weigh exactly; 0: none. Causal only"
     )
-    impl: implementation.CpuImpl = Field("auto", description="of the exact part: torch, native (CPU), or auto")
+    impl: implementation.CpuImpl = Field(
+        "auto", description="of decode steps and of near keys: torch, native (CPU), or auto: native where it can run"
+    )
 
     @field_validator("local_chunk")
     @classmethod
@@ -75,8 +77,6 @@ class Performer(AttentionBackend):
 
     def __init__(self, options: PerformerOptions, shape: HeadShape) -> None:
         super().__init__(options, shape)
-        self.impl = implementation.settle(options.impl, shape)
-        self.softmax = implementation.softmax(self.impl)  # how near keys are answered
         rows = projection(options.features, shape.head_width, options.seed)
         rows = torch.cat([rows, -rows]) if options.hyperbolic else rows
         scaled = (rows.double() * (LOG2_E / shape.head_width**0.25)).to(shape.dtype)
@@ -86,6 +86,10 @@ class Performer(AttentionBackend):
         self.reach = REACH / float(scaled.double().norm(dim=1).max())  # norm of x up to which no exponent passes REACH
         self.wide = torch.promote_types(shape.dtype, torch.float32)
         self.half = LOG2_E / (2 * math.sqrt(shape.head_width))  # |x|^2 times this is |x'|^2 / 2 in powers of two
+        whole = "" if scaled.shape[0] % 16 == 0 else f"the native kernel takes features by the 16, these are {scaled.shape[0]}"
+        self.impl = implementation.settle(options.impl, shape, no_native=whole)
+        self.softmax = implementation.softmax(self.impl)  # how near keys are answered
+        self.words = native.words(self.weights) if self.impl == "native" else None
 
     @property
     def directions(self) -> tuple[bool, ...]:
@@ -148,6 +152,9 @@ class Performer(AttentionBackend):
         if self.options.local_chunk:
             self._step_chunks(q, k, v, past, states, out)
             return
+        if self.words is not None:
+            native.features_step(q, k, v, self.words, states, out, half=self.half, reach=self.reach, limit=REACH)
+            return
         heads, groups = self.shape.query_heads, self.shape.key_value_heads
         exponents, shift, norm = self._step_exponents(torch.cat((q, k), dim=1))  # all features of all sequences at once
         half = norm[:, heads:].square() * self.half  # (B, G, 1), |k'|^2 / 2
@@ -157,7 +164,7 @@ class Performer(AttentionBackend):
             for state, old, new in zip(states, scale, weight, strict=True):
                 _rescale(state["s"], state["scale"], torch.where(new > old + REACH, new, old)[..., None])
             scale = torch.stack([state["scale"] for state in states])[..., 0]
-        exponents[:, heads:].sub_(half + scale)  # the key's weight on its value, taken on its features
+        exponents[:, heads:].add_(weight - scale)  # the key's weight on its value, taken on its features
         features = exponents.exp2_()[..., : self.weights.shape[1]]
         values = functional.pad(v.to(self.wide), (0, 1), value=1.0)[..., None]
         queries, keys = features[:, :heads].unflatten(1, (groups, -1)), features[:, heads:, None]

@@ -88,13 +88,18 @@ class Runner:
         backend, pool, count = work.route.backend, work.route.pool, segments.total
         question = next(stages)
         while True:
+            assert question is not None, "a layer begins with a question"
             layer, q, k, v = question
             answer = torch.zeros_like(q) if len(q) > count else torch.empty_like(q)  # padded rows get no answer
             yield from backend.extending(q[:count], k[:count], v[:count], segments, pool, layer, slots, answer[:count])
             yield
             del question, q, k, v  # the rest of the layer has no use for them
             try:
-                question = stages.send(answer)
+                pause = stages.send(answer)
+                assert pause is None, "a layer ends with a pause"
+                del answer
+                yield
+                question = next(stages)
             except StopIteration as end:
                 return cast(Tensor, end.value)
 

@@ -23,8 +23,11 @@ from attention import HeadShape
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """(layer, q (T, H, D), k (T, G, D), v (T, G, D)) -> (T, H, D)."""
-Stages = Generator[tuple[int, Tensor, Tensor, Tensor], Tensor, Tensor]
-"""A forward that asks for each layer's attention, as an `Attend` is asked, and returns the hidden states."""
+Stages = Generator[tuple[int, Tensor, Tensor, Tensor] | None, Tensor | None, Tensor]
+"""A forward that asks for each layer's attention, as an `Attend` is asked, and returns the hidden states.
+
+Behind each layer it yields None: there, too, is a good place to pause.
+"""
 
 FAMILIES = ("qwen3", "qwen2", "llama", "mistral")
 TIED_COPY_BYTES = 16 << 20  # of embeddings: beyond, what a packed copy saves is small beside reading it
@@ -273,7 +276,10 @@ class Transformer(nn.Module):
         x = self.embed(tokens)
         for index, layer in enumerate(self.decoder):
             answer = yield index, *layer.question(x, cos, sin)
+            assert answer is not None, "a question was left without an answer"
             x = layer.output(x, answer)
+            del answer
+            yield None
         return F.rms_norm(x, (x.shape[-1],), self.final_norm, self.config.rms_norm_eps)
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from attention import AttentionBackend, HeadShape, Segments, build, native
+from attention import AttentionBackend, HeadShape, Segments, build, native, reference
 from attention.blocks import Band, Piece, Room, heads_first, softmax
 from attention.interface import finish
 from attention.truth import BOUNDS
-from tests.attention import test_bigbird, test_chunked, test_dense, test_longformer, test_performer, test_sliding_window
+from tests.attention import test_bigbird, test_chunked, test_dense, test_longformer, test_sliding_window
 from tests.attention.laws import Laws, extend_in, largest, tokens
 
 REASON = native.obstacle(HeadShape(4, 2, 64)) or native.obstacle(HeadShape(4, 2, 64, torch.bfloat16))
@@ -57,9 +57,9 @@ class TestChunked(NativeLaws):
     variants = test_chunked.TestChunked.variants
 
 
-class TestPerformerWithLocalChunks(NativeLaws):
+class TestPerformer(NativeLaws):
     name = "performer"
-    variants = test_performer.TestPerformer.variants[-1:]
+    variants = ({"features": 48}, {"features": 24, "hyperbolic": True, "seed": 3}, {"features": 48, "local_chunk": 70})
 
 
 def packed(dtype: torch.dtype, queries: int, keys: int, heads: int, groups: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -170,6 +170,21 @@ def test_heads_the_kernel_cannot_answer_are_refused_with_the_reason_and_auto_rep
     with pytest.raises(ValueError, match=f"impl is 'native', but .*{reason}; allowed here: 'auto', 'torch'"):
         build("chunked", {"impl": "native"}, shape)
     assert build("chunked", {}, shape).describe()["impl"] == "torch"
+
+
+def test_features_that_fill_no_register_are_refused_with_the_reason() -> None:
+    with pytest.raises(ValueError, match="by the 16, these are 40; allowed here: 'auto', 'torch'"):
+        build("performer", {"impl": "native", "features": 20, "hyperbolic": True}, HeadShape(2, 2, 64))
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("heads", [(4, 4, 64), (7, 1, 32), (3, 3, 128), (2, 1, 256)])
+def test_steps_of_performer_answer_what_its_definition_does(dtype: torch.dtype, heads: tuple[int, int, int]) -> None:
+    backend = build("performer", {"impl": "native", "features": 64}, HeadShape(*heads, dtype))
+    q, k, v = tokens(backend.shape, 60)
+    wanted = reference.answer(backend, q, k, v, causal=True)
+    assert largest(extend_in(backend, q, k, v, [1] * 60).double() - wanted) <= BOUNDS[dtype]
 
 
 @pytest.fixture

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from attention import HeadShape, Segments, build
 from attention.backends.performer import Performer, projection
-from tests.attention.laws import Laws, largest, tokens
+from attention.truth import BOUNDS
+from tests.attention.laws import Laws, extend_in, largest, tokens
 
 WIDTH, FEATURES, DRAWS = 16, 64, 4000
 
@@ -141,6 +142,18 @@ class TestPerformer(Laws):
         assert torch.equal(after[:200], plain[:200]) and not torch.equal(before, plain)
         assert after.isfinite().all()
         assert largest(after[200] - v[200]) <= 0.05
+
+    @pytest.mark.parametrize("impl", ["torch", "auto"])
+    def test_a_key_of_enormous_weight_is_heard_by_steps_as_by_a_prefill(self, impl: str) -> None:
+        backend = build("performer", {"features": 64, "impl": impl}, HeadShape(2, 1, 32))
+        assert isinstance(backend, Performer)
+        q, k, v = tokens(backend.shape, 30)
+        longest = projection(64, 32, 0)
+        k[20] = longest[longest.norm(dim=1).argmax()] * 32**0.25 * 1.5  # its features are taken relative to the largest
+        assert float(k[20].norm()) > backend.reach
+        whole = backend.attend(q, k, v, Segments((30,)), causal=True)
+        assert largest(extend_in(backend, q, k, v, [1] * 30) - whole) <= BOUNDS[torch.float32]
+        assert largest(whole[21:].amax(0) - whole[21:].amin(0)) <= 0.5  # all rows behind it hear little else
 
     def test_the_rows_are_those_of_the_seed_whatever_was_drawn_before(self) -> None:
         first = projection(48, WIDTH, 11)

@@ -1,6 +1,6 @@
-/* Softmax attention on x86 with AVX-512: the score of a key never leaves the core that computed it.
+/* Softmax attention: the score of a key never leaves the core that computed it.
  *
- * The two functions behind `native.py`, which checks every argument: `attend` answers blocks of queries over runs of keys,
+ * The functions behind `native.py`, which checks every argument: `attend` answers blocks of queries over runs of keys,
  * `step` answers one query per head of many sequences over their histories. Plain C on pointers and strides, float32 or
  * bfloat16 in and out, float32 between; built at install, without a compiler at run time.
  *
@@ -9,8 +9,7 @@
  * 24 registers. One change: the running maximum is rounded up to a whole number. Scores are powers of two, so rescaling is
  * exact, and what a row answers does not depend on where its keys were cut.
  *
- * Letters: H query heads, G key-value heads, D width. A word is 32 bits: one float32, or two neighbouring bfloat16, which
- * vdpbf16ps multiplies and adds in float32. `wide` says which; it is a constant wherever it stands in a loop.
+ * Letters: H query heads, G key-value heads, D width, C queries, B sequences. Words and `wide` are told in simd.h.
  */
 #include <stdint.h>
 
@@ -58,14 +57,8 @@ typedef struct {
 } Step;
 
 #if defined(__x86_64__) && defined(__GNUC__)
-#include <immintrin.h>
-#include <math.h>
-#include <string.h>
+#include "simd.h"
 
-#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,fma")
-
-#define INLINE static inline __attribute__((always_inline))
-#define TILE 6       /* rows of queries in registers */
 #define KEYS 128     /* keys of a packed block */
 #define WIDEST 256   /* D, at most */
 #define HEADS 128    /* H of a step, at most */
@@ -78,25 +71,6 @@ int supported(void) {
           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("fma")))
         return NOTHING;
     return __builtin_cpu_supports("avx512bf16") ? FLOAT32 | BFLOAT16 : FLOAT32;
-}
-
-INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
-INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-
-/* 2^x by a polynomial on [0, 1) of relative error 7e-8; 0 for -inf. */
-INLINE __m512 exp2_16(__m512 x) {
-    const __m512 r = _mm512_reduce_ps(x, 0x09); /* x - floor(x) */
-    __m512 p = _mm512_set1_ps(0.0018775766453451859f);
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0.00898934016274927f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0.05582631799263116f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0.24015361706488592f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0.6931530731977913f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0.9999999250635696f));
-    return _mm512_scalef_ps(p, x);
-}
-
-INLINE __m512 multiply_add(const int wide, __m512i x, __m512i y, __m512 sum) {
-    return wide ? _mm512_fmadd_ps(_mm512_castsi512_ps(x), _mm512_castsi512_ps(y), sum) : _mm512_dpbf16_ps(sum, (__m512bh)x, (__m512bh)y);
 }
 
 /* The running softmax of one row: its top moves up to a whole number, its total and, by the factor returned, its sums follow.
@@ -125,54 +99,7 @@ INLINE void hide(float *scores, int64_t column, int64_t low, int64_t high) {
     _mm512_storeu_ps(scores, _mm512_mask_blend_ps(seen, _mm512_set1_ps(-INFINITY), _mm512_loadu_ps(scores)));
 }
 
-/* to (elements) = sums / total, in the answer's dtype */
-INLINE void store_answer(const int wide, char *to, __m512 sum, float total) {
-    const __m512 answer = total == 0.0f ? _mm512_setzero_ps() : _mm512_div_ps(sum, _mm512_set1_ps(total));
-    if (wide)
-        _mm512_storeu_ps(to, answer);
-    else
-        _mm256_storeu_si256((__m256i *)to, (__m256i)_mm512_cvtneps_pbh(answer));
-}
-
 /* ---- attend ------------------------------------------------------------------------------------------------------------ */
-
-/* c (rows, 16 columns) = factors c + a b over `steps` words: a by rows, b (steps, columns). No factors: c = a b. */
-INLINE void product(const int wide, const int rows, const int columns, int64_t steps, const uint32_t *a, int64_t a_row,
-                    const uint32_t *b, int64_t b_row, float *c, int64_t c_row, const float *factors) {
-    __m512 sum[TILE][4];
-#pragma GCC unroll 6
-    for (int i = 0; i < rows; i++)
-#pragma GCC unroll 4
-        for (int j = 0; j < columns; j++)
-            sum[i][j] = factors ? _mm512_mul_ps(_mm512_loadu_ps(c + i * c_row + 16 * j), _mm512_set1_ps(factors[i])) : _mm512_setzero_ps();
-    for (int64_t s = 0; s < steps; s++) {
-        __m512i y[4];
-#pragma GCC unroll 4
-        for (int j = 0; j < columns; j++) y[j] = _mm512_loadu_si512(b + s * b_row + 16 * j);
-#pragma GCC unroll 6
-        for (int i = 0; i < rows; i++) {
-            const __m512i x = _mm512_set1_epi32((int)a[i * a_row + s]);
-#pragma GCC unroll 4
-            for (int j = 0; j < columns; j++) sum[i][j] = multiply_add(wide, x, y[j], sum[i][j]);
-        }
-    }
-#pragma GCC unroll 6
-    for (int i = 0; i < rows; i++)
-#pragma GCC unroll 4
-        for (int j = 0; j < columns; j++) _mm512_storeu_ps(c + i * c_row + 16 * j, sum[i][j]);
-}
-
-/* The same over `count` columns, a multiple of 16. */
-INLINE void products(const int wide, const int rows, int64_t count, int64_t steps, const uint32_t *a, int64_t a_row,
-                     const uint32_t *b, int64_t b_row, float *c, int64_t c_row, const float *factors) {
-    int64_t j = 0;
-    for (; j + 64 <= count; j += 64) product(wide, rows, 4, steps, a, a_row, b + j, b_row, c + j, c_row, factors);
-    switch ((count - j) / 16) {
-    case 3: product(wide, rows, 3, steps, a, a_row, b + j, b_row, c + j, c_row, factors); break;
-    case 2: product(wide, rows, 2, steps, a, a_row, b + j, b_row, c + j, c_row, factors); break;
-    case 1: product(wide, rows, 1, steps, a, a_row, b + j, b_row, c + j, c_row, factors); break;
-    }
-}
 
 /* Rows of queries of one head meet the keys low..high (multiples of 16) of a packed block; row i sees lows[i]..highs[i]. */
 INLINE void tile(const int wide, const int rows, const int64_t width, const uint32_t *q, int64_t q_row, const uint32_t *keys,
