@@ -14,6 +14,7 @@ import importlib.machinery
 import math
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
@@ -27,7 +28,8 @@ ROWS = 512  # queries that share a call, and a carry
 BLOCK = 256  # at most so many of them are one thread's task; their keys are packed once
 PART_FLOPS = 3 << 27  # per thread and call: about a millisecond
 PART = 256  # keys of a history that one thread takes at a time, as in softmax.c
-WIDEST, MOST_HEADS = 256, 128  # what the kernel's own memory is made for
+CHUNK = 128  # tokens that meet their own triangle of random features, as in features.c
+WIDEST, MOST_HEADS, MOST_FEATURES = 256, 128, 4096  # what the kernel's own memory is made for
 FREE = 1 << 40  # a distance that binds nothing
 WORDS = {torch.float32: 1, torch.bfloat16: 2}  # the dtypes, by the bits with which softmax.c names them
 
@@ -52,6 +54,17 @@ class _Step(ctypes.Structure):
     ]
 
 
+class _Features(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("q", "k", "v", "out", "weights")),
+        *((name, ctypes.c_void_p) for name in ("sums", "level", "added", "keys", "levels", "room")),
+        *((name, ctypes.c_int64) for name in ("q_row", "q_head", "k_row", "k_head", "v_row", "v_head", "out_row", "out_head")),
+        *((name, ctypes.c_int64) for name in ("tokens", "heads", "groups", "width", "count", "wide", "room_words")),
+        *((name, ctypes.c_int64) for name in ("adds", "asks")),
+        *((name, ctypes.c_float) for name in ("half", "reach", "limit")),
+    ]
+
+
 class _FeaturesStep(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("q", "k", "v", "out", "weights", "features")),
@@ -72,6 +85,7 @@ def library() -> ctypes.CDLL | None:
     pointer, number = ctypes.c_void_p, ctypes.c_int64
     loaded.attend.argtypes, loaded.attend.restype = (pointer, pointer, pointer, number, pointer, ctypes.c_int), None
     loaded.step.argtypes, loaded.step.restype = (pointer, pointer, number, pointer, ctypes.c_int), None
+    loaded.features.argtypes, loaded.features.restype = (pointer, ctypes.c_int), None
     loaded.features_step.argtypes, loaded.features_step.restype = (pointer, pointer, ctypes.c_int), None
     return loaded
 
@@ -173,40 +187,131 @@ def band_workspace_bytes(shape: HeadShape, queries: int, keys: int, before: int,
     return dense_workspace_bytes(shape, queries, min(keys, before + 1 + free))
 
 
-def words(weights: Tensor) -> Tensor:
-    """Random rows (D, m) as the kernel reads them: of bfloat16, neighbouring rows side by side, (D / 2, m, 2)."""
-    if weights.dtype == torch.float32:
-        return weights.contiguous()
-    return weights.view(-1, 2, weights.shape[1]).transpose(1, 2).contiguous()
+@dataclass(frozen=True)
+class Features:
+    """Random features as the kernel reads them; the names are those of `Performer`, which is the slow reading of what follows.
+
+    Attributes:
+        words: the random rows (D, m), m a multiple of 32; of bfloat16, neighbouring rows side by side, (D / 2, m, 2).
+        half: |x|^2 times this is |x'|^2 / 2 in powers of two.
+        reach: the norm of x up to which features are taken as they are; beyond, relative to their largest.
+        limit: a key whose weight would pass 2^limit raises the level of the sums.
+    """
+
+    words: Tensor
+    half: float
+    reach: float
+    limit: float
+
+    @classmethod
+    def of(cls, weights: Tensor, half: float, reach: float, limit: float) -> Features:
+        """Of random rows (D, m), float32 or bfloat16."""
+        pairs = weights if weights.dtype == torch.float32 else weights.view(-1, 2, weights.shape[1]).transpose(1, 2)
+        return cls(pairs.contiguous(), half, reach, limit)
+
+    @property
+    def count(self) -> int:
+        """m."""
+        return self.words.shape[1]
+
+
+def no_features(count: int) -> str:
+    """Why the kernel cannot take so many random features; empty when it can."""
+    if count % 32 == 0 and count <= MOST_FEATURES:
+        return ""
+    return f"the native kernel takes a multiple of 32 features up to {MOST_FEATURES}; these are {count}"
+
+
+def scan(features: Features, q: Tensor, k: Tensor, v: Tensor, s: Tensor, scale: Tensor, out: Tensor) -> Parts:
+    """Continue the sums over tokens in order, and answer each over those before it and itself.
+
+    q, out: (C, H, D). k, v: (C, G, D). s: (G, D + 1, m) and scale: (G, 1, 1), float32 and tight, both changed.
+    """
+    yield from _features(features, q, k, v, s, scale, out, adds=True, asks=True)
+
+
+def both_sides(features: Features, q: Tensor, k: Tensor, v: Tensor, s: Tensor, scale: Tensor, out: Tensor) -> Parts:
+    """The same with all keys in the sums before the first query asks."""
+    yield from _features(features, q, k, v, s, scale, out, adds=True, asks=False)
+    yield from _features(features, q, k, v, s, scale, out, adds=False, asks=True)
+
+
+def _features(
+    features: Features, q: Tensor, k: Tensor, v: Tensor, s: Tensor, scale: Tensor, out: Tensor, *, adds: bool, asks: bool
+) -> Parts:
+    """Tokens in calls of ROWS, pausing behind each."""
+    (count, heads, width), groups, threads = q.shape, k.shape[1], torch.get_num_threads()
+    assert all(x.stride(2) == 1 for x in (q, k, v, out)) and s.is_contiguous() and scale.is_contiguous()
+    scratch = _scratch(features.count, q.element_size(), heads, groups, width, min(count, ROWS))
+    added, keys, levels, room = (torch.empty(size, dtype=torch.float32) for size in scratch)
+    call = _Features(
+        weights=features.words.data_ptr(),
+        sums=s.data_ptr(),
+        level=scale.data_ptr(),
+        added=added.data_ptr(),
+        keys=keys.data_ptr(),
+        levels=levels.data_ptr(),
+        room=room.data_ptr(),
+        q_row=q.stride(0),
+        q_head=q.stride(1),
+        k_row=k.stride(0),
+        k_head=k.stride(1),
+        v_row=v.stride(0),
+        v_head=v.stride(1),
+        out_row=out.stride(0),
+        out_head=out.stride(1),
+        heads=heads,
+        groups=groups,
+        width=width,
+        count=features.count,
+        wide=q.dtype == torch.float32,
+        room_words=len(room) // threads,
+        adds=adds,
+        asks=asks,
+        half=features.half,
+        reach=features.reach,
+        limit=features.limit,
+    )
+    for first, last in spread(0, count, ROWS):
+        call.q, call.k, call.v, call.out = (x[first:].data_ptr() for x in (q, k, v, out))
+        call.tokens = last - first
+        _loaded().features(ctypes.byref(call), threads)
+        yield
+
+
+def _scratch(count: int, itemsize: int, heads: int, groups: int, width: int, tokens: int) -> tuple[int, int, int, int]:
+    """Words of scratch for `tokens` tokens: what chunks add, their keys' features, levels, and room of all threads."""
+    chunks, words = -(-tokens // CHUNK), count * itemsize // 4
+    room = 2 * max(CHUNK, width + 16) * words * torch.get_num_threads()
+    return chunks * groups * (width + 1) * count, chunks * groups * words * CHUNK, groups * (2 * tokens + 1), room
+
+
+def features_workspace_bytes(shape: HeadShape, count: int, queries: int) -> int:
+    """Peak temporaries of `scan` and `both_sides`, the answer to all queries and fresh sums included."""
+    heads, groups, width = shape.query_heads, shape.key_value_heads, shape.head_width
+    answer = queries * heads * width * shape.itemsize + groups * (width + 1) * count * 4
+    if queries == 1:
+        return answer + (heads + groups) * count * 4
+    return answer + 4 * sum(_scratch(count, shape.itemsize, heads, groups, width, min(queries, ROWS)))
 
 
 def features_step(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    weights: Tensor,
-    states: Sequence[dict[str, Tensor]],
-    out: Tensor,
-    *,
-    half: float,
-    reach: float,
-    limit: float,
+    features: Features, q: Tensor, k: Tensor, v: Tensor, states: Sequence[dict[str, Tensor]], out: Tensor
 ) -> None:
-    """Add one token of each of B sequences to its random features' sums and ask them; `Performer.step` is the slow reading.
+    """Add one token of each of B sequences to its sums and ask them.
 
-    q, out: (B, H, D). k, v: (B, G, D). weights: `words` of the random rows. states: each with s (G, D + 1, m), m a multiple of
-    16, and scale (G, 1, 1), both float32, changed. half, reach, limit: those of `Performer`.
+    q, out: (B, H, D). k, v: (B, G, D). states: each with s (G, D + 1, m) and scale (G, 1, 1), float32, both changed.
     """
     count, heads, width = q.shape
-    groups, features = k.shape[1], states[0]["s"].shape[2]
+    groups = k.shape[1]
     q, k, v = (x if x.stride()[1:] == (width, 1) else x.contiguous() for x in (q, k, v))
-    room = torch.empty(count * (heads + groups) * features, dtype=torch.float32)
+    room = torch.empty(count * (heads + groups) * features.count, dtype=torch.float32)
     call = _FeaturesStep(
         q=q.data_ptr(),
         k=k.data_ptr(),
         v=v.data_ptr(),
         out=_tight(out).data_ptr(),
-        weights=weights.data_ptr(),
+        weights=features.words.data_ptr(),
         features=room.data_ptr(),
         q_row=q.stride(0),
         k_row=k.stride(0),
@@ -215,11 +320,11 @@ def features_step(
         heads=heads,
         groups=groups,
         width=width,
-        count=features,
+        count=features.count,
         wide=q.dtype == torch.float32,
-        half=half,
-        reach=reach,
-        limit=limit,
+        half=features.half,
+        reach=features.reach,
+        limit=features.limit,
     )
     addresses = array("q", [state[name].data_ptr() for state in states for name in ("s", "scale")])
     _loaded().features_step(ctypes.byref(call), addresses.buffer_info()[0], torch.get_num_threads())

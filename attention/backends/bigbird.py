@@ -65,10 +65,13 @@ class BigBird(AttentionBackend):
     def visible(self, i: Tensor, j: Tensor, length: int | Tensor) -> Tensor:
         size = self.options.block
         counts = (torch.as_tensor(length) + size - 1) // size
-        triples = torch.stack(torch.broadcast_tensors(i // size, j // size, counts), -1)
-        different, place = triples.view(-1, 3).unique(dim=0, return_inverse=True)
-        answers = torch.tensor([key in self.seen(query, count) for query, key, count in different.tolist()])
-        return answers[place].view(triples.shape[:-1])
+        queries, keys, counts = torch.broadcast_tensors(i // size, j // size, counts)
+        most = 1 + max(
+            int(part.max()) for part in (queries, keys, counts)
+        )  # as one number each, for rows of three are sorted ten times slower
+        different, place = ((queries * most + keys) * most + counts).unique(return_inverse=True)
+        triples = ((n // most // most, n // most % most, n % most) for n in different.tolist())
+        return torch.tensor([key in self.seen(query, count) for query, key, count in triples])[place]
 
     def seen(self, block: int, count: int) -> tuple[int, ...]:
         """The blocks, ascending, that a query block sees in a sequence of `count` blocks."""

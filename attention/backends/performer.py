@@ -56,9 +56,7 @@ class PerformerOptions(BackendOptions):
     local_chunk: int = Field(
         0, description="tokens of a chunk; keys of a token's own and the previous chunk weigh exactly; 0: none. Causal only"
     )
-    impl: implementation.CpuImpl = Field(
-        "auto", description="of decode steps and of near keys: torch, native (CPU), or auto: native where it can run"
-    )
+    impl: implementation.CpuImpl = Field("auto", description="torch, native (CPU), or auto: native where it can run")
 
     @field_validator("local_chunk")
     @classmethod
@@ -86,10 +84,10 @@ class Performer(AttentionBackend):
         self.reach = REACH / float(scaled.double().norm(dim=1).max())  # norm of x up to which no exponent passes REACH
         self.wide = torch.promote_types(shape.dtype, torch.float32)
         self.half = LOG2_E / (2 * math.sqrt(shape.head_width))  # |x|^2 times this is |x'|^2 / 2 in powers of two
-        whole = "" if scaled.shape[0] % 16 == 0 else f"the native kernel takes features by the 16, these are {scaled.shape[0]}"
-        self.impl = implementation.settle(options.impl, shape, no_native=whole)
+        self.impl = implementation.settle(options.impl, shape, no_native=native.no_features(scaled.shape[0]))
         self.softmax = implementation.softmax(self.impl)  # how near keys are answered
-        self.words = native.words(self.weights) if self.impl == "native" else None
+        is_native = self.impl == "native"
+        self.native = native.Features.of(self.weights, self.half, self.reach, REACH) if is_native else None
 
     @property
     def directions(self) -> tuple[bool, ...]:
@@ -139,11 +137,15 @@ class Performer(AttentionBackend):
         fresh = {name: spec.new(q.device) for name, spec in self._sums().items()}
         if self.options.local_chunk:
             return self._attend_chunks(q, k, v, fresh["s"], fresh["scale"], out)
+        if self.native is not None:
+            return (native.scan if causal else native.both_sides)(self.native, q, k, v, fresh["s"], fresh["scale"], out)
         return (self._scan if causal else self._both_sides)(q, k, v, fresh["s"], fresh["scale"], out)
 
     def extend_sequence(self, q: Tensor, k: Tensor, v: Tensor, past: int, state: dict[str, Tensor], out: Tensor) -> Parts:
         if self.options.local_chunk:
             return self._extend_chunks(q, k, v, past, state, out)
+        if self.native is not None:
+            return native.scan(self.native, q, k, v, state["s"], state["scale"], out)
         return self._scan(q, k, v, state["s"], state["scale"], out)
 
     def step(
@@ -152,8 +154,8 @@ class Performer(AttentionBackend):
         if self.options.local_chunk:
             self._step_chunks(q, k, v, past, states, out)
             return
-        if self.words is not None:
-            native.features_step(q, k, v, self.words, states, out, half=self.half, reach=self.reach, limit=REACH)
+        if self.native is not None:
+            native.features_step(self.native, q, k, v, states, out)
             return
         heads, groups = self.shape.query_heads, self.shape.key_value_heads
         exponents, shift, norm = self._step_exponents(torch.cat((q, k), dim=1))  # all features of all sequences at once
@@ -341,7 +343,10 @@ class Performer(AttentionBackend):
         if self.options.local_chunk:
             return self._chunks_cost(queries, keys)
         mapping = 2 * queries * (shape.query_heads + shape.key_value_heads) * shape.head_width * features
-        workspace = sums.workspace_bytes(shape, features, queries, causal)
+        if self.native is not None:
+            workspace = native.features_workspace_bytes(shape, features, queries)
+        else:
+            workspace = sums.workspace_bytes(shape, features, queries, causal)
         return Cost(mapping + sums.flops(shape, features, queries, causal), workspace, self.state_bytes(keys))
 
     def _chunks_cost(self, queries: int, keys: int) -> Cost:

@@ -1,12 +1,33 @@
-/* FAVOR+ (arXiv 2009.14794), one token at a time: the function behind `native.features_step`.
+/* Attention through random features, FAVOR+ (arXiv 2009.14794): the functions behind `native.scan`, `both_sides` and
+ * `features_step`. `backends/performer.py` is their slow reading.
  *
- * With phi(x) = 2^(x W), W scaled so that this is exp(W x'), a step adds phi(k) [v, 1] to the sums S of a key-value head and
- * asks them with each of its queries. S is read once and written once, by the thread that has just made the features; that is
- * the step's limit, for S is 66 KB a head where W is 32 KB and everything else is smaller.
+ * With phi(x) = 2^(x W), W scaled so that this is exp(W x'), a token adds phi(k) [v, 1] to the sums S (D + 1, m) of its
+ * key-value head, and each of its queries asks them: phi(q) S, numerator and denominator.
  *
- * The sums are short of 2^scale, and rise only for a key that would pass 2^limit: see `Performer._chunk`, the slow reading.
+ * Many tokens go by chunks. First each chunk makes its keys' features and what they add, all chunks at once; then the sums are
+ * run along the chunks; then each chunk, again all at once, makes its queries' features six rows at a time, asks the sums of
+ * all chunks before it, and meets its own triangle while they are in L1. One token reads S once and writes it once, which is
+ * its limit: S is 66 KB a head.
+ *
+ * The sums are short of 2^level. A level rises only at a key whose weight would pass 2^limit, so earlier rows are the same to
+ * the bit whatever comes later; what stands at an older level is brought down where it meets a newer one.
  */
 #include <stdint.h>
+
+typedef struct {
+    const char *q, *k, *v;   /* (C, H, D), (C, G, D), (C, G, D) by strides */
+    char *out;               /* (C, H, D) by strides */
+    const uint32_t *weights; /* as below */
+    float *sums, *level;     /* (G, D + 1, m) and (G) */
+    float *added;            /* scratch: (chunks, G, D + 1, m), what each chunk adds, then the sums before it */
+    uint32_t *keys;          /* scratch: (chunks, G, words of m, CHUNK), features of keys */
+    float *levels;           /* scratch: (G, C + 1), before the first token and behind each; then (G, C), |k'|^2 / 2 */
+    uint32_t *room;          /* scratch: `room_words` for each thread */
+    int64_t q_row, q_head, k_row, k_head, v_row, v_head, out_row, out_head;
+    int64_t tokens, heads, groups, width, count, wide, room_words;
+    int64_t adds, asks; /* add the keys to the sums; answer the queries: over the sums alone, or, where both, causally */
+    float half, reach, limit;
+} Features;
 
 typedef struct {
     const char *q, *k, *v; /* (B, H, D), (B, G, D), (B, G, D), heads tight */
@@ -22,8 +43,11 @@ typedef struct {
 
 #if defined(__x86_64__) && defined(__GNUC__)
 #include "simd.h"
+#include <omp.h>
 
 #define WIDEST 256
+#define MOST 4096 /* m, at most */
+#define CHUNK 128 /* tokens */
 
 /* |x| of D elements. */
 INLINE float norm(const int wide, const int64_t width, const char *x) {
@@ -36,9 +60,9 @@ INLINE float norm(const int wide, const int64_t width, const char *x) {
 }
 
 /* x (m) = 2^(x - shift) */
-INLINE void raise(float *x, int64_t count, float shift) {
+INLINE void raise(const int wide, float *x, int64_t count, float shift) {
     const __m512 less = _mm512_set1_ps(shift);
-    for (int64_t j = 0; j < count; j += 16) _mm512_storeu_ps(x + j, exp2_16(_mm512_sub_ps(_mm512_loadu_ps(x + j), less)));
+    for (int64_t j = 0; j < count; j += 16) _mm512_storeu_ps(x + j, exp2_16(wide, _mm512_sub_ps(_mm512_loadu_ps(x + j), less)));
 }
 
 INLINE float highest(const float *x, int64_t count) {
@@ -46,6 +70,197 @@ INLINE float highest(const float *x, int64_t count) {
     for (int64_t j = 16; j < count; j += 16) found = _mm512_max_ps(found, _mm512_loadu_ps(x + j));
     return _mm512_reduce_max_ps(found);
 }
+
+/* ---- many tokens --------------------------------------------------------------------------------------------------------- */
+
+/* 16 elements as float32. */
+INLINE __m512 load16(const int wide, const char *from) {
+    return wide ? _mm512_loadu_ps(from) : _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)from)), 16));
+}
+
+INLINE void store16(const int wide, char *to, __m512 x) {
+    if (wide)
+        _mm512_storeu_ps(to, x);
+    else
+        _mm256_storeu_si256((__m256i *)to, (__m256i)_mm512_cvtneps_pbh(x));
+}
+
+/* The exponents x W of up to six rows, (rows, m). row: the stride of x in elements. */
+INLINE void exponents(const int wide, const int64_t width, const Features *c, const char *x, int64_t row, int64_t rows, float *to) {
+    const int64_t size = wide ? 4 : 2, words = width * size / 4;
+#define EXPONENTS(R) \
+    case R: products(wide, R, c->count, words, (const uint32_t *)x, row * size / 4, 1, c->weights, c->count, to, c->count, 0); break;
+    switch (rows) { EXPONENTS(6) EXPONENTS(5) EXPONENTS(4) EXPONENTS(3) EXPONENTS(2) EXPONENTS(1) }
+}
+
+/* The levels of a key-value head along all tokens. */
+INLINE void find_levels(const int wide, const int64_t width, const Features *c, int64_t group) {
+    const int64_t size = wide ? 4 : 2;
+    float *levels = c->levels + group * (c->tokens + 1), *halves = c->levels + c->groups * (c->tokens + 1) + group * c->tokens;
+    levels[0] = c->level[group];
+    for (int64_t i = 0; i < c->tokens; i++) {
+        const char *k = c->k + (i * c->k_row + group * c->k_head) * size;
+        const float length = norm(wide, width, k);
+        float shift = 0.0f;
+        if (!(length <= c->reach)) {
+            float found[MOST];
+            exponents(wide, width, c, k, c->k_row, 1, found);
+            shift = highest(found, c->count);
+        }
+        halves[i] = length * length * c->half;
+        const float weight = shift - halves[i];
+        levels[i + 1] = weight > levels[i] + c->limit ? weight : levels[i];
+    }
+    c->level[group] = levels[c->tokens];
+}
+
+/* What a chunk adds to the sums of a key-value head, relative to its last level; its keys' features are kept if it asks, too. */
+INLINE void add_chunk(const int wide, const int64_t width, const Features *c, int64_t chunk, int64_t group, uint32_t *room) {
+    const int64_t size = wide ? 4 : 2, packed = wide ? 1 : 2, m = c->count, words = m / packed, first = chunk * CHUNK;
+    const int64_t n = least(CHUNK, c->tokens - first), whole = (n + 15) & ~15;
+    const float *levels = c->levels + group * (c->tokens + 1) + first + 1, *halves = c->levels + c->groups * (c->tokens + 1) + group * c->tokens + first;
+    uint32_t *rows = room, *pairs = rows + CHUNK * words;
+    uint32_t values[CHUNK * WIDEST / (wide ? 1 : 2)] __attribute__((aligned(64)));
+    float *added = c->added + (chunk * c->groups + group) * (width + 1) * m;
+    for (int64_t i = 0; i < n; i += TILE) {
+        float e[TILE * MOST] __attribute__((aligned(64)));
+        exponents(wide, width, c, c->k + ((first + i) * c->k_row + group * c->k_head) * size, c->k_row, least(TILE, n - i), e);
+        for (int64_t t = i; t < least(i + TILE, n); t++) {
+            const __m512 less = _mm512_set1_ps(halves[t] + levels[t]);
+            for (int64_t j = 0; j < m; j += 16)
+                store16(wide, (char *)(rows + t * words) + j * size, exp2_16(wide, _mm512_sub_ps(_mm512_loadu_ps(e + (t - i) * m + j), less)));
+        }
+    }
+    if (c->asks) pack_turned((const char *)rows, 4 * words, n, words, c->keys + (chunk * c->groups + group) * words * CHUNK, CHUNK);
+    for (int64_t i = 0; i < n; i++)
+        if (levels[i] != levels[n - 1])
+            for (int64_t j = 0; j < m; j += 16) {
+                char *at = (char *)(rows + i * words) + j * size;
+                store16(wide, at, _mm512_mul_ps(_mm512_set1_ps(exp2f(levels[i] - levels[n - 1])), load16(wide, at)));
+            }
+    pack_rows(wide, (const char *)rows, 4 * words, n, m, pairs);
+    pack_rows(wide, c->v + (first * c->v_row + group * c->v_head) * size, c->v_row * size, n, width, values);
+    for (int64_t d = 0; d < width; d += TILE) {
+#define ADDED(R) \
+    case R: products(wide, R, m, whole / packed, values + d, 1, width, pairs, m, added + d * m, m, 0); break;
+        switch (least(TILE, width - d)) { ADDED(6) ADDED(5) ADDED(4) ADDED(3) ADDED(2) ADDED(1) }
+    }
+    for (int64_t j = 0; j < m; j += 16) {
+        __m512 sum = _mm512_setzero_ps();
+        for (int64_t i = 0; i < n; i++) sum = _mm512_add_ps(sum, load16(wide, (const char *)(rows + i * words) + j * size));
+        _mm512_storeu_ps(added + width * m + j, sum);
+    }
+}
+
+/* One row of the sums of a key-value head along the chunks: what each adds becomes what stood before it. */
+INLINE void run_along(const Features *c, int64_t chunks, int64_t group, int64_t row) {
+    const int64_t m = c->count, each = (c->width + 1) * m;
+    float *sums = c->sums + group * each + row * m;
+    const float *levels = c->levels + group * (c->tokens + 1);
+    for (int64_t chunk = 0; chunk < chunks; chunk++) {
+        float *added = c->added + (chunk * c->groups + group) * each + row * m;
+        const float from = levels[chunk * CHUNK], to = levels[least(chunk * CHUNK + CHUNK, c->tokens)];
+        const __m512 by = _mm512_set1_ps(from == to ? 1.0f : exp2f(from - to));
+        for (int64_t j = 0; j < m; j += 16) {
+            const __m512 before = _mm512_loadu_ps(sums + j);
+            _mm512_storeu_ps(sums + j, _mm512_fmadd_ps(by, before, _mm512_loadu_ps(added + j)));
+            _mm512_storeu_ps(added + j, before);
+        }
+    }
+}
+
+/* The queries of a chunk, all heads of a group: over the sums, and causally over their own chunk. */
+INLINE void ask_chunk(const int wide, const int64_t width, const Features *c, int64_t chunk, int64_t group, uint32_t *room) {
+    const int64_t size = wide ? 4 : 2, packed = wide ? 1 : 2, m = c->count, words = m / packed, first = chunk * CHUNK;
+    const int64_t n = least(CHUNK, c->tokens - first), ratio = c->heads / c->groups, columns = width + 16;
+    const float *levels = c->levels + group * (c->tokens + 1) + first + 1; /* levels[-1]: before the chunk */
+    const float *sums = c->adds ? c->added + (chunk * c->groups + group) * (width + 1) * m : c->sums + group * (width + 1) * m;
+    const uint32_t *keys = c->keys + (chunk * c->groups + group) * words * CHUNK;
+    uint32_t *rows = room, *turned = rows + columns * words;
+    uint32_t values[CHUNK * WIDEST / (wide ? 1 : 2)] __attribute__((aligned(64)));
+    for (int64_t d = 0; d <= width; d++)
+        for (int64_t j = 0; j < m; j += 16) store16(wide, (char *)(rows + d * words) + j * size, _mm512_loadu_ps(sums + d * m + j));
+    pack_turned((const char *)rows, 4 * words, width + 1, words, turned, columns);
+    if (c->adds) pack_rows(wide, c->v + (first * c->v_row + group * c->v_head) * size, c->v_row * size, n, width, values);
+    for (int64_t h = group * ratio; h < (group + 1) * ratio; h++)
+        for (int64_t i = 0; i < n; i += TILE) {
+            const int64_t count = least(TILE, n - i), seen = (i + count + 15) & ~15;
+            const char *q = c->q + ((first + i) * c->q_row + h * c->q_head) * size;
+            float e[TILE * MOST] __attribute__((aligned(64))), both[TILE][WIDEST + 16], s[TILE][CHUNK] __attribute__((aligned(64)));
+            uint32_t phi[TILE * MOST / (wide ? 1 : 2)] __attribute__((aligned(64))), p[TILE][CHUNK / 2];
+            float factors[TILE], totals[TILE];
+            exponents(wide, width, c, q, c->q_row, count, e);
+            for (int64_t t = 0; t < count; t++) { /* a shift cancels in the answer */
+                const float shift = norm(wide, width, q + t * c->q_row * size) <= c->reach ? 0.0f : highest(e + t * m, m);
+                for (int64_t j = 0; j < m; j += 16)
+                    store16(wide, (char *)(phi + t * words) + j * size, exp2_16(wide, _mm512_sub_ps(_mm512_loadu_ps(e + t * m + j), _mm512_set1_ps(shift))));
+            }
+#define ASKED(R) \
+    case R: products(wide, R, columns, words, phi, words, 1, turned, columns, both[0], WIDEST + 16, 0); break;
+            switch (count) { ASKED(6) ASKED(5) ASKED(4) ASKED(3) ASKED(2) ASKED(1) }
+            if (c->adds) {
+#define SCORED(R) \
+    case R: products(wide, R, seen, words, phi, words, 1, keys, CHUNK, s[0], CHUNK, 0); break;
+                switch (count) { SCORED(6) SCORED(5) SCORED(4) SCORED(3) SCORED(2) SCORED(1) }
+            }
+            for (int64_t t = 0; t < count; t++) {
+                totals[t] = both[t][width];
+                if (!c->adds) continue;
+                const float level = levels[i + t];
+                factors[t] = levels[-1] == level ? 1.0f : exp2f(levels[-1] - level);
+                if (levels[0] != level)
+                    for (int64_t j = 0; j <= i + t; j++) s[t][j] *= levels[j] == level ? 1.0f : exp2f(levels[j] - level);
+                __m512 sum = _mm512_setzero_ps();
+                for (int64_t j = 0; j < seen; j += 16) {
+                    if (j + 16 > i + t + 1) hide(&s[t][j], j, 0, i + t + 1, 0.0f);
+                    sum = _mm512_add_ps(sum, _mm512_load_ps(&s[t][j]));
+                    if (!wide) store16(0, (char *)p[t] + 2 * j, _mm512_load_ps(&s[t][j]));
+                }
+                totals[t] = totals[t] * factors[t] + _mm512_reduce_add_ps(sum);
+            }
+            if (c->adds) {
+                const uint32_t *weights = wide ? (const uint32_t *)s[0] : p[0];
+#define ANSWERED(R) \
+    case R: products(wide, R, width, seen / packed, weights, CHUNK / packed, 1, values, width, both[0], WIDEST + 16, factors); break;
+                switch (count) { ANSWERED(6) ANSWERED(5) ANSWERED(4) ANSWERED(3) ANSWERED(2) ANSWERED(1) }
+            }
+            for (int64_t t = 0; t < count; t++)
+                for (int64_t d = 0; d < width; d += 16)
+                    store_answer(wide, c->out + ((first + i + t) * c->out_row + h * c->out_head + d) * size, _mm512_loadu_ps(&both[t][d]), totals[t]);
+        }
+}
+
+#define MANY(NAME, WIDE, WIDTH) \
+    __attribute__((noinline)) static void add_##NAME(const Features *c, int64_t i, int64_t g, uint32_t *room) { add_chunk(WIDE, WIDTH, c, i, g, room); } \
+    __attribute__((noinline)) static void ask_##NAME(const Features *c, int64_t i, int64_t g, uint32_t *room) { ask_chunk(WIDE, WIDTH, c, i, g, room); } \
+    __attribute__((noinline)) static void levels_##NAME(const Features *c, int64_t g) { find_levels(WIDE, WIDTH, c, g); }
+MANY(narrow_64, 0, 64)
+MANY(narrow, 0, c->width)
+MANY(wide, 1, c->width)
+
+#define CHOOSE(WORK) (c->wide ? WORK##_wide : c->width == 64 ? WORK##_narrow_64 : WORK##_narrow)
+
+void features(const Features *c, int threads) {
+    const int64_t chunks = (c->tokens + CHUNK - 1) / CHUNK, tasks = chunks * c->groups;
+#pragma omp parallel num_threads(threads)
+    {
+        uint32_t *room = c->room + omp_get_thread_num() * c->room_words;
+        if (c->adds) {
+#pragma omp for schedule(dynamic, 1)
+            for (int64_t g = 0; g < c->groups; g++) CHOOSE(levels)(c, g);
+#pragma omp for schedule(dynamic, 1)
+            for (int64_t i = 0; i < tasks; i++) CHOOSE(add)(c, i / c->groups, i % c->groups, room);
+#pragma omp for schedule(static)
+            for (int64_t i = 0; i < c->groups * (c->width + 1); i++) run_along(c, chunks, i / (c->width + 1), i % (c->width + 1));
+        }
+        if (c->asks) {
+#pragma omp for schedule(dynamic, 1)
+            for (int64_t i = 0; i < tasks; i++) CHOOSE(ask)(c, i / c->groups, i % c->groups, room);
+        }
+    }
+}
+
+/* ---- one token of each of many sequences ----------------------------------------------------------------------------------- */
 
 /* row (m) += by key (m), and its products with `queries` rows of (m) into answers, one every `stride`. */
 INLINE void add_and_ask(const int queries, float *row, const float *key, const float *asking, int64_t count, float by, float *answers, int64_t stride) {
@@ -71,15 +286,15 @@ INLINE void features_head(const int wide, const int64_t width, const FeaturesSte
     for (int64_t r = 0; r < ratio; r += TILE) {
         const uint32_t *rows = (const uint32_t *)(q + r * width * size);
 #define ROWS(R) \
-    case R: products(wide, R, m, words, rows, words, c->weights, m, features + r * m, m, 0); break;
+    case R: products(wide, R, m, words, rows, words, 1, c->weights, m, features + r * m, m, 0); break;
         switch (least(TILE, ratio - r)) { ROWS(6) ROWS(5) ROWS(4) ROWS(3) ROWS(2) ROWS(1) }
     }
     for (int64_t r = 0; r < ratio; r++) {
         float *query = features + r * m;
-        raise(query, m, norm(wide, width, q + r * width * size) <= c->reach ? 0.0f : highest(query, m)); /* a shift cancels in the answer */
+        raise(wide, query, m, norm(wide, width, q + r * width * size) <= c->reach ? 0.0f : highest(query, m)); /* a shift cancels in the answer */
     }
     float *key = features + ratio * m;
-    products(wide, 1, m, words, (const uint32_t *)k, words, c->weights, m, key, m, 0);
+    products(wide, 1, m, words, (const uint32_t *)k, words, 1, c->weights, m, key, m, 0);
     const float length = norm(wide, width, k), half = length * length * c->half;
     const float weight = (length <= c->reach ? 0.0f : highest(key, m)) - half;
     if (weight > *scale + c->limit) {
@@ -87,11 +302,10 @@ INLINE void features_head(const int wide, const int64_t width, const FeaturesSte
         for (int64_t j = 0; j < (width + 1) * m; j += 16) _mm512_storeu_ps(sums + j, _mm512_mul_ps(by, _mm512_loadu_ps(sums + j)));
         *scale = weight;
     }
-    raise(key, m, half + *scale);
+    raise(wide, key, m, half + *scale);
     float values[WIDEST + 16];
     for (int64_t d = 0; d < width; d += 16)
-        _mm512_storeu_ps(values + d, wide ? _mm512_loadu_ps(v + 4 * d)
-                                          : _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(v + 2 * d))), 16)));
+        _mm512_storeu_ps(values + d, load16(wide, v + d * size));
     values[width] = 1.0f;
     float answers[4][WIDEST + 16];
     for (int64_t r = 0; r < ratio; r += 4) {
@@ -126,5 +340,6 @@ void features_step(const FeaturesStep *c, float *const *states, int threads) {
 }
 
 #else
+void features(const Features *c, int threads) { (void)c, (void)threads; }
 void features_step(const FeaturesStep *c, float *const *states, int threads) { (void)c, (void)states, (void)threads; }
 #endif

@@ -20,10 +20,18 @@
 INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
-/* 2^x by a polynomial on [0, 1) of relative error 7e-8; 0 for -inf. */
-INLINE __m512 exp2_16(__m512 x) {
+/* 2^x by a polynomial on [0, 1) of relative error 7e-8; where it will be rounded to bfloat16 (2e-3), of 7e-5. 0 for -inf. */
+INLINE __m512 exp2_16(const int wide, __m512 x) {
     const __m512 r = _mm512_reduce_ps(x, 0x09); /* x - floor(x) */
-    __m512 p = _mm512_set1_ps(0.0018775766453451859f);
+    __m512 p;
+    if (!wide) {
+        p = _mm512_set1_ps(0.07802452004189259f);
+        p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0.2260671591264144f));
+        p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0.6958335392244068f));
+        p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0.9999252186224653f));
+        return _mm512_scalef_ps(p, x);
+    }
+    p = _mm512_set1_ps(0.0018775766453451859f);
     p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0.00898934016274927f));
     p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0.05582631799263116f));
     p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0.24015361706488592f));
@@ -45,8 +53,8 @@ INLINE void store_answer(const int wide, char *to, __m512 sum, float total) {
         _mm256_storeu_si256((__m256i *)to, (__m256i)_mm512_cvtneps_pbh(answer));
 }
 
-/* c (rows, 16 columns) = factors c + a b over `steps` words: a by rows, b (steps, columns). No factors: c = a b. */
-INLINE void product(const int wide, const int rows, const int columns, int64_t steps, const uint32_t *a, int64_t a_row,
+/* c (rows, 16 columns) = factors c + a b over `steps` words: a by strides, b (steps, columns). No factors: c = a b. */
+INLINE void product(const int wide, const int rows, const int columns, int64_t steps, const uint32_t *a, int64_t a_row, const int64_t a_step,
                     const uint32_t *b, int64_t b_row, float *c, int64_t c_row, const float *factors) {
     __m512 sum[TILE][4];
 #pragma GCC unroll 6
@@ -60,7 +68,7 @@ INLINE void product(const int wide, const int rows, const int columns, int64_t s
         for (int j = 0; j < columns; j++) y[j] = _mm512_loadu_si512(b + s * b_row + 16 * j);
 #pragma GCC unroll 6
         for (int i = 0; i < rows; i++) {
-            const __m512i x = _mm512_set1_epi32((int)a[i * a_row + s]);
+            const __m512i x = _mm512_set1_epi32((int)a[i * a_row + s * a_step]);
 #pragma GCC unroll 4
             for (int j = 0; j < columns; j++) sum[i][j] = multiply_add(wide, x, y[j], sum[i][j]);
         }
@@ -72,13 +80,86 @@ INLINE void product(const int wide, const int rows, const int columns, int64_t s
 }
 
 /* The same over `count` columns, a multiple of 16. */
-INLINE void products(const int wide, const int rows, int64_t count, int64_t steps, const uint32_t *a, int64_t a_row,
+INLINE void products(const int wide, const int rows, int64_t count, int64_t steps, const uint32_t *a, int64_t a_row, const int64_t a_step,
                      const uint32_t *b, int64_t b_row, float *c, int64_t c_row, const float *factors) {
     int64_t j = 0;
-    for (; j + 64 <= count; j += 64) product(wide, rows, 4, steps, a, a_row, b + j, b_row, c + j, c_row, factors);
+    for (; j + 64 <= count; j += 64) product(wide, rows, 4, steps, a, a_row, a_step, b + j, b_row, c + j, c_row, factors);
     switch ((count - j) / 16) {
-    case 3: product(wide, rows, 3, steps, a, a_row, b + j, b_row, c + j, c_row, factors); break;
-    case 2: product(wide, rows, 2, steps, a, a_row, b + j, b_row, c + j, c_row, factors); break;
-    case 1: product(wide, rows, 1, steps, a, a_row, b + j, b_row, c + j, c_row, factors); break;
+    case 3: product(wide, rows, 3, steps, a, a_row, a_step, b + j, b_row, c + j, c_row, factors); break;
+    case 2: product(wide, rows, 2, steps, a, a_row, a_step, b + j, b_row, c + j, c_row, factors); break;
+    case 1: product(wide, rows, 1, steps, a, a_row, a_step, b + j, b_row, c + j, c_row, factors); break;
     }
+}
+
+/* Put `instead` where the 16 scores, the first of them of column `column`, stand outside low..high. */
+INLINE void hide(float *scores, int64_t column, int64_t low, int64_t high, float instead) {
+    const int64_t a = least(most(low - column, 0), 16), b = least(most(high - column, 0), 16);
+    const __mmask16 seen = (__mmask16)(((1u << b) - 1) & ~((1u << a) - 1));
+    _mm512_storeu_ps(scores, _mm512_mask_blend_ps(seen, _mm512_set1_ps(instead), _mm512_loadu_ps(scores)));
+}
+
+/* 16 rows of 16 words, transposed. */
+INLINE void transpose(__m512i r[16]) {
+    __m512i t[16];
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; i++) {
+        t[2 * i] = _mm512_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
+        t[2 * i + 1] = _mm512_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) {
+        r[4 * i] = _mm512_unpacklo_epi64(t[4 * i], t[4 * i + 2]);
+        r[4 * i + 1] = _mm512_unpackhi_epi64(t[4 * i], t[4 * i + 2]);
+        r[4 * i + 2] = _mm512_unpacklo_epi64(t[4 * i + 1], t[4 * i + 3]);
+        r[4 * i + 3] = _mm512_unpackhi_epi64(t[4 * i + 1], t[4 * i + 3]);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) {
+        t[i] = _mm512_shuffle_i32x4(r[i], r[4 + i], 0x88);
+        t[4 + i] = _mm512_shuffle_i32x4(r[i], r[4 + i], 0xdd);
+        t[8 + i] = _mm512_shuffle_i32x4(r[8 + i], r[12 + i], 0x88);
+        t[12 + i] = _mm512_shuffle_i32x4(r[8 + i], r[12 + i], 0xdd);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) {
+        r[i] = _mm512_shuffle_i32x4(t[i], t[8 + i], 0x88);
+        r[8 + i] = _mm512_shuffle_i32x4(t[i], t[8 + i], 0xdd);
+        r[4 + i] = _mm512_shuffle_i32x4(t[4 + i], t[12 + i], 0x88);
+        r[12 + i] = _mm512_shuffle_i32x4(t[4 + i], t[12 + i], 0xdd);
+    }
+}
+
+/* n rows of words, transposed: (words, columns), zeros up to a multiple of 16 columns. bytes: of a row's stride. */
+INLINE void pack_turned(const char *k, int64_t bytes, int64_t n, const int64_t words, uint32_t *to, const int64_t columns) {
+    for (int64_t j = 0; j < n; j += 16)
+        for (int64_t w = 0; w < words; w += 16) {
+            __m512i r[16];
+#pragma GCC unroll 16
+            for (int i = 0; i < 16; i++) r[i] = j + i < n ? _mm512_loadu_si512(k + (j + i) * bytes + 4 * w) : _mm512_setzero_si512();
+            transpose(r);
+#pragma GCC unroll 16
+            for (int i = 0; i < 16; i++) _mm512_storeu_si512(to + (w + i) * columns + j, r[i]);
+        }
+}
+
+/* n rows (n, D) as a product over rows reads them: float32 as they are, bfloat16 (n / 2, D) as pairs of rows; zeros up to a
+ * multiple of 16 rows. bytes: of a row's stride. */
+INLINE void pack_rows(const int wide, const char *v, int64_t bytes, int64_t n, const int64_t width, uint32_t *to) {
+    const int64_t whole = (n + 15) & ~15;
+    if (wide) {
+        for (int64_t j = 0; j < whole; j++)
+            for (int64_t d = 0; d < width; d += 16)
+                _mm512_storeu_si512(to + j * width + d, j < n ? _mm512_loadu_si512(v + j * bytes + 4 * d) : _mm512_setzero_si512());
+        return;
+    }
+    const __m512i ascending = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+    const __m512i first = _mm512_or_si512(ascending, _mm512_slli_epi32(_mm512_add_epi32(ascending, _mm512_set1_epi32(32)), 16));
+    const __m512i second = _mm512_add_epi32(first, _mm512_set1_epi32(0x00100010)); /* elements 16.. of both rows */
+    for (int64_t j = 0; j < whole; j += 2)
+        for (int64_t d = 0; d < width; d += 32) {
+            const __m512i a = j < n ? _mm512_loadu_si512(v + j * bytes + 2 * d) : _mm512_setzero_si512();
+            const __m512i b = j + 1 < n ? _mm512_loadu_si512(v + (j + 1) * bytes + 2 * d) : _mm512_setzero_si512();
+            _mm512_storeu_si512(to + j / 2 * width + d, _mm512_permutex2var_epi16(a, first, b));
+            _mm512_storeu_si512(to + j / 2 * width + d + 16, _mm512_permutex2var_epi16(a, second, b));
+        }
 }

@@ -75,7 +75,7 @@ int supported(void) {
 
 /* The running softmax of one row: its top moves up to a whole number, its total and, by the factor returned, its sums follow.
  * scores (count) in multiples of 16, become 2^(s - top). */
-INLINE float soften(float *scores, int64_t count, float scale, float *top, float *total) {
+INLINE float soften(const int wide, float *scores, int64_t count, float scale, float *top, float *total) {
     __m512 highest = _mm512_loadu_ps(scores);
     for (int64_t j = 16; j < count; j += 16) highest = _mm512_max_ps(highest, _mm512_loadu_ps(scores + j));
     const float old = *top, found = ceilf(_mm512_reduce_max_ps(highest) * scale), now = found > old ? found : old;
@@ -83,20 +83,13 @@ INLINE float soften(float *scores, int64_t count, float scale, float *top, float
     const __m512 by = _mm512_set1_ps(scale), less = _mm512_set1_ps(now == -INFINITY ? 0.0f : now);
     __m512 sum = _mm512_setzero_ps();
     for (int64_t j = 0; j < count; j += 16) {
-        const __m512 weight = exp2_16(_mm512_fmsub_ps(_mm512_loadu_ps(scores + j), by, less));
+        const __m512 weight = exp2_16(wide, _mm512_fmsub_ps(_mm512_loadu_ps(scores + j), by, less));
         sum = _mm512_add_ps(sum, weight);
         _mm512_storeu_ps(scores + j, weight);
     }
     *top = now;
     *total = *total * factor + _mm512_reduce_add_ps(sum);
     return factor;
-}
-
-/* Hide the scores (16 of them, the first of column `column`) that stand outside low..high. */
-INLINE void hide(float *scores, int64_t column, int64_t low, int64_t high) {
-    const int64_t a = least(most(low - column, 0), 16), b = least(most(high - column, 0), 16);
-    const __mmask16 seen = (__mmask16)(((1u << b) - 1) & ~((1u << a) - 1));
-    _mm512_storeu_ps(scores, _mm512_mask_blend_ps(seen, _mm512_set1_ps(-INFINITY), _mm512_loadu_ps(scores)));
 }
 
 /* ---- attend ------------------------------------------------------------------------------------------------------------ */
@@ -109,82 +102,33 @@ INLINE void tile(const int wide, const int rows, const int64_t width, const uint
     uint32_t p[TILE][KEYS / 2] __attribute__((aligned(64))); /* weights as bfloat16 */
     float factors[TILE];
     const int packed = wide ? 1 : 2;
-    products(wide, rows, high - low, width / packed, q, q_row, keys + low, KEYS, &s[0][low], KEYS, 0);
+    products(wide, rows, high - low, width / packed, q, q_row, 1, keys + low, KEYS, &s[0][low], KEYS, 0);
     for (int i = 0; i < rows; i++) {
         if (lows[i] > low || highs[i] < high)
-            for (int64_t j = low; j < high; j += 16) hide(&s[i][j], j, lows[i], highs[i]);
-        factors[i] = soften(&s[i][low], high - low, scale, tops + i * heads, totals + i * heads);
+            for (int64_t j = low; j < high; j += 16) hide(&s[i][j], j, lows[i], highs[i], -INFINITY);
+        factors[i] = soften(wide, &s[i][low], high - low, scale, tops + i * heads, totals + i * heads);
         if (!wide)
             for (int64_t j = low; j < high; j += 16)
                 _mm256_store_si256((__m256i *)&p[i][j / 2], (__m256i)_mm512_cvtneps_pbh(_mm512_load_ps(&s[i][j])));
     }
     const uint32_t *weights = wide ? (const uint32_t *)&s[0][low] : &p[0][low / 2];
-    products(wide, rows, width, (high - low) / packed, weights, KEYS / packed, values + low / packed * width, width, sums, sums_row, factors);
+    products(wide, rows, width, (high - low) / packed, weights, KEYS / packed, 1, values + low / packed * width, width, sums, sums_row, factors);
 }
 
-/* 16 rows of 16 words, transposed. */
-INLINE void transpose(__m512i r[16]) {
-    __m512i t[16];
-#pragma GCC unroll 8
-    for (int i = 0; i < 8; i++) {
-        t[2 * i] = _mm512_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
-        t[2 * i + 1] = _mm512_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
-    }
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; i++) {
-        r[4 * i] = _mm512_unpacklo_epi64(t[4 * i], t[4 * i + 2]);
-        r[4 * i + 1] = _mm512_unpackhi_epi64(t[4 * i], t[4 * i + 2]);
-        r[4 * i + 2] = _mm512_unpacklo_epi64(t[4 * i + 1], t[4 * i + 3]);
-        r[4 * i + 3] = _mm512_unpackhi_epi64(t[4 * i + 1], t[4 * i + 3]);
-    }
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; i++) {
-        t[i] = _mm512_shuffle_i32x4(r[i], r[4 + i], 0x88);
-        t[4 + i] = _mm512_shuffle_i32x4(r[i], r[4 + i], 0xdd);
-        t[8 + i] = _mm512_shuffle_i32x4(r[8 + i], r[12 + i], 0x88);
-        t[12 + i] = _mm512_shuffle_i32x4(r[8 + i], r[12 + i], 0xdd);
-    }
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; i++) {
-        r[i] = _mm512_shuffle_i32x4(t[i], t[8 + i], 0x88);
-        r[8 + i] = _mm512_shuffle_i32x4(t[i], t[8 + i], 0xdd);
-        r[4 + i] = _mm512_shuffle_i32x4(t[4 + i], t[12 + i], 0x88);
-        r[12 + i] = _mm512_shuffle_i32x4(t[4 + i], t[12 + i], 0xdd);
-    }
+/* The keys from..to of a run that a block's queries meet in this call. */
+INLINE void find_share(const Call *c, const Block *block, const Run *run, int64_t *from, int64_t *to) {
+    const int64_t place = block->position - run->position; /* of the first query among these keys */
+    const int64_t start = run->free ? 0 : most(0, place - c->before) & ~15;
+    const int64_t end = least(run->count, place + block->last - block->first + c->ahead);
+    const int64_t share = (most(0, end - start) + c->calls * KEYS - 1) / (c->calls * KEYS) * KEYS;
+    *from = start + c->call * share;
+    *to = least(end, *from + share);
 }
 
-/* Rows (n, D) of keys to (words, KEYS), zeros up to a multiple of 16 keys. bytes: of a row's stride. */
-INLINE void pack_keys(const char *k, int64_t bytes, int64_t n, const int64_t words, uint32_t *to) {
-    for (int64_t j = 0; j < n; j += 16)
-        for (int64_t w = 0; w < words; w += 16) {
-            __m512i r[16];
-#pragma GCC unroll 16
-            for (int i = 0; i < 16; i++) r[i] = j + i < n ? _mm512_loadu_si512(k + (j + i) * bytes + 4 * w) : _mm512_setzero_si512();
-            transpose(r);
-#pragma GCC unroll 16
-            for (int i = 0; i < 16; i++) _mm512_storeu_si512(to + (w + i) * KEYS + j, r[i]);
-        }
-}
-
-/* Rows (n, D) of values as the second product reads them: float32 as they are, bfloat16 (n / 2, D) in pairs of tokens. */
-INLINE void pack_values(const int wide, const char *v, int64_t bytes, int64_t n, const int64_t width, uint32_t *to) {
-    const int64_t whole = (n + 15) & ~15;
-    if (wide) {
-        for (int64_t j = 0; j < whole; j++)
-            for (int64_t d = 0; d < width; d += 16)
-                _mm512_storeu_si512(to + j * width + d, j < n ? _mm512_loadu_si512(v + j * bytes + 4 * d) : _mm512_setzero_si512());
-        return;
-    }
-    const __m512i ascending = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
-    const __m512i first = _mm512_or_si512(ascending, _mm512_slli_epi32(_mm512_add_epi32(ascending, _mm512_set1_epi32(32)), 16));
-    const __m512i second = _mm512_add_epi32(first, _mm512_set1_epi32(0x00100010)); /* elements 16.. of both rows */
-    for (int64_t j = 0; j < whole; j += 2)
-        for (int64_t d = 0; d < width; d += 32) {
-            const __m512i a = j < n ? _mm512_loadu_si512(v + j * bytes + 2 * d) : _mm512_setzero_si512();
-            const __m512i b = j + 1 < n ? _mm512_loadu_si512(v + (j + 1) * bytes + 2 * d) : _mm512_setzero_si512();
-            _mm512_storeu_si512(to + j / 2 * width + d, _mm512_permutex2var_epi16(a, first, b));
-            _mm512_storeu_si512(to + j / 2 * width + d + 16, _mm512_permutex2var_epi16(a, second, b));
-        }
+/* Rows first..last of `bytes` bytes. Head by head, keys are no stream that the core would foresee. */
+INLINE void prefetch(const char *rows, int64_t stride, int64_t first, int64_t last, int64_t bytes) {
+    for (int64_t j = first; j < last; j++)
+        for (int64_t b = 0; b < bytes; b += 64) _mm_prefetch(rows + j * stride + b, _MM_HINT_T1);
 }
 
 /* The queries of a block, all heads of a group, over all its runs. */
@@ -203,14 +147,21 @@ INLINE void attend_block(const int wide, const int64_t width, const Call *c, con
         }
     for (const Run *run = runs + block->run; run < runs + block->end; run++) {
         const int64_t place = block->position - run->position; /* of the first query among these keys */
-        const int64_t start = run->free ? 0 : most(0, place - c->before) & ~15, end = least(run->count, place + count + c->ahead);
-        const int64_t share = (most(0, end - start) + c->calls * KEYS - 1) / (c->calls * KEYS) * KEYS;
-        const int64_t from = start + c->call * share, to = least(end, from + share);
         const Source *source = sources + run->source;
+        int64_t from, to;
+        find_share(c, block, run, &from, &to);
         for (int64_t at = from; at < to; at += KEYS) {
             const int64_t n = least(KEYS, to - at), key = run->first + at;
-            pack_keys(source->k + (group * source->k_head + key * source->k_row) * size, source->k_row * size, n, words, keys);
-            pack_values(wide, source->v + (group * source->v_head + key * source->v_row) * size, source->v_row * size, n, width, values);
+            pack_turned(source->k + (group * source->k_head + key * source->k_row) * size, source->k_row * size, n, words, keys, KEYS);
+            pack_rows(wide, source->v + (group * source->v_head + key * source->v_row) * size, source->v_row * size, n, width, values);
+            const Run *next = at + KEYS < to ? run : run + 1 < runs + block->end ? run + 1 : run; /* the block of keys after this one */
+            const Source *then = sources + next->source;
+            int64_t first = at + KEYS, last = to;
+            if (next != run) find_share(c, block, next, &first, &last);
+            const char *k = then->k + (group * then->k_head + (next->first + first) * then->k_row) * size;
+            const char *v = then->v + (group * then->v_head + (next->first + first) * then->v_row) * size;
+            const int64_t coming = most(0, least(KEYS, last - first)), each = coming * TILE / (ratio * count) + 1; /* rows of it beside each tile */
+            int64_t fetched = 0;
             for (int64_t h = head; h < head + ratio; h++)
                 for (int64_t i = 0; i < count; i += TILE) {
                     const int64_t rows = least(TILE, count - i), row = block->first + i;
@@ -220,6 +171,9 @@ INLINE void attend_block(const int wide, const int64_t width, const Call *c, con
                         highs[t] = least(n, place + i + t + c->ahead + 1 - at);
                     }
                     const int64_t low = lows[0] & ~15, high = (most(highs[rows - 1], 0) + 15) & ~15;
+                    prefetch(k, then->k_row * size, fetched, least(coming, fetched + each), width * size);
+                    prefetch(v, then->v_row * size, fetched, least(coming, fetched + each), width * size);
+                    fetched += each;
                     if (low >= high) continue;
                     const uint32_t *q = (const uint32_t *)(c->q + (row * c->q_row + h * c->q_head) * size);
                     float *sum = sums + row * sums_row + h * width, *top = tops + row * c->heads + h, *total = totals + row * c->heads + h;
@@ -282,7 +236,7 @@ INLINE void score(const int wide, const int64_t words, const char *q, const char
             sum[i] = multiply_add(wide, x, _mm512_loadu_si512(k + (i < n ? i : 0) * bytes + 4 * w), sum[i]);
     }
     _mm512_storeu_ps(to, sums_of(sum));
-    if (n < 16) hide(to, 0, 0, n);
+    if (n < 16) hide(to, 0, 0, n, -INFINITY);
 }
 
 /* sums (D) = factor sums + weights (n) v. Of bfloat16, 32 elements at a time, the even ones stand before the odd ones. */
@@ -319,7 +273,7 @@ INLINE void step_part(const int wide, const int64_t width, const Step *c, const 
                 score(wide, width * size / 4, q + h * width * size, k + (at + j) * bytes + h / ratio * width * size, bytes, n - j, &s[h][j]);
         }
         for (int64_t h = 0; h < c->heads; h++) {
-            const float factor = soften(s[h], (n + 15) & ~15, c->scale, tops + h, totals + h);
+            const float factor = soften(wide, s[h], (n + 15) & ~15, c->scale, tops + h, totals + h);
             gather(wide, width, s[h], v + at * bytes + h / ratio * width * size, bytes, n, factor, sums + h * width);
         }
     }

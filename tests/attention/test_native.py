@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from attention import AttentionBackend, HeadShape, Segments, build, native, reference
+from attention.backends.performer import projection
 from attention.blocks import Band, Piece, Room, heads_first, softmax
 from attention.interface import finish
 from attention.truth import BOUNDS
@@ -59,7 +60,7 @@ class TestChunked(NativeLaws):
 
 class TestPerformer(NativeLaws):
     name = "performer"
-    variants = ({"features": 48}, {"features": 24, "hyperbolic": True, "seed": 3}, {"features": 48, "local_chunk": 70})
+    variants = ({"features": 64}, {"features": 16, "hyperbolic": True, "seed": 3}, {"features": 64, "local_chunk": 70})
 
 
 def packed(dtype: torch.dtype, queries: int, keys: int, heads: int, groups: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -172,19 +173,28 @@ def test_heads_the_kernel_cannot_answer_are_refused_with_the_reason_and_auto_rep
     assert build("chunked", {}, shape).describe()["impl"] == "torch"
 
 
-def test_features_that_fill_no_register_are_refused_with_the_reason() -> None:
-    with pytest.raises(ValueError, match="by the 16, these are 40; allowed here: 'auto', 'torch'"):
-        build("performer", {"impl": "native", "features": 20, "hyperbolic": True}, HeadShape(2, 2, 64))
+@pytest.mark.parametrize(("features", "count"), [(20, 40), (4096, 8192)])
+def test_features_the_kernel_cannot_take_are_refused_with_the_reason(features: int, count: int) -> None:
+    with pytest.raises(
+        ValueError, match=f"multiple of 32 features up to 4096; these are {count}; allowed here: 'auto', 'torch'"
+    ):
+        build("performer", {"impl": "native", "features": features, "hyperbolic": True}, HeadShape(2, 2, 64))
 
 
 @needs_native
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("heads", [(4, 4, 64), (7, 1, 32), (3, 3, 128), (2, 1, 256)])
-def test_steps_of_performer_answer_what_its_definition_does(dtype: torch.dtype, heads: tuple[int, int, int]) -> None:
-    backend = build("performer", {"impl": "native", "features": 64}, HeadShape(*heads, dtype))
-    q, k, v = tokens(backend.shape, 60)
-    wanted = reference.answer(backend, q, k, v, causal=True)
-    assert largest(extend_in(backend, q, k, v, [1] * 60).double() - wanted) <= BOUNDS[dtype]
+def test_performer_answers_what_its_definition_does_at_every_width(dtype: torch.dtype, heads: tuple[int, int, int]) -> None:
+    backend = build("performer", {"impl": "native", "features": 96}, HeadShape(*heads, dtype))
+    for count in (1, 127, 128, 300, 700):
+        q, k, v = tokens(backend.shape, count)
+        wanted = reference.answer(backend, q, k, v, causal=True)
+        assert largest(extend_in(backend, q, k, v, [count]).double() - wanted) <= BOUNDS[dtype]
+        first = count // 2
+        chunks = [part for part in (first, *[1] * min(9, count - first), count - first - 9) if part > 0]
+        assert largest(extend_in(backend, q, k, v, chunks).double() - wanted) <= BOUNDS[dtype]
+        both = backend.attend(q, k, v, Segments((count,)), causal=False)
+        assert largest(both.double() - reference.answer(backend, q, k, v, causal=False)) <= BOUNDS[dtype]
 
 
 @pytest.fixture
@@ -204,3 +214,21 @@ def test_a_package_that_was_installed_without_a_compiler_says_so_and_answers_by_
     assert backend.impl == "torch"
     q, k, v = tokens(shape, 10)
     assert backend.attend(q, k, v, Segments((10,)), causal=True).isfinite().all()
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_performer_with_keys_of_enormous_weight_is_the_same_in_c_and_in_torch(dtype: torch.dtype) -> None:
+    shape = HeadShape(4, 2, 32, dtype)
+    ours, slow = (build("performer", {"features": 64, "impl": impl}, shape) for impl in ("native", "torch"))
+    q, k, v = tokens(shape, 400)
+    longest = projection(64, 32, 0)
+    longest = longest[longest.norm(dim=1).argmax()] * 32**0.25
+    for at, factor in ((50, 1.3), (200, 1.6), (201, 1.5), (300, 2.0)):  # each far above all before it, two of them in one chunk
+        k[at] = (longest * factor).to(dtype)
+    for causal in (True, False):
+        answers = [backend.attend(q, k, v, Segments((400,)), causal=causal) for backend in (ours, slow)]
+        bound = BOUNDS[dtype] if dtype == torch.float32 else 0.2  # bfloat16 exponents of 60 are off by 2^-3
+        assert largest(answers[0].double() - answers[1].double()) <= bound
+    before = ours.attend(q[:200], k[:200], v[:200], Segments((200,)), causal=True)
+    assert torch.equal(ours.attend(q, k, v, Segments((400,)), causal=True)[:200], before)
