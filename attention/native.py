@@ -189,30 +189,28 @@ def band_workspace_bytes(shape: HeadShape, queries: int, keys: int, before: int,
 
 @dataclass(frozen=True)
 class Features:
-    """Random features as the kernel reads them; the names are those of `Performer`, which is the slow reading of what follows.
+    """Features as the kernel reads them; the names are those of `Performer`, which is the slow reading of what follows.
 
     Attributes:
-        words: the random rows (D, m), m a multiple of 32; of bfloat16, neighbouring rows side by side, (D / 2, m, 2).
+        count: m, a multiple of 32.
+        words: the random rows (D, m); of bfloat16, neighbouring rows side by side, (D / 2, m, 2). None: elu(x) + 1.
         half: |x|^2 times this is |x'|^2 / 2 in powers of two.
         reach: the norm of x up to which features are taken as they are; beyond, relative to their largest.
         limit: a key whose weight would pass 2^limit raises the level of the sums.
     """
 
-    words: Tensor
-    half: float
-    reach: float
-    limit: float
+    count: int
+    words: Tensor | None = None
+    half: float = 0.0
+    reach: float = math.inf
+    limit: float = math.inf
 
     @classmethod
     def of(cls, weights: Tensor, half: float, reach: float, limit: float) -> Features:
         """Of random rows (D, m), float32 or bfloat16."""
-        pairs = weights if weights.dtype == torch.float32 else weights.view(-1, 2, weights.shape[1]).transpose(1, 2)
-        return cls(pairs.contiguous(), half, reach, limit)
-
-    @property
-    def count(self) -> int:
-        """m."""
-        return self.words.shape[1]
+        count = weights.shape[1]
+        pairs = weights if weights.dtype == torch.float32 else weights.view(-1, 2, count).transpose(1, 2)
+        return cls(count, pairs.contiguous(), half, reach, limit)
 
 
 def no_features(count: int) -> str:
@@ -245,7 +243,7 @@ def _features(
     scratch = _scratch(features.count, q.element_size(), heads, groups, width, min(count, ROWS))
     added, keys, levels, room = (torch.empty(size, dtype=torch.float32) for size in scratch)
     call = _Features(
-        weights=features.words.data_ptr(),
+        weights=None if features.words is None else features.words.data_ptr(),
         sums=s.data_ptr(),
         level=scale.data_ptr(),
         added=added.data_ptr(),
@@ -296,11 +294,11 @@ def features_workspace_bytes(shape: HeadShape, count: int, queries: int) -> int:
 
 
 def features_step(
-    features: Features, q: Tensor, k: Tensor, v: Tensor, states: Sequence[dict[str, Tensor]], out: Tensor
+    features: Features, q: Tensor, k: Tensor, v: Tensor, sums: Sequence[tuple[Tensor, Tensor]], out: Tensor
 ) -> None:
     """Add one token of each of B sequences to its sums and ask them.
 
-    q, out: (B, H, D). k, v: (B, G, D). states: each with s (G, D + 1, m) and scale (G, 1, 1), float32, both changed.
+    q, out: (B, H, D). k, v: (B, G, D). sums: of each sequence s (G, D + 1, m) and scale (G, 1, 1), float32, both changed.
     """
     count, heads, width = q.shape
     groups = k.shape[1]
@@ -311,7 +309,7 @@ def features_step(
         k=k.data_ptr(),
         v=v.data_ptr(),
         out=_tight(out).data_ptr(),
-        weights=features.words.data_ptr(),
+        weights=None if features.words is None else features.words.data_ptr(),
         features=room.data_ptr(),
         q_row=q.stride(0),
         k_row=k.stride(0),
@@ -326,7 +324,7 @@ def features_step(
         reach=features.reach,
         limit=features.limit,
     )
-    addresses = array("q", [state[name].data_ptr() for state in states for name in ("s", "scale")])
+    addresses = array("q", [x.data_ptr() for pair in sums for x in pair])
     _loaded().features_step(ctypes.byref(call), addresses.buffer_info()[0], torch.get_num_threads())
 
 

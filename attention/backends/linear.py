@@ -8,15 +8,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from pydantic import Field
 from torch import Tensor
 from torch.nn import functional
 
-from attention import blocks, sums
+from attention import blocks, implementation, native, sums
 from attention.interface import AttentionBackend, BackendOptions, Cost, HeadShape, Parts, StateTensor
 
 
 class LinearOptions(BackendOptions):
-    """ELU + 1 has nothing to choose."""
+    """ELU + 1 has nothing to choose but who computes it."""
+
+    impl: implementation.CpuImpl = Field("auto", description="torch, native (CPU), or auto: native where it can run")
 
 
 class Linear(AttentionBackend):
@@ -28,6 +31,9 @@ class Linear(AttentionBackend):
     def __init__(self, options: LinearOptions, shape: HeadShape) -> None:
         super().__init__(options, shape)
         self.wide = torch.promote_types(shape.dtype, torch.float32)
+        self.impl = implementation.settle(options.impl, shape)
+        self.native = native.Features(shape.head_width) if self.impl == "native" else None
+        self.level = torch.zeros(shape.key_value_heads, 1, 1)  # of the native kernel's sums; these features never raise it
 
     def kernel(self, q: Tensor, k: Tensor, i: Tensor, j: Tensor) -> Tensor:
         """The unnormalised weight of each key for each query, (..., N, D) and (..., M, D) to (..., N, M): the definition."""
@@ -35,14 +41,21 @@ class Linear(AttentionBackend):
 
     def attend_sequence(self, q: Tensor, k: Tensor, v: Tensor, causal: bool, out: Tensor) -> Parts:
         s = self.state(len(q))["s"].new(q.device)
+        if self.native is not None:
+            return (native.scan if causal else native.both_sides)(self.native, q, k, v, s, self.level, out)
         return (self._scan if causal else self._both_sides)(q, k, v, s, out)
 
     def extend_sequence(self, q: Tensor, k: Tensor, v: Tensor, past: int, state: dict[str, Tensor], out: Tensor) -> Parts:
+        if self.native is not None:
+            return native.scan(self.native, q, k, v, state["s"], self.level, out)
         return self._scan(q, k, v, state["s"], out)
 
     def step(
         self, q: Tensor, k: Tensor, v: Tensor, past: Sequence[int], states: Sequence[dict[str, Tensor]], out: Tensor
     ) -> None:
+        if self.native is not None:
+            native.features_step(self.native, q, k, v, [(state["s"], self.level) for state in states], out)
+            return
         queries = phi(q.to(self.wide)).view(len(q), self.shape.key_value_heads, -1, self.shape.head_width)
         keys = phi(k.to(self.wide))[..., None, :]
         values = functional.pad(v.to(self.wide), (0, 1), value=1.0)[..., None]
@@ -76,7 +89,10 @@ class Linear(AttentionBackend):
 
     def cost(self, queries: int, keys: int, *, causal: bool) -> Cost:
         width = self.shape.head_width
-        workspace = sums.workspace_bytes(self.shape, width, queries, causal)
+        if self.native is not None:
+            workspace = native.features_workspace_bytes(self.shape, width, queries)
+        else:
+            workspace = sums.workspace_bytes(self.shape, width, queries, causal)
         return Cost(sums.flops(self.shape, width, queries, causal), workspace, self.state_bytes(keys))
 
 

@@ -155,7 +155,7 @@ class Performer(AttentionBackend):
             self._step_chunks(q, k, v, past, states, out)
             return
         if self.native is not None:
-            native.features_step(self.native, q, k, v, states, out)
+            native.features_step(self.native, q, k, v, [(state["s"], state["scale"]) for state in states], out)
             return
         heads, groups = self.shape.query_heads, self.shape.key_value_heads
         exponents, shift, norm = self._step_exponents(torch.cat((q, k), dim=1))  # all features of all sequences at once

@@ -1,8 +1,9 @@
-/* Attention through random features, FAVOR+ (arXiv 2009.14794): the functions behind `native.scan`, `both_sides` and
- * `features_step`. `backends/performer.py` is their slow reading.
+/* Attention through positive features: the functions behind `native.scan`, `both_sides` and `features_step`.
+ * `backends/performer.py` and `linear.py` are their slow reading.
  *
- * With phi(x) = 2^(x W), W scaled so that this is exp(W x'), a token adds phi(k) [v, 1] to the sums S (D + 1, m) of its
- * key-value head, and each of its queries asks them: phi(q) S, numerator and denominator.
+ * A token adds phi(k) [v, 1] to the sums S (D + 1, m) of its key-value head, and each of its queries asks them: phi(q) S,
+ * numerator and denominator. With random rows W, phi(x) is 2^(x W), W scaled so that this is exp(W x') (FAVOR+, arXiv
+ * 2009.14794); without, elu(x) + 1 (arXiv 2006.16236), which is always within reach and whose level never rises.
  *
  * Many tokens go by chunks. First each chunk makes its keys' features and what they add, all chunks at once; then the sums are
  * run along the chunks; then each chunk, again all at once, makes its queries' features six rows at a time, asks the sums of
@@ -17,7 +18,7 @@
 typedef struct {
     const char *q, *k, *v;   /* (C, H, D), (C, G, D), (C, G, D) by strides */
     char *out;               /* (C, H, D) by strides */
-    const uint32_t *weights; /* as below */
+    const uint32_t *weights; /* W as words of neighbouring rows, (D, m) or (D / 2, m); null: elu(x) + 1, m = D */
     float *sums, *level;     /* (G, D + 1, m) and (G) */
     float *added;            /* scratch: (chunks, G, D + 1, m), what each chunk adds, then the sums before it */
     uint32_t *keys;          /* scratch: (chunks, G, words of m, CHUNK), features of keys */
@@ -32,7 +33,7 @@ typedef struct {
 typedef struct {
     const char *q, *k, *v; /* (B, H, D), (B, G, D), (B, G, D), heads tight */
     char *out;             /* (B, H, D), tight */
-    const uint32_t *weights; /* W as words of neighbouring rows, (D, m) or (D / 2, m) */
+    const uint32_t *weights; /* as above */
     float *features;       /* scratch: (R + 1, m) for each sequence and key-value head */
     int64_t q_row, k_row, v_row;
     int64_t sequences, heads, groups, width, count, wide; /* count: m */
@@ -59,20 +60,6 @@ INLINE float norm(const int wide, const int64_t width, const char *x) {
     return sqrtf(_mm512_reduce_add_ps(sum));
 }
 
-/* x (m) = 2^(x - shift) */
-INLINE void raise(const int wide, float *x, int64_t count, float shift) {
-    const __m512 less = _mm512_set1_ps(shift);
-    for (int64_t j = 0; j < count; j += 16) _mm512_storeu_ps(x + j, exp2_16(wide, _mm512_sub_ps(_mm512_loadu_ps(x + j), less)));
-}
-
-INLINE float highest(const float *x, int64_t count) {
-    __m512 found = _mm512_loadu_ps(x);
-    for (int64_t j = 16; j < count; j += 16) found = _mm512_max_ps(found, _mm512_loadu_ps(x + j));
-    return _mm512_reduce_max_ps(found);
-}
-
-/* ---- many tokens --------------------------------------------------------------------------------------------------------- */
-
 /* 16 elements as float32. */
 INLINE __m512 load16(const int wide, const char *from) {
     return wide ? _mm512_loadu_ps(from) : _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)from)), 16));
@@ -85,13 +72,38 @@ INLINE void store16(const int wide, char *to, __m512 x) {
         _mm256_storeu_si256((__m256i *)to, (__m256i)_mm512_cvtneps_pbh(x));
 }
 
-/* The exponents x W of up to six rows, (rows, m). row: the stride of x in elements. */
-INLINE void exponents(const int wide, const int64_t width, const Features *c, const char *x, int64_t row, int64_t rows, float *to) {
+/* The exponents x W, (rows, m), of up to six rows of D elements, one every `row` of them; without W, the elements. */
+INLINE void exponents(const int wide, const int64_t width, const uint32_t *weights, int64_t count, const char *x, int64_t row, int64_t rows, float *to) {
     const int64_t size = wide ? 4 : 2, words = width * size / 4;
+    if (!weights) {
+        for (int64_t i = 0; i < rows; i++)
+            for (int64_t j = 0; j < width; j += 16) _mm512_storeu_ps(to + i * count + j, load16(wide, x + (i * row + j) * size));
+        return;
+    }
 #define EXPONENTS(R) \
-    case R: products(wide, R, c->count, words, (const uint32_t *)x, row * size / 4, 1, c->weights, c->count, to, c->count, 0); break;
+    case R: products(wide, R, count, words, (const uint32_t *)x, row * size / 4, 1, weights, count, to, count, 0); break;
     switch (rows) { EXPONENTS(6) EXPONENTS(5) EXPONENTS(4) EXPONENTS(3) EXPONENTS(2) EXPONENTS(1) }
 }
+
+/* 16 features of their exponents. */
+INLINE __m512 feature(const int wide, const uint32_t *weights, __m512 x, __m512 shift) {
+    if (weights) return exp2_16(wide, _mm512_sub_ps(x, shift));
+    const __m512 zero = _mm512_setzero_ps(), log2_e = _mm512_set1_ps(1.44269504f);
+    return _mm512_add_ps(exp2_16(1, _mm512_mul_ps(_mm512_min_ps(x, zero), log2_e)), _mm512_max_ps(x, zero));
+}
+
+/* x (m), exponents, become features. */
+INLINE void raise(const int wide, const uint32_t *weights, float *x, int64_t count, float shift) {
+    for (int64_t j = 0; j < count; j += 16) _mm512_storeu_ps(x + j, feature(wide, weights, _mm512_loadu_ps(x + j), _mm512_set1_ps(shift)));
+}
+
+INLINE float highest(const float *x, int64_t count) {
+    __m512 found = _mm512_loadu_ps(x);
+    for (int64_t j = 16; j < count; j += 16) found = _mm512_max_ps(found, _mm512_loadu_ps(x + j));
+    return _mm512_reduce_max_ps(found);
+}
+
+/* ---- many tokens --------------------------------------------------------------------------------------------------------- */
 
 /* The levels of a key-value head along all tokens. */
 INLINE void find_levels(const int wide, const int64_t width, const Features *c, int64_t group) {
@@ -104,7 +116,7 @@ INLINE void find_levels(const int wide, const int64_t width, const Features *c, 
         float shift = 0.0f;
         if (!(length <= c->reach)) {
             float found[MOST];
-            exponents(wide, width, c, k, c->k_row, 1, found);
+            exponents(wide, width, c->weights, c->count, k, c->k_row, 1, found);
             shift = highest(found, c->count);
         }
         halves[i] = length * length * c->half;
@@ -124,11 +136,11 @@ INLINE void add_chunk(const int wide, const int64_t width, const Features *c, in
     float *added = c->added + (chunk * c->groups + group) * (width + 1) * m;
     for (int64_t i = 0; i < n; i += TILE) {
         float e[TILE * MOST] __attribute__((aligned(64)));
-        exponents(wide, width, c, c->k + ((first + i) * c->k_row + group * c->k_head) * size, c->k_row, least(TILE, n - i), e);
+        exponents(wide, width, c->weights, m, c->k + ((first + i) * c->k_row + group * c->k_head) * size, c->k_row, least(TILE, n - i), e);
         for (int64_t t = i; t < least(i + TILE, n); t++) {
             const __m512 less = _mm512_set1_ps(halves[t] + levels[t]);
             for (int64_t j = 0; j < m; j += 16)
-                store16(wide, (char *)(rows + t * words) + j * size, exp2_16(wide, _mm512_sub_ps(_mm512_loadu_ps(e + (t - i) * m + j), less)));
+                store16(wide, (char *)(rows + t * words) + j * size, feature(wide, c->weights, _mm512_loadu_ps(e + (t - i) * m + j), less));
         }
     }
     if (c->asks) pack_turned((const char *)rows, 4 * words, n, words, c->keys + (chunk * c->groups + group) * words * CHUNK, CHUNK);
@@ -189,11 +201,11 @@ INLINE void ask_chunk(const int wide, const int64_t width, const Features *c, in
             float e[TILE * MOST] __attribute__((aligned(64))), both[TILE][WIDEST + 16], s[TILE][CHUNK] __attribute__((aligned(64)));
             uint32_t phi[TILE * MOST / (wide ? 1 : 2)] __attribute__((aligned(64))), p[TILE][CHUNK / 2];
             float factors[TILE], totals[TILE];
-            exponents(wide, width, c, q, c->q_row, count, e);
+            exponents(wide, width, c->weights, m, q, c->q_row, count, e);
             for (int64_t t = 0; t < count; t++) { /* a shift cancels in the answer */
                 const float shift = norm(wide, width, q + t * c->q_row * size) <= c->reach ? 0.0f : highest(e + t * m, m);
                 for (int64_t j = 0; j < m; j += 16)
-                    store16(wide, (char *)(phi + t * words) + j * size, exp2_16(wide, _mm512_sub_ps(_mm512_loadu_ps(e + t * m + j), _mm512_set1_ps(shift))));
+                    store16(wide, (char *)(phi + t * words) + j * size, feature(wide, c->weights, _mm512_loadu_ps(e + t * m + j), _mm512_set1_ps(shift)));
             }
 #define ASKED(R) \
     case R: products(wide, R, columns, words, phi, words, 1, turned, columns, both[0], WIDEST + 16, 0); break;
@@ -279,22 +291,18 @@ INLINE void add_and_ask(const int queries, float *row, const float *key, const f
 
 /* One key-value head of one sequence: its sums (D + 1, m), their scale, and `features` as scratch. */
 INLINE void features_head(const int wide, const int64_t width, const FeaturesStep *c, int64_t sequence, int64_t group, float *sums, float *scale, float *features) {
-    const int64_t size = wide ? 4 : 2, words = width * size / 4, ratio = c->heads / c->groups, m = c->count;
+    const int64_t size = wide ? 4 : 2, ratio = c->heads / c->groups, m = c->count;
     const char *q = c->q + (sequence * c->q_row + group * ratio * width) * size;
     const char *k = c->k + (sequence * c->k_row + group * width) * size;
     const char *v = c->v + (sequence * c->v_row + group * width) * size;
-    for (int64_t r = 0; r < ratio; r += TILE) {
-        const uint32_t *rows = (const uint32_t *)(q + r * width * size);
-#define ROWS(R) \
-    case R: products(wide, R, m, words, rows, words, 1, c->weights, m, features + r * m, m, 0); break;
-        switch (least(TILE, ratio - r)) { ROWS(6) ROWS(5) ROWS(4) ROWS(3) ROWS(2) ROWS(1) }
-    }
+    for (int64_t r = 0; r < ratio; r += TILE)
+        exponents(wide, width, c->weights, m, q + r * width * size, width, least(TILE, ratio - r), features + r * m);
     for (int64_t r = 0; r < ratio; r++) {
         float *query = features + r * m;
-        raise(wide, query, m, norm(wide, width, q + r * width * size) <= c->reach ? 0.0f : highest(query, m)); /* a shift cancels in the answer */
+        raise(wide, c->weights, query, m, norm(wide, width, q + r * width * size) <= c->reach ? 0.0f : highest(query, m)); /* a shift cancels in the answer */
     }
     float *key = features + ratio * m;
-    products(wide, 1, m, words, (const uint32_t *)k, words, 1, c->weights, m, key, m, 0);
+    exponents(wide, width, c->weights, m, k, width, 1, key);
     const float length = norm(wide, width, k), half = length * length * c->half;
     const float weight = (length <= c->reach ? 0.0f : highest(key, m)) - half;
     if (weight > *scale + c->limit) {
@@ -302,7 +310,7 @@ INLINE void features_head(const int wide, const int64_t width, const FeaturesSte
         for (int64_t j = 0; j < (width + 1) * m; j += 16) _mm512_storeu_ps(sums + j, _mm512_mul_ps(by, _mm512_loadu_ps(sums + j)));
         *scale = weight;
     }
-    raise(wide, key, m, half + *scale);
+    raise(wide, c->weights, key, m, half + *scale);
     float values[WIDEST + 16];
     for (int64_t d = 0; d < width; d += 16)
         _mm512_storeu_ps(values + d, load16(wide, v + d * size));

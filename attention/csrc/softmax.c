@@ -57,14 +57,7 @@ typedef struct {
 } Step;
 
 #if defined(__x86_64__) && defined(__GNUC__)
-#include "simd.h"
-
-#define KEYS 128     /* keys of a packed block */
-#define WIDEST 256   /* D, at most */
-#define HEADS 128    /* H of a step, at most */
-#define PART 256     /* keys of a history that one thread takes at a time */
-#define STRIDE 64    /* keys of a part whose scores exist at a time */
-
+/* Asked before the instructions are known to be there, so it stands before they are asked for. */
 int supported(void) {
     __builtin_cpu_init();
     if (!(__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
@@ -72,6 +65,14 @@ int supported(void) {
         return NOTHING;
     return __builtin_cpu_supports("avx512bf16") ? FLOAT32 | BFLOAT16 : FLOAT32;
 }
+
+#include "simd.h"
+
+#define KEYS 128     /* keys of a packed block */
+#define WIDEST 256   /* D, at most */
+#define HEADS 128    /* H of a step, at most */
+#define PART 256     /* keys of a history that one thread takes at a time */
+#define STRIDE 64    /* keys of a part whose scores exist at a time */
 
 /* The running softmax of one row: its top moves up to a whole number, its total and, by the factor returned, its sums follow.
  * scores (count) in multiples of 16, become 2^(s - top). */

@@ -13,7 +13,7 @@ from attention.backends.performer import projection
 from attention.blocks import Band, Piece, Room, heads_first, softmax
 from attention.interface import finish
 from attention.truth import BOUNDS
-from tests.attention import test_bigbird, test_chunked, test_dense, test_longformer, test_sliding_window
+from tests.attention import test_bigbird, test_chunked, test_dense, test_linear, test_longformer, test_sliding_window
 from tests.attention.laws import Laws, extend_in, largest, tokens
 
 REASON = native.obstacle(HeadShape(4, 2, 64)) or native.obstacle(HeadShape(4, 2, 64, torch.bfloat16))
@@ -61,6 +61,11 @@ class TestChunked(NativeLaws):
 class TestPerformer(NativeLaws):
     name = "performer"
     variants = ({"features": 64}, {"features": 16, "hyperbolic": True, "seed": 3}, {"features": 64, "local_chunk": 70})
+
+
+class TestLinear(NativeLaws):
+    name = "linear"
+    variants = test_linear.TestLinear.variants
 
 
 def packed(dtype: torch.dtype, queries: int, keys: int, heads: int, groups: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
