@@ -61,7 +61,8 @@ class _Features(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("q_row", "q_head", "k_row", "k_head", "v_row", "v_head", "out_row", "out_head")),
         *((name, ctypes.c_int64) for name in ("tokens", "heads", "groups", "width", "count", "wide", "room_words")),
         *((name, ctypes.c_int64) for name in ("adds", "asks")),
-        *((name, ctypes.c_float) for name in ("half", "reach", "limit")),
+        ("near", ctypes.c_void_p),
+        *((name, ctypes.c_float) for name in ("half", "reach", "limit", "log_count")),
     ]
 
 
@@ -69,8 +70,9 @@ class _FeaturesStep(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("q", "k", "v", "out", "weights", "features")),
         *((name, ctypes.c_int64) for name in ("q_row", "k_row", "v_row")),
-        *((name, ctypes.c_int64) for name in ("sequences", "heads", "groups", "width", "count", "wide")),
-        *((name, ctypes.c_float) for name in ("half", "reach", "limit")),
+        *((name, ctypes.c_int64) for name in ("sequences", "heads", "groups", "width", "count", "wide", "adds")),
+        ("near", ctypes.c_void_p),
+        *((name, ctypes.c_float) for name in ("half", "reach", "limit", "log_count")),
     ]
 
 
@@ -225,22 +227,37 @@ def scan(features: Features, q: Tensor, k: Tensor, v: Tensor, s: Tensor, scale: 
 
     q, out: (C, H, D). k, v: (C, G, D). s: (G, D + 1, m) and scale: (G, 1, 1), float32 and tight, both changed.
     """
-    yield from _features(features, q, k, v, s, scale, out, adds=True, asks=True)
+    yield from _features(features, (q, out), (k, v), s, scale)
 
 
 def both_sides(features: Features, q: Tensor, k: Tensor, v: Tensor, s: Tensor, scale: Tensor, out: Tensor) -> Parts:
     """The same with all keys in the sums before the first query asks."""
-    yield from _features(features, q, k, v, s, scale, out, adds=True, asks=False)
-    yield from _features(features, q, k, v, s, scale, out, adds=False, asks=True)
+    yield from absorb(features, k, v, s, scale)
+    yield from _features(features, (q, out), None, s, scale)
+
+
+def absorb(features: Features, k: Tensor, v: Tensor, s: Tensor, scale: Tensor) -> Parts:
+    """Add tokens to the sums: k, v (C, G, D)."""
+    yield from _features(features, None, (k, v), s, scale)
+
+
+def join(features: Features, q: Tensor, s: Tensor, scale: Tensor, near: Tensor, out: Tensor) -> Parts:
+    """Add the keys in the sums to answers out (C, H, D) over other keys, whose weights sum to 2^near, float32 (C, H, 1)."""
+    yield from _features(features, (q, out), None, s, scale, near)
 
 
 def _features(
-    features: Features, q: Tensor, k: Tensor, v: Tensor, s: Tensor, scale: Tensor, out: Tensor, *, adds: bool, asks: bool
+    features: Features, asking: Pair | None, adding: Pair | None, s: Tensor, scale: Tensor, near: Tensor | None = None
 ) -> Parts:
-    """Tokens in calls of ROWS, pausing behind each."""
-    (count, heads, width), groups, threads = q.shape, k.shape[1], torch.get_num_threads()
-    assert all(x.stride(2) == 1 for x in (q, k, v, out)) and s.is_contiguous() and scale.is_contiguous()
-    scratch = _scratch(features.count, q.element_size(), heads, groups, width, min(count, ROWS))
+    """Queries and their answers, (C, H, D) each, keys and values, (C, G, D) each, or both, in calls of ROWS tokens."""
+    q, out = asking or (None, None)
+    k, v = adding or (None, None)
+    given = [x for x in (q, out, k, v) if x is not None]
+    (count, groups, width), threads = (len(given[0]), len(s), given[0].shape[2]), torch.get_num_threads()
+    heads = groups if q is None else q.shape[1]
+    assert all(x.stride(2) == 1 for x in given) and s.is_contiguous() and scale.is_contiguous()
+    assert near is None or near.is_contiguous()
+    scratch = _scratch(features.count, given[0].element_size(), groups, width, min(count, ROWS), adding is not None)
     added, keys, levels, room = (torch.empty(size, dtype=torch.float32) for size in scratch)
     call = _Features(
         weights=None if features.words is None else features.words.data_ptr(),
@@ -250,47 +267,51 @@ def _features(
         keys=keys.data_ptr(),
         levels=levels.data_ptr(),
         room=room.data_ptr(),
-        q_row=q.stride(0),
-        q_head=q.stride(1),
-        k_row=k.stride(0),
-        k_head=k.stride(1),
-        v_row=v.stride(0),
-        v_head=v.stride(1),
-        out_row=out.stride(0),
-        out_head=out.stride(1),
         heads=heads,
         groups=groups,
         width=width,
         count=features.count,
-        wide=q.dtype == torch.float32,
+        wide=given[0].dtype == torch.float32,
         room_words=len(room) // threads,
-        adds=adds,
-        asks=asks,
+        adds=adding is not None,
+        asks=asking is not None,
         half=features.half,
         reach=features.reach,
         limit=features.limit,
+        log_count=math.log2(features.count),
     )
+    for name, x in (("q", q), ("out", out), ("k", k), ("v", v)):
+        if x is not None:
+            setattr(call, f"{name}_row", x.stride(0))
+            setattr(call, f"{name}_head", x.stride(1))
     for first, last in spread(0, count, ROWS):
-        call.q, call.k, call.v, call.out = (x[first:].data_ptr() for x in (q, k, v, out))
+        for name, x in (("q", q), ("out", out), ("k", k), ("v", v), ("near", near)):
+            setattr(call, name, None if x is None else x[first:].data_ptr())
         call.tokens = last - first
         _loaded().features(ctypes.byref(call), threads)
         yield
 
 
-def _scratch(count: int, itemsize: int, heads: int, groups: int, width: int, tokens: int) -> tuple[int, int, int, int]:
+def _scratch(count: int, itemsize: int, groups: int, width: int, tokens: int, adds: bool) -> tuple[int, int, int, int]:
     """Words of scratch for `tokens` tokens: what chunks add, their keys' features, levels, and room of all threads."""
-    chunks, words = -(-tokens // CHUNK), count * itemsize // 4
-    room = 2 * max(CHUNK, width + 16) * words * torch.get_num_threads()
+    chunks, words = -(-tokens // CHUNK) if adds else 0, count * itemsize // 4
+    room = 2 * max(CHUNK, width) * words * torch.get_num_threads()
     return chunks * groups * (width + 1) * count, chunks * groups * words * CHUNK, groups * (2 * tokens + 1), room
 
 
 def features_workspace_bytes(shape: HeadShape, count: int, queries: int) -> int:
-    """Peak temporaries of `scan` and `both_sides`, the answer to all queries and fresh sums included."""
+    """Peak temporaries of `scan` and `both_sides`, with the answer to all queries and fresh sums."""
     heads, groups, width = shape.query_heads, shape.key_value_heads, shape.head_width
     answer = queries * heads * width * shape.itemsize + groups * (width + 1) * count * 4
-    if queries == 1:
-        return answer + (heads + groups) * count * 4
-    return answer + 4 * sum(_scratch(count, shape.itemsize, heads, groups, width, min(queries, ROWS)))
+    return answer + features_scratch_bytes(shape, count, queries, adds=True)
+
+
+def features_scratch_bytes(shape: HeadShape, count: int, tokens: int, *, adds: bool) -> int:
+    """Peak temporaries of `absorb` or, where nothing is added, of `join`; of a step for one token."""
+    heads, groups = shape.query_heads, shape.key_value_heads
+    if tokens == 1:
+        return 4 * (heads + groups) * count
+    return 4 * sum(_scratch(count, shape.itemsize, groups, shape.head_width, min(tokens, ROWS), adds))
 
 
 def features_step(
@@ -300,9 +321,24 @@ def features_step(
 
     q, out: (B, H, D). k, v: (B, G, D). sums: of each sequence s (G, D + 1, m) and scale (G, 1, 1), float32, both changed.
     """
-    count, heads, width = q.shape
-    groups = k.shape[1]
-    q, k, v = (x if x.stride()[1:] == (width, 1) else x.contiguous() for x in (q, k, v))
+    _features_step(features, q, (k, v), sums, out)
+
+
+def join_step(features: Features, q: Tensor, sums: Sequence[tuple[Tensor, Tensor]], near: Tensor, out: Tensor) -> None:
+    """`join` of one token of each of B sequences: q, out (B, H, D), near (B, H, 1)."""
+    _features_step(features, q, None, sums, out, near)
+
+
+def _features_step(
+    features: Features,
+    q: Tensor,
+    adding: Pair | None,
+    sums: Sequence[tuple[Tensor, Tensor]],
+    out: Tensor,
+    near: Tensor | None = None,
+) -> None:
+    (count, heads, width), groups = q.shape, len(sums[0][0])
+    q, k, v = (x if x.stride()[1:] == (width, 1) else x.contiguous() for x in (q, *(adding or (q, q))))
     room = torch.empty(count * (heads + groups) * features.count, dtype=torch.float32)
     call = _FeaturesStep(
         q=q.data_ptr(),
@@ -320,9 +356,12 @@ def features_step(
         width=width,
         count=features.count,
         wide=q.dtype == torch.float32,
+        adds=adding is not None,
+        near=None if near is None else _tight(near).data_ptr(),
         half=features.half,
         reach=features.reach,
         limit=features.limit,
+        log_count=math.log2(features.count),
     )
     addresses = array("q", [x.data_ptr() for pair in sums for x in pair])
     _loaded().features_step(ctypes.byref(call), addresses.buffer_info()[0], torch.get_num_threads())

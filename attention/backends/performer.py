@@ -224,16 +224,23 @@ class Performer(AttentionBackend):
             return
         everyone = len(old) == len(q)
         queries, near, answers = (x if everyone else x[old] for x in (q, near, out))
-        exponents, shift, norm = self._step_exponents(queries)
-        features = exponents.exp2_()[..., : self.weights.shape[1]].unflatten(1, (self.shape.key_value_heads, -1))
-        both = features.new_empty(*features.shape[:3], q.shape[-1] + 1)
-        for i, answer, mine in zip(old, both, features, strict=True):
-            torch.bmm(mine, states[i]["s"].transpose(1, 2), out=answer)
-        scale = torch.stack([states[i]["scale"] for i in old]).expand(-1, -1, features.shape[2], -1).flatten(1, 2)
-        level = scale - norm.square() * self.half if shift is None else scale + shift - norm.square() * self.half
-        self._mix(both.flatten(1, 2), level, near, answers)
+        if self.native is not None:
+            native.join_step(self.native, queries, [(states[i]["s"], states[i]["scale"]) for i in old], near, answers)
+        else:
+            self._join_step(queries, [states[i] for i in old], near, answers)
         if not everyone:
             out[old] = answers
+
+    def _join_step(self, queries: Tensor, states: Sequence[dict[str, Tensor]], near: Tensor, out: Tensor) -> None:
+        """Add the far keys of each of B sequences to its answer, out (B, H, D); see `_mix`."""
+        exponents, shift, norm = self._step_exponents(queries)
+        features = exponents.exp2_()[..., : self.weights.shape[1]].unflatten(1, (self.shape.key_value_heads, -1))
+        both = features.new_empty(*features.shape[:3], queries.shape[-1] + 1)
+        for state, answer, mine in zip(states, both, features, strict=True):
+            torch.bmm(mine, state["s"].transpose(1, 2), out=answer)
+        scale = torch.stack([state["scale"] for state in states]).expand(-1, -1, features.shape[2], -1).flatten(1, 2)
+        level = scale - norm.square() * self.half if shift is None else scale + shift - norm.square() * self.half
+        self._mix(both.flatten(1, 2), level, near, out)
 
     def _is_full(self, at: int) -> bool:
         """Whether the state holds two whole chunks when the token at position `at` comes."""
@@ -253,6 +260,9 @@ class Performer(AttentionBackend):
             state[name][:chunk] = state[name][chunk:]
 
     def _absorb_chunk(self, k: Tensor, v: Tensor, s: Tensor, scale: Tensor) -> Parts:
+        if self.native is not None:
+            yield from native.absorb(self.native, k, v, s, scale)
+            return
         for a, b in blocks.spread(0, len(k), sums.BLOCK):
             self._absorb(k[a:b], v[a:b], s, scale)
             yield
@@ -267,6 +277,9 @@ class Performer(AttentionBackend):
         s, scale = far
         near = q.new_empty(*q.shape[:2], 1, dtype=self.wide)
         yield from self.softmax.dense(q, keys, values, held, True, out, near)
+        if self.native is not None:
+            yield from native.join(self.native, q, s, scale, near, out)
+            return
         for a, b in blocks.spread(0, len(q), sums.BLOCK):
             features, shift, norm = self.features(blocks.query_rows(q[a:b], len(s)))
             both = sums.ask(s, features)  # (G, RC, D + 1)
@@ -349,6 +362,14 @@ class Performer(AttentionBackend):
             workspace = sums.workspace_bytes(shape, features, queries, causal)
         return Cost(mapping + sums.flops(shape, features, queries, causal), workspace, self.state_bytes(keys))
 
+    def _far_bytes(self, rows: int, adds: bool) -> int:
+        """Peak temporaries of asking the sums for `rows` tokens and, where a full state is turned, of adding a chunk."""
+        features = self.weights.shape[1]
+        if self.native is None:
+            return sums.workspace_bytes(self.shape, features, rows, causal=False)
+        tokens = self.options.local_chunk if adds else rows
+        return native.features_scratch_bytes(self.shape, features, tokens, adds=adds)
+
     def _chunks_cost(self, queries: int, keys: int) -> Cost:
         shape, features, chunk = self.shape, self.weights.shape[1], self.options.local_chunk
         per_token = 2 * features * (2 * shape.head_width + 1)  # of a head: features, and a product with the sums
@@ -359,7 +380,7 @@ class Performer(AttentionBackend):
             flops += per_token * (shape.query_heads * rows if held != at else 0)
             flops += per_token * (shape.key_value_heads * chunk if self._is_full(at) else 0)
             near = self.softmax.dense_workspace_bytes(shape, queries, held + rows, asking=rows)
-            far = sums.workspace_bytes(shape, features, rows, causal=False) if held != at else 0
+            far = 0 if held == at else self._far_bytes(rows, self._is_full(at))
             workspace = max(workspace, near, far + queries * shape.query_heads * shape.head_width * shape.itemsize)
             at += rows
         return Cost(flops, workspace, self.state_bytes(keys))

@@ -27,7 +27,8 @@ typedef struct {
     int64_t q_row, q_head, k_row, k_head, v_row, v_head, out_row, out_head;
     int64_t tokens, heads, groups, width, count, wide, room_words;
     int64_t adds, asks; /* add the keys to the sums; answer the queries: over the sums alone, or, where both, causally */
-    float half, reach, limit;
+    const float *near;  /* (C, H) or null: out holds an answer over other keys already, and this is log2 of their weights' sum */
+    float half, reach, limit, log_count; /* log_count: log2(m) */
 } Features;
 
 typedef struct {
@@ -36,10 +37,11 @@ typedef struct {
     const uint32_t *weights; /* as above */
     float *features;       /* scratch: (R + 1, m) for each sequence and key-value head */
     int64_t q_row, k_row, v_row;
-    int64_t sequences, heads, groups, width, count, wide; /* count: m */
-    float half;  /* |x|^2 times this is |x'|^2 / 2 in powers of two */
-    float reach; /* the norm of x up to which features are taken as they are */
-    float limit;
+    int64_t sequences, heads, groups, width, count, wide, adds; /* count: m */
+    const float *near; /* (B, H) or null */
+    float half;        /* |x|^2 times this is |x'|^2 / 2 in powers of two */
+    float reach;       /* the norm of x up to which features are taken as they are */
+    float limit, log_count;
 } FeaturesStep;
 
 #if defined(__x86_64__) && defined(__GNUC__)
@@ -97,6 +99,18 @@ INLINE void raise(const int wide, const uint32_t *weights, float *x, int64_t cou
     for (int64_t j = 0; j < count; j += 16) _mm512_storeu_ps(x + j, feature(wide, weights, _mm512_loadu_ps(x + j), _mm512_set1_ps(shift)));
 }
 
+/* An answer over far keys, sums / total short of 2^level, joins the one over near keys that stands in out; near: log2 of the
+ * sum of their weights. */
+INLINE void join(const int wide, const int64_t width, char *out, const float *sums, float total, float level, float near) {
+    if (total == 0.0f) return;
+    const __m512 share = _mm512_set1_ps(1.0f / (1.0f + exp2f(near - log2f(total) - level))), by = _mm512_set1_ps(total);
+    for (int64_t d = 0; d < width; d += 16) {
+        char *to = out + d * (wide ? 4 : 2);
+        const __m512 answer = load16(wide, to), far = _mm512_div_ps(_mm512_loadu_ps(sums + d), by);
+        store16(wide, to, _mm512_fmadd_ps(share, _mm512_sub_ps(far, answer), answer));
+    }
+}
+
 INLINE float highest(const float *x, int64_t count) {
     __m512 found = _mm512_loadu_ps(x);
     for (int64_t j = 16; j < count; j += 16) found = _mm512_max_ps(found, _mm512_loadu_ps(x + j));
@@ -126,6 +140,9 @@ INLINE void find_levels(const int wide, const int64_t width, const Features *c, 
     c->level[group] = levels[c->tokens];
 }
 
+/* What brings a number from an older level to a newer one; exactly 1 where it has not risen. */
+INLINE float bring_down(float from, float to) { return from == to ? 1.0f : exp2f(from - to); }
+
 /* What a chunk adds to the sums of a key-value head, relative to its last level; its keys' features are kept if it asks, too. */
 INLINE void add_chunk(const int wide, const int64_t width, const Features *c, int64_t chunk, int64_t group, uint32_t *room) {
     const int64_t size = wide ? 4 : 2, packed = wide ? 1 : 2, m = c->count, words = m / packed, first = chunk * CHUNK;
@@ -134,13 +151,18 @@ INLINE void add_chunk(const int wide, const int64_t width, const Features *c, in
     uint32_t *rows = room, *pairs = rows + CHUNK * words;
     uint32_t values[CHUNK * WIDEST / (wide ? 1 : 2)] __attribute__((aligned(64)));
     float *added = c->added + (chunk * c->groups + group) * (width + 1) * m;
+    float *total = added + width * m; /* the row of [v, 1] that is 1, summed before features are rounded */
+    memset(total, 0, sizeof(float) * m);
     for (int64_t i = 0; i < n; i += TILE) {
         float e[TILE * MOST] __attribute__((aligned(64)));
         exponents(wide, width, c->weights, m, c->k + ((first + i) * c->k_row + group * c->k_head) * size, c->k_row, least(TILE, n - i), e);
         for (int64_t t = i; t < least(i + TILE, n); t++) {
-            const __m512 less = _mm512_set1_ps(halves[t] + levels[t]);
-            for (int64_t j = 0; j < m; j += 16)
-                store16(wide, (char *)(rows + t * words) + j * size, feature(wide, c->weights, _mm512_loadu_ps(e + (t - i) * m + j), less));
+            const __m512 less = _mm512_set1_ps(halves[t] + levels[t]), down = _mm512_set1_ps(bring_down(levels[t], levels[n - 1]));
+            for (int64_t j = 0; j < m; j += 16) {
+                const __m512 x = feature(wide, c->weights, _mm512_loadu_ps(e + (t - i) * m + j), less);
+                store16(wide, (char *)(rows + t * words) + j * size, x);
+                _mm512_storeu_ps(total + j, _mm512_fmadd_ps(x, down, _mm512_loadu_ps(total + j)));
+            }
         }
     }
     if (c->asks) pack_turned((const char *)rows, 4 * words, n, words, c->keys + (chunk * c->groups + group) * words * CHUNK, CHUNK);
@@ -148,7 +170,7 @@ INLINE void add_chunk(const int wide, const int64_t width, const Features *c, in
         if (levels[i] != levels[n - 1])
             for (int64_t j = 0; j < m; j += 16) {
                 char *at = (char *)(rows + i * words) + j * size;
-                store16(wide, at, _mm512_mul_ps(_mm512_set1_ps(exp2f(levels[i] - levels[n - 1])), load16(wide, at)));
+                store16(wide, at, _mm512_mul_ps(_mm512_set1_ps(bring_down(levels[i], levels[n - 1])), load16(wide, at)));
             }
     pack_rows(wide, (const char *)rows, 4 * words, n, m, pairs);
     pack_rows(wide, c->v + (first * c->v_row + group * c->v_head) * size, c->v_row * size, n, width, values);
@@ -156,11 +178,6 @@ INLINE void add_chunk(const int wide, const int64_t width, const Features *c, in
 #define ADDED(R) \
     case R: products(wide, R, m, whole / packed, values + d, 1, width, pairs, m, added + d * m, m, 0); break;
         switch (least(TILE, width - d)) { ADDED(6) ADDED(5) ADDED(4) ADDED(3) ADDED(2) ADDED(1) }
-    }
-    for (int64_t j = 0; j < m; j += 16) {
-        __m512 sum = _mm512_setzero_ps();
-        for (int64_t i = 0; i < n; i++) sum = _mm512_add_ps(sum, load16(wide, (const char *)(rows + i * words) + j * size));
-        _mm512_storeu_ps(added + width * m + j, sum);
     }
 }
 
@@ -172,7 +189,7 @@ INLINE void run_along(const Features *c, int64_t chunks, int64_t group, int64_t 
     for (int64_t chunk = 0; chunk < chunks; chunk++) {
         float *added = c->added + (chunk * c->groups + group) * each + row * m;
         const float from = levels[chunk * CHUNK], to = levels[least(chunk * CHUNK + CHUNK, c->tokens)];
-        const __m512 by = _mm512_set1_ps(from == to ? 1.0f : exp2f(from - to));
+        const __m512 by = _mm512_set1_ps(bring_down(from, to));
         for (int64_t j = 0; j < m; j += 16) {
             const __m512 before = _mm512_loadu_ps(sums + j);
             _mm512_storeu_ps(sums + j, _mm512_fmadd_ps(by, before, _mm512_loadu_ps(added + j)));
@@ -184,44 +201,48 @@ INLINE void run_along(const Features *c, int64_t chunks, int64_t group, int64_t 
 /* The queries of a chunk, all heads of a group: over the sums, and causally over their own chunk. */
 INLINE void ask_chunk(const int wide, const int64_t width, const Features *c, int64_t chunk, int64_t group, uint32_t *room) {
     const int64_t size = wide ? 4 : 2, packed = wide ? 1 : 2, m = c->count, words = m / packed, first = chunk * CHUNK;
-    const int64_t n = least(CHUNK, c->tokens - first), ratio = c->heads / c->groups, columns = width + 16;
+    const int64_t n = least(CHUNK, c->tokens - first), ratio = c->heads / c->groups;
     const float *levels = c->levels + group * (c->tokens + 1) + first + 1; /* levels[-1]: before the chunk */
     const float *sums = c->adds ? c->added + (chunk * c->groups + group) * (width + 1) * m : c->sums + group * (width + 1) * m;
     const uint32_t *keys = c->keys + (chunk * c->groups + group) * words * CHUNK;
-    uint32_t *rows = room, *turned = rows + columns * words;
+    uint32_t *rows = room, *turned = rows + width * words;
     uint32_t values[CHUNK * WIDEST / (wide ? 1 : 2)] __attribute__((aligned(64)));
-    for (int64_t d = 0; d <= width; d++)
+    for (int64_t d = 0; d < width; d++)
         for (int64_t j = 0; j < m; j += 16) store16(wide, (char *)(rows + d * words) + j * size, _mm512_loadu_ps(sums + d * m + j));
-    pack_turned((const char *)rows, 4 * words, width + 1, words, turned, columns);
+    pack_turned((const char *)rows, 4 * words, width, words, turned, width);
     if (c->adds) pack_rows(wide, c->v + (first * c->v_row + group * c->v_head) * size, c->v_row * size, n, width, values);
     for (int64_t h = group * ratio; h < (group + 1) * ratio; h++)
         for (int64_t i = 0; i < n; i += TILE) {
             const int64_t count = least(TILE, n - i), seen = (i + count + 15) & ~15;
             const char *q = c->q + ((first + i) * c->q_row + h * c->q_head) * size;
-            float e[TILE * MOST] __attribute__((aligned(64))), both[TILE][WIDEST + 16], s[TILE][CHUNK] __attribute__((aligned(64)));
+            float e[TILE * MOST] __attribute__((aligned(64))), both[TILE][WIDEST], s[TILE][CHUNK] __attribute__((aligned(64)));
             uint32_t phi[TILE * MOST / (wide ? 1 : 2)] __attribute__((aligned(64))), p[TILE][CHUNK / 2];
-            float factors[TILE], totals[TILE];
+            float factors[TILE], totals[TILE], below[TILE];
             exponents(wide, width, c->weights, m, q, c->q_row, count, e);
-            for (int64_t t = 0; t < count; t++) { /* a shift cancels in the answer */
-                const float shift = norm(wide, width, q + t * c->q_row * size) <= c->reach ? 0.0f : highest(e + t * m, m);
-                for (int64_t j = 0; j < m; j += 16)
-                    store16(wide, (char *)(phi + t * words) + j * size, feature(wide, c->weights, _mm512_loadu_ps(e + t * m + j), _mm512_set1_ps(shift)));
+            for (int64_t t = 0; t < count; t++) { /* what is left out here cancels in the answer */
+                const float length = norm(wide, width, q + t * c->q_row * size), shift = length <= c->reach ? 0.0f : highest(e + t * m, m);
+                below[t] = shift - length * length * c->half;
+                __m512 total = _mm512_setzero_ps();
+                for (int64_t j = 0; j < m; j += 16) {
+                    const __m512 x = feature(wide, c->weights, _mm512_loadu_ps(e + t * m + j), _mm512_set1_ps(shift));
+                    store16(wide, (char *)(phi + t * words) + j * size, x);
+                    total = _mm512_fmadd_ps(x, _mm512_loadu_ps(sums + width * m + j), total);
+                }
+                totals[t] = _mm512_reduce_add_ps(total);
             }
 #define ASKED(R) \
-    case R: products(wide, R, columns, words, phi, words, 1, turned, columns, both[0], WIDEST + 16, 0); break;
+    case R: products(wide, R, width, words, phi, words, 1, turned, width, both[0], WIDEST, 0); break;
             switch (count) { ASKED(6) ASKED(5) ASKED(4) ASKED(3) ASKED(2) ASKED(1) }
             if (c->adds) {
 #define SCORED(R) \
     case R: products(wide, R, seen, words, phi, words, 1, keys, CHUNK, s[0], CHUNK, 0); break;
                 switch (count) { SCORED(6) SCORED(5) SCORED(4) SCORED(3) SCORED(2) SCORED(1) }
             }
-            for (int64_t t = 0; t < count; t++) {
-                totals[t] = both[t][width];
-                if (!c->adds) continue;
+            for (int64_t t = 0; t < count && c->adds; t++) {
                 const float level = levels[i + t];
-                factors[t] = levels[-1] == level ? 1.0f : exp2f(levels[-1] - level);
+                factors[t] = bring_down(levels[-1], level);
                 if (levels[0] != level)
-                    for (int64_t j = 0; j <= i + t; j++) s[t][j] *= levels[j] == level ? 1.0f : exp2f(levels[j] - level);
+                    for (int64_t j = 0; j <= i + t; j++) s[t][j] *= bring_down(levels[j], level);
                 __m512 sum = _mm512_setzero_ps();
                 for (int64_t j = 0; j < seen; j += 16) {
                     if (j + 16 > i + t + 1) hide(&s[t][j], j, 0, i + t + 1, 0.0f);
@@ -233,12 +254,16 @@ INLINE void ask_chunk(const int wide, const int64_t width, const Features *c, in
             if (c->adds) {
                 const uint32_t *weights = wide ? (const uint32_t *)s[0] : p[0];
 #define ANSWERED(R) \
-    case R: products(wide, R, width, seen / packed, weights, CHUNK / packed, 1, values, width, both[0], WIDEST + 16, factors); break;
+    case R: products(wide, R, width, seen / packed, weights, CHUNK / packed, 1, values, width, both[0], WIDEST, factors); break;
                 switch (count) { ANSWERED(6) ANSWERED(5) ANSWERED(4) ANSWERED(3) ANSWERED(2) ANSWERED(1) }
             }
-            for (int64_t t = 0; t < count; t++)
-                for (int64_t d = 0; d < width; d += 16)
-                    store_answer(wide, c->out + ((first + i + t) * c->out_row + h * c->out_head + d) * size, _mm512_loadu_ps(&both[t][d]), totals[t]);
+            for (int64_t t = 0; t < count; t++) {
+                char *out = c->out + ((first + i + t) * c->out_row + h * c->out_head) * size;
+                if (c->near)
+                    join(wide, width, out, both[t], totals[t], c->level[group] + below[t] - c->log_count, c->near[(first + i + t) * c->heads + h]);
+                else
+                    for (int64_t d = 0; d < width; d += 16) store_answer(wide, out + d * size, _mm512_loadu_ps(&both[t][d]), totals[t]);
+            }
         }
 }
 
@@ -274,14 +299,18 @@ void features(const Features *c, int threads) {
 
 /* ---- one token of each of many sequences ----------------------------------------------------------------------------------- */
 
-/* row (m) += by key (m), and its products with `queries` rows of (m) into answers, one every `stride`. */
-INLINE void add_and_ask(const int queries, float *row, const float *key, const float *asking, int64_t count, float by, float *answers, int64_t stride) {
+/* row (m) += by key (m) where it adds, and its products with `queries` rows of (m) into answers, one every `stride`. */
+INLINE void add_and_ask(const int adds, const int queries, float *row, const float *key, const float *asking, int64_t count, float by,
+                        float *answers, int64_t stride) {
     __m512 sum[4];
 #pragma GCC unroll 4
     for (int i = 0; i < queries; i++) sum[i] = _mm512_setzero_ps();
     for (int64_t j = 0; j < count; j += 16) {
-        const __m512 s = _mm512_fmadd_ps(_mm512_set1_ps(by), _mm512_loadu_ps(key + j), _mm512_loadu_ps(row + j));
-        _mm512_storeu_ps(row + j, s);
+        __m512 s = _mm512_loadu_ps(row + j);
+        if (adds) {
+            s = _mm512_fmadd_ps(_mm512_set1_ps(by), _mm512_loadu_ps(key + j), s);
+            _mm512_storeu_ps(row + j, s);
+        }
 #pragma GCC unroll 4
         for (int i = 0; i < queries; i++) sum[i] = _mm512_fmadd_ps(s, _mm512_loadu_ps(asking + i * count + j), sum[i]);
     }
@@ -289,61 +318,71 @@ INLINE void add_and_ask(const int queries, float *row, const float *key, const f
     for (int i = 0; i < queries; i++) answers[i * stride] = _mm512_reduce_add_ps(sum[i]);
 }
 
-/* One key-value head of one sequence: its sums (D + 1, m), their scale, and `features` as scratch. */
-INLINE void features_head(const int wide, const int64_t width, const FeaturesStep *c, int64_t sequence, int64_t group, float *sums, float *scale, float *features) {
-    const int64_t size = wide ? 4 : 2, ratio = c->heads / c->groups, m = c->count;
-    const char *q = c->q + (sequence * c->q_row + group * ratio * width) * size;
-    const char *k = c->k + (sequence * c->k_row + group * width) * size;
-    const char *v = c->v + (sequence * c->v_row + group * width) * size;
-    for (int64_t r = 0; r < ratio; r += TILE)
-        exponents(wide, width, c->weights, m, q + r * width * size, width, least(TILE, ratio - r), features + r * m);
-    for (int64_t r = 0; r < ratio; r++) {
-        float *query = features + r * m;
-        raise(wide, c->weights, query, m, norm(wide, width, q + r * width * size) <= c->reach ? 0.0f : highest(query, m)); /* a shift cancels in the answer */
-    }
-    float *key = features + ratio * m;
+/* Add a key to the sums (D + 1, m) of its head, whose features stay in key (m); `values` (D + 1) are [v, 1] afterwards. */
+INLINE void take_key(const int wide, const int64_t width, const FeaturesStep *c, const char *k, const char *v, float *sums, float *level, float *key, float *values) {
+    const int64_t size = wide ? 4 : 2, m = c->count;
     exponents(wide, width, c->weights, m, k, width, 1, key);
     const float length = norm(wide, width, k), half = length * length * c->half;
     const float weight = (length <= c->reach ? 0.0f : highest(key, m)) - half;
-    if (weight > *scale + c->limit) {
-        const __m512 by = _mm512_set1_ps(exp2f(*scale - weight));
+    if (weight > *level + c->limit) {
+        const __m512 by = _mm512_set1_ps(exp2f(*level - weight));
         for (int64_t j = 0; j < (width + 1) * m; j += 16) _mm512_storeu_ps(sums + j, _mm512_mul_ps(by, _mm512_loadu_ps(sums + j)));
-        *scale = weight;
+        *level = weight;
     }
-    raise(wide, c->weights, key, m, half + *scale);
-    float values[WIDEST + 16];
-    for (int64_t d = 0; d < width; d += 16)
-        _mm512_storeu_ps(values + d, load16(wide, v + d * size));
+    raise(wide, c->weights, key, m, half + *level);
+    for (int64_t d = 0; d < width; d += 16) _mm512_storeu_ps(values + d, load16(wide, v + d * size));
     values[width] = 1.0f;
-    float answers[4][WIDEST + 16];
+}
+
+/* One key-value head of one sequence: its sums (D + 1, m), their level, and (R + 1, m) of scratch. */
+INLINE void step_head(const int wide, const int64_t width, const FeaturesStep *c, int64_t sequence, int64_t group, float *sums, float *level, float *features) {
+    const int64_t size = wide ? 4 : 2, ratio = c->heads / c->groups, m = c->count;
+    const char *q = c->q + (sequence * c->q_row + group * ratio * width) * size;
+    float *key = features + ratio * m, values[WIDEST + 16], answers[4][WIDEST + 16];
+    if (c->adds)
+        take_key(wide, width, c, c->k + (sequence * c->k_row + group * width) * size, c->v + (sequence * c->v_row + group * width) * size, sums, level, key, values);
+    for (int64_t r = 0; r < ratio; r += TILE)
+        exponents(wide, width, c->weights, m, q + r * width * size, width, least(TILE, ratio - r), features + r * m);
     for (int64_t r = 0; r < ratio; r += 4) {
-        const int64_t asking = least(4, ratio - r);
-        for (int64_t d = 0; d <= width; d++) {
-            const float by = r ? 0.0f : values[d]; /* added once */
-#define ASKING(Q) \
-    case Q: add_and_ask(Q, sums + d * m, key, features + r * m, m, by, &answers[0][d], WIDEST + 16); break;
-            switch (asking) { ASKING(4) ASKING(3) ASKING(2) ASKING(1) }
+        const int64_t asking = least(4, ratio - r), row = sequence * c->heads + group * ratio + r;
+        float below[4];
+        for (int64_t i = 0; i < asking; i++) { /* what is left out here cancels in the answer */
+            float *query = features + (r + i) * m;
+            const float length = norm(wide, width, q + (r + i) * width * size), shift = length <= c->reach ? 0.0f : highest(query, m);
+            raise(wide, c->weights, query, m, shift);
+            below[i] = shift - length * length * c->half;
         }
-        for (int64_t i = 0; i < asking; i++)
-            for (int64_t d = 0; d < width; d += 16)
-                store_answer(wide, c->out + ((sequence * c->heads + group * ratio + r + i) * width + d) * size, _mm512_loadu_ps(&answers[i][d]), answers[i][width]);
+        const int adds = c->adds && r == 0; /* once */
+        for (int64_t d = 0; d <= width; d++) {
+#define ASKING(Q) \
+    case Q: add_and_ask(0, Q, sums + d * m, key, features + r * m, m, 0.0f, &answers[0][d], WIDEST + 16); break; \
+    case Q + 4: add_and_ask(1, Q, sums + d * m, key, features + r * m, m, values[d], &answers[0][d], WIDEST + 16); break;
+            switch (asking + 4 * adds) { ASKING(4) ASKING(3) ASKING(2) ASKING(1) }
+        }
+        for (int64_t i = 0; i < asking; i++) {
+            char *out = c->out + (row + i) * width * size;
+            if (c->near)
+                join(wide, width, out, answers[i], answers[i][width], *level + below[i] - c->log_count, c->near[row + i]);
+            else
+                for (int64_t d = 0; d < width; d += 16) store_answer(wide, out + d * size, _mm512_loadu_ps(&answers[i][d]), answers[i][width]);
+        }
     }
 }
 
 #define HEAD(NAME, WIDE, WIDTH) \
-    __attribute__((noinline)) static void NAME(const FeaturesStep *c, int64_t b, int64_t g, float *s, float *scale, float *f) { features_head(WIDE, WIDTH, c, b, g, s, scale, f); }
+    __attribute__((noinline)) static void NAME(const FeaturesStep *c, int64_t b, int64_t g, float *s, float *level, float *f) { step_head(WIDE, WIDTH, c, b, g, s, level, f); }
 HEAD(head_narrow_64, 0, 64)
 HEAD(head_narrow, 0, c->width)
 HEAD(head_wide, 1, c->width)
 
-/* states: for each sequence the addresses of its sums (G, D + 1, m) and their scales (G), both float32. */
+/* states: for each sequence the addresses of its sums (G, D + 1, m) and their levels (G), both float32. */
 void features_step(const FeaturesStep *c, float *const *states, int threads) {
     const int64_t tasks = c->sequences * c->groups, each = (c->heads / c->groups + 1) * c->count;
 #pragma omp parallel for schedule(dynamic, 1) num_threads(tasks > 1 ? threads : 1)
     for (int64_t i = 0; i < tasks; i++) {
         const int64_t b = i / c->groups, g = i % c->groups;
-        float *sums = states[2 * b] + g * (c->width + 1) * c->count, *scale = states[2 * b + 1] + g;
-        (c->wide ? head_wide : c->width == 64 ? head_narrow_64 : head_narrow)(c, b, g, sums, scale, c->features + i * each);
+        float *sums = states[2 * b] + g * (c->width + 1) * c->count, *level = states[2 * b + 1] + g;
+        (c->wide ? head_wide : c->width == 64 ? head_narrow_64 : head_narrow)(c, b, g, sums, level, c->features + i * each);
     }
 }
 
