@@ -33,11 +33,11 @@ evaluate: $(VENV)/.dev-installed  ## the embedded model's quality by backend and
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/.serve-installed: pyproject.toml $(wildcard attention/csrc/*) | $(BIN)/python
+$(VENV)/.serve-installed: pyproject.toml $(wildcard attention/csrc/* service/model/csrc/*) | $(BIN)/python
 	$(BIN)/pip install --quiet --disable-pip-version-check -e .
 	touch $@
 
-$(VENV)/.dev-installed: pyproject.toml $(wildcard attention/csrc/*) | $(BIN)/python
+$(VENV)/.dev-installed: pyproject.toml $(wildcard attention/csrc/* service/model/csrc/*) | $(BIN)/python
 	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[dev]'
 	touch $@ $(VENV)/.serve-installed
 
@@ -46,4 +46,4 @@ $(VENV)/.bench-installed: $(VENV)/.dev-installed
 	touch $@
 
 clean:
-	rm -rf $(VENV) build *.egg-info attention/*.so
+	rm -rf $(VENV) build *.egg-info attention/*.so service/model/*.so

@@ -62,18 +62,6 @@ INLINE float norm(const int wide, const int64_t width, const char *x) {
     return sqrtf(_mm512_reduce_add_ps(sum));
 }
 
-/* 16 elements as float32. */
-INLINE __m512 load16(const int wide, const char *from) {
-    return wide ? _mm512_loadu_ps(from) : _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)from)), 16));
-}
-
-INLINE void store16(const int wide, char *to, __m512 x) {
-    if (wide)
-        _mm512_storeu_ps(to, x);
-    else
-        _mm256_storeu_si256((__m256i *)to, (__m256i)_mm512_cvtneps_pbh(x));
-}
-
 /* The exponents x W, (rows, m), of up to six rows of D elements, one every `row` of them; without W, the elements. */
 INLINE void exponents(const int wide, const int64_t width, const uint32_t *weights, int64_t count, const char *x, int64_t row, int64_t rows, float *to) {
     const int64_t size = wide ? 4 : 2, words = width * size / 4;

@@ -44,13 +44,22 @@ INLINE __m512 multiply_add(const int wide, __m512i x, __m512i y, __m512 sum) {
     return wide ? _mm512_fmadd_ps(_mm512_castsi512_ps(x), _mm512_castsi512_ps(y), sum) : _mm512_dpbf16_ps(sum, (__m512bh)x, (__m512bh)y);
 }
 
+/* 16 elements as float32. */
+INLINE __m512 load16(const int wide, const char *from) {
+    return wide ? _mm512_loadu_ps(from) : _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)from)), 16));
+}
+
+INLINE void store16(const int wide, char *to, __m512 x) {
+    if (wide)
+        _mm512_storeu_ps(to, x);
+    else
+        _mm256_storeu_si256((__m256i *)to, (__m256i)_mm512_cvtneps_pbh(x));
+}
+
 /* to (elements) = sums / total, in the answer's dtype */
 INLINE void store_answer(const int wide, char *to, __m512 sum, float total) {
     const __m512 answer = total == 0.0f ? _mm512_setzero_ps() : _mm512_div_ps(sum, _mm512_set1_ps(total));
-    if (wide)
-        _mm512_storeu_ps(to, answer);
-    else
-        _mm256_storeu_si256((__m256i *)to, (__m256i)_mm512_cvtneps_pbh(answer));
+    store16(wide, to, answer);
 }
 
 /* c (rows, 16 columns) = factors c + a b over `steps` words: a by strides, b (steps, columns). No factors: c = a b. */

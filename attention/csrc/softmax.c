@@ -13,8 +13,6 @@
  */
 #include <stdint.h>
 
-enum { NOTHING = 0, FLOAT32 = 1, BFLOAT16 = 2 }; /* what this machine multiplies, as bits */
-
 typedef struct { /* keys and values (n, G, D) by strides */
     const char *k, *v;
     int64_t k_row, k_head, v_row, v_head;
@@ -57,15 +55,7 @@ typedef struct {
 } Step;
 
 #if defined(__x86_64__) && defined(__GNUC__)
-/* Asked before the instructions are known to be there, so it stands before they are asked for. */
-int supported(void) {
-    __builtin_cpu_init();
-    if (!(__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("fma")))
-        return NOTHING;
-    return __builtin_cpu_supports("avx512bf16") ? FLOAT32 | BFLOAT16 : FLOAT32;
-}
-
+#include "cpu.h"
 #include "simd.h"
 
 #define KEYS 128     /* keys of a packed block */
@@ -349,7 +339,7 @@ void step(const Step *c, const History *histories, int64_t count, int64_t *start
 }
 
 #else
-int supported(void) { return NOTHING; }
+int supported(void) { return 0; }
 void attend(const Call *c, const Source *sources, const Block *blocks, int64_t count, const Run *runs, int threads) { (void)c, (void)sources, (void)blocks, (void)count, (void)runs, (void)threads; }
 void step(const Step *c, const History *histories, int64_t count, int64_t *starts, int threads) { (void)c, (void)histories, (void)count, (void)starts, (void)threads; }
 #endif

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attention import HeadShape
+from service.model import native
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """(layer, q (T, H, D), k (T, G, D), v (T, G, D)) -> (T, H, D)."""
@@ -194,9 +195,24 @@ class Layer(nn.Module):
         self.gate_up = Projection(width, 2 * config.intermediate_size, bias=config.mlp_bias)
         self.down = Projection(config.intermediate_size, width, bias=config.mlp_bias)
         self._qk_scales: Tensor | None = None  # once they can change no more
+        self.is_native = False  # what stands between products is computed by `native`
 
-    def norm(self, x: Tensor, weight: Tensor | None) -> Tensor:
+    def norm(self, x: Tensor, weight: Tensor) -> Tensor:
+        """RMSNorm of x (T, C)."""
+        if self.is_native:
+            return native.norm(x, weight, self.config.rms_norm_eps)
         return F.rms_norm(x, (x.shape[-1],), weight, self.config.rms_norm_eps)
+
+    def turned(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Queries and keys of projected x (T, (H + 2 G) D), normed where the family does that, rotated: (T, H + G, D)."""
+        heads, depth = self.config.num_attention_heads + self.config.num_key_value_heads, self.config.head_dim
+        epsilon, scales = self.config.rms_norm_eps, None
+        if self.config.qk_norm:
+            scales = self.qk_scales() if self._qk_scales is None else self._qk_scales
+        if self.is_native:
+            return native.turn(x, scales, heads, depth, epsilon, cos, sin)
+        qk = x[:, : heads * depth].unflatten(1, (heads, depth))
+        return rotate(qk if scales is None else F.rms_norm(qk, (depth,), None, epsilon) * scales, cos, sin)
 
     def qk_scales(self) -> Tensor:
         """The QK-norm's weights of all query and key heads, (H + G, D)."""
@@ -206,12 +222,9 @@ class Layer(nn.Module):
     def question(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """What the layer asks of attention: q (T, H, D), k and v (T, G, D), of x (T, C)."""
         heads, groups, depth = self.config.num_attention_heads, self.config.num_key_value_heads, self.config.head_dim
-        x = self.norm(x, self.attention_norm)
-        qk, v = self.qkv(x).view(-1, heads + 2 * groups, depth).split((heads + groups, groups), dim=1)
-        if self.config.qk_norm:
-            qk = self.norm(qk, None) * (self.qk_scales() if self._qk_scales is None else self._qk_scales)
-        q, k = rotate(qk, cos, sin).split((heads, groups), dim=1)
-        return q, k, v
+        x = self.qkv(self.norm(x, self.attention_norm))
+        q, k = self.turned(x, cos, sin).split((heads, groups), dim=1)
+        return q, k, x[:, (heads + groups) * depth :].unflatten(1, (groups, depth))
 
     def output(self, x: Tensor, answer: Tensor) -> Tensor:
         """What the layer hands on, (T, C), from its input and attention's answer (T, H, D)."""
@@ -219,7 +232,10 @@ class Layer(nn.Module):
         return x + self.mlp(self.norm(x, self.mlp_norm))
 
     def mlp(self, x: Tensor) -> Tensor:  # (T, C) -> (T, C)
-        gate, up = self.gate_up(x).chunk(2, dim=-1)  # (T, F) each
+        x = self.gate_up(x)
+        if self.is_native:
+            return self.down(native.gate(x))
+        gate, up = x.chunk(2, dim=-1)  # (T, F) each
         return self.down(F.silu(gate) * up)
 
 
@@ -293,11 +309,15 @@ class Transformer(nn.Module):
 
         Tied embeddings are read row by row and must stay, so their packed copy is made only where it is small.
         """
+        config = self.config
+        widths = config.hidden_size, config.intermediate_size, config.head_dim
+        is_native = native.suits(self.dtype, self.device, *widths)
         for module in self.modules():
             if isinstance(module, Projection):
                 module.pack()
-            if isinstance(module, Layer) and self.config.qk_norm:
-                module._qk_scales = module.qk_scales()
+            if isinstance(module, Layer):
+                module._qk_scales = module.qk_scales() if self.config.qk_norm else None
+                module.is_native = is_native
         tied = self.embed.weight
         if self.config.tie_word_embeddings and tied.nbytes <= TIED_COPY_BYTES and can_pack(tied):
             self._packed_head = packed(tied)

@@ -110,6 +110,8 @@ def test_a_saved_model_loads_with_equal_weights(tmp_path: Path) -> None:
 
 def test_packed_weights_give_the_same_products_to_the_bit() -> None:
     loaded = load(EMBEDDED, dtype="bfloat16").model
+    for layer in loaded.decoder:
+        layer.is_native = False  # whose roundings are others, see test_native.py
     plain = Transformer(loaded.config).to(torch.bfloat16)
     plain.load_state_dict({name: weight.to_dense() for name, weight in loaded.state_dict().items()})
     assert can_pack(plain.decoder[0].qkv.weight) == loaded.decoder[0].qkv.weight.is_mkldnn

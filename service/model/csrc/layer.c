@@ -1,0 +1,99 @@
+/* What a decoder layer does between its products, each in one pass: the functions behind `service/model/native.py`.
+ *
+ * For one token these are a dozen operators of torch a layer, each some microseconds of dispatch for a few hundred numbers.
+ * Float32 between, rounded once at the end; `layer` in transformer.py is the slow reading. Rows are independent.
+ */
+#include <stdint.h>
+
+#if defined(__x86_64__) && defined(__GNUC__)
+#include "cpu.h"
+#include "simd.h"
+
+#define WIDEST 256
+#define ALONE 32 /* rows up to which other threads are not worth waking */
+
+INLINE __m512 scaled(const int wide, __m512 x, __m512 by, const char *weight, int64_t j) {
+    x = _mm512_mul_ps(x, by);
+    return weight ? _mm512_mul_ps(x, load16(wide, weight + j * (wide ? 4 : 2))) : x;
+}
+
+/* 1 / sqrt(mean of squares + epsilon) of a row. */
+INLINE __m512 inverse_rms(const int wide, const char *x, int64_t width, float epsilon) {
+    __m512 sum = _mm512_setzero_ps();
+    for (int64_t j = 0; j < width; j += 16) {
+        const __m512 v = load16(wide, x + j * (wide ? 4 : 2));
+        sum = _mm512_fmadd_ps(v, v, sum);
+    }
+    return _mm512_set1_ps(1.0f / sqrtf(_mm512_reduce_add_ps(sum) / (float)width + epsilon));
+}
+
+INLINE void norm_row(const int wide, const char *x, const char *weight, int64_t width, float epsilon, char *out) {
+    const __m512 by = inverse_rms(wide, x, width, epsilon);
+    for (int64_t j = 0; j < width; j += 16) store16(wide, out + j * (wide ? 4 : 2), scaled(wide, load16(wide, x + j * (wide ? 4 : 2)), by, weight, j));
+}
+
+/* One head: normed by its own weights where there are any, then pairs (i, i + D/2) turned. */
+INLINE void turn_head(const int wide, const char *x, const char *weight, int64_t width, float epsilon, const char *cos, const char *sin, char *out) {
+    float row[WIDEST];
+    const int64_t size = wide ? 4 : 2, half = width / 2;
+    const __m512 by = weight ? inverse_rms(wide, x, width, epsilon) : _mm512_set1_ps(1.0f);
+    for (int64_t j = 0; j < width; j += 16) _mm512_storeu_ps(row + j, scaled(wide, load16(wide, x + j * size), by, weight, j));
+    for (int64_t j = 0; j < width; j += 16) {
+        const __m512 other = _mm512_loadu_ps(row + (j < half ? j + half : j - half));
+        store16(wide, out + j * size, _mm512_fmadd_ps(other, load16(wide, sin + j * size), _mm512_mul_ps(_mm512_loadu_ps(row + j), load16(wide, cos + j * size))));
+    }
+}
+
+/* silu(gate) up of one row, (gate, up) to (F). */
+INLINE void gate_row(const int wide, const char *x, int64_t width, char *out) {
+    const __m512 one = _mm512_set1_ps(1.0f), minus_log2_e = _mm512_set1_ps(-1.44269504f);
+    const int64_t size = wide ? 4 : 2;
+    for (int64_t j = 0; j < width; j += 16) {
+        const __m512 gate = load16(wide, x + j * size), up = load16(wide, x + (width + j) * size);
+        const __m512 below = _mm512_add_ps(one, exp2_16(1, _mm512_mul_ps(gate, minus_log2_e)));
+        store16(wide, out + j * size, _mm512_mul_ps(_mm512_div_ps(gate, below), up));
+    }
+}
+
+/* RMSNorm of rows (T, C). */
+void norm(const char *x, const char *weight, int64_t rows, int64_t width, float epsilon, char *out, int wide, int threads) {
+#pragma omp parallel for schedule(static) num_threads(rows > ALONE ? threads : 1)
+    for (int64_t i = 0; i < rows; i++) {
+        const int64_t at = i * width * (wide ? 4 : 2);
+        if (wide) norm_row(1, x + at, weight, width, epsilon, out + at);
+        else norm_row(0, x + at, weight, width, epsilon, out + at);
+    }
+}
+
+/* Queries and keys (T, heads, D) out of projected rows, `row` elements apart; weights (heads, D) or null; cos and sin (D) of
+ * each token, `turn` elements apart. */
+void turn(const char *x, int64_t row, const char *weights, int64_t rows, int64_t heads, int64_t width, float epsilon, const char *cos,
+          const char *sin, int64_t turn, char *out, int wide, int threads) {
+    const int64_t size = wide ? 4 : 2;
+#pragma omp parallel for schedule(static) num_threads(rows > ALONE ? threads : 1)
+    for (int64_t i = 0; i < rows; i++)
+        for (int64_t h = 0; h < heads; h++) {
+            const char *from = x + (i * row + h * width) * size, *weight = weights ? weights + h * width * size : 0;
+            const char *c = cos + i * turn * size, *s = sin + i * turn * size;
+            char *to = out + (i * heads + h) * width * size;
+            if (wide) turn_head(1, from, weight, width, epsilon, c, s, to);
+            else turn_head(0, from, weight, width, epsilon, c, s, to);
+        }
+}
+
+/* silu(gate) up of rows (T, 2 F) to (T, F). */
+void gate(const char *x, int64_t rows, int64_t width, char *out, int wide, int threads) {
+    const int64_t size = wide ? 4 : 2;
+#pragma omp parallel for schedule(static) num_threads(rows > ALONE ? threads : 1)
+    for (int64_t i = 0; i < rows; i++) {
+        if (wide) gate_row(1, x + 2 * i * width * size, width, out + i * width * size);
+        else gate_row(0, x + 2 * i * width * size, width, out + i * width * size);
+    }
+}
+
+#else
+int supported(void) { return 0; }
+void norm(void) {}
+void turn(void) {}
+void gate(void) {}
+#endif

@@ -1,0 +1,97 @@
+"""A layer's C against its slow reading in torch, and a model without it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn import functional
+
+from service.model import native
+from service.model.checkpoint import load
+from service.model.transformer import rotate
+
+CPU = torch.device("cpu")
+needs_native = pytest.mark.skipif(
+    not all(native.suits(dtype, CPU, 256, 704, 64) for dtype in native.WORDS), reason="this CPU or this install is without it"
+)
+BOUNDS = {torch.float32: 2e-6, torch.bfloat16: 2**-6}  # values up to 4, rounded once against several times
+DTYPES = list(BOUNDS)
+
+
+@pytest.fixture(autouse=True)
+def inference() -> Iterator[None]:
+    torch.manual_seed(0)
+    with torch.inference_mode():
+        yield
+
+
+def largest(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((a.double() - b.double()).abs().max())
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", [1, 33, 200])
+def test_norm_and_gate_are_what_torch_computes(dtype: torch.dtype, rows: int) -> None:
+    x, weight = torch.randn(rows, 272).to(dtype), torch.rand(272).to(dtype)
+    wanted = functional.rms_norm(x.double(), (272,), weight.double(), 1e-6)
+    assert largest(native.norm(x, weight, 1e-6), wanted) <= BOUNDS[dtype]
+    x = torch.randn(rows, 2 * 144).to(dtype)
+    x[0, :4] = torch.tensor([-200.0, 200.0, -1e4, 0.0])  # where the exponential leaves its range
+    gate, up = x.double().chunk(2, dim=1)
+    wanted = functional.silu(gate) * up
+    assert float(((native.gate(x).double() - wanted).abs() / wanted.abs().clamp_min(1.0)).max()) <= BOUNDS[dtype]
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("heads", "depth"), [(6, 64), (3, 32), (2, 128), (5, 96)])
+@pytest.mark.parametrize("is_normed", [True, False])
+def test_heads_are_normed_and_turned_as_by_torch(dtype: torch.dtype, heads: int, depth: int, is_normed: bool) -> None:
+    for rows in (1, 40):
+        x = torch.randn(rows, (heads + 2) * depth).to(dtype)
+        angles = torch.randn(rows, 1, 2 * depth).to(dtype)
+        cos, sin = angles.chunk(2, dim=-1)
+        weights = torch.rand(heads, depth).to(dtype) if is_normed else None
+        qk = x[:, : heads * depth].unflatten(1, (heads, depth)).double()
+        if weights is not None:
+            qk = functional.rms_norm(qk, (depth,), None, 1e-6) * weights.double()
+        wanted = rotate(qk, cos.double(), sin.double())
+        found = native.turn(x, weights, heads, depth, 1e-6, cos, sin)
+        assert float(((found.double() - wanted).abs() / wanted.abs().clamp_min(1.0)).max()) <= BOUNDS[dtype]
+
+
+@needs_native
+@pytest.mark.parametrize(("dtype", "bound"), [("float32", 1e-4), ("bfloat16", 0.5)])  # logits up to 20
+def test_the_embedded_model_answers_the_same_with_and_without_it(dtype: str, bound: float) -> None:
+    model = load(dtype=dtype).model
+    ids = torch.randint(model.config.vocab_size, (150,))
+
+    def logits() -> torch.Tensor:
+        return model.logits(model.hidden(ids, torch.arange(150), lambda layer, q, k, v: q))
+
+    ours = logits()
+    for layer in model.decoder:
+        assert layer.is_native
+        layer.is_native = False
+    assert largest(ours, logits()) <= bound
+
+
+def test_other_dtypes_devices_and_widths_are_left_to_torch() -> None:
+    assert not native.suits(torch.float64, CPU, 256, 704, 64)
+    assert not native.suits(torch.bfloat16, torch.device("cuda"), 256, 704, 64)
+    for widths in ((250, 704, 64), (256, 700, 64), (256, 704, 48), (256, 704, 512)):
+        assert not native.suits(torch.float32, CPU, *widths)
+
+
+def test_a_model_is_served_without_it_where_it_was_not_built(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(native, "__file__", str(tmp_path / "native.py"))
+    native.library.cache_clear()
+    model = load(dtype="float32").model
+    assert not any(layer.is_native for layer in model.decoder)
+    ids = torch.arange(5)
+    assert model.logits(model.hidden(ids, ids, lambda layer, q, k, v: q)).isfinite().all()
+    native.library.cache_clear()
