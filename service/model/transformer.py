@@ -328,9 +328,11 @@ class Transformer(nn.Module):
         heads, groups, depth = config.num_attention_heads, config.num_key_value_heads, config.head_dim
         stream = config.hidden_size + 2 * depth  # the residual stream, cos and sin
         qk, qkv = (heads + groups) * depth, (heads + 2 * groups) * depth
-        turning = stream + config.hidden_size + qkv + 4 * qk  # the norm; as projected, normed, and in the turn's three parts
+        is_native = self.decoder[0].is_native
+        # the norm; as projected; in torch normed and in the turn's three parts, natively turned only
+        turning = stream + config.hidden_size + qkv + (1 if is_native else 4) * qk
         attending = stream + qkv + qk
-        feeding = stream + 2 * config.hidden_size + heads * depth + 4 * config.intermediate_size
+        feeding = stream + 2 * config.hidden_size + heads * depth + (3 if is_native else 4) * config.intermediate_size
         width = tokens * self.dtype.itemsize
         return max(width * turning, width * attending + attention, width * feeding)
 
