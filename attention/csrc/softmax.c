@@ -258,8 +258,11 @@ INLINE void step_part(const int wide, const int64_t width, const Step *c, const 
     for (int64_t at = 0; at < count; at += STRIDE) {
         const int64_t n = least(STRIDE, count - at);
         for (int64_t j = 0; j < n; j += 16) {
-            for (int64_t i = j; i < least(j + 16, n); i++) /* the values are wanted next, and head by head they are no stream */
-                for (int64_t b = 0; b < whole; b += 64) _mm_prefetch(v + (at + i) * bytes + b, _MM_HINT_T0);
+            for (int64_t i = j; i < least(j + 16, n); i++) /* the values are wanted next, and head by head nothing is a stream */
+                for (int64_t b = 0; b < whole; b += 64) {
+                    _mm_prefetch(v + (at + i) * bytes + b, _MM_HINT_T0);
+                    _mm_prefetch(k + (at + i + 32) * bytes + b, _MM_HINT_T0);
+                }
             for (int64_t h = 0; h < c->heads; h++)
                 score(wide, width * size / 4, q + h * width * size, k + (at + j) * bytes + h / ratio * width * size, bytes, n - j, &s[h][j]);
         }
