@@ -368,6 +368,15 @@ def show_decode() -> None:
         print(f"  {name:15} {short:8.0f} {long:8.0f}    {many:8.0f} {each:10.0f}  ({each / many:.1f}x)")
 
 
+def show_limits() -> None:
+    """What the machine does when nothing else is done: torch's products of 2048 x 2048 matrices, and a large sum."""
+    square = [torch.randn(2048, 2048).to(dtype) for dtype in (torch.bfloat16, torch.float32)]
+    narrow, single = (2 * 2048**3 / 1e9 / statistics.median(seconds(lambda: x @ x) for _ in range(20)) for x in square)  # noqa: B023
+    large = torch.ones(1 << 27)  # 512 MB, sixteen times the caches
+    read = large.nbytes / 1e9 / statistics.median(seconds(large.sum) for _ in range(10))
+    print(f"\nlimits: products {narrow:.0f} GF/s in bf16 and {single:.0f} in fp32, memory read at {read:.0f} GB/s")
+
+
 def machine() -> dict[str, Any]:
     """What the figures belong to."""
     info = Path("/proc/cpuinfo")
@@ -405,6 +414,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if chosen.only is None:
         show_growth(chosen.quick)
         show_decode()
+        show_limits()
     print(json.dumps({"machine": machine(), "rows": [asdict(one.row) for one in seen]}))
 
 
