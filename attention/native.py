@@ -26,7 +26,7 @@ from attention.interface import HeadShape, Parts
 
 ROWS = 512  # queries that share a call, and a carry
 BLOCK = 256  # at most so many of them are one thread's task; their keys are packed once
-PART_FLOPS = 3 << 27  # per thread and call: about a millisecond
+PART_FLOPS = 2 << 27  # per thread and call: about a millisecond
 PART = 256  # keys of a history that one thread takes at a time, as in softmax.c
 CHUNK = 128  # tokens that meet their own triangle of random features, as in features.c
 WIDEST, MOST_HEADS, MOST_FEATURES = 256, 128, 4096  # what the kernel's own memory is made for
