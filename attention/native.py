@@ -1,4 +1,4 @@
-"""The softmax kernel of `blocks.py`, and Performer's steps, in C for CPUs with AVX-512: chosen by a backend's `impl`.
+"""The softmax kernel of `blocks.py`, and attention through features, in C for CPUs with AVX-512: chosen by a backend's `impl`.
 
 `csrc` computes, built at install; here is what it needs to be told. A score never leaves the core that computed it and keys
 are read where they lie, so attention runs near the rate at which the cores multiply, and a decode step near the rate at which
@@ -26,7 +26,7 @@ from attention.interface import HeadShape, Parts
 
 ROWS = 512  # queries that share a call, and a carry
 BLOCK = 256  # at most so many of them are one thread's task; their keys are packed once
-PART_FLOPS = 2 << 27  # per thread and call: about a millisecond
+PART_FLOPS = 2 << 27  # per thread and call: two thirds of a millisecond
 PART = 256  # keys of a history that one thread takes at a time, as in softmax.c
 CHUNK = 128  # tokens that meet their own triangle of random features, as in features.c
 WIDEST, MOST_HEADS, MOST_FEATURES = 256, 128, 4096  # what the kernel's own memory is made for
@@ -184,189 +184,6 @@ def step(
     _loaded().step(ctypes.byref(call), *tables, torch.get_num_threads())
 
 
-def band_workspace_bytes(shape: HeadShape, queries: int, keys: int, before: int, ahead: int, free: int) -> int:
-    """Peak temporaries of `band`, the answer included, for `queries` tokens at the end of `keys` others and themselves."""
-    return dense_workspace_bytes(shape, queries, min(keys, before + 1 + free))
-
-
-@dataclass(frozen=True)
-class Features:
-    """Features as the kernel reads them; the names are those of `Performer`, which is the slow reading of what follows.
-
-    Attributes:
-        count: m, a multiple of 32.
-        words: the random rows (D, m); of bfloat16, neighbouring rows side by side, (D / 2, m, 2). None: elu(x) + 1.
-        half: |x|^2 times this is |x'|^2 / 2 in powers of two.
-        reach: the norm of x up to which features are taken as they are; beyond, relative to their largest.
-        limit: a key whose weight would pass 2^limit raises the level of the sums.
-    """
-
-    count: int
-    words: Tensor | None = None
-    half: float = 0.0
-    reach: float = math.inf
-    limit: float = math.inf
-
-    @classmethod
-    def of(cls, weights: Tensor, half: float, reach: float, limit: float) -> Features:
-        """Of random rows (D, m), float32 or bfloat16."""
-        count = weights.shape[1]
-        pairs = weights if weights.dtype == torch.float32 else weights.view(-1, 2, count).transpose(1, 2)
-        return cls(count, pairs.contiguous(), half, reach, limit)
-
-
-def no_features(count: int) -> str:
-    """Why the kernel cannot take so many random features; empty when it can."""
-    if count % 32 == 0 and count <= MOST_FEATURES:
-        return ""
-    return f"the native kernel takes a multiple of 32 features up to {MOST_FEATURES}; these are {count}"
-
-
-def scan(features: Features, q: Tensor, k: Tensor, v: Tensor, s: Tensor, scale: Tensor, out: Tensor) -> Parts:
-    """Continue the sums over tokens in order, and answer each over those before it and itself.
-
-    q, out: (C, H, D). k, v: (C, G, D). s: (G, D + 1, m) and scale: (G, 1, 1), float32 and tight, both changed.
-    """
-    yield from _features(features, (q, out), (k, v), s, scale)
-
-
-def both_sides(features: Features, q: Tensor, k: Tensor, v: Tensor, s: Tensor, scale: Tensor, out: Tensor) -> Parts:
-    """The same with all keys in the sums before the first query asks."""
-    yield from absorb(features, k, v, s, scale)
-    yield from _features(features, (q, out), None, s, scale)
-
-
-def absorb(features: Features, k: Tensor, v: Tensor, s: Tensor, scale: Tensor) -> Parts:
-    """Add tokens to the sums: k, v (C, G, D)."""
-    yield from _features(features, None, (k, v), s, scale)
-
-
-def join(features: Features, q: Tensor, s: Tensor, scale: Tensor, near: Tensor, out: Tensor) -> Parts:
-    """Add the keys in the sums to answers out (C, H, D) over other keys, whose weights sum to 2^near, float32 (C, H, 1)."""
-    yield from _features(features, (q, out), None, s, scale, near)
-
-
-def _features(
-    features: Features, asking: Pair | None, adding: Pair | None, s: Tensor, scale: Tensor, near: Tensor | None = None
-) -> Parts:
-    """Queries and their answers, (C, H, D) each, keys and values, (C, G, D) each, or both, in calls of ROWS tokens."""
-    q, out = asking or (None, None)
-    k, v = adding or (None, None)
-    given = [x for x in (q, out, k, v) if x is not None]
-    (count, groups, width), threads = (len(given[0]), len(s), given[0].shape[2]), torch.get_num_threads()
-    heads = groups if q is None else q.shape[1]
-    assert all(x.stride(2) == 1 for x in given) and s.is_contiguous() and scale.is_contiguous()
-    assert near is None or near.is_contiguous()
-    scratch = _scratch(features.count, given[0].element_size(), groups, width, min(count, ROWS), adding is not None)
-    added, keys, levels, room = (torch.empty(size, dtype=torch.float32) for size in scratch)
-    call = _Features(
-        weights=None if features.words is None else features.words.data_ptr(),
-        sums=s.data_ptr(),
-        level=scale.data_ptr(),
-        added=added.data_ptr(),
-        keys=keys.data_ptr(),
-        levels=levels.data_ptr(),
-        room=room.data_ptr(),
-        heads=heads,
-        groups=groups,
-        width=width,
-        count=features.count,
-        wide=given[0].dtype == torch.float32,
-        room_words=len(room) // threads,
-        adds=adding is not None,
-        asks=asking is not None,
-        half=features.half,
-        reach=features.reach,
-        limit=features.limit,
-        log_count=math.log2(features.count),
-    )
-    for name, x in (("q", q), ("out", out), ("k", k), ("v", v)):
-        if x is not None:
-            setattr(call, f"{name}_row", x.stride(0))
-            setattr(call, f"{name}_head", x.stride(1))
-    for first, last in spread(0, count, ROWS):
-        for name, x in (("q", q), ("out", out), ("k", k), ("v", v), ("near", near)):
-            setattr(call, name, None if x is None else x[first:].data_ptr())
-        call.tokens = last - first
-        _loaded().features(ctypes.byref(call), threads)
-        yield
-
-
-def _scratch(count: int, itemsize: int, groups: int, width: int, tokens: int, adds: bool) -> tuple[int, int, int, int]:
-    """Words of scratch for `tokens` tokens: what chunks add, their keys' features, levels, and room of all threads."""
-    chunks, words = -(-tokens // CHUNK) if adds else 0, count * itemsize // 4
-    room = 2 * max(CHUNK, width) * words * torch.get_num_threads()
-    return chunks * groups * (width + 1) * count, chunks * groups * words * CHUNK, groups * (2 * tokens + 1), room
-
-
-def features_workspace_bytes(shape: HeadShape, count: int, queries: int) -> int:
-    """Peak temporaries of `scan` and `both_sides`, with the answer to all queries and fresh sums."""
-    heads, groups, width = shape.query_heads, shape.key_value_heads, shape.head_width
-    answer = queries * heads * width * shape.itemsize + groups * (width + 1) * count * 4
-    return answer + features_scratch_bytes(shape, count, queries, adds=True)
-
-
-def features_scratch_bytes(shape: HeadShape, count: int, tokens: int, *, adds: bool) -> int:
-    """Peak temporaries of `absorb` or, where nothing is added, of `join`; of a step for one token."""
-    heads, groups = shape.query_heads, shape.key_value_heads
-    if tokens == 1:
-        return 4 * (heads + groups) * count
-    return 4 * sum(_scratch(count, shape.itemsize, groups, shape.head_width, min(tokens, ROWS), adds))
-
-
-def features_step(
-    features: Features, q: Tensor, k: Tensor, v: Tensor, sums: Sequence[tuple[Tensor, Tensor]], out: Tensor
-) -> None:
-    """Add one token of each of B sequences to its sums and ask them.
-
-    q, out: (B, H, D). k, v: (B, G, D). sums: of each sequence s (G, D + 1, m) and scale (G, 1, 1), float32, both changed.
-    """
-    _features_step(features, q, (k, v), sums, out)
-
-
-def join_step(features: Features, q: Tensor, sums: Sequence[tuple[Tensor, Tensor]], near: Tensor, out: Tensor) -> None:
-    """`join` of one token of each of B sequences: q, out (B, H, D), near (B, H, 1)."""
-    _features_step(features, q, None, sums, out, near)
-
-
-def _features_step(
-    features: Features,
-    q: Tensor,
-    adding: Pair | None,
-    sums: Sequence[tuple[Tensor, Tensor]],
-    out: Tensor,
-    near: Tensor | None = None,
-) -> None:
-    (count, heads, width), groups = q.shape, len(sums[0][0])
-    q, k, v = (x if x.stride()[1:] == (width, 1) else x.contiguous() for x in (q, *(adding or (q, q))))
-    room = torch.empty(count * (heads + groups) * features.count, dtype=torch.float32)
-    call = _FeaturesStep(
-        q=q.data_ptr(),
-        k=k.data_ptr(),
-        v=v.data_ptr(),
-        out=_tight(out).data_ptr(),
-        weights=None if features.words is None else features.words.data_ptr(),
-        features=room.data_ptr(),
-        q_row=q.stride(0),
-        k_row=k.stride(0),
-        v_row=v.stride(0),
-        sequences=count,
-        heads=heads,
-        groups=groups,
-        width=width,
-        count=features.count,
-        wide=q.dtype == torch.float32,
-        adds=adding is not None,
-        near=None if near is None else _tight(near).data_ptr(),
-        half=features.half,
-        reach=features.reach,
-        limit=features.limit,
-        log_count=math.log2(features.count),
-    )
-    addresses = array("q", [x.data_ptr() for pair in sums for x in pair])
-    _loaded().features_step(ctypes.byref(call), addresses.buffer_info()[0], torch.get_num_threads())
-
-
 def dense_workspace_bytes(shape: HeadShape, queries: int, keys: int, asking: int | None = None) -> int:
     """Peak temporaries of `dense`, of `pattern`, and of `step` over `keys` keys, the answer to all queries included.
 
@@ -375,6 +192,11 @@ def dense_workspace_bytes(shape: HeadShape, queries: int, keys: int, asking: int
     heads, width = shape.query_heads, shape.head_width
     rows = -(-keys // PART) if queries == 1 else min(queries if asking is None else asking, ROWS)
     return queries * heads * width * shape.itemsize + rows * heads * (width + 2) * 4
+
+
+def band_workspace_bytes(shape: HeadShape, queries: int, keys: int, before: int, ahead: int, free: int) -> int:
+    """Peak temporaries of `band`, the answer included, for `queries` tokens at the end of `keys` others and themselves."""
+    return dense_workspace_bytes(shape, queries, min(keys, before + 1 + free))
 
 
 def _rows(groups: int) -> int:
@@ -452,6 +274,182 @@ def _batches(blocks: Iterable[_Block]) -> Iterator[list[_Block]]:
         batch.append(block)
     if batch:
         yield batch
+
+
+@dataclass(frozen=True)
+class Features:
+    """Features as the kernel reads them; the names are those of `Performer`, which is the slow reading of what follows.
+
+    Attributes:
+        count: m, a multiple of 32.
+        words: the random rows (D, m); of bfloat16, neighbouring rows side by side, (D / 2, m, 2). None: elu(x) + 1.
+        half: |x|^2 times this is |x'|^2 / 2 in powers of two.
+        reach: the norm of x up to which features are taken as they are; beyond, relative to their largest.
+        limit: a key whose weight would pass 2^limit raises the level of the sums.
+    """
+
+    count: int
+    words: Tensor | None = None
+    half: float = 0.0
+    reach: float = math.inf
+    limit: float = math.inf
+
+    @classmethod
+    def of(cls, weights: Tensor, half: float, reach: float, limit: float) -> Features:
+        """Of random rows (D, m), float32 or bfloat16."""
+        count = weights.shape[1]
+        pairs = weights if weights.dtype == torch.float32 else weights.view(-1, 2, count).transpose(1, 2)
+        return cls(count, pairs.contiguous(), half, reach, limit)
+
+    def fields(self) -> dict[str, int | float | None]:
+        """What both of the kernel's calls are told of them."""
+        return {
+            "weights": None if self.words is None else self.words.data_ptr(),
+            "count": self.count,
+            "half": self.half,
+            "reach": self.reach,
+            "limit": self.limit,
+            "log_count": math.log2(self.count),
+        }
+
+
+def no_features(count: int) -> str:
+    """Why the kernel cannot take so many random features; empty when it can."""
+    if count % 32 == 0 and count <= MOST_FEATURES:
+        return ""
+    return f"the native kernel takes a multiple of 32 features up to {MOST_FEATURES}; these are {count}"
+
+
+def scan(features: Features, q: Tensor, k: Tensor, v: Tensor, s: Tensor, scale: Tensor, out: Tensor) -> Parts:
+    """Continue the sums over tokens in order, and answer each over those before it and itself.
+
+    q, out: (C, H, D). k, v: (C, G, D). s: (G, D + 1, m) and scale: (G, 1, 1), float32 and tight, both changed.
+    """
+    yield from _features(features, (q, out), (k, v), s, scale)
+
+
+def both_sides(features: Features, q: Tensor, k: Tensor, v: Tensor, s: Tensor, scale: Tensor, out: Tensor) -> Parts:
+    """The same with all keys in the sums before the first query asks."""
+    yield from absorb(features, k, v, s, scale)
+    yield from _features(features, (q, out), None, s, scale)
+
+
+def absorb(features: Features, k: Tensor, v: Tensor, s: Tensor, scale: Tensor) -> Parts:
+    """Add tokens to the sums: k, v (C, G, D)."""
+    yield from _features(features, None, (k, v), s, scale)
+
+
+def join(features: Features, q: Tensor, s: Tensor, scale: Tensor, near: Tensor, out: Tensor) -> Parts:
+    """Add the keys in the sums to answers out (C, H, D) over other keys, whose weights sum to 2^near, float32 (C, H, 1)."""
+    yield from _features(features, (q, out), None, s, scale, near)
+
+
+def _features(
+    features: Features, asking: Pair | None, adding: Pair | None, s: Tensor, scale: Tensor, near: Tensor | None = None
+) -> Parts:
+    """Queries and their answers, (C, H, D) each, keys and values, (C, G, D) each, or both, in calls of ROWS tokens."""
+    q, out = asking or (None, None)
+    k, v = adding or (None, None)
+    given = [x for x in (q, out, k, v) if x is not None]
+    (count, groups, width), threads = (len(given[0]), len(s), given[0].shape[2]), torch.get_num_threads()
+    heads = groups if q is None else q.shape[1]
+    assert all(x.stride(2) == 1 for x in given) and s.is_contiguous() and scale.is_contiguous()
+    assert near is None or near.is_contiguous()
+    scratch = _scratch(features.count, given[0].element_size(), groups, width, min(count, ROWS), adding is not None)
+    added, keys, levels, room = (torch.empty(size, dtype=torch.float32) for size in scratch)
+    call = _Features(
+        **features.fields(),
+        sums=s.data_ptr(),
+        level=scale.data_ptr(),
+        added=added.data_ptr(),
+        keys=keys.data_ptr(),
+        levels=levels.data_ptr(),
+        room=room.data_ptr(),
+        heads=heads,
+        groups=groups,
+        width=width,
+        wide=given[0].dtype == torch.float32,
+        room_words=len(room) // threads,
+        adds=adding is not None,
+        asks=asking is not None,
+    )
+    for name, x in (("q", q), ("out", out), ("k", k), ("v", v)):
+        if x is not None:
+            setattr(call, f"{name}_row", x.stride(0))
+            setattr(call, f"{name}_head", x.stride(1))
+    for first, last in spread(0, count, ROWS):
+        for name, x in (("q", q), ("out", out), ("k", k), ("v", v), ("near", near)):
+            setattr(call, name, None if x is None else x[first:].data_ptr())
+        call.tokens = last - first
+        _loaded().features(ctypes.byref(call), threads)
+        yield
+
+
+def _scratch(count: int, itemsize: int, groups: int, width: int, tokens: int, adds: bool) -> tuple[int, int, int, int]:
+    """Words of scratch for `tokens` tokens: what chunks add, their keys' features, levels, and room of all threads."""
+    chunks, words = -(-tokens // CHUNK) if adds else 0, count * itemsize // 4
+    room = 2 * max(CHUNK, width) * words * torch.get_num_threads()
+    return chunks * groups * (width + 1) * count, chunks * groups * words * CHUNK, groups * (2 * tokens + 1), room
+
+
+def features_workspace_bytes(shape: HeadShape, count: int, queries: int) -> int:
+    """Peak temporaries of `scan` and `both_sides`, with the answer to all queries and fresh sums."""
+    heads, groups, width = shape.query_heads, shape.key_value_heads, shape.head_width
+    answer = queries * heads * width * shape.itemsize + groups * (width + 1) * count * 4
+    return answer + features_scratch_bytes(shape, count, queries, adds=True)
+
+
+def features_scratch_bytes(shape: HeadShape, count: int, tokens: int, *, adds: bool) -> int:
+    """Peak temporaries of `absorb` or, where nothing is added, of `join`; of a step for one token."""
+    heads, groups = shape.query_heads, shape.key_value_heads
+    if tokens == 1:
+        return 4 * (heads + groups) * count
+    return 4 * sum(_scratch(count, shape.itemsize, groups, shape.head_width, min(tokens, ROWS), adds))
+
+
+def features_step(
+    features: Features, q: Tensor, k: Tensor, v: Tensor, sums: Sequence[tuple[Tensor, Tensor]], out: Tensor
+) -> None:
+    """Add one token of each of B sequences to its sums and ask them.
+
+    q, out: (B, H, D). k, v: (B, G, D). sums: of each sequence s (G, D + 1, m) and scale (G, 1, 1), float32, both changed.
+    """
+    _features_step(features, q, (k, v), sums, out)
+
+
+def join_step(features: Features, q: Tensor, sums: Sequence[tuple[Tensor, Tensor]], near: Tensor, out: Tensor) -> None:
+    """`join` of one token of each of B sequences: q, out (B, H, D), near (B, H, 1)."""
+    _features_step(features, q, None, sums, out, near)
+
+
+def _features_step(
+    features: Features,
+    q: Tensor,
+    adding: Pair | None,
+    sums: Sequence[tuple[Tensor, Tensor]],
+    out: Tensor,
+    near: Tensor | None = None,
+) -> None:
+    (count, heads, width), groups = q.shape, len(sums[0][0])
+    given = [x if x.stride()[1:] == (width, 1) else x.contiguous() for x in (q, *(adding or ()))]
+    room = torch.empty(count * (heads + groups) * features.count, dtype=torch.float32)
+    call = _FeaturesStep(
+        **features.fields(),
+        out=_tight(out).data_ptr(),
+        features=room.data_ptr(),
+        sequences=count,
+        heads=heads,
+        groups=groups,
+        width=width,
+        wide=q.dtype == torch.float32,
+        adds=adding is not None,
+        near=None if near is None else _tight(near).data_ptr(),
+    )
+    for name, x in zip(("q", "k", "v"), given, strict=False):  # without keys, only the first
+        setattr(call, name, x.data_ptr())
+        setattr(call, f"{name}_row", x.stride(0))
+    addresses = array("q", [x.data_ptr() for pair in sums for x in pair])
+    _loaded().features_step(ctypes.byref(call), addresses.buffer_info()[0], torch.get_num_threads())
 
 
 def _tight(x: Tensor) -> Tensor:

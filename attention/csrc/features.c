@@ -70,9 +70,7 @@ INLINE void exponents(const int wide, const int64_t width, const uint32_t *weigh
             for (int64_t j = 0; j < width; j += 16) _mm512_storeu_ps(to + i * count + j, load16(wide, x + (i * row + j) * size));
         return;
     }
-#define EXPONENTS(R) \
-    case R: products(wide, R, count, words, (const uint32_t *)x, row * size / 4, 1, weights, count, to, count, 0); break;
-    switch (rows) { EXPONENTS(6) EXPONENTS(5) EXPONENTS(4) EXPONENTS(3) EXPONENTS(2) EXPONENTS(1) }
+    tile_products(wide, rows, count, words, (const uint32_t *)x, row * size / 4, 1, weights, count, to, count, 0);
 }
 
 /* 16 features of their exponents. */
@@ -162,11 +160,8 @@ INLINE void add_chunk(const int wide, const int64_t width, const Features *c, in
             }
     pack_rows(wide, (const char *)rows, 4 * words, n, m, pairs);
     pack_rows(wide, c->v + (first * c->v_row + group * c->v_head) * size, c->v_row * size, n, width, values);
-    for (int64_t d = 0; d < width; d += TILE) {
-#define ADDED(R) \
-    case R: products(wide, R, m, whole / packed, values + d, 1, width, pairs, m, added + d * m, m, 0); break;
-        switch (least(TILE, width - d)) { ADDED(6) ADDED(5) ADDED(4) ADDED(3) ADDED(2) ADDED(1) }
-    }
+    for (int64_t d = 0; d < width; d += TILE)
+        tile_products(wide, least(TILE, width - d), m, whole / packed, values + d, 1, width, pairs, m, added + d * m, m, 0);
 }
 
 /* One row of the sums of a key-value head along the chunks: what each adds becomes what stood before it. */
@@ -218,14 +213,8 @@ INLINE void ask_chunk(const int wide, const int64_t width, const Features *c, in
                 }
                 totals[t] = _mm512_reduce_add_ps(total);
             }
-#define ASKED(R) \
-    case R: products(wide, R, width, words, phi, words, 1, turned, width, both[0], WIDEST, 0); break;
-            switch (count) { ASKED(6) ASKED(5) ASKED(4) ASKED(3) ASKED(2) ASKED(1) }
-            if (c->adds) {
-#define SCORED(R) \
-    case R: products(wide, R, seen, words, phi, words, 1, keys, CHUNK, s[0], CHUNK, 0); break;
-                switch (count) { SCORED(6) SCORED(5) SCORED(4) SCORED(3) SCORED(2) SCORED(1) }
-            }
+            tile_products(wide, count, width, words, phi, words, 1, turned, width, both[0], WIDEST, 0);
+            if (c->adds) tile_products(wide, count, seen, words, phi, words, 1, keys, CHUNK, s[0], CHUNK, 0);
             for (int64_t t = 0; t < count && c->adds; t++) {
                 const float level = levels[i + t];
                 factors[t] = bring_down(levels[-1], level);
@@ -241,9 +230,7 @@ INLINE void ask_chunk(const int wide, const int64_t width, const Features *c, in
             }
             if (c->adds) {
                 const uint32_t *weights = wide ? (const uint32_t *)s[0] : p[0];
-#define ANSWERED(R) \
-    case R: products(wide, R, width, seen / packed, weights, CHUNK / packed, 1, values, width, both[0], WIDEST, factors); break;
-                switch (count) { ANSWERED(6) ANSWERED(5) ANSWERED(4) ANSWERED(3) ANSWERED(2) ANSWERED(1) }
+                tile_products(wide, count, width, seen / packed, weights, CHUNK / packed, 1, values, width, both[0], WIDEST, factors);
             }
             for (int64_t t = 0; t < count; t++) {
                 char *out = c->out + ((first + i + t) * c->out_row + h * c->out_head) * size;

@@ -3,7 +3,7 @@
  * A word is 32 bits: one float32, or two neighbouring bfloat16, which vdpbf16ps multiplies and adds in float32. `wide` says
  * which (float32: 1); it is a constant wherever it stands in a loop. No function here is called from outside: each file that
  * includes this has its own, inlined. The instructions are asked for here, not by the compiler's options, since the machine
- * that builds need not be the one that runs; `supported` in softmax.c asks that one.
+ * that builds need not be the one that runs; `supported` in cpu.h asks that one.
  */
 #pragma once
 
@@ -98,6 +98,14 @@ INLINE void products(const int wide, const int rows, int64_t count, int64_t step
     case 2: product(wide, rows, 2, steps, a, a_row, a_step, b + j, b_row, c + j, c_row, factors); break;
     case 1: product(wide, rows, 1, steps, a, a_row, a_step, b + j, b_row, c + j, c_row, factors); break;
     }
+}
+
+/* The same over a number of rows, up to TILE, that is known at run time only. */
+INLINE void tile_products(const int wide, int64_t rows, int64_t count, int64_t steps, const uint32_t *a, int64_t a_row, const int64_t a_step,
+                          const uint32_t *b, int64_t b_row, float *c, int64_t c_row, const float *factors) {
+#define PRODUCTS(R) \
+    case R: products(wide, R, count, steps, a, a_row, a_step, b, b_row, c, c_row, factors); break;
+    switch (rows) { PRODUCTS(6) PRODUCTS(5) PRODUCTS(4) PRODUCTS(3) PRODUCTS(2) PRODUCTS(1) }
 }
 
 /* Put `instead` where the 16 scores, the first of them of column `column`, stand outside low..high. */

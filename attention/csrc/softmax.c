@@ -7,7 +7,7 @@
  * Source: the tiles and the running maximum of FlashAttention-2 (Dao, arXiv 2307.08691, section 3.1), the split histories of
  * Flash-Decoding (Dao et al., 2023), written for registers: six rows of queries meet 64 columns of a packed block, 24 sums in
  * 24 registers. One change: the running maximum is rounded up to a whole number. Scores are powers of two, so rescaling is
- * exact, and what a row answers does not depend on where its keys were cut.
+ * exact, and cutting a row's keys into several calls changes nothing.
  *
  * Letters: H query heads, G key-value heads, D width, C queries, B sequences. Words and `wide` are told in simd.h.
  */
