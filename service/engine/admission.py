@@ -14,10 +14,9 @@ from typing import Literal
 
 from attention import AttentionBackend, StatePool
 from service.engine.forecast import Course
-from service.engine.request import ContextTooLong, InvalidRequest, NeverFits, Request, UnknownBackend
+from service.engine.request import AUTO, ContextTooLong, InvalidRequest, NeverFits, Request, UnknownBackend
 from service.engine.sampling import bytes_per_logit
 
-AUTO = "auto"
 LOGPROB_BYTES = 256  # of Python objects per echoed token and per alternative, measured with tracemalloc and rounded up
 SCORE_BYTES = 64 * 12  # per entry of the vocabulary while an echoed prompt is scored, 64 rows at a time
 
@@ -133,8 +132,7 @@ def choose(request: Request, routes: Mapping[str, Route], default: str, budget: 
     if asked == AUTO:
         return _fastest(request, routes, budget)
     if asked not in routes:
-        allowed = ", ".join((*routes, AUTO))
-        raise UnknownBackend(f"attention backend {asked!r} is not allowed here; allowed are {allowed}", param="attention")
+        raise UnknownBackend(asked, (*routes, AUTO))
     return routes[asked], "request" if request.backend else "default"
 
 

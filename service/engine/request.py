@@ -6,13 +6,19 @@ The engine's face is these records and `Engine.submit`. No HTTP here: `service/h
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 from service.timing import Timings
 
 FinishReason = Literal["stop", "length"]
+
+AUTO = "auto"
+"""In the place of a backend's name: whichever is predicted to be fastest."""
+
+MOST_QUOTED = 200
+"""Characters of a caller's own words in one message."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +83,22 @@ class Embedding:
     vector: list[float]
 
 
+def quoted(value: object, most: int = MOST_QUOTED) -> str:
+    """A caller's value as a message shows it, within `most` characters or so: a container only by its size."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", False: "false", True: "true"}[value]
+    if isinstance(value, int) and value.bit_length() > 64:
+        return f"an integer of {value.bit_length()} bits"
+    if isinstance(value, list | tuple):
+        return f"a list of {len(value)}"
+    if isinstance(value, dict):
+        return f"an object of {len(value)} fields"
+    if not isinstance(value, str):
+        return repr(value)
+    whole = repr(value[:most])
+    return whole if len(value) <= most and len(whole) <= most + 2 else f"{whole[: most - 1]}... ({len(value)} characters)"
+
+
 class RequestError(Exception):
     """A request that gets no answer, through the caller's fault or the hour's. `code` is the machine's word for it."""
 
@@ -99,6 +121,10 @@ class UnknownBackend(InvalidRequest):
     """The backend is not in the allow-list."""
 
     code = "unknown_backend"
+
+    def __init__(self, asked: str, allowed: Iterable[str], param: str = "attention") -> None:
+        message = f"attention backend {quoted(asked)} is not allowed here; allowed are {', '.join(allowed)}"
+        super().__init__(message, param=param)
 
 
 class ContextTooLong(InvalidRequest):

@@ -10,7 +10,6 @@ import math
 from typing import Any
 
 from fastapi import FastAPI
-from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
@@ -23,6 +22,7 @@ from service.engine.request import (
     OutOfMemory,
     QueueFull,
     RequestError,
+    quoted,
 )
 
 
@@ -119,7 +119,6 @@ def internal_error(request_id: str) -> Response:
 def install(app: FastAPI) -> None:
     """Make every error of the app speak this shape."""
     app.add_exception_handler(RequestError, _typed)
-    app.add_exception_handler(RequestValidationError, _invalid_body)
     app.add_exception_handler(HTTPException, _http)
     app.add_exception_handler(Exception, _unforeseen)  # answered, then raised again to `edge`, which logs it
 
@@ -133,51 +132,18 @@ async def _unforeseen(request: HttpRequest, _: Exception) -> Response:
     return internal_error(request.state.request_id)
 
 
-async def _invalid_body(request: HttpRequest, error: Exception) -> Response:
-    assert isinstance(error, RequestValidationError)
-    faults = error.errors()
-    if faults[0]["type"] in ("dict_type", "model_attributes_type", "model_type") and "json" not in _media_type(request):
-        received = _media_type(request) or "none"
-        return response_to(WrongMediaType(f"send the body as JSON with content-type: application/json, received {received}"))
-    param = None if faults[0]["type"] == "json_invalid" else _path(faults[0]["loc"]) or None
-    return response_to(InvalidRequest("; ".join(_describe(fault) for fault in faults[:5]), param=param))
-
-
 async def _http(request: HttpRequest, error: Exception) -> Response:
     """404, 405 and their like, raised by the router."""
     assert isinstance(error, HTTPException)
     allowed = (error.headers or {}).get("Allow")
     message = {
-        404: f"no route {request.url.path}; /docs lists the routes",
-        405: f"{request.method} is not allowed on {request.url.path}, allowed: {allowed}",
+        404: f"no route {quoted(request.url.path)}; /docs lists the routes",
+        405: f"{quoted(request.method, 20)} is not allowed on {request.url.path}, allowed: {allowed}",
     }.get(error.status_code, str(error.detail))
     code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "invalid_request")
     kind = "invalid_request_error" if error.status_code < 500 else "server_error"
     body = {"error": {"message": message, "type": kind, "param": None, "code": code}}
     return _json(body, error.status_code, dict(error.headers or {}))
-
-
-def _describe(fault: dict[str, Any]) -> str:
-    where, message = _path(fault["loc"]), fault["msg"].removeprefix("Value error, ")
-    if fault["type"] == "json_invalid":
-        return f"the body is no JSON: {fault['ctx']['error']} at character {fault['loc'][-1]}"
-    if fault["type"] == "missing":
-        return f"{where or 'body'} is required"
-    received = f", received {_short(fault['input'])}" if "received" not in message else ""
-    return f"{where}: {message}{received}" if where else f"{message}{received}"
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:80]}... ({type(value).__name__})"
-
-
-def _path(location: tuple[Any, ...]) -> str:
-    return ".".join(str(part) for part in location if part != "body")
-
-
-def _media_type(request: HttpRequest) -> str:
-    return request.headers.get("content-type", "").split(";")[0].strip().lower()
 
 
 def _json(body: dict[str, Any], status: int, headers: dict[str, str]) -> Response:

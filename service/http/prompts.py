@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from service.engine.request import InvalidRequest, Request, Sampling
+from service.engine.request import AUTO, InvalidRequest, Request, Sampling, UnknownBackend, quoted
 from service.http.errors import ModelNotFound
 from service.http.face import Host
 from service.http.schemas import Attended, Body, CompletionBody, EmbeddingBody, PlanBody, Prompt
@@ -40,39 +40,43 @@ async def embedding_requests(body: EmbeddingBody, host: Host, call: Call) -> lis
 
 
 async def planned_requests(body: PlanBody, host: Host, call: Call) -> list[Request]:
-    """The requests a plan is asked about. Raises InvalidRequest."""
-    backend = backend_of(body, host)
-    if body.input is not None:
-        asked = Request(call.id, "embedding", (), backend)
-        return await _requests(asked, "input", body.input, body.with_special_tokens, host)
-    assert body.prompt is not None, "the schema wants one of the two"
-    asked = Request(call.id, "completion", (), backend, Sampling(max_tokens=_max_tokens(body.max_tokens)), body.n or 1)
-    return await _requests(asked, "prompt", body.prompt, body.with_special_tokens, host)
+    """The requests a plan is asked about: those of the call itself. Raises InvalidRequest."""
+    asked = body.root
+    if isinstance(asked, CompletionBody):
+        return await completion_requests(asked, host, call)
+    return await embedding_requests(asked, host, call)
 
 
 def check_model(body: Body, host: Host) -> str | None:
-    """The backend that the model id names behind its @, if it names one. Raises ModelNotFound."""
+    """The backend that the model id names behind its @, if it names one. Raises ModelNotFound, UnknownBackend."""
     if body.model in (None, host.card.id):
         return None
     name, _, backend = body.model.rpartition("@")
-    if name != host.card.id:
+    if name != host.card.id or not backend:
         allowed = f"{host.card.id}, or {host.card.id}@ and one of {', '.join(host.backends)}"
-        raise ModelNotFound(f"no model {body.model!r} here, allowed: {allowed}", param="model")
+        raise ModelNotFound(f"no model {quoted(body.model)} here, allowed: {allowed}", param="model")
+    if backend not in (*host.backends, AUTO):
+        raise UnknownBackend(backend, (*host.backends, AUTO), param="model")
     return backend
 
 
 def backend_of(body: Attended, host: Host) -> str | None:
-    """The backend asked for, by field or by model id; None: the default. The engine knows which are allowed."""
+    """The backend asked for, by field or by model id; None: the default. The engine knows which are allowed.
+
+    Raises:
+        ModelNotFound, UnknownBackend, InvalidRequest: by the model id, or by two answers to one question.
+    """
     named = check_model(body, host)
     if named is not None and body.attention not in (None, named):
-        raise InvalidRequest(f"model asks for {named} and attention for {body.attention}: ask for one", param="attention")
+        asked = f"model asks for {named} and attention for {quoted(body.attention)}"
+        raise InvalidRequest(f"{asked}: ask for one", param="attention")
     return named or body.attention
 
 
 def sampling_of(body: CompletionBody) -> Sampling:
     """The body's wishes in the engine's terms, with OpenAI's defaults."""
     return Sampling(
-        max_tokens=_max_tokens(body.max_tokens),
+        max_tokens=DEFAULT_MAX_TOKENS if body.most_tokens is None else body.most_tokens,
         temperature=1.0 if body.temperature is None else body.temperature,
         top_p=1.0 if body.top_p is None else body.top_p,
         top_k=max(body.top_k or 0, 0),
@@ -82,10 +86,6 @@ def sampling_of(body: CompletionBody) -> Sampling:
         echo=bool(body.echo),
         ignore_eos=bool(body.ignore_eos),
     )
-
-
-def _max_tokens(asked: int | None) -> int:
-    return DEFAULT_MAX_TOKENS if asked is None else asked
 
 
 async def _requests(
@@ -125,4 +125,4 @@ def check_ids(tokens: Sequence[int], host: Host, param: str) -> None:
     last = host.tokenizer.vocab_size - 1
     for place, token in enumerate(tokens):
         if not 0 <= token <= last:
-            raise InvalidRequest(f"{param}: token ids are 0 to {last}, received {token} at place {place}", param=param)
+            raise InvalidRequest(f"{param}: token ids are 0 to {last}, received {quoted(token)} at place {place}", param=param)

@@ -6,20 +6,23 @@ One function per route, each in the order a reader would say it: what is asked, 
 from __future__ import annotations
 
 import dataclasses
+import re
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import FastAPI
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
+from pydantic import BaseModel
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp
 
-from service.engine.request import InvalidRequest
+from service.engine.request import InvalidRequest, quoted
 from service.http import answers, errors
 from service.http.answers import Completion
 from service.http.auth import ApiKeys
+from service.http.body import check_media_type, parse
 from service.http.edge import Edge
 from service.http.errors import ModelNotFound
 from service.http.face import Host
@@ -39,6 +42,11 @@ TIMEOUT_HEADER = "x-longserve-timeout-seconds"
 """Not Ray Serve's own `x-request-timeout-seconds`: its proxy would answer that one first, and not in OpenAI's shape."""
 
 
+NUMBER = re.compile(r"[0-9]{1,20}(\.[0-9]{1,400})?([eE][+-]?[0-9]{1,3})?")  # Python's own reading takes 1_0 and nan too
+
+B = TypeVar("B", bound=BaseModel)
+
+
 def create_app(host: Host, keys: Sequence[str] = (), echoes_request_id: bool = True) -> ASGIApp:
     """The ASGI app over one replica.
 
@@ -46,7 +54,9 @@ def create_app(host: Host, keys: Sequence[str] = (), echoes_request_id: bool = T
         keys: API keys, any of which lets a caller in; none: no key is asked for.
         echoes_request_id: False where a proxy in front answers with the request id itself.
     """
-    app = FastAPI(title="Longserve", description="Long inputs under switchable attention.", redoc_url=None)
+    app = FastAPI(
+        title="Longserve", description="Long inputs under switchable attention.", redoc_url=None, redirect_slashes=False
+    )
     errors.install(app)
     for add in (_add_inference, _add_models, _add_tokens, _add_state):
         add(app, host)
@@ -55,8 +65,9 @@ def create_app(host: Host, keys: Sequence[str] = (), echoes_request_id: bool = T
 
 def _add_inference(app: FastAPI, host: Host) -> None:
     @app.post("/v1/completions")
-    async def completions(body: CompletionBody, caller: HttpRequest) -> Response:
+    async def completions(caller: HttpRequest) -> Response:
         """Continue a prompt, or several."""
+        body = await _body(caller, CompletionBody)
         call = _call(caller, host)
         requests = await completion_requests(body, host, call)
         completion = Completion(call.id, requests, host)
@@ -66,16 +77,18 @@ def _add_inference(app: FastAPI, host: Host) -> None:
         return JSONResponse(answer, headers=answers.headers(requests))
 
     @app.post("/v1/embeddings")
-    async def embeddings(body: EmbeddingBody, caller: HttpRequest) -> Response:
+    async def embeddings(caller: HttpRequest) -> Response:
         """The mean of the last hidden states of an input, or of several, at length one."""
+        body = await _body(caller, EmbeddingBody)
         requests = await embedding_requests(body, host, _call(caller, host))
         vectors = await embed(host, requests, caller)
         answer = answers.embeddings(vectors, requests, host, body.encoding_format == "base64")
         return JSONResponse(answer, headers=answers.headers(requests))
 
     @app.post("/v1/plan")
-    async def plan(body: PlanBody, caller: HttpRequest) -> Response:
+    async def plan(caller: HttpRequest) -> Response:
         """What a completion or an embedding would cost, and whether it would be let in now. Computes nothing."""
+        body = await _body(caller, PlanBody)
         requests = await planned_requests(body, host, _call(caller, host))
         return JSONResponse({"object": "list", "data": [dataclasses.asdict(host.engine.plan(each)) for each in requests]})
 
@@ -100,21 +113,23 @@ def _add_models(app: FastAPI, host: Host) -> None:
     async def model(id: str) -> dict[str, Any]:
         """One of them."""
         if id not in cards():
-            raise ModelNotFound(f"no model {id!r} here, allowed: {', '.join(cards())}", param="model")
+            raise ModelNotFound(f"no model {quoted(id)} here, allowed: {', '.join(cards())}", param="model")
         return cards()[id]
 
 
 def _add_tokens(app: FastAPI, host: Host) -> None:
     @app.post("/tokenize")
-    async def tokenize(body: TokenizeBody) -> dict[str, Any]:
+    async def tokenize(caller: HttpRequest) -> dict[str, Any]:
         """A text's token ids."""
+        body = await _body(caller, TokenizeBody)
         check_model(body, host)
         tokens = await encode(body.prompt, body.with_special_tokens, host)
         return {"tokens": tokens, "count": len(tokens), "max_model_len": host.card.max_length}
 
     @app.post("/detokenize")
-    async def detokenize(body: DetokenizeBody) -> dict[str, Any]:
+    async def detokenize(caller: HttpRequest) -> dict[str, Any]:
         """The text of token ids."""
+        body = await _body(caller, DetokenizeBody)
         check_model(body, host)
         check_ids(body.tokens, host, "tokens")
         return {"prompt": host.tokenizer.decode(body.tokens)}
@@ -144,13 +159,16 @@ def _add_state(app: FastAPI, host: Host) -> None:
         return Response(await host.metrics(), media_type=CONTENT_TYPE_PLAIN_0_0_4)
 
 
+async def _body(caller: HttpRequest, kind: type[B]) -> B:
+    """The call's body. Raises WrongMediaType, InvalidRequest."""
+    check_media_type(caller.headers)
+    return parse(await caller.body(), kind)
+
+
 def _call(caller: HttpRequest, host: Host) -> Call:
     """Id and deadline of a call. Raises InvalidRequest for a timeout that is no positive number."""
-    longest, given = host.config.request_timeout_seconds, caller.headers.get(TIMEOUT_HEADER, "")
-    try:
-        seconds = float(given) if given else longest
-    except ValueError:
-        seconds = 0.0
+    longest, given = host.config.request_timeout_seconds, caller.headers.get(TIMEOUT_HEADER)
+    seconds = longest if given is None else float(given) if NUMBER.fullmatch(given) else 0.0
     if not seconds > 0:
-        raise InvalidRequest(f"{TIMEOUT_HEADER} must be a number above 0, received {given!r}", param=TIMEOUT_HEADER)
+        raise InvalidRequest(f"{TIMEOUT_HEADER} must be a number above 0, received {quoted(given)}", param=TIMEOUT_HEADER)
     return Call(caller.state.request_id, time.monotonic() + min(seconds, longest))

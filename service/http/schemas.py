@@ -1,16 +1,41 @@
 """The bodies callers send, in OpenAI's shapes. Our one field more is `attention`.
 
-A field we do not know is passed over, as OpenAI's clients expect. A field whose meaning we know and cannot honour is refused
-unless its value changes nothing: no answer differs in silence from what was asked.
+A field we do not know is passed over, as OpenAI's clients expect; one that is a letter off a field of ours is refused as the
+slip it is. A field whose meaning we know and cannot honour is refused unless its value changes nothing: no answer differs in
+silence from what was asked.
 """
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field, PlainValidator, WithJsonSchema, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    FailFast,
+    Field,
+    PlainValidator,
+    RootModel,
+    Tag,
+    WithJsonSchema,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
+
+from service.engine.request import quoted
 
 Prompt = str | list[int]
+
+INT64 = 2**63 - 1
+"""Largest integer of any field: what lies beyond fits no counter underneath."""
+
+MOST_FIELDS = 128
+"""Fields of one body, known or not."""
+
+MOST_STOPS = 16
 
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "suffix": (None, ""),
@@ -19,7 +44,9 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "repetition_penalty": (None, 1),
     "logit_bias": (None, {}),
     "min_p": (None, 0),
+    "top_a": (None, 0),
     "min_tokens": (None, 0),
+    "max_new_tokens": (None,),
     "typical_p": (None, 1),
     "use_beam_search": (None, False),
     "length_penalty": (None, 1),
@@ -37,14 +64,17 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 """Fields of OpenAI's and other servers' that are not offered here, with the values that ask for nothing."""
 
 
+def fault(param: str, message: str) -> PydanticCustomError:
+    """A fault of the field `param` that the schema alone cannot tell, for a validator to raise."""
+    return PydanticCustomError("field", "{message}", {"message": message, "param": param})
+
+
 def prompts(value: Any) -> list[Prompt]:
     """One or many prompts, as text or token ids, as a list. Raises ValueError for anything else, and for nothing."""
     if isinstance(value, str):
         return [value]
     if not isinstance(value, list):
-        raise ValueError(
-            f"must be a string, or a list of strings, of token ids or of such lists, received {type(value).__name__}"
-        )
+        raise ValueError(f"must be a string, or a list of strings, of token ids or of such lists, received {quoted(value)}")
     if _are_tokens(value):
         return [value]
     if value and (all(isinstance(each, str) for each in value) or all(isinstance(each, list) for each in value)):
@@ -59,20 +89,41 @@ def _are_tokens(value: list[Any]) -> bool:
     return bool(value) and all(type(each) is int for each in value)  # a bool is an int, but no token
 
 
+def stops(value: Any) -> tuple[str, ...]:
+    """The strings that end an answer. Raises ValueError."""
+    found = () if value is None else (value,) if isinstance(value, str) else value
+    if not isinstance(found, (list, tuple)) or not all(isinstance(each, str) for each in found):
+        raise ValueError("must be null, a string or a list of strings")
+    if len(found) > MOST_STOPS or any(not each for each in found):
+        raise ValueError(f"may hold {MOST_STOPS} strings, none of them empty")
+    return tuple(found)
+
+
+TEXT: dict[str, Any] = {"type": "string", "minLength": 1}
+TOKENS: dict[str, Any] = {"type": "array", "minItems": 1, "items": {"type": "integer", "minimum": 0}}
+
 Prompts = Annotated[
     list[Prompt],
     PlainValidator(prompts),
     WithJsonSchema(
         {
             "anyOf": [
-                {"type": "string"},
-                {"type": "array", "items": {"type": "string"}},
-                {"type": "array", "items": {"type": "integer"}},
-                {"type": "array", "items": {"type": "array", "items": {"type": "integer"}}},
+                TEXT,
+                TOKENS,
+                {"type": "array", "minItems": 1, "items": TEXT},
+                {"type": "array", "minItems": 1, "items": TOKENS},
             ]
         }
     ),
 ]
+
+Stops = Annotated[
+    tuple[str, ...],
+    PlainValidator(stops),
+    WithJsonSchema({"anyOf": [TEXT, {"type": "array", "maxItems": MOST_STOPS, "items": TEXT}, {"type": "null"}]}),
+]
+
+Name = Annotated[str, Field(min_length=1)]
 
 
 class Body(BaseModel):
@@ -85,11 +136,43 @@ class Body(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _asks_only_for_what_is_offered(cls, value: Any) -> Any:
-        for name in NEUTRAL.keys() & value.keys() - cls.model_fields.keys() if isinstance(value, dict) else ():
-            if value[name] not in NEUTRAL[name]:
-                allowed = " or ".join(repr(each) for each in NEUTRAL[name] if each is not None) or "null"
-                raise ValueError(f"{name} is not offered: leave it out or send {allowed}, received {value[name]!r:.80}")
+        if not isinstance(value, dict):
+            return value
+        if len(value) > MOST_FIELDS:
+            raise ValueError(f"the body may have {MOST_FIELDS} fields, received {len(value)}")
+        for name in value.keys() - cls.model_fields.keys():
+            if name in NEUTRAL:
+                _check_neutral(name, value[name])
+            elif meant := _meant(name, (*cls.model_fields, *NEUTRAL)):
+                raise fault(name, f"{quoted(name)} is no field, did you mean {meant}?")
         return value
+
+
+def _check_neutral(name: str, value: Any) -> None:
+    """Raise a fault unless the value of a field that is not offered asks for nothing."""
+    if not any(value == each and isinstance(value, bool) == isinstance(each, bool) for each in NEUTRAL[name]):
+        allowed = " or ".join(json.dumps(each) for each in NEUTRAL[name] if each is not None) or "null"
+        raise fault(name, f"{name} is not offered: leave it out or send {allowed}, received {quoted(value)}")
+
+
+def _meant(name: str, known: Iterable[str]) -> str | None:
+    """The known field of which a name is a slip: other case or hyphens, or one letter added, lost, changed or swapped."""
+    return next((each for each in known if _is_slip(_plain(name), _plain(each))), None)
+
+
+def _plain(name: str) -> str:
+    return name.lower().replace("_", "").replace("-", "")
+
+
+def _is_slip(name: str, known: str) -> bool:
+    if name == known or min(len(name), len(known)) < 3 or abs(len(name) - len(known)) > 1:
+        return name == known
+    if len(name) != len(known):
+        longer, shorter = sorted((name, known), key=len, reverse=True)
+        return any(longer[:i] + longer[i + 1 :] == shorter for i in range(len(longer)))
+    wrong = [i for i, (a, b) in enumerate(zip(name, known, strict=True)) if a != b]
+    first, last = wrong[0], wrong[-1]
+    return first == last or (last == first + 1 and name[first : last + 1] == known[last] + known[first])
 
 
 class Worded(Body):
@@ -108,47 +191,52 @@ class Worded(Body):
 class Attended(Worded):
     """A body that is answered by attending."""
 
-    attention: str | None = Field(default=None, description="The backend; left out: the default of the config in force.")
+    attention: Name | None = Field(default=None, description="The backend; left out: the default of the config in force.")
 
 
 class StreamOptions(BaseModel):
     """What a stream tells beside its text."""
 
-    model_config = ConfigDict(extra="ignore", strict=True, frozen=True)
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
     include_usage: bool | None = None
     continuous_usage_stats: bool | None = None
+    include_obfuscation: Literal[False] | None = Field(default=None, description="Not offered: leave it out or send false.")
 
 
 class CompletionBody(Attended):
     """POST /v1/completions."""
 
     prompt: Prompts
-    max_tokens: int | None = Field(
-        default=None, ge=0, validation_alias=AliasChoices("max_tokens", "max_completion_tokens"), description="Left out: 16."
-    )
-    n: int | None = Field(default=None, ge=1)
-    best_of: int | None = Field(default=None, ge=1)
+    max_tokens: int | None = Field(default=None, ge=0, le=INT64, description="Left out: 16.")
+    max_completion_tokens: int | None = Field(default=None, ge=0, le=INT64, description="Says the same as max_tokens.")
+    n: int | None = Field(default=None, ge=1, le=INT64)
+    best_of: int | None = Field(default=None, ge=1, le=INT64, description="Not offered: leave it out or send n.")
     temperature: float | None = Field(default=None, ge=0, le=2, allow_inf_nan=False)
     top_p: float | None = Field(default=None, gt=0, le=1, allow_inf_nan=False)
-    top_k: int | None = Field(default=None, ge=-1, description="0 or -1: all tokens.")
-    stop: Annotated[tuple[str, ...], PlainValidator(lambda value: _stops(value))] = ()
-    seed: int | None = Field(default=None, ge=0, lt=2**63)
+    top_k: int | None = Field(default=None, ge=-1, le=INT64, description="0 or -1: all tokens.")
+    stop: Stops = ()
+    seed: int | None = Field(default=None, ge=0, le=INT64)
     logprobs: int | None = Field(default=None, ge=0, le=20)
     echo: bool | None = None
     ignore_eos: bool | None = None
     stream: bool | None = None
-    stream_options: StreamOptions | None = None
-    user: str | None = None
+    stream_options: StreamOptions | None = Field(default=None, description="Needs stream: true.")
+    user: str | None = Field(default=None, description="Let in for clients' sake and not used.")
 
     @model_validator(mode="after")
     def _is_one_question(self) -> CompletionBody:
+        if self.max_completion_tokens is not None and self.max_tokens not in (None, self.max_completion_tokens):
+            message = f"received {self.max_tokens} and max_completion_tokens {self.max_completion_tokens}"
+            raise fault("max_tokens", f"max_tokens and max_completion_tokens say the same: send one, {message}")
         if self.best_of not in (None, self.samples):
-            raise ValueError(f"best_of is not offered: leave it out or send n ({self.samples}), received {self.best_of}")
+            message = f"best_of is not offered: leave it out or send n ({self.samples}), received {self.best_of}"
+            raise fault("best_of", message)
         if self.stream_options is not None and not self.stream:
-            raise ValueError("stream_options needs stream: true")
-        if self.max_tokens == 0 and not self.echo:
-            raise ValueError("max_tokens 0 asks for no answer; it needs echo: true, else max_tokens must be at least 1")
+            raise fault("stream_options", "stream_options needs stream: true")
+        if self.most_tokens == 0 and not self.echo:
+            message = "max_tokens 0 asks for no answer; it needs echo: true, else max_tokens must be at least 1"
+            raise fault("max_tokens", message)
         return self
 
     @property
@@ -156,14 +244,10 @@ class CompletionBody(Attended):
         """How many answers to each prompt."""
         return self.n or 1
 
-
-def _stops(value: Any) -> tuple[str, ...]:
-    found = () if value is None else (value,) if isinstance(value, str) else value
-    if not isinstance(found, (list, tuple)) or not all(isinstance(each, str) for each in found):
-        raise ValueError("must be null, a string or a list of strings")
-    if len(found) > 16 or any(not each for each in found):
-        raise ValueError("may hold 16 strings, none of them empty")
-    return tuple(found)
+    @property
+    def most_tokens(self) -> int | None:
+        """Tokens of one answer under either of the field's two names; None: not said."""
+        return self.max_completion_tokens if self.max_tokens is None else self.max_tokens
 
 
 class EmbeddingBody(Attended):
@@ -171,22 +255,31 @@ class EmbeddingBody(Attended):
 
     input: Prompts
     encoding_format: Literal["float", "base64"] | None = Field(default=None, description="Left out: float.")
-    user: str | None = None
+    user: str | None = Field(default=None, description="Let in for clients' sake and not used.")
 
 
-class PlanBody(Attended):
-    """POST /v1/plan: the body of a completion (`prompt`) or of an embedding (`input`)."""
+COMPLETION, EMBEDDING = "a completion's plan", "an embedding's plan"
+"""Tags of the two, for no field has such a name."""
 
-    prompt: Prompts | None = None
-    input: Prompts | None = None
-    max_tokens: int | None = Field(default=None, ge=0, validation_alias=AliasChoices("max_tokens", "max_completion_tokens"))
-    n: int | None = Field(default=None, ge=1)
 
-    @model_validator(mode="after")
-    def _asks_about_one(self) -> PlanBody:
-        if (self.prompt is None) == (self.input is None):
-            raise ValueError("send prompt (a completion) or input (an embedding), and not both")
-        return self
+def _planned(value: Any) -> str | None:
+    """Which of the two bodies this is; None for both and for neither."""
+    asked = value.keys() & {"prompt", "input"}
+    return None if len(asked) != 1 else COMPLETION if "prompt" in asked else EMBEDDING
+
+
+Planned = Annotated[
+    Annotated[CompletionBody, Tag(COMPLETION)] | Annotated[EmbeddingBody, Tag(EMBEDDING)],
+    Discriminator(
+        _planned,
+        custom_error_type="plan",
+        custom_error_message="send the body of a completion (prompt) or of an embedding (input), and not of both",
+    ),
+]
+
+
+class PlanBody(RootModel[Planned]):
+    """POST /v1/plan: the body of a completion or of an embedding, under the same rules."""
 
 
 class TokenizeBody(Worded):
@@ -198,4 +291,4 @@ class TokenizeBody(Worded):
 class DetokenizeBody(Body):
     """POST /detokenize."""
 
-    tokens: list[int]
+    tokens: Annotated[list[int], FailFast(), WithJsonSchema({"type": "array", "items": {"type": "integer", "minimum": 0}})]

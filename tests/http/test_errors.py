@@ -25,9 +25,9 @@ def _the_service_goes_on(service: Client) -> Iterator[None]:
 @pytest.mark.parametrize(
     ("body", "words"),
     [
-        (b'{"prompt": ', ("no JSON", "character")),
-        (b"[]", ("dictionary",)),
-        (b'"prompt"', ("dictionary",)),
+        (b'{"prompt": ', ("not JSON", "line 1 column 11")),
+        (b"[]", ("JSON object",)),
+        (b'"prompt"', ("JSON object",)),
         ({}, ("prompt is required",)),
         ({"prompt": None}, ("prompt", "a list of strings")),
         ({"prompt": ""}, ("prompt is empty",)),
@@ -46,7 +46,7 @@ def _the_service_goes_on(service: Client) -> Iterator[None]:
         ({"prompt": "a", "max_tokens": "5"}, ("max_tokens", "integer", "'5'")),
         ({"prompt": "a", "max_tokens": 1.5}, ("max_tokens", "integer", "1.5")),
         ({"prompt": "a", "temperature": 2.5}, ("temperature", "2", "2.5")),
-        (b'{"prompt": "a", "temperature": NaN}', ("temperature", "finite")),
+        (b'{"prompt": "a", "temperature": NaN}', ("not JSON", "line 1 column 32")),
         ({"prompt": "a", "top_p": 0}, ("top_p", "0")),
         ({"prompt": "a", "stop": [""]}, ("stop", "none of them empty")),
         ({"prompt": "a", "stop": 3}, ("stop", "a list of strings")),
