@@ -50,6 +50,8 @@ class HttpConfig(Settings):
     max_samples: int = Field(default=16, gt=0)  # `n` of one prompt
     request_timeout_seconds: float = Field(default=600, gt=0)  # longest a caller is kept waiting; a header may shorten it
     stream_ping_seconds: float = Field(default=10, gt=0)  # silence after which a stream sends a comment, for proxies' sake
+    workers: int = Field(default=2, gt=0)  # processes that read what is large, some 70 MB each
+    max_waiting_reads: int = Field(default=64, gt=0)  # bodies and texts that wait for one of them; beyond it 429
 
 
 class ServiceConfig(Settings):

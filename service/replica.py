@@ -26,7 +26,9 @@ from service.config import HttpConfig, ServiceConfig, UserConfig, api_keys
 from service.engine.engine import Engine
 from service.http.errors import NotReady
 from service.http.face import ModelCard
+from service.http.reader import Reader
 from service.http.routes import create_app
+from service.http.workers import Workers
 from service.machine import available_cpus, in_passing_thread
 from service.metrics import Metrics
 from service.model import checkpoint
@@ -76,11 +78,14 @@ class Replica:
         self._metrics = Metrics()
         self._switch = Switch(self._loaded.model.head_shape(), self._metrics)
         self._engine: Engine | None = None
+        self._workers = Workers(_directory(config), config.http.workers, config.http.max_waiting_reads)
+        self.reader = Reader(self._loaded.tokenizer, self._workers)
         self.app: ASGIApp = create_app(self, api_keys(config.http), echoes_request_id)
 
     async def start(self, user: UserConfig) -> None:
         """Build and check the backends, then start the engine. Raises ValueError for a backend that cannot serve."""
         backends = await self._switch.build(user.attention)
+        await self._workers.start()
         engine = Engine(self._loaded.model, self._loaded.tokenizer, backends, self.settings.engine, self._metrics)
         await engine.start()
         self._metrics.threads.set(torch.get_num_threads())
@@ -107,6 +112,7 @@ class Replica:
         await self._switch.stop()
         if self._engine is not None:
             await self._engine.stop()
+        await self._workers.stop()
 
     @property
     def config(self) -> HttpConfig:

@@ -95,8 +95,6 @@ def check(request: Request, vocab_size: int, max_length: int, max_sequences: int
     sampling, count = request.sampling, len(request.tokens)
     if count == 0:
         raise InvalidRequest("the input has no tokens; at least one is needed", param="prompt")
-    if not (min(request.tokens) >= 0 and max(request.tokens) < vocab_size):
-        raise InvalidRequest(f"token ids must be from 0 to {vocab_size - 1}", param="prompt")
     if not 1 <= request.n <= max_sequences:
         raise InvalidRequest(f"n must be from 1 to {max_sequences}, received {request.n}", param="n")
     if sampling.max_tokens < 0:
@@ -119,6 +117,8 @@ def check(request: Request, vocab_size: int, max_length: int, max_sequences: int
             param="prompt",
             details={"prompt_tokens": count, "total_tokens": total, "max_tokens": max_length},
         )
+    if not (min(request.tokens) >= 0 and max(request.tokens) < vocab_size):
+        raise InvalidRequest(f"token ids must be from 0 to {vocab_size - 1}", param="prompt")
 
 
 def total_tokens(request: Request) -> int:

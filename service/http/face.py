@@ -13,6 +13,7 @@ from service.config import HttpConfig
 
 if TYPE_CHECKING:
     from service.engine.engine import Engine
+    from service.http.reader import Reader
 
 
 class Tokenizer(Protocol):
@@ -23,6 +24,9 @@ class Tokenizer(Protocol):
 
     @property
     def leading(self) -> int: ...
+
+    @property
+    def longest_token_bytes(self) -> int | None: ...
 
     def encode(self, text: str, add_special_tokens: bool) -> list[int]: ...
 
@@ -52,6 +56,10 @@ class Host(Protocol):
 
     @property
     def tokenizer(self) -> Tokenizer: ...
+
+    @property
+    def reader(self) -> Reader:
+        """What bodies and texts are read with."""
 
     @property
     def engine(self) -> Engine:

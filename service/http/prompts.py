@@ -2,27 +2,21 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
-from service.engine.request import AUTO, InvalidRequest, Request, Sampling, UnknownBackend, quoted
+import numpy as np
+
+from service.engine.request import AUTO, ContextTooLong, InvalidRequest, Request, Sampling, UnknownBackend, quoted
 from service.http.errors import ModelNotFound
 from service.http.face import Host
+from service.http.reader import Call
 from service.http.schemas import Attended, Body, CompletionBody, EmbeddingBody, PlanBody, Prompt
 from service.timing import Timings
 
 DEFAULT_MAX_TOKENS = 16  # OpenAI's
-LONG_TEXT = 4096  # characters; a longer text takes more than a millisecond or so and is encoded off the event loop
-
-
-@dataclass(frozen=True)
-class Call:
-    """What all prompts of one HTTP call share."""
-
-    id: str
-    deadline: float  # time.monotonic() seconds
+UTF8_BYTES = 4  # of one character, at most
 
 
 async def completion_requests(body: CompletionBody, host: Host, call: Call) -> list[Request]:
@@ -30,13 +24,13 @@ async def completion_requests(body: CompletionBody, host: Host, call: Call) -> l
     if body.samples > host.config.max_samples:
         raise InvalidRequest(f"n may be at most {host.config.max_samples}, received {body.samples}", param="n")
     asked = Request(call.id, "completion", (), backend_of(body, host), sampling_of(body), body.samples, call.deadline)
-    return await _requests(asked, "prompt", body.prompt, body.with_special_tokens, host)
+    return await _requests(asked, "prompt", body.prompt, body.with_special_tokens, host, call)
 
 
 async def embedding_requests(body: EmbeddingBody, host: Host, call: Call) -> list[Request]:
     """One request per input. Raises InvalidRequest."""
     asked = Request(call.id, "embedding", (), backend_of(body, host), deadline=call.deadline)
-    return await _requests(asked, "input", body.input, body.with_special_tokens, host)
+    return await _requests(asked, "input", body.input, body.with_special_tokens, host, call)
 
 
 async def planned_requests(body: PlanBody, host: Host, call: Call) -> list[Request]:
@@ -89,7 +83,7 @@ def sampling_of(body: CompletionBody) -> Sampling:
 
 
 async def _requests(
-    asked: Request, param: str, prompts: Sequence[Prompt], add_special_tokens: bool, host: Host
+    asked: Request, param: str, prompts: Sequence[Prompt], add_special_tokens: bool, host: Host, call: Call
 ) -> list[Request]:
     """`asked` once for every prompt, with the prompt's own tokens, id and clock."""
     if len(prompts) > host.config.max_prompts:
@@ -97,32 +91,45 @@ async def _requests(
     requests = []
     for index, prompt in enumerate(prompts):
         start = time.monotonic()
-        tokens = await tokens_of(prompt, add_special_tokens, host, param)
+        tokens = await tokens_of(prompt, add_special_tokens, host, param, call)
         timings = Timings(tokenize_seconds=time.monotonic() - start)
         leading = host.tokenizer.leading if add_special_tokens and isinstance(prompt, str) else 0
         requests.append(replace(asked, id=f"{asked.id}-{index}", tokens=tokens, timings=timings, leading=leading))
     return requests
 
 
-async def tokens_of(prompt: Prompt, add_special_tokens: bool, host: Host, param: str) -> list[int]:
-    """A prompt's token ids; those of a caller stay as they are. Raises InvalidRequest: an empty prompt, an id that is none."""
-    tokens = await encode(prompt, add_special_tokens, host) if isinstance(prompt, str) else prompt
-    if not prompt or not tokens:
+async def tokens_of(prompt: Prompt, add_special_tokens: bool, host: Host, param: str, call: Call) -> Sequence[int]:
+    """A prompt's token ids; those of a caller stay as they are.
+
+    Raises:
+        InvalidRequest: an empty prompt, an id that is none.
+        ContextTooLong: a text of more bytes than the context's tokens can have.
+    """
+    if not prompt:
         raise InvalidRequest(f"{param} is empty, it must have at least one token", param=param)
-    check_ids(tokens, host, param)
-    return tokens
+    if not isinstance(prompt, str):
+        check_ids(prompt, host, param)
+        return prompt
+    _check_length(prompt, host, param)
+    return await host.reader.encode(prompt, add_special_tokens, call)
 
 
-async def encode(text: str, add_special_tokens: bool, host: Host) -> list[int]:
-    """Token ids of a text, off the event loop when it is long."""
-    if len(text) <= LONG_TEXT:
-        return host.tokenizer.encode(text, add_special_tokens)
-    return await asyncio.to_thread(host.tokenizer.encode, text, add_special_tokens)
+def _check_length(text: str, host: Host, param: str) -> None:
+    """Raise ContextTooLong for a text that no way of cutting it into tokens could fit: what is read costs time."""
+    longest = host.tokenizer.longest_token_bytes
+    if longest is None or len(text) <= (most := host.card.max_length * longest) // UTF8_BYTES:
+        return
+    if (received := len(text.encode())) > most:
+        raise ContextTooLong(
+            f"the text has {received} bytes, but the model's context of {host.card.max_length} tokens holds {most} at most",
+            param=param,
+            details={"text_bytes": received, "most_bytes": most, "max_tokens": host.card.max_length},
+        )
 
 
 def check_ids(tokens: Sequence[int], host: Host, param: str) -> None:
     """Raise InvalidRequest unless every id is a token."""
-    last = host.tokenizer.vocab_size - 1
-    for place, token in enumerate(tokens):
-        if not 0 <= token <= last:
-            raise InvalidRequest(f"{param}: token ids are 0 to {last}, received {quoted(token)} at place {place}", param=param)
+    last, ids = host.tokenizer.vocab_size - 1, np.asarray(tokens)
+    if tokens and not 0 <= ids.min() <= ids.max() <= last:
+        place = int(np.argmax((ids < 0) | (ids > last)))
+        raise InvalidRequest(f"{param}: token ids are 0 to {last}, received {ids[place]} at place {place}", param=param)

@@ -22,19 +22,18 @@ from service.engine.request import InvalidRequest, quoted
 from service.http import answers, errors
 from service.http.answers import Completion
 from service.http.auth import ApiKeys
-from service.http.body import check_media_type, parse
+from service.http.body import check_media_type
 from service.http.edge import Edge
 from service.http.errors import ModelNotFound
 from service.http.face import Host
 from service.http.prompts import (
-    Call,
     check_ids,
     check_model,
     completion_requests,
     embedding_requests,
-    encode,
     planned_requests,
 )
+from service.http.reader import Call
 from service.http.schemas import CompletionBody, DetokenizeBody, EmbeddingBody, PlanBody, StreamOptions, TokenizeBody
 from service.http.streaming import CompletionStream, complete, embed
 
@@ -67,8 +66,8 @@ def _add_inference(app: FastAPI, host: Host) -> None:
     @app.post("/v1/completions")
     async def completions(caller: HttpRequest) -> Response:
         """Continue a prompt, or several."""
-        body = await _body(caller, CompletionBody)
         call = _call(caller, host)
+        body = await _body(call, CompletionBody, host)
         requests = await completion_requests(body, host, call)
         completion = Completion(call.id, requests, host)
         if body.stream:
@@ -79,8 +78,9 @@ def _add_inference(app: FastAPI, host: Host) -> None:
     @app.post("/v1/embeddings")
     async def embeddings(caller: HttpRequest) -> Response:
         """The mean of the last hidden states of an input, or of several, at length one."""
-        body = await _body(caller, EmbeddingBody)
-        requests = await embedding_requests(body, host, _call(caller, host))
+        call = _call(caller, host)
+        body = await _body(call, EmbeddingBody, host)
+        requests = await embedding_requests(body, host, call)
         vectors = await embed(host, requests, caller)
         answer = answers.embeddings(vectors, requests, host, body.encoding_format == "base64")
         return JSONResponse(answer, headers=answers.headers(requests))
@@ -88,8 +88,9 @@ def _add_inference(app: FastAPI, host: Host) -> None:
     @app.post("/v1/plan")
     async def plan(caller: HttpRequest) -> Response:
         """What a completion or an embedding would cost, and whether it would be let in now. Computes nothing."""
-        body = await _body(caller, PlanBody)
-        requests = await planned_requests(body, host, _call(caller, host))
+        call = _call(caller, host)
+        body = await _body(call, PlanBody, host)
+        requests = await planned_requests(body, host, call)
         return JSONResponse({"object": "list", "data": [dataclasses.asdict(host.engine.plan(each)) for each in requests]})
 
 
@@ -119,20 +120,21 @@ def _add_models(app: FastAPI, host: Host) -> None:
 
 def _add_tokens(app: FastAPI, host: Host) -> None:
     @app.post("/tokenize")
-    async def tokenize(caller: HttpRequest) -> dict[str, Any]:
+    async def tokenize(caller: HttpRequest) -> Response:
         """A text's token ids."""
-        body = await _body(caller, TokenizeBody)
+        call = _call(caller, host)
+        body = await _body(call, TokenizeBody, host)
         check_model(body, host)
-        tokens = await encode(body.prompt, body.with_special_tokens, host)
-        return {"tokens": tokens, "count": len(tokens), "max_model_len": host.card.max_length}
+        return _json(await host.reader.tokenized(body.prompt, body.with_special_tokens, host.card.max_length, call))
 
     @app.post("/detokenize")
-    async def detokenize(caller: HttpRequest) -> dict[str, Any]:
+    async def detokenize(caller: HttpRequest) -> Response:
         """The text of token ids."""
-        body = await _body(caller, DetokenizeBody)
+        call = _call(caller, host)
+        body = await _body(call, DetokenizeBody, host)
         check_model(body, host)
         check_ids(body.tokens, host, "tokens")
-        return {"prompt": host.tokenizer.decode(body.tokens)}
+        return _json(await host.reader.detokenized(body.tokens, call))
 
 
 def _add_state(app: FastAPI, host: Host) -> None:
@@ -159,10 +161,14 @@ def _add_state(app: FastAPI, host: Host) -> None:
         return Response(await host.metrics(), media_type=CONTENT_TYPE_PLAIN_0_0_4)
 
 
-async def _body(caller: HttpRequest, kind: type[B]) -> B:
-    """The call's body. Raises WrongMediaType, InvalidRequest."""
-    check_media_type(caller.headers)
-    return parse(await caller.body(), kind)
+async def _body(call: Call, kind: type[B], host: Host) -> B:
+    """The call's body. Raises WrongMediaType, InvalidRequest, and what `Reader` does."""
+    check_media_type(call.caller.headers)
+    return await host.reader.body(await call.caller.body(), kind, call)
+
+
+def _json(encoded: bytes) -> Response:
+    return Response(encoded, media_type="application/json")
 
 
 def _call(caller: HttpRequest, host: Host) -> Call:
@@ -171,4 +177,4 @@ def _call(caller: HttpRequest, host: Host) -> Call:
     seconds = longest if given is None else float(given) if NUMBER.fullmatch(given) else 0.0
     if not seconds > 0:
         raise InvalidRequest(f"{TIMEOUT_HEADER} must be a number above 0, received {quoted(given)}", param=TIMEOUT_HEADER)
-    return Call(caller.state.request_id, time.monotonic() + min(seconds, longest))
+    return Call(caller.state.request_id, time.monotonic() + min(seconds, longest), caller)

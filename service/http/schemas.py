@@ -8,14 +8,14 @@ silence from what was asked.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from array import array
+from collections.abc import Iterable, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import (
     BaseModel,
     ConfigDict,
     Discriminator,
-    FailFast,
     Field,
     PlainValidator,
     RootModel,
@@ -27,7 +27,7 @@ from pydantic_core import PydanticCustomError
 
 from service.engine.request import quoted
 
-Prompt = str | list[int]
+Prompt = str | Sequence[int]
 
 INT64 = 2**63 - 1
 """Largest integer of any field: what lies beyond fits no counter underneath."""
@@ -36,6 +36,9 @@ MOST_FIELDS = 128
 """Fields of one body, known or not."""
 
 MOST_STOPS = 16
+
+MOST_PROMPTS = 2048
+"""In one call, whatever the config allows: OpenAI's bound."""
 
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "suffix": (None, ""),
@@ -75,18 +78,33 @@ def prompts(value: Any) -> list[Prompt]:
         return [value]
     if not isinstance(value, list):
         raise ValueError(f"must be a string, or a list of strings, of token ids or of such lists, received {quoted(value)}")
-    if _are_tokens(value):
-        return [value]
-    if value and (all(isinstance(each, str) for each in value) or all(isinstance(each, list) for each in value)):
-        for index, each in enumerate(value):
-            if isinstance(each, list) and not _are_tokens(each):
-                raise ValueError(f"entry {index} must be a list of token ids, at least one, received something else")
+    kinds = set(map(type, value))
+    if kinds == {int}:
+        return [token_ids(value)]
+    if len(value) > MOST_PROMPTS and kinds <= {str, list}:
+        raise ValueError(f"may hold {MOST_PROMPTS} strings or lists at most, received {len(value)}")
+    if kinds == {str}:
         return list(value)
+    if kinds == {list}:
+        return [_entry(index, each) for index, each in enumerate(value)]
     raise ValueError("must hold at least one entry, and only strings, only token ids or only lists of token ids")
 
 
-def _are_tokens(value: list[Any]) -> bool:
-    return bool(value) and all(type(each) is int for each in value)  # a bool is an int, but no token
+def _entry(index: int, value: list[Any]) -> Sequence[int]:
+    if set(map(type, value)) != {int}:
+        raise ValueError(f"entry {index} must be a list of token ids, at least one, received something else")
+    return token_ids(value)
+
+
+def token_ids(value: Any) -> Sequence[int]:
+    """A list of token ids as an array, four bytes each. Raises ValueError for any other value."""
+    if not isinstance(value, list) or not set(map(type, value)) <= {int}:  # a bool is an int, but no token
+        raise ValueError(f"must be a list of token ids, received {quoted(value)}")
+    try:
+        return array("i", value)
+    except OverflowError:
+        place, wrong = next((place, each) for place, each in enumerate(value) if not -(2**31) <= each < 2**31)
+        raise ValueError(f"token ids have 31 bits at most, received {quoted(wrong)} at place {place}") from None
 
 
 def stops(value: Any) -> tuple[str, ...]:
@@ -291,4 +309,6 @@ class TokenizeBody(Worded):
 class DetokenizeBody(Body):
     """POST /detokenize."""
 
-    tokens: Annotated[list[int], FailFast(), WithJsonSchema({"type": "array", "items": {"type": "integer", "minimum": 0}})]
+    tokens: Annotated[
+        Sequence[int], PlainValidator(token_ids), WithJsonSchema({"type": "array", "items": {"type": "integer", "minimum": 0}})
+    ]

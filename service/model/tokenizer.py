@@ -7,6 +7,7 @@ one, is what the file's own post-processor says.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from functools import cache, cached_property
 from pathlib import Path
@@ -54,7 +55,10 @@ class Tokenizer:
 
         What looks like a special token within the text is encoded as the plain text it is.
         """
-        return list(self._core.encode(text, add_special_tokens=add_special_tokens).ids)
+        (encoding,) = self._core.encode_batch_fast(
+            [text], add_special_tokens=add_special_tokens
+        )  # `encode` keeps Python's lock
+        return list(encoding.ids)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of token ids; bytes that are no UTF-8 become U+FFFD. Special tokens show as their text."""
@@ -65,12 +69,63 @@ class Tokenizer:
         return self._bytes[token]
 
     @cached_property
+    def longest_token_bytes(self) -> int | None:
+        """Most bytes of text that one token can stand for. None where the file's own steps may drop text without a bound."""
+        file = json.loads(self._core.to_str())
+        shrinking = _shrinking(file["normalizer"])
+        keeps_all = _keeps_all(file["pre_tokenizer"]) and not any(
+            each["lstrip"] or each["rstrip"] for each in file["added_tokens"]
+        )
+        covers_all = file["model"]["type"] == "BPE" and (
+            file["model"].get("byte_fallback") or _has(file["pre_tokenizer"], "ByteLevel")
+        )
+        if shrinking is None or not keeps_all or not covers_all:
+            return None
+        return shrinking * max(map(len, self._bytes))
+
+    @cached_property
     def _bytes(self) -> list[bytes]:
         added = {i: token.content for i, token in self._core.get_added_tokens_decoder().items()}
         byte_level = "ByteLevel" in json.dumps(json.loads(self._core.to_str())["decoder"])
         spell = _byte_level_bytes if byte_level else _sentencepiece_bytes
         tokens = ((i, self._core.id_to_token(i)) for i in range(self.vocab_size))
         return [added[i].encode() if i in added else spell(token or "") for i, token in tokens]
+
+
+NFC_SHRINKS = 4
+"""Times fewer bytes of UTF-8 that a character may have after NFC than before, rounded up: 3.5, Greek with three marks."""
+
+
+def _shrinking(normalizer: dict[str, Any] | None) -> int | None:
+    """How many times fewer bytes a text may have after the normalizer; None: without a bound, or unknown."""
+    steps = _steps(normalizer, "normalizers")
+    known = {"Prepend": 1, "NFC": NFC_SHRINKS}
+    factors = [1 if _is_word_mark(step) else known.get(step["type"]) for step in steps]
+    return None if None in factors else math.prod(each for each in factors if each is not None)
+
+
+def _is_word_mark(step: dict[str, Any]) -> bool:
+    """Whether a step writes sentencepiece's mark for each space, which only makes text longer."""
+    return bool(step["type"] == "Replace" and step["pattern"] == {"String": " "} and step["content"] == "▁")
+
+
+def _keeps_all(pre_tokenizer: dict[str, Any] | None) -> bool:
+    """Whether every character of a text comes out of the pre-tokenizer."""
+    steps = _steps(pre_tokenizer, "pretokenizers")
+    return all(
+        step["type"] in ("ByteLevel", "Metaspace", "Digits", "Split") and step.get("behavior") != "Removed" for step in steps
+    )
+
+
+def _has(pre_tokenizer: dict[str, Any] | None, kind: str) -> bool:
+    return any(step["type"] == kind for step in _steps(pre_tokenizer, "pretokenizers"))
+
+
+def _steps(node: dict[str, Any] | None, inner: str) -> list[dict[str, Any]]:
+    """The steps of a normalizer or pre-tokenizer, in order."""
+    if node is None:
+        return []
+    return [step for each in node[inner] for step in _steps(each, inner)] if node["type"] == "Sequence" else [node]
 
 
 def _read_settings(path: Path) -> dict[str, Any]:

@@ -1,0 +1,88 @@
+"""The process that reads large bodies and long texts for a replica: `python -m service.http.worker SOCKET DIRECTORY`.
+
+It loads the tokenizer of the directory, says so, and then does one job after the other until the socket closes. A frame is
+eight bytes of length and a pickle; both ends are ours, and nobody else has the socket.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import pickle
+import socket
+import sys
+from array import array
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+from pydantic import BaseModel
+
+from service.engine.request import RequestError
+from service.http.body import parse
+from service.http.face import Tokenizer
+from service.model import tokenizer as files
+
+B = TypeVar("B", bound=BaseModel)
+
+LENGTH_BYTES = 8
+
+
+def framed(value: Any) -> bytes:
+    """A value as it goes over the socket."""
+    data = pickle.dumps(value, protocol=5)
+    return len(data).to_bytes(LENGTH_BYTES, "little") + data
+
+
+def read(tokenizer: Tokenizer, raw: bytes, kind: type[B]) -> B:
+    """A body's record. Raises InvalidRequest."""
+    return parse(raw, kind)
+
+
+def encode(tokenizer: Tokenizer, text: str, add_special_tokens: bool) -> Sequence[int]:
+    """A text's token ids."""
+    return array("i", tokenizer.encode(text, add_special_tokens))
+
+
+def tokenized(tokenizer: Tokenizer, text: str, add_special_tokens: bool, max_length: int) -> bytes:
+    """The answer to `/tokenize`, as JSON."""
+    tokens = tokenizer.encode(text, add_special_tokens)
+    return json.dumps({"tokens": tokens, "count": len(tokens), "max_model_len": max_length}).encode()
+
+
+def detokenized(tokenizer: Tokenizer, tokens: Sequence[int]) -> bytes:
+    """The answer to `/detokenize`, as JSON."""
+    return json.dumps({"prompt": tokenizer.decode(tokens)}, ensure_ascii=False).encode()
+
+
+def _serve(line: socket.socket, tokenizer: Tokenizer) -> None:
+    incoming = line.makefile("rb")
+    while len(head := incoming.read(LENGTH_BYTES)) == LENGTH_BYTES:
+        job, arguments = pickle.loads(incoming.read(int.from_bytes(head, "little")))
+        line.sendall(_answer(job, tokenizer, arguments))
+        del arguments
+        gc.collect()
+
+
+def _answer(job: Callable[..., Any], tokenizer: Tokenizer, arguments: tuple[Any, ...]) -> bytes:
+    """The frame of (whether it went well, result or error)."""
+    try:
+        return framed((True, job(tokenizer, *arguments)))
+    except RequestError as error:
+        return framed((False, error))
+    except Exception as error:  # told to the replica, which logs it and answers 500
+        return framed((False, RuntimeError(f"{type(error).__name__} in {job.__name__}: {error!s:.500}")))
+
+
+def main() -> None:
+    """Serve the socket whose number is the first argument, with the tokenizer of the second."""
+    gc.disable()  # millions of small lists would be looked through again and again; after each job it runs once
+    line, tokenizer = socket.socket(fileno=int(sys.argv[1])), files.Tokenizer.load(sys.argv[2])
+    line.sendall(framed("ready"))
+    _serve(line, tokenizer)
+
+
+if __name__ == "__main__":
+    # as the module of its own name, so that jobs pickled by the replica are the functions above
+    from service.http import worker
+
+    worker.main()
