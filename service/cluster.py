@@ -21,6 +21,7 @@ ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",  # nothing of ours is reported to anybody
     "RAY_DISABLE_DOCKER_CPU_WARNING": "1",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "service.http.proxy:middlewares",  # what stands around Serve's proxy
     "RAY_SERVE_LOG_TO_STDERR": "0",  # Serve's own lines stay in its files; ours are on stderr
 }
 os.environ.update({name: value for name, value in ENVIRONMENT.items() if name not in os.environ})  # Ray reads them on import
@@ -30,6 +31,7 @@ from ray import serve  # noqa: E402
 from ray.serve.schema import ServeDeploySchema  # noqa: E402
 
 from service.config import DEPLOYMENT, ApplicationSection, ServeFile  # noqa: E402
+from service.http.proxy import LIMITS  # noqa: E402
 
 OBJECT_STORE_BYTES = 100 * 2**20  # requests and answers do not pass through it; Ray's default takes 30 % of the memory
 POLL_SECONDS = 0.1
@@ -45,6 +47,7 @@ class DeployFailed(Exception):
 
 def start(file: ServeFile, cpus: int) -> None:
     """Start Ray on this machine and Serve's proxy, as the file says: no dashboard, no usage report, a small object store."""
+    os.environ[LIMITS] = file.applications[0].args.http.line.model_dump_json()  # the first application's, for all
     ray.init(
         num_cpus=max(cpus, _reserved_cpus(file)),
         include_dashboard=False,

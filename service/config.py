@@ -41,16 +41,29 @@ class EngineConfig(Settings):
     memory_sample_every: int = Field(default=200, gt=0)  # steps; the peak of one in so many is measured, which doubles its time
 
 
+class LineConfig(Settings):
+    """How long and how much one connection may keep a server waiting (service/http/line.py)."""
+
+    max_connections: int = Field(default=1000, gt=0)  # beyond it 503
+    max_head_bytes: int = Field(default=2**16, gt=0)  # request line and headers; above it 431
+    head_timeout_seconds: float = Field(default=10, gt=0)  # from the connection or the first byte to the last header; then 408
+    rest_timeout_seconds: float = Field(default=10, gt=0)  # for what still comes of a body after its refusal
+    send_timeout_seconds: float = Field(default=60, gt=0)  # in which a client reads nothing of its answer
+
+
 class HttpConfig(Settings):
     """What the HTTP layer lets in (service/http)."""
 
     api_keys_env: str | None = None  # environment variable that holds the API keys, comma-separated; None: no key asked
     max_body_bytes: int = Field(default=16 * 2**20, gt=0)  # counted while reading; above it 413
+    max_bodies_bytes: int = Field(default=256 * 2**20, gt=0)  # of all bodies whose answer has not begun; above it 429
+    body_timeout_seconds: float = Field(default=60, gt=0)  # for the whole of a body to arrive; then 408
     max_prompts: int = Field(default=64, gt=0)  # prompts or inputs in one call
     max_samples: int = Field(default=16, gt=0)  # `n` of one prompt
     request_timeout_seconds: float = Field(default=600, gt=0)  # longest a caller is kept waiting; a header may shorten it
     stream_ping_seconds: float = Field(default=10, gt=0)  # silence after which a stream sends a comment, for proxies' sake
     workers: int = Field(default=2, gt=0)  # processes that read what is large, some 70 MB each
+    line: LineConfig = LineConfig()
     max_waiting_reads: int = Field(default=64, gt=0)  # bodies and texts that wait for one of them; beyond it 429
 
 

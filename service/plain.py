@@ -14,6 +14,7 @@ from contextlib import asynccontextmanager, contextmanager
 import uvicorn
 
 from service.config import ServiceConfig, UserConfig
+from service.http.line import line_under
 from service.replica import Replica
 
 
@@ -24,7 +25,8 @@ async def listening(replica: Replica, user: UserConfig) -> AsyncIterator[str]:
     # asyncio turns Nagle's delay off, 40 ms for an answer, on sockets that say they are TCP
     with socket.socket(proto=socket.IPPROTO_TCP) as listener:
         listener.bind(("127.0.0.1", 0))
-        server = uvicorn.Server(uvicorn.Config(replica.app, log_level="error", timeout_graceful_shutdown=5))
+        line = line_under(replica.config.line)
+        server = uvicorn.Server(uvicorn.Config(replica.app, http=line, log_level="error", timeout_graceful_shutdown=5))
         serving = asyncio.create_task(server.serve([listener]))
         try:
             while not server.started:

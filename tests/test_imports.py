@@ -16,6 +16,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "service.model": ("attention", "service.model"),
     "service.engine": ("attention", "service.model", "service.engine", "service.config", "service.timing"),
     "service.http": ("service.engine.request", "service.http", "service.config", "service.timing"),
+    "service.http.worker": ("service.engine.request", "service.http", "service.model.tokenizer"),  # a process of its own
     "service.timing": (),
     "service.machine": (),
     "service.config": ("attention",),

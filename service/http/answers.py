@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import codecs
+import json
 import struct
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from service.engine.request import Delta, Embedding, FinishReason, Request, TokenLogprob
@@ -15,6 +17,10 @@ from service.timing import PHASES, receipt
 
 Json = dict[str, Any]
 LOGPROB_KEYS = ("tokens", "token_logprobs", "top_logprobs", "text_offset")
+
+
+LONG_LIST = 256
+"""Entries; a longer list is spelled and encoded in a thread, by so many at once: some milliseconds of Python's lock."""
 
 
 class Choice:
@@ -90,6 +96,14 @@ class Completion:
         self._requests = requests
         self._samples = requests[0].n
         self._choices = [Choice(index, host.tokenizer) for index in range(len(requests) * self._samples)]
+        self.is_long = False  # whether a thread should encode it
+
+    async def take(self, prompt: int, delta: Delta) -> Json:
+        """`add`, in a thread when there is much to spell."""
+        if len(delta.logprobs or ()) <= LONG_LIST:
+            return self.add(prompt, delta)
+        self.is_long = True
+        return await asyncio.to_thread(self.add, prompt, delta)
 
     def add(self, prompt: int, delta: Delta) -> Json:
         """Take in a delta of the prompt with that index; returns it as a chunk of a stream."""
@@ -131,6 +145,36 @@ def embeddings(vectors: Sequence[Embedding], requests: Sequence[Request], host: 
 def _packed(vector: Sequence[float]) -> str:
     """Little-endian float32 in base64: what OpenAI's clients ask for and unpack."""
     return base64.b64encode(struct.pack(f"<{len(vector)}f", *vector)).decode()
+
+
+def encoded(value: Any) -> bytes:
+    """A value as JSON."""
+    return json.dumps(value, ensure_ascii=False).encode()
+
+
+def encoded_in_pieces(value: Any) -> bytes:
+    """The same for a thread: it lets Python's lock go between the pieces, which `json.dumps` keeps to its end."""
+    return "".join(_pieces(value)).encode()
+
+
+def _pieces(value: Any) -> Iterator[str]:
+    if isinstance(value, dict):
+        yield "{"
+        for place, (key, each) in enumerate(value.items()):
+            yield f"{',' * bool(place)}{json.dumps(key)}:"
+            yield from _pieces(each)
+        yield "}"
+    elif isinstance(value, list) and len(value) > LONG_LIST:
+        slices = (value[start : start + LONG_LIST] for start in range(0, len(value), LONG_LIST))
+        yield f"[{','.join(json.dumps(each, ensure_ascii=False)[1:-1] for each in slices)}]"
+    elif isinstance(value, list):
+        yield "["
+        for place, each in enumerate(value):
+            yield "," * bool(place)
+            yield from _pieces(each)
+        yield "]"
+    else:
+        yield json.dumps(value, ensure_ascii=False)
 
 
 def headers(requests: Sequence[Request]) -> dict[str, str]:

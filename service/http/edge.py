@@ -1,4 +1,4 @@
-"""The outer edge of the app, where every call passes: request id, API key, bounded body, count, and the last-resort 500.
+"""The outer edge of the app, where every call passes: request id, API key, bounded body, HEAD, count, and the last-resort 500.
 
 Plain ASGI: middleware that wraps requests and responses in objects of its own breaks streams and disconnects.
 """
@@ -16,8 +16,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.engine.request import RequestError
 from service.http.auth import ApiKeys
-from service.http.errors import BodyTooLarge, internal_error, response_to
+from service.http.errors import internal_error, response_to
 from service.http.face import Host
+from service.http.intake import Intake, Share
 
 logger = logging.getLogger("longserve.http")
 REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
@@ -28,6 +29,7 @@ class Exchange:
     """One call on its way through: what is known of its answer so far."""
 
     request_id: str
+    share: Share
     status: int | None = None  # None until the response has begun
 
 
@@ -38,26 +40,30 @@ class Edge:
         self.app = app
         self.host = host
         self.keys = keys
+        self.intake = Intake(host.config)
         self.echoes_request_id = echoes_request_id
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        exchange = Exchange(_request_id(Headers(scope=scope)))
-        scope.setdefault("state", {})["request_id"] = exchange.request_id
+        exchange, method = Exchange(_request_id(Headers(scope=scope)), self.intake.open()), scope["method"]
+        # the routes know GET; whoever sends the answer of a HEAD leaves its body out, by the method of its own scope
+        scope = {**scope, "method": "GET" if method == "HEAD" else method}
+        scope["state"] = {**scope.get("state", {}), "request_id": exchange.request_id}
         try:
             await self._exchange(scope, receive, self._watched(send, exchange), exchange)
         finally:
+            exchange.share.close()
             route = getattr(scope.get("route"), "path", "unmatched")
-            self.host.responded(route, scope["method"], exchange.status or 499)
+            self.host.responded(route, method, exchange.status or 499)
 
     async def _exchange(self, scope: Scope, receive: Receive, send: Send, exchange: Exchange) -> None:
         """Let the call in and answer it; whatever goes wrong before the response begins becomes a response."""
         refusal: Response
         try:
             self.keys.check(scope["path"], Headers(scope=scope))
-            body = await self._read(Headers(scope=scope), receive)
+            body = await exchange.share.read(Headers(scope=scope), receive)
             if body is not None:
                 await self.app(scope, _replay(body, receive), send)
             return
@@ -69,26 +75,11 @@ class Edge:
         if exchange.status is None:
             await refusal(scope, receive, send)
 
-    async def _read(self, headers: Headers, receive: Receive) -> bytes | None:
-        """The whole body, counted while it comes; None when the caller hung up meanwhile."""
-        limit = self.host.config.max_body_bytes
-        declared = headers.get("content-length", "0")
-        if declared.isdigit() and int(declared) > limit:
-            raise BodyTooLarge(f"the body may have {limit} bytes, received {declared}")
-        parts, size = [], 0
-        while (message := await receive())["type"] == "http.request":
-            parts.append(message.get("body", b""))
-            size += len(parts[-1])
-            if size > limit:
-                raise BodyTooLarge(f"the body may have {limit} bytes, received more")
-            if not message.get("more_body", False):
-                return b"".join(parts)
-        return None
-
     def _watched(self, send: Send, exchange: Exchange) -> Send:
         async def watched(message: Message) -> None:
             if message["type"] == "http.response.start":
                 exchange.status = message["status"]
+                exchange.share.close()  # what was asked has been read by now
                 if self.echoes_request_id:
                     MutableHeaders(scope=message)["x-request-id"] = exchange.request_id
             await send(message)

@@ -38,6 +38,18 @@ class WrongMediaType(InvalidRequest):
     code = "unsupported_media_type"
 
 
+class WrongEncoding(InvalidRequest):
+    """The body is packed."""
+
+    code = "unsupported_content_encoding"
+
+
+class BodyTooSlow(RequestError):
+    """The body took longer than `http.body_timeout_seconds`."""
+
+    code = "body_timeout"
+
+
 class BodyTooLarge(InvalidRequest):
     """The body passes `http.max_body_bytes`."""
 
@@ -72,8 +84,10 @@ STATUS: dict[type[RequestError], tuple[int, str]] = {
     InvalidRequest: (400, "invalid_request_error"),
     Unauthorized: (401, "authentication_error"),
     ModelNotFound: (404, "invalid_request_error"),
+    BodyTooSlow: (408, "timeout_error"),
     DeadlineExceeded: (408, "timeout_error"),
     BodyTooLarge: (413, "invalid_request_error"),
+    WrongEncoding: (415, "invalid_request_error"),
     WrongMediaType: (415, "invalid_request_error"),
     QueueFull: (429, "rate_limit_error"),
     ClientGone: (499, "client_error"),
@@ -108,6 +122,8 @@ def response_to(error: RequestError) -> Response:
     headers = {} if seconds is None else {"retry-after": str(max(1, math.ceil(seconds)))}
     if isinstance(error, Unauthorized):
         headers["www-authenticate"] = "Bearer"
+    if isinstance(error, WrongEncoding):
+        headers["accept-encoding"] = "identity"
     return _json(body_of(error), status, headers)
 
 
@@ -133,17 +149,31 @@ async def _unforeseen(request: HttpRequest, _: Exception) -> Response:
 
 
 async def _http(request: HttpRequest, error: Exception) -> Response:
-    """404, 405 and their like, raised by the router."""
+    """404, 405 and their like, raised by the router; and the answer to OPTIONS, which it takes for a wrong method."""
     assert isinstance(error, HTTPException)
-    allowed = (error.headers or {}).get("Allow")
-    message = {
-        404: f"no route {quoted(request.url.path)}; /docs lists the routes",
-        405: f"{quoted(request.method, 20)} is not allowed on {request.url.path}, allowed: {allowed}",
-    }.get(error.status_code, str(error.detail))
-    code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "invalid_request")
-    kind = "invalid_request_error" if error.status_code < 500 else "server_error"
-    body = {"error": {"message": message, "type": kind, "param": None, "code": code}}
-    return _json(body, error.status_code, dict(error.headers or {}))
+    if error.status_code == 405:
+        return _wrong_method(request, (error.headers or {})["Allow"])
+    message = f"no route {quoted(request.url.path)}; /docs lists the routes" if error.status_code == 404 else str(error.detail)
+    return _json(shaped(error.status_code, message), error.status_code, dict(error.headers or {}))
+
+
+def _wrong_method(request: HttpRequest, routed: str) -> Response:
+    allowed = routed.replace("GET", "GET, HEAD") + ", OPTIONS"
+    if request.method == "OPTIONS":
+        return Response(status_code=204, headers={"allow": allowed})
+    message = f"{quoted(request.method, 20)} is not allowed on {request.url.path}, allowed: {allowed}"
+    return _json(shaped(405, message), 405, {"allow": allowed})
+
+
+CODES = {404: "not_found", 405: "method_not_allowed", 408: "deadline_exceeded", 429: "queue_full", 500: "internal_error"}
+"""The machine's word for a status that no typed error stands behind."""
+
+
+def shaped(status: int, message: str) -> dict[str, Any]:
+    """An error that is known by its status only, in OpenAI's shape."""
+    kind = dict(STATUS.values()).get(status, "server_error" if status >= 500 else "invalid_request_error")
+    code = CODES.get(status, "unavailable" if status >= 500 else "invalid_request")
+    return {"error": {"message": message, "type": kind, "param": None, "code": code}}
 
 
 def _json(body: dict[str, Any], status: int, headers: dict[str, str]) -> Response:

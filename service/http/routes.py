@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 from fastapi import FastAPI
@@ -73,7 +73,7 @@ def _add_inference(app: FastAPI, host: Host) -> None:
         if body.stream:
             return CompletionStream(host, requests, completion, body.stream_options or StreamOptions())
         answer = await complete(host, requests, completion, caller)
-        return JSONResponse(answer, headers=answers.headers(requests))
+        return _json(answer, answers.headers(requests))
 
     @app.post("/v1/embeddings")
     async def embeddings(caller: HttpRequest) -> Response:
@@ -167,8 +167,8 @@ async def _body(call: Call, kind: type[B], host: Host) -> B:
     return await host.reader.body(await call.caller.body(), kind, call)
 
 
-def _json(encoded: bytes) -> Response:
-    return Response(encoded, media_type="application/json")
+def _json(encoded: bytes, headers: Mapping[str, str] | None = None) -> Response:
+    return Response(encoded, headers=headers, media_type="application/json")
 
 
 def _call(caller: HttpRequest, host: Host) -> Call:

@@ -7,7 +7,6 @@ Every answer that was opened is closed, whatever happens: closing is what gives 
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from enum import Enum
@@ -18,7 +17,7 @@ from starlette.types import Receive, Scope, Send
 
 from service.engine.request import Delta, Embedding, Request, RequestError
 from service.http import answers
-from service.http.answers import Completion, Json
+from service.http.answers import Completion
 from service.http.errors import ClientGone, InternalError, body_of
 from service.http.face import Host
 from service.http.schemas import StreamOptions
@@ -96,13 +95,15 @@ async def _end(tasks: Sequence[asyncio.Task[None]]) -> None:
     await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def complete(host: Host, requests: Sequence[Request], completion: Completion, caller: HttpRequest) -> Json:
-    """The whole answer to a completion call. Raises RequestError."""
+async def complete(host: Host, requests: Sequence[Request], completion: Completion, caller: HttpRequest) -> bytes:
+    """The whole answer to a completion call, as JSON. Raises RequestError."""
     async with merged(host, requests, caller) as running:
         while (item := await running.next()) is not Signal.END:
             assert isinstance(item, tuple) and isinstance(item[1], Delta)
-            completion.add(item[0], item[1])
-    return completion.whole()
+            await completion.take(item[0], item[1])
+    if completion.is_long:
+        return await asyncio.to_thread(lambda: answers.encoded_in_pieces(completion.whole()))
+    return answers.encoded(completion.whole())
 
 
 async def embed(host: Host, requests: Sequence[Request], caller: HttpRequest) -> list[Embedding]:
@@ -146,28 +147,29 @@ class CompletionStream(Response):
     async def _events(self, item: Item | Signal, running: Merged) -> AsyncGenerator[bytes]:
         try:
             while item is not Signal.END:
-                yield b": waiting\n\n" if item is Signal.SILENCE else self._chunk(item)
+                yield b": waiting\n\n" if item is Signal.SILENCE else await self._chunk(item)
                 item = await running.next(self.host.config.stream_ping_seconds)
             if self.options.include_usage:
-                yield _event(self.completion.usage_chunk())
+                yield _event(answers.encoded(self.completion.usage_chunk()))
             yield b"data: [DONE]\n\n"
         except ClientGone:
             return
         except RequestError as error:
-            yield _event(body_of(error))
+            yield _event(answers.encoded(body_of(error)))
         except Exception:
-            yield _event(body_of(InternalError("internal error")))
+            yield _event(answers.encoded(body_of(InternalError("internal error"))))
             raise
 
-    def _chunk(self, item: Item | Signal) -> bytes:
+    async def _chunk(self, item: Item | Signal) -> bytes:
         assert isinstance(item, tuple) and isinstance(item[1], Delta)
-        chunk = self.completion.add(item[0], item[1])
+        chunk = await self.completion.take(item[0], item[1])
         if self.options.continuous_usage_stats:
             chunk["usage"] = self.completion.usage()
         elif self.options.include_usage:
             chunk["usage"] = None  # OpenAI's: on every chunk but the last
-        return _event(chunk)
+        is_long = len(item[1].logprobs or ()) > answers.LONG_LIST
+        return _event(await asyncio.to_thread(answers.encoded_in_pieces, chunk) if is_long else answers.encoded(chunk))
 
 
-def _event(data: Json) -> bytes:
-    return b"data: " + json.dumps(data, ensure_ascii=False).encode() + b"\n\n"
+def _event(data: bytes) -> bytes:
+    return b"data: " + data + b"\n\n"

@@ -76,12 +76,13 @@ class Tokenizer:
         keeps_all = _keeps_all(file["pre_tokenizer"]) and not any(
             each["lstrip"] or each["rstrip"] for each in file["added_tokens"]
         )
-        covers_all = file["model"]["type"] == "BPE" and (
-            file["model"].get("byte_fallback") or _has(file["pre_tokenizer"], "ByteLevel")
-        )
+        covers_all = file["model"]["type"] == "BPE" and (file["model"]["byte_fallback"] or self._spells_every_byte(file))
         if shrinking is None or not keeps_all or not covers_all:
             return None
         return shrinking * max(map(len, self._bytes))
+
+    def _spells_every_byte(self, file: dict[str, Any]) -> bool:
+        return _has(file["pre_tokenizer"], "ByteLevel") and len({each for each in self._bytes if len(each) == 1}) == 256
 
     @cached_property
     def _bytes(self) -> list[bytes]:

@@ -1,0 +1,112 @@
+"""What stands around Ray Serve's proxy, in the proxy's own process: our connection limits, one shape of error, and no way
+to take a call out of the service's hands.
+
+Serve calls `middlewares` when a proxy starts, for the environment variable RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH names it
+(`service/cluster.py` sets it; set it on every node where Ray was started otherwise).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.middleware import Middleware
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from uvicorn.config import HTTP_PROTOCOLS
+
+from service.config import LineConfig
+from service.engine.request import InvalidRequest
+from service.http import line
+from service.http.errors import response_to, shaped
+
+LIMITS = "LONGSERVE_LINE"
+"""The environment variable that brings a `LineConfig` as JSON to the proxy."""
+
+RAYS_OWN = "/-/"
+"""Paths that Serve's proxy answers for itself, health and routes: their answers stay as they are."""
+
+RENAMED = {b"x-request-timeout-seconds": b"x-longserve-timeout-seconds"}
+"""Serve would answer a timeout itself, while the replica goes on; the service's own header says the same to the engine."""
+
+DROPPED = frozenset({b"x-request-disconnect-disabled"})
+"""Would let a call go on after its caller has left."""
+
+
+def middlewares() -> list[Middleware]:
+    """Put our connections under the proxy that is about to start; returns what stands around its app."""
+    limits = LineConfig.model_validate_json(os.environ.get(LIMITS, "{}"))
+    line.Line.limits = limits
+    HTTP_PROTOCOLS["auto"] = f"{line.__name__}:{line.Line.__name__}"  # what a uvicorn.Config without a wish of its own takes
+    return [Middleware(Front)]
+
+
+class Front:
+    """Wraps the proxy's app."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["path"].startswith(RAYS_OWN):
+            await self.app(scope, receive, send)
+            return
+        answer = Reshaped(scope["path"], send)
+        if _are_text(scope["headers"]):
+            await self.app({**scope, "headers": _service_headers(scope["headers"])}, receive, answer)
+        else:
+            await response_to(InvalidRequest("header values must be UTF-8"))(scope, receive, send)
+
+
+class Reshaped:
+    """A `send` that gives the proxy's plain errors the shape of the service's."""
+
+    def __init__(self, path: str, send: Send) -> None:
+        self._path = path
+        self._send = send
+        self._start: Message | None = None  # of a plain error, held back until its text is known
+        self._text = b""
+
+    async def __call__(self, message: Message) -> None:
+        if message["type"] == "http.response.start" and _is_plain_error(message):
+            self._start = message
+        elif self._start is None:
+            await self._send(message)
+        else:
+            self._text += message.get("body", b"")
+            if not message.get("more_body", False):
+                await self._finish(self._start)
+
+    async def _finish(self, start: Message) -> None:
+        status, told = start["status"], self._text.decode(errors="replace")
+        message = f"no route {self._path[:200]!r}" if status == 404 else told or "the service could not answer"
+        body = json.dumps(shaped(status, message)).encode()
+        headers = MutableHeaders(scope=start)
+        headers["content-type"], headers["content-length"] = "application/json", str(len(body))
+        await self._send(start)
+        await self._send({"type": "http.response.body", "body": body})
+
+
+def _is_plain_error(start: Message) -> bool:
+    return start["status"] >= 400 and not Headers(raw=list(start["headers"])).get("content-type", "").startswith(
+        "application/json"
+    )
+
+
+def _are_text(headers: list[tuple[bytes, bytes]]) -> bool:
+    """Whether Serve's proxy can read them: it fails on others."""
+    try:
+        b"".join(value for _, value in headers).decode()
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def _service_headers(headers: list[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
+    """The caller's headers without those that would steer Serve's proxy past the service."""
+    given, kept = {name for name, _ in headers}, []
+    for name, value in headers:
+        ours = RENAMED.get(name, name)
+        if name not in DROPPED and (ours == name or ours not in given):
+            kept.append((ours, value))
+    return kept
