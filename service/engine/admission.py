@@ -94,7 +94,7 @@ def check(request: Request, vocab_size: int, max_length: int, max_sequences: int
     """Raise InvalidRequest or ContextTooLong unless the request can be computed at all."""
     sampling, count = request.sampling, len(request.tokens)
     if count == 0:
-        raise InvalidRequest("the input has no tokens; at least one is needed", param="prompt")
+        raise InvalidRequest("the input has no tokens; at least one is needed", param=request.param)
     if not 1 <= request.n <= max_sequences:
         raise InvalidRequest(f"n must be from 1 to {max_sequences}, received {request.n}", param="n")
     if sampling.max_tokens < 0:
@@ -114,11 +114,11 @@ def check(request: Request, vocab_size: int, max_length: int, max_sequences: int
         answer = "" if request.kind == "embedding" else f" and max_tokens {sampling.max_tokens}, together {total},"
         raise ContextTooLong(
             f"the input has {count} tokens{answer} but the model's context is {max_length} tokens",
-            param="prompt",
+            param=request.param,
             details={"prompt_tokens": count, "total_tokens": total, "max_tokens": max_length},
         )
     if not (min(request.tokens) >= 0 and max(request.tokens) < vocab_size):
-        raise InvalidRequest(f"token ids must be from 0 to {vocab_size - 1}", param="prompt")
+        raise InvalidRequest(f"token ids must be from 0 to {vocab_size - 1}", param=request.param)
 
 
 def total_tokens(request: Request) -> int:
@@ -185,7 +185,7 @@ def fitting(request: Request, routes: Iterable[Route], budget: int) -> tuple[str
     return tuple(route.name for route in routes if need(request, route).total <= budget)
 
 
-def refuse(plan: Plan) -> NeverFits:
+def refuse(plan: Plan, param: str) -> NeverFits:
     """The refusal of a request that needs more than the whole budget, each term of the bound logged."""
     terms = ", ".join(f"{name} {value}" for name, value in plan.terms.items())
     log.info("refused %d tokens under %s: %s; budget %d", plan.total_tokens, plan.backend, terms, plan.budget_bytes)
@@ -193,7 +193,7 @@ def refuse(plan: Plan) -> NeverFits:
     return NeverFits(
         f"{plan.total_tokens} tokens under {plan.backend} need {plan.needed_bytes} bytes, the budget is {plan.budget_bytes}; "
         f"the longest that fits is {plan.longest_tokens} tokens{other}",
-        param="prompt",
+        param=param,
         details={
             "needed_bytes": plan.needed_bytes,
             "budget_bytes": plan.budget_bytes,

@@ -181,7 +181,7 @@ class Engine:
         need, budget = admission.need(request, route), self._ledger.budget
         total = admission.total_tokens(request)
         reason = "memory_budget_exceeded" if need.total > budget else "draining" if self._is_draining else None
-        reason = reason or ("queue_full" if self._is_full(len(request.tokens)) else None)
+        reason = reason or ("queue_full" if self._why_full(len(request.tokens)) else None)
         runs = self._ledger.fits(need.total) and not self._scheduler.waiting
         prefill = route.course.seconds(len(request.tokens))
         return Plan(
@@ -241,19 +241,21 @@ class Engine:
         admission.check(request, self._vocab_size, self._max_length, self._config.max_sequences)
         route, why = admission.choose(request, self._routes, self._backends.default, self._ledger.budget)
         if admission.need(request, route).total > self._ledger.budget:
-            raise admission.refuse(self.plan(request))
-        if self._is_full(len(request.tokens)):
+            raise admission.refuse(self.plan(request), request.param)
+        if limit := self._why_full(len(request.tokens)):
             seconds = self._work_in_front()
-            waiting = len(self._scheduler.waiting)
-            raise QueueFull(f"the queue is full with {waiting} requests; try again in about {seconds:.0f} s", seconds)
+            raise QueueFull(f"the queue is full: {limit}; try again in about {seconds:.0f} s", seconds)
         return route, why
 
-    def _is_full(self, tokens: int) -> bool:
-        """Whether the queue cannot take a prompt of so many tokens. An empty queue takes any."""
-        waiting = self._scheduler.waiting
-        queued = sum(len(job.prompt) for job in waiting)
-        too_many = len(waiting) >= self._config.max_waiting_requests
-        return too_many or bool(waiting and queued + tokens > self._config.max_waiting_tokens)
+    def _why_full(self, tokens: int) -> str | None:
+        """The bound that keeps a prompt of so many tokens out of the queue; None: it may come in. An empty queue takes any."""
+        waiting, most = self._scheduler.waiting, self._config.max_waiting_requests
+        if len(waiting) >= most:
+            return f"{len(waiting)} requests wait and at most {most} may"
+        queued, most = sum(len(job.prompt) for job in waiting), self._config.max_waiting_tokens
+        if waiting and queued + tokens > most:
+            return f"{queued} tokens wait, at most {most} may, and this prompt has {tokens}"
+        return None
 
     def _work_in_front(self) -> float:
         """Predicted seconds until all that runs or waits is done: prefills one by one, decodes side by side."""

@@ -51,6 +51,11 @@ class Request:
     timings: Timings = field(default_factory=Timings)
     leading: int = 0  # of the tokens: special ones that the service put in front of a text; an echo leaves them out
 
+    @property
+    def param(self) -> str:
+        """The caller's name for what the tokens come from."""
+        return "input" if self.kind == "embedding" else "prompt"
+
 
 @dataclass(frozen=True)
 class TokenLogprob:

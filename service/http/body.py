@@ -33,7 +33,8 @@ def check_media_type(headers: Headers) -> None:
     is_json = kind == "application/json" or (kind.startswith("application/") and kind.endswith("+json"))
     if not is_json or any(charset not in ("utf-8", "utf8") for charset in charsets):
         received = quoted(declared) if declared else "none"
-        raise WrongMediaType(f"send the body as JSON in UTF-8 with content-type: application/json, received {received}")
+        message = f"send the body as JSON in UTF-8 with content-type: application/json, received {received}"
+        raise WrongMediaType(message, param="content-type")
 
 
 def parse(raw: bytes, kind: type[B]) -> B:

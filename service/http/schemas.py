@@ -118,21 +118,11 @@ def stops(value: Any) -> tuple[str, ...]:
 
 
 TEXT: dict[str, Any] = {"type": "string", "minLength": 1}
-TOKENS: dict[str, Any] = {"type": "array", "minItems": 1, "items": {"type": "integer", "minimum": 0}}
 
 Prompts = Annotated[
     list[Prompt],
     PlainValidator(prompts),
-    WithJsonSchema(
-        {
-            "anyOf": [
-                TEXT,
-                TOKENS,
-                {"type": "array", "minItems": 1, "items": TEXT},
-                {"type": "array", "minItems": 1, "items": TOKENS},
-            ]
-        }
-    ),
+    WithJsonSchema({"description": "One or many, as text or as token ids."}),  # openapi.py knows the bounds
 ]
 
 Stops = Annotated[
@@ -223,7 +213,12 @@ class StreamOptions(BaseModel):
 
 
 class CompletionBody(Attended):
-    """POST /v1/completions."""
+    """POST /v1/completions.
+
+    Beside what the schema says: integers have no decimal point (1, not 1.0); prompt and max_tokens together fit the model's
+    context; max_tokens 0 needs echo: true; best_of equals n; model id@backend and attention agree; a field name one letter
+    off one of these is refused.
+    """
 
     prompt: Prompts
     max_tokens: int | None = Field(default=None, ge=0, le=INT64, description="Left out: 16.")
@@ -269,7 +264,11 @@ class CompletionBody(Attended):
 
 
 class EmbeddingBody(Attended):
-    """POST /v1/embeddings."""
+    """POST /v1/embeddings.
+
+    Beside what the schema says: integers have no decimal point (1, not 1.0); an input fits the model's context; model
+    id@backend and attention agree; a field name one letter off one of these is refused.
+    """
 
     input: Prompts
     encoding_format: Literal["float", "base64"] | None = Field(default=None, description="Left out: float.")
@@ -307,8 +306,6 @@ class TokenizeBody(Worded):
 
 
 class DetokenizeBody(Body):
-    """POST /detokenize."""
+    """POST /detokenize. Integers have no decimal point (1, not 1.0)."""
 
-    tokens: Annotated[
-        Sequence[int], PlainValidator(token_ids), WithJsonSchema({"type": "array", "items": {"type": "integer", "minimum": 0}})
-    ]
+    tokens: Annotated[Sequence[int], PlainValidator(token_ids), WithJsonSchema({"type": "array"})]  # openapi.py knows the bounds

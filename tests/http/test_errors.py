@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import pytest
@@ -71,7 +72,9 @@ def test_a_wrong_body_is_refused_by_name(service: Client, body: Any, words: tupl
     [
         {"presence_penalty": 0, "frequency_penalty": 0.0, "logit_bias": None, "suffix": None, "best_of": 1, "min_p": 0},
         {"stop": None, "user": "me", "seed": None, "n": None, "stream": False, "stream_options": None},
-        {"a_field_of_tomorrow": {"deep": [1]}},
+        {"a_field_of_tomorrow": {"deep": [1]}, "skip_special_tokens": True, "store": False, "metadata": None, "priority": 1},
+        {"max_tokens": 2, "max_completion_tokens": 2},
+        {"stream": True, "stream_options": {"include_usage": None, "include_obfuscation": False}},
     ],
 )
 def test_fields_that_change_nothing_are_let_in(service: Client, fields: dict[str, Any]) -> None:
@@ -115,6 +118,94 @@ def test_one_bad_prompt_of_several_refuses_all(service: Client) -> None:
     assert (reply.status, reply.error["code"]) == (400, "context_length_exceeded")
 
 
+GOOD = {
+    "/v1/completions": {"prompt": "a"},
+    "/v1/embeddings": {"input": "a"},
+    "/v1/plan": {"prompt": "a"},
+    "/tokenize": {"prompt": "a"},
+    "/detokenize": {"tokens": [1]},
+}
+SKULL = "\u2620"
+
+
+@pytest.mark.parametrize("path", GOOD)
+@pytest.mark.parametrize(
+    "field", ["model", "attention", "prompt", "input", "tokens", "user", "n", "stream_options", "suffix", "stop"]
+)
+def test_a_message_shows_at_most_two_hundred_characters_of_the_callers(service: Client, path: str, field: str) -> None:
+    many = SKULL * 1000
+    for value in (many, [many], {many: many}, [[many]]):
+        reply = service.post(path, {**GOOD[path], field: value, **({"stream": True} if field == "stream_options" else {})})
+        assert reply.status < 500
+        assert reply.status == 200 or reply.error["message"].count(SKULL) <= 200
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {SKULL * 1000: 1, "prompt": None},
+        {"prompt": None, "model": [SKULL * 300], **dict.fromkeys(("n", "temperature", "top_p", "top_k", "seed"), SKULL * 300)},
+        {"prompt": "a", "stream": True, "stream_options": {SKULL * 1000: SKULL * 1000, SKULL * 999: 1}},
+    ],
+)
+def test_many_faults_together_show_no_more(service: Client, wrong: dict[str, Any]) -> None:
+    message = service.post("/v1/completions", wrong).error["message"]
+    assert message.count(SKULL) <= 200
+
+
+def test_a_key_given_twice_is_shown_no_longer(service: Client) -> None:
+    key = json.dumps(SKULL * 1000, ensure_ascii=False).encode()
+    message = service.post("/v1/completions", b"{" + key + b":1," + key + b":2}").error["message"]
+    assert message.count(SKULL) <= 200
+    assert "line 1 column" in message
+
+
+@pytest.mark.parametrize(
+    "path", [f"/{'x' * 3000}", f"/v1/models/{'x' * 3000}", f"/v1/completions/{'x' * 3000}"], ids=["route", "model", "below"]
+)
+def test_a_long_path_is_shown_no_longer(service: Client, path: str) -> None:
+    assert service.get(path).error["message"].count("x") <= 210  # "max" and the like are ours
+
+
+@pytest.mark.parametrize(
+    ("slip", "meant"),
+    [
+        ("attentoin", "attention"),
+        ("temprature", "temperature"),
+        ("max_token", "max_tokens"),
+        ("topP", "top_p"),
+        ("sotp", "stop"),
+    ],
+)
+def test_a_slip_in_a_fields_name_is_refused_with_the_field_meant(service: Client, slip: str, meant: str) -> None:
+    reply = service.complete("a", **{slip: 1})
+    assert (reply.status, reply.error["param"]) == (400, slip)
+    assert f"did you mean {meant}?" in reply.error["message"]
+
+
+@pytest.mark.parametrize("top_k", [4097, 2**31, 2**53, 2**63 - 1])
+def test_more_top_tokens_than_there_are_mean_all_of_them(service: Client, top_k: int) -> None:
+    text = [service.complete("x = ", seed=3, top_k=k, max_tokens=8).json["choices"][0]["text"] for k in (4096, top_k)]
+    assert text[0] == text[1]
+
+
+@pytest.mark.parametrize("temperature", [5e-324, 1e-46, 1e-40])
+def test_the_smallest_temperatures_draw_as_none_does(service: Client, temperature: float) -> None:
+    text = [service.complete("x = ", temperature=t, max_tokens=8).json["choices"][0]["text"] for t in (0, temperature)]
+    assert text[0] == text[1]
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"n": 4}, {"temperature": 3}, {"stop": [""]}, {"best_of": 2}, {"max_tokens": 0}, {"max_tokens": "5"}, {"suffix": "b"}, {}],
+)
+def test_a_plan_takes_what_the_completion_takes(service: Client, fields: dict[str, Any]) -> None:
+    body = {"prompt": "a", "max_tokens": 2, **fields}
+    plan, completion = service.post("/v1/plan", body), service.post("/v1/completions", body)
+    assert plan.status == completion.status
+    assert plan.status == 200 or plan.error == completion.error
+
+
 def test_a_form_is_no_json_body(service: Client) -> None:
     reply = service.post("/v1/completions", b'{"prompt": "a"}', {"content-type": "application/x-www-form-urlencoded"})
     assert reply.status == 415
@@ -144,7 +235,7 @@ def test_an_unknown_route_is_a_404_and_a_wrong_method_a_405(service: Client) -> 
     assert "POST" in reply.error["message"]
 
 
-@pytest.mark.parametrize("given", ["-1", "0", "soon", "nan"])
+@pytest.mark.parametrize("given", ["-1", "0", "soon", "nan", "1_0", "inf", ""])
 def test_a_timeout_that_is_none_is_refused(service: Client, given: str) -> None:
     reply = service.post("/v1/completions", {"prompt": "a"}, {"x-longserve-timeout-seconds": given})
     assert reply.status == 400
@@ -189,18 +280,32 @@ def test_a_request_id_that_no_log_wants_is_replaced(service: Client, given: str)
     assert len(found) == 32
 
 
-def test_a_full_queue_is_a_429_that_says_when_to_come_back() -> None:
-    config = ServiceConfig(threads=1, engine=EngineConfig(max_sequences=1, max_waiting_requests=1))
-    with listening_in_thread(config, UserConfig()) as (url, replica), ThreadPoolExecutor(2) as callers:
+@contextmanager
+def crowded(engine: EngineConfig, prompt: Any) -> Iterator[Client]:
+    """A service where one call runs and the same call waits, both until the block ends."""
+    body = {"prompt": prompt, "max_tokens": 20_000, "ignore_eos": True}
+    with listening_in_thread(ServiceConfig(threads=1, engine=engine), UserConfig()) as (url, replica), ExitStack() as stack:
         client = Client(url, replica)
-        kept = []
         for counts in ((1, 0), (1, 1)):  # one by one: side by side they might meet in the queue, where one has room
-            kept.append(callers.submit(client.complete, "import os", max_tokens=2000, ignore_eos=True))
+            stack.enter_context(client.half_read(body, read=0))
             assert eventually(lambda: (replica.engine.snapshot().running, replica.engine.snapshot().waiting) == counts)  # noqa: B023
-        refused = client.complete("import os")
+        yield client
+
+
+@pytest.mark.parametrize(
+    ("bound", "words"),
+    [
+        ({"max_waiting_requests": 1}, "1 requests wait and at most 1 may"),
+        ({"max_waiting_tokens": 100}, "60 tokens wait, at most 100 may, and this prompt has 50"),
+    ],
+)
+def test_a_full_queue_is_a_429_that_names_the_bound_and_when_to_come_back(bound: dict[str, int], words: str) -> None:
+    with crowded(EngineConfig(max_sequences=1, **bound), [7] * 60) as client:
+        refused = client.complete([7] * 50)
         assert (refused.status, refused.error["code"], refused.error["type"]) == (429, "queue_full", "rate_limit_error")
         assert int(refused.headers["retry-after"]) >= 1
-        assert [each.result().status for each in kept] == [200, 200]
+        assert words in refused.error["message"]
+        assert client.post("/v1/plan", {"prompt": [7] * 50}).json["data"][0]["reason"] == "queue_full"
 
 
 def test_what_can_never_fit_is_refused_with_the_bytes_and_what_would_fit() -> None:

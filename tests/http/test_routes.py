@@ -147,9 +147,35 @@ def test_without_a_key_nothing_but_health_is_told(guarded: Client, path: str) ->
     assert guarded.get("/health").status == guarded.get("/ready").status == 200
 
 
-@pytest.mark.parametrize("shown", ["Bearer third", "Bearer ", "Bearer first, second", "Basic first", "first"])
+@pytest.mark.parametrize(
+    "path", ["/v1/completions", "/v1/embeddings", "/v1/plan", "/tokenize", "/detokenize", "/nowhere", "/info"]
+)
+def test_without_a_key_no_body_is_looked_at(guarded: Client, path: str) -> None:
+    reply = guarded.post(path, b"no JSON")
+    assert (reply.status, reply.error["code"]) == (401, "invalid_api_key")
+
+
+@pytest.mark.parametrize(
+    "shown",
+    [
+        *(
+            "Bearer third",
+            "Bearer ",
+            "Bearer",
+            "",
+            "Bearer first, second",
+            "Basic first",
+            "first",
+            "Bearer firs",
+            "Bearer firstt",
+        ),
+        *("Bearer f\xefrst", "Bearer FIRST", "Bearer first second", "Bearer " + "x" * 10_000, "Token first", "Bearer=first"),
+    ],
+)
 def test_a_wrong_key_lets_nobody_in(guarded: Client, shown: str) -> None:
-    assert guarded.get("/v1/models", authorization=shown).status == 401
+    reply = guarded.get("/v1/models", authorization=shown)
+    assert (reply.status, reply.error["code"]) == (401, "invalid_api_key")
+    assert "x" * 10 not in reply.error["message"]
 
 
 @pytest.mark.parametrize("key", ["first", "second"])
