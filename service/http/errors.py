@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
 from typing import Any
 
 from fastapi import FastAPI
@@ -105,7 +106,23 @@ RETRY_AFTER_SECONDS = {Draining: 5.0, NotReady: 2.0, OutOfMemory: 5.0}
 
 def status_of(error: RequestError) -> tuple[int, str]:
     """Status and error type of a typed error."""
-    return next(STATUS[cls] for cls in type(error).__mro__ if cls in STATUS)
+    return _status_of_class(type(error))
+
+
+def codes(status: int) -> dict[str, str]:
+    """The codes of the errors that answer with a status, each with its meaning."""
+    found = [cls for cls in _descendants(RequestError) if _status_of_class(cls)[0] == status]
+    return {cls.code: (cls.__doc__ or "").partition("\n")[0] for cls in found}
+
+
+def _status_of_class(cls: type[RequestError]) -> tuple[int, str]:
+    return next(STATUS[each] for each in cls.__mro__ if each in STATUS)
+
+
+def _descendants(cls: type[RequestError]) -> Iterator[type[RequestError]]:
+    for each in cls.__subclasses__():
+        yield each
+        yield from _descendants(each)
 
 
 def body_of(error: RequestError) -> dict[str, Any]:

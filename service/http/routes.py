@@ -6,6 +6,7 @@ One function per route, each in the order a reader would say it: what is asked, 
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 import time
 from collections.abc import Mapping, Sequence
@@ -15,17 +16,30 @@ from fastapi import FastAPI
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 from pydantic import BaseModel
 from starlette.requests import Request as HttpRequest
-from starlette.responses import JSONResponse, Response
+from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.types import ASGIApp
 
 from service.engine.request import InvalidRequest, quoted
 from service.http import answers, errors
+from service.http.answer_schemas import (
+    CompletionAnswer,
+    DetokenizeAnswer,
+    EmbeddingAnswer,
+    Health,
+    Info,
+    Model,
+    ModelList,
+    PlanAnswer,
+    Ready,
+    TokenizeAnswer,
+)
 from service.http.answers import Completion
 from service.http.auth import ApiKeys
 from service.http.body import check_media_type
 from service.http.edge import Edge
 from service.http.errors import ModelNotFound
 from service.http.face import Host
+from service.http.openapi import TIMEOUT_HEADER, document, model_ids, operation
 from service.http.prompts import (
     check_ids,
     check_model,
@@ -36,10 +50,6 @@ from service.http.prompts import (
 from service.http.reader import Call
 from service.http.schemas import CompletionBody, DetokenizeBody, EmbeddingBody, PlanBody, StreamOptions, TokenizeBody
 from service.http.streaming import CompletionStream, complete, embed
-
-TIMEOUT_HEADER = "x-longserve-timeout-seconds"
-"""Not Ray Serve's own `x-request-timeout-seconds`: its proxy would answer that one first, and not in OpenAI's shape."""
-
 
 NUMBER = re.compile(r"[0-9]{1,20}(\.[0-9]{1,400})?([eE][+-]?[0-9]{1,3})?")  # Python's own reading takes 1_0 and nan too
 
@@ -57,13 +67,14 @@ def create_app(host: Host, keys: Sequence[str] = (), echoes_request_id: bool = T
         title="Longserve", description="Long inputs under switchable attention.", redoc_url=None, redirect_slashes=False
     )
     errors.install(app)
+    app.openapi = lambda: document(app, host)  # type: ignore[method-assign]  # FastAPI's own way to extend it
     for add in (_add_inference, _add_models, _add_tokens, _add_state):
         add(app, host)
     return Edge(app, host, ApiKeys(keys), echoes_request_id)
 
 
 def _add_inference(app: FastAPI, host: Host) -> None:
-    @app.post("/v1/completions")
+    @app.post("/v1/completions", **operation(CompletionAnswer, CompletionBody, has_receipt=True))
     async def completions(caller: HttpRequest) -> Response:
         """Continue a prompt, or several."""
         call = _call(caller, host)
@@ -75,7 +86,7 @@ def _add_inference(app: FastAPI, host: Host) -> None:
         answer = await complete(host, requests, completion, caller)
         return _json(answer, answers.headers(requests))
 
-    @app.post("/v1/embeddings")
+    @app.post("/v1/embeddings", **operation(EmbeddingAnswer, EmbeddingBody, has_receipt=True))
     async def embeddings(caller: HttpRequest) -> Response:
         """The mean of the last hidden states of an input, or of several, at length one."""
         call = _call(caller, host)
@@ -85,7 +96,7 @@ def _add_inference(app: FastAPI, host: Host) -> None:
         answer = answers.embeddings(vectors, requests, host, body.encoding_format == "base64")
         return JSONResponse(answer, headers=answers.headers(requests))
 
-    @app.post("/v1/plan")
+    @app.post("/v1/plan", **operation(PlanAnswer, PlanBody))
     async def plan(caller: HttpRequest) -> Response:
         """What a completion or an embedding would cost, and whether it would be let in now. Computes nothing."""
         call = _call(caller, host)
@@ -96,21 +107,20 @@ def _add_inference(app: FastAPI, host: Host) -> None:
 
 def _add_models(app: FastAPI, host: Host) -> None:
     def cards() -> dict[str, dict[str, Any]]:
-        ids = [host.card.id, *(f"{host.card.id}@{backend}" for backend in host.backends)]
         shared = {
             "object": "model",
             "created": host.card.created,
             "owned_by": "longserve",
             "max_model_len": host.card.max_length,
         }
-        return {id: {"id": id, **shared} for id in ids}
+        return {id: {"id": id, **shared} for id in model_ids(host.card, host.backends)}
 
-    @app.get("/v1/models")
+    @app.get("/v1/models", **operation(ModelList))
     async def models() -> dict[str, Any]:
         """The model, and the model under each backend."""
         return {"object": "list", "data": list(cards().values())}
 
-    @app.get("/v1/models/{id:path}")
+    @app.get("/v1/models/{id:path}", **operation(Model, statuses=[404]))
     async def model(id: str) -> dict[str, Any]:
         """One of them."""
         if id not in cards():
@@ -119,7 +129,7 @@ def _add_models(app: FastAPI, host: Host) -> None:
 
 
 def _add_tokens(app: FastAPI, host: Host) -> None:
-    @app.post("/tokenize")
+    @app.post("/tokenize", **operation(TokenizeAnswer, TokenizeBody))
     async def tokenize(caller: HttpRequest) -> Response:
         """A text's token ids."""
         call = _call(caller, host)
@@ -127,7 +137,7 @@ def _add_tokens(app: FastAPI, host: Host) -> None:
         check_model(body, host)
         return _json(await host.reader.tokenized(body.prompt, body.with_special_tokens, host.card.max_length, call))
 
-    @app.post("/detokenize")
+    @app.post("/detokenize", **operation(DetokenizeAnswer, DetokenizeBody))
     async def detokenize(caller: HttpRequest) -> Response:
         """The text of token ids."""
         call = _call(caller, host)
@@ -138,24 +148,24 @@ def _add_tokens(app: FastAPI, host: Host) -> None:
 
 
 def _add_state(app: FastAPI, host: Host) -> None:
-    @app.get("/health")
+    @app.get("/health", **operation(Health))
     async def health() -> Response:
         """Alive: 200, or 503 with the reason why this replica should be replaced."""
         fault = host.fault()
         return JSONResponse({"status": "ok" if fault is None else fault}, 200 if fault is None else 503)
 
-    @app.get("/ready")
+    @app.get("/ready", **operation(Ready))
     async def ready() -> Response:
         """Warmed up and answering: 200 or 503, with the state of the attention switch."""
         state = dict(host.readiness())
         return JSONResponse(state, 200 if state["ready"] else 503)
 
-    @app.get("/info")
+    @app.get("/info", **operation(Info))
     async def info() -> dict[str, Any]:
         """Model, backends, limits and versions in force."""
         return dict(host.info())
 
-    @app.get("/metrics")
+    @app.get("/metrics", **operation(None, response_class=PlainTextResponse))
     async def metrics() -> Response:
         """Every replica's metrics, in Prometheus' text format."""
         return Response(await host.metrics(), media_type=CONTENT_TYPE_PLAIN_0_0_4)
@@ -175,6 +185,6 @@ def _call(caller: HttpRequest, host: Host) -> Call:
     """Id and deadline of a call. Raises InvalidRequest for a timeout that is no positive number."""
     longest, given = host.config.request_timeout_seconds, caller.headers.get(TIMEOUT_HEADER)
     seconds = longest if given is None else float(given) if NUMBER.fullmatch(given) else 0.0
-    if not seconds > 0:
+    if not 0 < seconds < math.inf:
         raise InvalidRequest(f"{TIMEOUT_HEADER} must be a number above 0, received {quoted(given)}", param=TIMEOUT_HEADER)
     return Call(caller.state.request_id, time.monotonic() + min(seconds, longest), caller)

@@ -19,3 +19,11 @@ LIMITS = HttpConfig(max_body_bytes=200_000, max_prompts=4, max_samples=3)
 def service() -> Iterator[Client]:
     with listening_in_thread(ServiceConfig(threads=1, http=LIMITS), USER) as (url, replica):
         yield Client(url, replica)
+
+
+@pytest.fixture(scope="session")
+def impatient() -> Iterator[Client]:
+    """The same, but that nobody waits for long answers: a call that asks for 30,000 tokens is a 408 soon."""
+    limits = LIMITS.model_copy(update={"request_timeout_seconds": 0.2})
+    with listening_in_thread(ServiceConfig(threads=1, http=limits), USER) as (url, replica):
+        yield Client(url, replica)

@@ -1,0 +1,209 @@
+"""The bodies we answer, as the served OpenAPI states them. `answers.py`, `routes.py` and `errors.py` build them as plain data;
+the contract test holds what they send to these records, in both directions.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Seconds = Annotated[float, Field(ge=0)]
+Count = Annotated[int, Field(ge=0)]
+
+
+class Record(BaseModel):
+    """Base of all: no field beside those named."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+class Receipt(Record):
+    """What the prompts of one call took: phases of the slowest, sums of bytes and chunks, the most batch mates."""
+
+    backend: str = Field(description="The attention backend that served.")
+    why: str = Field(description="Why this one: request, default, or what auto predicted.")
+    tokenize_seconds: Seconds | None
+    queue_seconds: Seconds | None
+    prefill_seconds: Seconds | None
+    decode_seconds: Seconds | None
+    prefill_chunks: Count
+    peak_bytes: Count
+    batch_mates: Count
+
+
+class Usage(Record):
+    prompt_tokens: Count
+    completion_tokens: Count
+    total_tokens: Count
+
+
+class Logprobs(Record):
+    """One entry per token in each list."""
+
+    tokens: list[str]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
+    text_offset: list[Count]
+
+
+class Choice(Record):
+    index: Count
+    text: str
+    logprobs: Logprobs | None
+    finish_reason: Literal["stop", "length"] | None = Field(description="null: the sample goes on, in a stream.")
+
+
+class CompletionAnswer(Record):
+    """Every prompt's every sample; index = prompt * n + sample."""
+
+    id: str
+    object: Literal["text_completion"]
+    created: int
+    model: str
+    choices: list[Choice]
+    usage: Usage
+    longserve: Receipt
+
+
+class CompletionChunk(Record):
+    """The data of one server-sent event; the last one's data is [DONE], or after a failure an Error."""
+
+    id: str
+    object: Literal["text_completion"]
+    created: int
+    model: str
+    choices: list[Choice]
+    usage: Usage | None = Field(default=None, description="With stream_options: null but in the last, or counting up.")
+    longserve: Receipt | None = Field(default=None, description="In the last chunk, with stream_options.include_usage.")
+
+
+class EmbeddingItem(Record):
+    object: Literal["embedding"]
+    index: Count
+    embedding: list[float] | str = Field(description="Numbers, or little-endian float32 in base64.")
+
+
+class EmbeddingUsage(Record):
+    prompt_tokens: Count
+    total_tokens: Count
+
+
+class EmbeddingAnswer(Record):
+    object: Literal["list"]
+    model: str
+    data: list[EmbeddingItem]
+    usage: EmbeddingUsage
+    longserve: Receipt
+
+
+class Phases(Record):
+    queue: Seconds
+    prefill: Seconds
+    decode: Seconds
+
+
+class PlanItem(Record):
+    """What one prompt would cost, and whether it would be let in now."""
+
+    backend: str
+    why: str
+    prompt_tokens: Count
+    total_tokens: Count
+    terms: dict[str, Count] = Field(description="Bytes by term.")
+    needed_bytes: Count
+    budget_bytes: Count
+    free_bytes: int
+    verdict: Literal["runs", "queues", "refused"]
+    reason: str | None = Field(description="The refusal's code.")
+    longest_tokens: Count
+    backends_that_fit: list[str]
+    predicted_seconds: Phases
+
+
+class PlanAnswer(Record):
+    object: Literal["list"]
+    data: list[PlanItem]
+
+
+class Model(Record):
+    id: str
+    object: Literal["model"]
+    created: int
+    owned_by: Literal["longserve"]
+    max_model_len: int
+
+
+class ModelList(Record):
+    object: Literal["list"]
+    data: list[Model]
+
+
+class TokenizeAnswer(Record):
+    tokens: list[Count]
+    count: Count
+    max_model_len: int
+
+
+class DetokenizeAnswer(Record):
+    prompt: str
+
+
+class Health(Record):
+    status: str = Field(description="ok, or why this replica should be replaced.")
+
+
+class Attention(Record):
+    default: str
+    backends: dict[str, dict[str, Any] | None]
+
+
+class Ready(Record):
+    ready: bool
+    replica: str
+    attention: Attention | None = Field(description="In force.")
+    asked: Attention | None = Field(description="Asked for last.")
+    switching: bool
+    degraded: str | None = Field(description="Why the last change failed.")
+
+
+class BackendFacts(Record):
+    name: str
+    options: dict[str, Any]
+    exact: bool
+    impl: str
+
+
+class AttentionFacts(Record):
+    default: str
+    backends: list[BackendFacts]
+
+
+class Info(Record):
+    model: str
+    max_model_len: int
+    parameters: int
+    dtype: str
+    dtype_reason: str
+    device: str
+    threads: int
+    attention: AttentionFacts
+    memory_budget_bytes: int
+    limits: dict[str, Any]
+    engine: dict[str, Any]
+    versions: dict[str, str]
+    replica: dict[str, Any]
+
+
+class Fault(Record):
+    message: str
+    type: str
+    param: str | None = Field(description="The field or header at fault.")
+    code: str
+    details: dict[str, Any] | None = Field(default=None, description="Numbers behind a refusal; absent where there are none.")
+
+
+class Error(Record):
+    """Every answer that is no 2xx, in OpenAI's shape."""
+
+    error: Fault

@@ -1,0 +1,231 @@
+"""The served OpenAPI: what every route takes and every status it answers, true for this replica's model, limits and switch.
+
+FastAPI writes paths and answers from the routes; what it cannot know stands here: bodies (read in `body.py`), errors (from the
+table in `errors.py`), headers, and the bounds that come from config and model.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from http import HTTPStatus
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.openapi.utils import get_openapi
+from pydantic import BaseModel
+from pydantic.json_schema import models_json_schema
+
+from service.engine.request import AUTO
+from service.http.answer_schemas import CompletionChunk, Error
+from service.http.auth import OPEN_PATHS
+from service.http.errors import NotReady, codes
+from service.http.face import Host, ModelCard
+from service.http.schemas import (
+    MOST_FIELDS,
+    NEUTRAL,
+    CompletionBody,
+    DetokenizeBody,
+    EmbeddingBody,
+    PlanBody,
+    TokenizeBody,
+)
+
+Json = dict[str, Any]
+
+REFERENCE = "#/components/schemas/{model}"
+BODIES = (CompletionBody, EmbeddingBody, PlanBody, TokenizeBody, DetokenizeBody)
+
+ALWAYS = (401, 408, 413, 500, 503)
+"""Statuses of every route; 401 only where keys are asked for. A body is read, and bounded, wherever one is sent."""
+
+POSTED = (400, 404, 415, 429)
+"""Statuses of every route that takes a body, beside those."""
+
+TIMEOUT_HEADER = "x-longserve-timeout-seconds"
+"""Not Ray Serve's own `x-request-timeout-seconds`: its proxy would answer that one first, and not in OpenAI's shape."""
+
+REQUEST_ID: Json = {
+    "name": "x-request-id",
+    "in": "header",
+    "required": False,
+    "description": "Names the call in answer and log where it is 1 to 128 visible ASCII characters; else a new one does.",
+    "schema": {"type": "string"},
+}
+TIMEOUT: Json = {
+    "name": TIMEOUT_HEADER,
+    "in": "header",
+    "required": False,
+    "description": "Seconds after which nobody waits for the answer: 408. At most the service's own limit.",
+    "schema": {"type": "number", "exclusiveMinimum": 0},
+}
+
+
+EVENT: Json = {
+    "type": "object",
+    "required": ["data"],
+    "properties": {
+        "data": {
+            "type": "string",
+            "description": "A CompletionChunk as JSON. Last: [DONE], or an Error as JSON when the answer failed half-way.",
+        }
+    },
+}
+"""One server-sent event, with `stream: true`."""
+
+
+def _header(description: str, kind: str = "string") -> Json:
+    return {"description": description, "required": False, "schema": {"type": kind}}
+
+
+ANSWERED = {"x-request-id": _header("The id of the call; absent where a proxy in front answers with one itself.")}
+RECEIPT = {
+    "server-timing": _header("Phases that have ended: tokenize, queue, prefill, decode, in milliseconds."),
+    "x-longserve-backend": _header("The attention backend that serves."),
+    "x-longserve-why": _header("Why this one."),
+    **{f"x-longserve-{name}-seconds": _header(f"Seconds of {name}.", "number") for name in ("tokenize", "queue")},
+    **{f"x-longserve-{name}-seconds": _header("Seconds, once known.", "number") for name in ("prefill", "decode")},
+    "x-longserve-prefill-chunks": _header("Chunks so far.", "integer"),
+    "x-longserve-peak-bytes": _header("Bytes reserved.", "integer"),
+    "x-longserve-batch-mates": _header("Most sequences a step was shared with so far.", "integer"),
+}
+ERROR_HEADERS = {
+    401: {"www-authenticate": _header("Bearer")},
+    429: {"retry-after": _header("Seconds until the work in front is done.", "integer")},
+    503: {"retry-after": _header("Seconds.", "integer")},
+}
+
+
+def operation(
+    answer: type[BaseModel] | None,
+    body: type[BaseModel] | None = None,
+    *,
+    statuses: Sequence[int] = (),
+    has_receipt: bool = False,
+    **others: Any,
+) -> Json:
+    """Keyword arguments of a FastAPI route.
+
+    Args:
+        answer: the record of its 200; None: plain text.
+        body: the record it takes; None: none.
+        statuses: what it may answer beside ALWAYS, and POSTED where it takes a body.
+        has_receipt: whether answers carry one in their headers.
+        others: passed on to FastAPI.
+    """
+    wanted = {*ALWAYS, *statuses, *(POSTED if body else ())}
+    responses: dict[int, Json] = {status: _refusals(status) for status in sorted(wanted)}
+    responses[200] = {"description": "The answer.", "headers": ANSWERED | (RECEIPT if has_receipt else {})}
+    if answer is None:
+        responses[200]["content"] = {"text/plain": {"schema": {"type": "string"}}}
+    else:
+        responses[200]["model"] = answer
+    if body is CompletionBody:
+        responses[200]["content"] = {"text/event-stream": {"schema": EVENT}}
+    extra: Json = {"parameters": [REQUEST_ID, *([TIMEOUT] if body else [])]}
+    if body is not None:
+        extra["requestBody"] = {"required": True, "content": {"application/json": {"schema": _reference(body)}}}
+    return {"response_model": None, "responses": responses, "openapi_extra": extra, **others}
+
+
+def _refusals(status: int) -> Json:
+    """A refusal's response: its codes, from the table of errors."""
+    told = "; ".join(f"{code}: {meaning}" for code, meaning in codes(status).items())
+    return {
+        "model": Error,
+        "description": told or HTTPStatus(status).phrase,
+        "headers": ANSWERED | ERROR_HEADERS.get(status, {}),
+    }
+
+
+def _reference(kind: type[BaseModel]) -> Json:
+    return {"$ref": REFERENCE.format(model=kind.__name__)}
+
+
+def document(app: FastAPI, host: Host) -> Json:
+    """The whole document, with the bounds in force now."""
+    made = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
+    _, bodies = models_json_schema([(kind, "validation") for kind in (*BODIES, CompletionChunk)], ref_template=REFERENCE)
+    schemas = made["components"]["schemas"] = made["components"]["schemas"] | bodies["$defs"]
+    made["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+    for path, operations in made["paths"].items():
+        for each in operations.values():
+            each["responses"].pop("422", None)  # FastAPI's own, which nothing here sends
+            each["security"] = [{}] if path in OPEN_PATHS else [{}, {"key": []}]
+    for name in ("CompletionBody", "EmbeddingBody", "TokenizeBody", "DetokenizeBody"):
+        _bound(schemas[name], host)
+    _relate(schemas)
+    for unused in ("HTTPValidationError", "ValidationError"):
+        schemas.pop(unused, None)
+    return made
+
+
+def _bound(schema: Json, host: Host) -> None:
+    """Write the bounds of this replica into a body's schema."""
+    properties, limits = schema["properties"], host.config
+    schema["maxProperties"] = MOST_FIELDS
+    token = {"type": "integer", "minimum": 0, "maximum": host.tokenizer.vocab_size - 1}
+    bounds: dict[str, Json] = {
+        "prompt": {"minLength": 0} if schema["title"] == "TokenizeBody" else _prompts(token, host),
+        "input": _prompts(token, host),
+        "tokens": {"items": token},
+        "max_tokens": {"maximum": host.card.max_length},
+        "max_completion_tokens": {"maximum": host.card.max_length},
+        "n": {"maximum": limits.max_samples},
+        "best_of": {"maximum": limits.max_samples},
+        "model": {"enum": [None, *model_ids(host.card, _backends(host))]},
+        "attention": {"enum": [None, *_backends(host), AUTO]},
+    }
+    for name, bound in bounds.items():
+        if name in properties:
+            properties[name] |= bound
+    for name, values in NEUTRAL.items():
+        told = " or ".join(json.dumps(each) for each in values)
+        properties[name] = {"enum": list(values), "description": f"Not offered: leave it out or send {told}."}
+
+
+def _prompts(token: Json, host: Host) -> Json:
+    text = {"type": "string", "minLength": 1}
+    tokens = {"type": "array", "minItems": 1, "maxItems": host.card.max_length, "items": token}
+    several = {"type": "array", "minItems": 1, "maxItems": host.config.max_prompts}
+    return {"anyOf": [text, tokens, several | {"items": text}, several | {"items": tokens}]}
+
+
+def _relate(schemas: Json) -> None:
+    """What JSON Schema can say of fields that depend on each other, and examples."""
+    asks = {"properties": {"stream_options": {"type": "object"}}, "required": ["stream_options"]}
+    streams = {"properties": {"stream": {"const": True}}, "required": ["stream"]}
+    schemas["CompletionBody"] |= {
+        "if": asks,
+        "then": streams,
+        "examples": [
+            {"prompt": "import os", "max_tokens": 8, "temperature": 0},
+            {"prompt": [1, 2, 3], "max_tokens": 4, "stream": True, "stream_options": {"include_usage": True}},
+        ],
+    }
+    schemas["EmbeddingBody"]["examples"] = [{"input": ["import os", "def f("], "encoding_format": "base64"}]
+    schemas["TokenizeBody"]["examples"] = [{"prompt": "import os"}]
+    schemas["DetokenizeBody"]["examples"] = [{"tokens": [1, 2, 3]}]
+    completion, embedding = _reference(CompletionBody), _reference(EmbeddingBody)
+    schemas["PlanBody"] = {
+        "title": "PlanBody",
+        "description": PlanBody.__doc__,
+        "oneOf": [
+            {"allOf": [completion], "not": {"required": ["input"]}},
+            {"allOf": [embedding], "not": {"required": ["prompt"]}},
+        ],
+        "examples": [{"prompt": "import os", "max_tokens": 8}, {"input": "import os"}],
+    }
+
+
+def model_ids(card: ModelCard, backends: Sequence[str]) -> list[str]:
+    """The model's id, and the model's under each backend."""
+    return [card.id, *(f"{card.id}@{backend}" for backend in backends)]
+
+
+def _backends(host: Host) -> Sequence[str]:
+    """The allow-list; none before the replica has been warmed up."""
+    try:
+        return host.backends
+    except NotReady:
+        return ()
