@@ -36,11 +36,8 @@ Json = dict[str, Any]
 REFERENCE = "#/components/schemas/{model}"
 BODIES = (CompletionBody, EmbeddingBody, PlanBody, TokenizeBody, DetokenizeBody)
 
-ALWAYS = (401, 408, 413, 500, 503)
-"""Statuses of every route; 401 only where keys are asked for. A body is read, and bounded, wherever one is sent."""
-
-POSTED = (400, 404, 415, 429)
-"""Statuses of every route that takes a body, beside those."""
+ALWAYS = (400, 401, 408, 413, 415, 429, 500, 503)
+"""Statuses of every route: a body is read, and bounded, wherever one is sent. 401 only where keys are asked for."""
 
 TIMEOUT_HEADER = "x-longserve-timeout-seconds"
 """Not Ray Serve's own `x-request-timeout-seconds`: its proxy would answer that one first, and not in OpenAI's shape."""
@@ -109,11 +106,11 @@ def operation(
     Args:
         answer: the record of its 200; None: plain text.
         body: the record it takes; None: none.
-        statuses: what it may answer beside ALWAYS, and POSTED where it takes a body.
+        statuses: what it may answer beside ALWAYS.
         has_receipt: whether answers carry one in their headers.
         others: passed on to FastAPI.
     """
-    wanted = {*ALWAYS, *statuses, *(POSTED if body else ())}
+    wanted = {*ALWAYS, *statuses, *([404] if body else [])}  # a body names a model
     responses: dict[int, Json] = {status: _refusals(status) for status in sorted(wanted)}
     responses[200] = {"description": "The answer.", "headers": ANSWERED | (RECEIPT if has_receipt else {})}
     if answer is None:

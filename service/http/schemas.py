@@ -308,4 +308,6 @@ class TokenizeBody(Worded):
 class DetokenizeBody(Body):
     """POST /detokenize. Integers have no decimal point (1, not 1.0)."""
 
-    tokens: Annotated[Sequence[int], PlainValidator(token_ids), WithJsonSchema({"type": "array"})]  # openapi.py knows the bounds
+    tokens: Annotated[
+        Sequence[int], PlainValidator(token_ids), WithJsonSchema({"type": "array"})
+    ]  # openapi.py knows the bounds

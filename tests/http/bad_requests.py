@@ -315,7 +315,7 @@ ROUTES = [
         for method in ("GET", "PUT", "DELETE", "PATCH")
     ),
     *(Bad(path, b"{}", 405, "method_not_allowed", method=method) for path in GETS for method in ("POST", "PUT", "DELETE")),
-    *(Bad(COMPLETIONS, b"{}", 405, "method_not_allowed", method=method) for method in ("TRACE", "PROPFIND", "OPTIONS")),
+    *(Bad(COMPLETIONS, b"{}", 405, "method_not_allowed", method=method) for method in ("TRACE", "PROPFIND")),
     *(
         Bad(f"{MODELS}/{id}", None, 404, "model_not_found", "model", method="GET")
         for id in ("x", "a/b", "%00", "%ED%A0%80", "x@dense")

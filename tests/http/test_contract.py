@@ -14,12 +14,12 @@ from tests.http.client import Client
 
 CONFIG = Path(__file__).with_name("schemathesis.toml")
 ROOT = CONFIG.parents[2]
-LONGEST_SECONDS = 300  # it takes about 40 alone on two cores, and must not hang
+LONGEST_SECONDS = 300  # it takes about 30 alone on two cores, and must not hang
 
 
 def test_whatever_is_sent_the_service_answers_as_its_document_says(impatient: Client) -> None:
     url = f"{impatient.url}/openapi.json"
-    command = [sys.executable, "-m", "schemathesis.cli", "--config-file", str(CONFIG), "run", url, "--max-examples", "30"]
+    command = [sys.executable, "-m", "schemathesis.cli", "--config-file", str(CONFIG), "run", url, "--max-examples", "20"]
     made = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=LONGEST_SECONDS)
     assert made.returncode == 0, made.stdout + made.stderr
 
@@ -32,8 +32,8 @@ def test_every_route_is_in_the_document_and_no_body_is_undescribed(impatient: Cl
     assert operations == posts | gets
     for method, path in operations:
         operation = document["paths"][path][method]
-        assert {"200", "401", "408", "413", "500", "503"} <= operation["responses"].keys()
-        assert ("requestBody" in operation) == (method == "post") == ("429" in operation["responses"])
+        assert {"200", "400", "401", "408", "413", "415", "429", "500", "503"} <= operation["responses"].keys()
+        assert ("requestBody" in operation) == (method == "post")
         assert all("schema" in kind for answer in operation["responses"].values() for kind in answer["content"].values())
 
 
