@@ -77,13 +77,18 @@ class Record:
     done: float = 0.0
     outcome: Outcome = Outcome.CANCELLED
     status: int | None = None
-    told: str = ""  # why it failed, in words
+    told: str = "the run was interrupted"  # why it failed, in words
     asked_tokens: int | None = None
     prompt_tokens: int = 0
     output_tokens: int = 0
     chunk_times: list[float] = field(default_factory=list)
     receipt: dict[str, Any] = field(default_factory=dict)
     received_bytes: int = 0
+
+
+def begun(ask: Ask, intended: float) -> Record:
+    """The record of a request that is to be sent; it stays "cancelled" unless something becomes of it."""
+    return Record(ask.stream, ask.index, intended, asked_tokens=ask.tokens, prompt_tokens=ask.tokens or 0)
 
 
 class NotAnAnswer(Exception):
@@ -106,22 +111,19 @@ class Client:
     async def close(self) -> None:
         await self._session.close()
 
-    async def send(self, ask: Ask, intended: float) -> Record:
-        """Send one request now; never raises but for cancellation of a kind the record then names."""
-        record = Record(ask.stream, ask.index, intended, asked_tokens=ask.tokens, prompt_tokens=ask.tokens or 0)
+    async def send(self, ask: Ask, record: Record) -> None:
+        """Send one request now and write down what becomes of it. Raises nothing of the server's doing."""
         record.sent = time.monotonic()
         try:
             async with asyncio.timeout(self._timeout):
                 await self._exchange(ask, record)
-        except asyncio.CancelledError:
-            record.outcome, record.told = Outcome.CANCELLED, "the run was interrupted"
         except TimeoutError:
             record.outcome = Outcome.TRICKLED if record.status is not None else Outcome.TIMEOUT
             record.told = f"{record.received_bytes} bytes of the answer within {self._timeout:g} s"
         except Exception as error:  # the edge: whatever a server does ends as a named outcome
             record.outcome, record.told = _failure(error), f"{type(error).__name__}: {error}"[:MAX_TOLD]
-        record.done = time.monotonic()
-        return record
+        finally:
+            record.done = time.monotonic()
 
     async def _exchange(self, ask: Ask, record: Record) -> None:
         async with self._session.post(self._url + PATHS[ask.api], data=ask.body) as response:
@@ -136,7 +138,7 @@ class Client:
             else:
                 _take_whole(_parse(await _body(response, record)), ask, record)
             record.receipt = record.receipt or _receipt_headers(response.headers)
-            record.outcome = Outcome.OK
+            record.outcome, record.told = Outcome.OK, ""
 
     async def _stream(self, response: aiohttp.ClientResponse, ask: Ask, record: Record) -> None:
         """Server-sent events until [DONE]. Raises NotAnAnswer for a stream without a finished choice or without its end."""

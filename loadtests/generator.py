@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 
-from loadtests.client import Ask, Client, Outcome, Record
+from loadtests.client import Ask, Client, Outcome, Record, begun
 
 SPIN_SECONDS = 0.0015  # timers of the event loop are rounded up to a millisecond: the rest is waited out awake
 LAG_SECONDS = 0.02  # between two looks at the event loop's lag
@@ -164,11 +164,10 @@ class Flight:
     def launch(self, ask: Ask, intended: float) -> None:
         """Send without waiting; not at all, and say so, where too many are under way."""
         if len(self._tasks) >= self._most:
-            now = time.monotonic()
-            told = f"{self._most} requests were in flight already"
-            self._end(
-                Record(ask.stream, ask.index, intended, now, None, now, Outcome.NOT_SENT, told=told, asked_tokens=ask.tokens)
-            )
+            record = begun(ask, intended)
+            record.sent = record.done = time.monotonic()
+            record.outcome, record.told = Outcome.NOT_SENT, f"{self._most} requests were in flight already"
+            self._end(record)
             return
         task = asyncio.create_task(self.send(ask, intended))
         self._tasks.add(task)
@@ -176,8 +175,11 @@ class Flight:
 
     async def send(self, ask: Ask, intended: float) -> Record:
         """Send and wait for the answer."""
-        record = await self._client.send(ask, intended)
-        self._end(record)
+        record = begun(ask, intended)
+        try:
+            await self._client.send(ask, record)
+        finally:
+            self._end(record)
         return record
 
     def _end(self, record: Record) -> None:

@@ -16,7 +16,7 @@ import aiohttp
 
 from loadtests import generator, measures, result
 from loadtests import target as targets
-from loadtests.client import Client, Outcome, Record
+from loadtests.client import Client, Outcome, Record, begun
 from loadtests.generator import Interrupt, Load, Traffic
 from loadtests.plan import Planned, drawn, estimate
 from loadtests.progress import Live
@@ -60,7 +60,7 @@ class Session:
         self._keep(block)
         self.live.end(block, self.estimate(planned))
         outcomes = [outcome for stream in block.streams.values() for outcome in stream.outcomes]
-        if outcomes and set(outcomes) <= {Outcome.UNREACHABLE, Outcome.CUT_OFF} and Outcome.UNREACHABLE in outcomes:
+        if outcomes and set(outcomes) == {Outcome.UNREACHABLE}:
             raise ServerGone(f"the server stopped answering in {block.cell.told}")
         return block
 
@@ -120,11 +120,12 @@ class Session:
         """A few requests of each stream, one at a time; they count for nothing but the server's own counts."""
         client = Client(load.url, load.headers, load.timeout_seconds)
         try:
-            found = []
+            found: list[Record] = []
             for each in load.traffic:
                 for ask in each.asks[: self.scenario.warm_up_requests]:
                     if not self.interrupt:
-                        found.append(await client.send(ask, time.monotonic()))
+                        found.append(begun(ask, time.monotonic()))
+                        await client.send(ask, found[-1])
             return found
         finally:
             await client.close()

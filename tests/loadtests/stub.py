@@ -41,6 +41,8 @@ class Stub:
     bodies: list[dict[str, Any]] = field(default_factory=list)
     resident: Callable[[], float] = lambda: 100e6
 
+    site: web.TCPSite | None = None
+
     def __post_init__(self) -> None:
         registry = self.registry = CollectorRegistry()
         self.responses = Counter("longserve_http_responses", "", ("route", "method", "status"), registry=registry)
@@ -90,11 +92,14 @@ class Stub:
         return web.json_response(self._body(request.path, output, account))
 
     def _count(self, request: web.Request, backend: str, tokens: int, output: int) -> None:
-        self.responses.labels(request.path, "POST", "200").inc(1 + self.miscounts)
+        self._responded(request)
         self.input.labels(backend).observe(tokens)
         self.output.labels(backend).observe(output)
         if backend in self.peak_bytes:
             self.peaks.labels(backend, "prefill").observe(self.peak_bytes[backend](tokens))
+
+    def _responded(self, request: web.Request, status: str = "200") -> None:
+        self.responses.labels(request.path, "POST", status).inc(1 + self.miscounts)
 
     def _account(self, backend: str, tokens: int, output: int) -> dict[str, Any]:
         usage = {"prompt_tokens": tokens, "completion_tokens": output, "total_tokens": tokens + output}
@@ -123,8 +128,10 @@ class Stub:
 
     async def _fault(self, fault: str, request: web.Request) -> web.StreamResponse:
         if fault.isdigit():
-            self.responses.labels(request.path, "POST", fault).inc()
+            self._responded(request, fault)
             return web.json_response({"error": {"message": f"told to answer {fault}"}}, status=int(fault))
+        if fault not in ("not_http", "die", "vanish", "silent"):
+            self._responded(request)
         if fault == "garbage":
             return web.Response(body=b"<html>it works</html>", content_type="text/html")
         if fault == "empty":
@@ -134,6 +141,10 @@ class Stub:
         if fault == "not_http":
             assert request.transport is not None
             request.transport.write(b"\x00\x01\x02 no HTTP\r\n\r\n")
+            return await self._hang_up(request)
+        if fault == "vanish":
+            assert self.site is not None
+            await self.site.stop()
             return await self._hang_up(request)
         if fault == "die":
             return await self._hang_up(request)
@@ -175,6 +186,7 @@ async def serve(stub: Stub, port: int = 0) -> tuple[web.AppRunner, str]:
     await runner.setup()
     site = web.TCPSite(runner, "127.0.0.1", port)
     await site.start()
+    stub.site = site
     return runner, f"http://127.0.0.1:{runner.addresses[0][1]}"
 
 

@@ -1,0 +1,71 @@
+"""A server's every misbehaviour has its name in the report, and none counts as an answer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from loadtests.result import Report
+from loadtests.run import main
+from tests.loadtests.conftest import Run, sweep
+from tests.loadtests.stub import Stub
+
+RATE = {"kind": "constant", "rate": 40}
+NAMES = {
+    "429": "refused",
+    "503": "refused",
+    "400": "client_error",
+    "500": "server_error",
+    "garbage": "garbage",
+    "empty": "garbage",
+    "error_in_200": "garbage",
+    "not_http": "garbage",
+    "die": "cut_off",
+    "cut_off": "cut_off",
+    "trickle": "trickled",
+    "silent": "timeout",
+}
+
+
+def outcomes(report: Report) -> dict[str, int]:
+    (block,) = report.blocks
+    return block.streams["requests"].outcomes
+
+
+@pytest.mark.parametrize(("fault", "name"), NAMES.items())
+def test_each_fault_is_named_and_counts_as_no_answer(
+    fault: str, name: str, serve: Callable[[Stub], str], measure: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stub = Stub(faults=["", "", fault, fault])  # after one answer to the warm-up
+    status, report = measure(serve(stub), **sweep(loads=[RATE], timeout_seconds=0.4))
+    assert outcomes(report) == {"ok": 6, name: 2}
+    assert name.replace("_", " ") in capsys.readouterr().out
+    assert report.failed_requests == (0 if name == "refused" else 2)
+    assert status != 0 or name == "refused"
+    assert all(gate.passed for block in report.blocks for gate in block.gates if gate.name.startswith("counted alike"))
+
+
+@pytest.mark.parametrize("fault", ["garbage", "die", "cut_off", "trickle", "400"])
+def test_a_stream_that_is_not_whole_counts_as_no_answer(fault: str, serve: Callable[[Stub], str], measure: Run) -> None:
+    stub = Stub(faults=["", "", fault])
+    _, report = measure(serve(stub), **sweep(loads=[RATE], api="stream", timeout_seconds=0.4))
+    assert outcomes(report) == {"ok": 7, NAMES[fault]: 1}
+
+
+def test_a_server_that_is_gone_ends_the_run_with_what_was_measured(serve: Callable[[Stub], str], measure: Run) -> None:
+    stub = Stub(faults=["", "", "", "vanish"])
+    status, report = measure(serve(stub), **sweep(loads=[RATE], repeats=5))
+    first, second = report.blocks
+    assert status == 130 and report.interrupted
+    assert first.streams["requests"].outcomes == {"ok": 2, "cut_off": 1, "unreachable": 5}
+    assert set(second.streams["requests"].outcomes) == {"unreachable"}
+    assert "the server stopped answering" in report.notes[-1]
+
+
+@pytest.mark.parametrize("url", ["http://127.0.0.1:1", "ftp://127.0.0.1", "nonsense", "http://"])
+def test_an_unreachable_server_is_told_in_one_line(url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["sweep", "--url", url, "--out", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("loadtests sweep: ") and error.count("\n") == 1 and "Traceback" not in error
