@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 CONFIG ?= deploy/local.yaml
 
-.PHONY: serve test check format bench engine-bench evaluate clean
+.PHONY: serve test check format bench engine-bench evaluate loadtest clean
 
 serve: $(VENV)/.serve-installed  ## start the service and print its URL; Ctrl-C drains it
 	$(BIN)/longserve serve $(CONFIG)
@@ -27,6 +27,9 @@ bench: $(VENV)/.bench-installed  ## attention against its peers
 engine-bench: $(VENV)/.dev-installed  ## the engine alone, then over HTTP
 	$(BIN)/python -m service.engine.benchmark
 
+loadtest: $(VENV)/.loadtest-installed  ## starts a service of its own, sweeps backends and lengths, writes a report to results/
+	$(BIN)/python -m loadtests sweep --serve $(CONFIG) --quality service/model/embedded/README.md
+
 evaluate: $(VENV)/.dev-installed  ## the embedded model's quality by backend and length
 	$(BIN)/python -m service.training.evaluate
 
@@ -39,7 +42,11 @@ $(VENV)/.serve-installed: pyproject.toml $(wildcard attention/csrc/* service/mod
 
 $(VENV)/.dev-installed: pyproject.toml $(wildcard attention/csrc/* service/model/csrc/*) | $(BIN)/python
 	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[dev]'
-	touch $@ $(VENV)/.serve-installed
+	touch $@ $(VENV)/.serve-installed $(VENV)/.loadtest-installed
+
+$(VENV)/.loadtest-installed: $(VENV)/.serve-installed
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[loadtest]'
+	touch $@
 
 $(VENV)/.bench-installed: $(VENV)/.dev-installed
 	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[bench]'

@@ -171,7 +171,7 @@ def analyse(report: Report) -> Analysis:
 
 def _load_order(block: Block) -> tuple[bool, float, str]:
     """Closed loops first, then rates, each as people count: 4 in flight before 16."""
-    number = re.search(r"[\d.]+", block.cell.load)
+    number = re.search(r"\d+(\.\d+)?", block.cell.load)
     return "in flight" not in block.cell.load, float(number[0]) if number else 0.0, block.cell.load
 
 
@@ -254,8 +254,8 @@ def _growths(found: Analysis, samples: Samples) -> list[Growth]:
 def _crossings(found: Analysis, samples: Samples) -> list[Crossing]:
     """Each other backend against the first that the scenario names."""
     crossings = []
-    first, *others = found.backends
-    for second, load in itertools.product(others, found.loads):
+    for second, load in itertools.product(found.backends[1:], found.loads):
+        first = found.backends[0]
         mine = {row.cell.tokens: row for row in found.rows_of(first, load)}
         theirs = {row.cell.tokens: row for row in found.rows_of(second, load)}
         shared = sorted(tokens for tokens in mine.keys() & theirs.keys() if tokens)

@@ -30,6 +30,7 @@ SERIES_DARK = ("#7db4f5", "#f2a25c", "#6fd0a2", "#c19bf0", "#f58aa9", "#6ccadb",
 FONT = "system-ui, -apple-system, 'Segoe UI', 'Liberation Sans', sans-serif"
 WIDTH, HEIGHT = 470, 330  # CSS pixels of one plot at its natural size
 NAMESPACES = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
+LEFT = 72  # pixels for the numbers and the name of the upright axis
 LABEL_GAP = 14  # pixels between two labels at the lines' ends
 
 matplotlib.rcParams.update(
@@ -106,8 +107,9 @@ def figure(panels: int = 1, height: int = HEIGHT, right: int = 128) -> tuple[Fig
     """An empty figure with panels side by side, and room at the right for the labels of the last."""
     made = Figure(figsize=(WIDTH / 72, height / 72), dpi=72)  # a point is a CSS pixel
     axes = list(np.atleast_1d(made.subplots(1, panels)))
-    left, gap = 62, 20
+    left, gap = LEFT, 20
     made.subplots_adjust(left=left / WIDTH, right=1 - right / WIDTH, top=1 - 14 / height, bottom=52 / height, wspace=gap / 100)
+    axes[0].yaxis.set_label_coords(16 / WIDTH, 0.5 + 19 / height, transform=made.transFigure)
     for each in axes:
         each.grid(True, axis="y")
         each.set_axisbelow(True)
@@ -170,6 +172,7 @@ def label_ends(axes: Axes, ends: Sequence[tuple[float, float, str, str]]) -> Non
     """Write (x, y, text, colour) at the right of lines' ends, moved apart where they would touch."""
     lines = [text.count("\n") + 1 for _, _, text, _ in ends]
     order = sorted(range(len(ends)), key=lambda i: ends[i][1])
+    axes.get_ylim()  # settles the limits, on which the transformation rests
     places = {i: axes.transData.transform((ends[i][0], ends[i][1]))[1] for i in order}
     for low, high in pairwise(order):
         places[high] = max(places[high], places[low] + LABEL_GAP * (lines[low] + lines[high]) / 2)

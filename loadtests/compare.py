@@ -86,7 +86,7 @@ def compared(before: Report, after: Report) -> list[Compared]:
 
 def _table(found: list[Compared], tolerance: float) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for name in ("cell", "before", "after", "after/before (95 %)", ""):
+    for name in ("cell", "before", "after", "after/before (95%)", ""):
         table.add_column(name, justify="left" if name in ("cell", "") else "right")
     for each in found:
         word = "REGRESSION" if each.is_regression(tolerance) else "faster" if each.is_gain(tolerance) else ""

@@ -62,7 +62,7 @@ def _table(report: Report, found: Analysis) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold")
     several = len({row.stream for row in found.rows}) > 1
     names = ("backend", "length", "load", *(("stream",) if several else ()))
-    for name in (*names, "answered", "median", "95 %", "p95", "requests/s", "reserved"):
+    for name in (*names, "answered", "median", "95%", "p95", "requests/s", "reserved"):
         table.add_column(name, justify="left" if name in ("backend", "load", "stream") else "right", no_wrap=True)
     for row in found.rows:
         median, between = (seconds(row.median.value), span(row.median)) if row.median else ("-", "-")

@@ -5,6 +5,7 @@ The template is `page/report.html`, its looks `page/style.css`; here stand the n
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -46,6 +47,7 @@ def render(report: Report, found: Analysis, quality: Quality | None) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.filters["bound"] = bound
     drawn = plots.all_of(found, report, quality)
     return environment.get_template("report.html").render(
         report=report,
@@ -57,6 +59,11 @@ def render(report: Report, found: Analysis, quality: Quality | None) -> str:
         facts=_facts(report),
         gates=_gates(report),
     )
+
+
+def bound(text: str) -> str:
+    """The text with its numbers kept on the line of their units."""
+    return re.sub(r"(\d) (ms|s|MiB|tokens|times|an hour)\b", "\\1\u00a0\\2", text)
 
 
 def _style() -> str:
@@ -82,7 +89,7 @@ def _glance(report: Report, found: Analysis, quality: Quality | None) -> Grid | 
     lengths = sorted({tokens for each in rows.values() for tokens in each if tokens})
     lines = [(f"{tokens:,}", *(_median(rows[backend].get(tokens)) for backend in found.backends)) for tokens in lengths]
     head = ("tokens", *(_name(backend, report) for backend in found.backends))
-    told = [f"Median latency with its 95 % interval, {load}."]
+    told = [f"Median latency with its 95% interval, {load}."]
     if quality:
         told.append(f"Quality is read from {Path(quality.source).name}, not measured here.")
     return Grid("At one look", head, lines, " ".join(told))
@@ -170,7 +177,8 @@ PLACE = ("backend", "length", "load")
 
 def _place(row: Row, report: Report) -> tuple[str, str, str]:
     """What names a row."""
-    return _name(row.cell.backend, report), row.cell.length, row.cell.phase or row.cell.load
+    load = f"{row.stream} {row.cell.phase}" if row.cell.phase else row.cell.load
+    return _name(row.cell.backend, report), row.cell.length, load
 
 
 def _probes(report: Report) -> Grid:
@@ -195,15 +203,13 @@ def _latencies(report: Report, found: Analysis) -> Grid:
             f"{row.input_tokens_per_second:,.0f}",
             f"{row.output_tokens_per_second:,.0f}",
         )
-        rows.append((*_place(row, report), row.stream, f"{row.ok} of {row.count}", *quantiles, spread, *rates))
+        rows.append((*_place(row, report), f"{row.ok} of {row.count}", *quantiles, spread, *rates))
     measured = ("p50", "p90", "p95", "p99", "between repeats", "requests/s", "input tokens/s", "output tokens/s")
     note = (
         f"Latencies from the intended send. A p99 is shown from {FEW_FOR_P99} answers on. Between repeats: standard deviation "
         "of the repeats' medians over their mean. Rates are over the time from the first send to the last answer."
     )
-    return Grid(
-        "Latencies and rates of every cell", (*PLACE, "stream", "answered", *measured), rows, note, names=4, folded=True
-    )
+    return Grid("Latencies and rates of every cell", (*PLACE, "answered", *measured), rows, note, names=3, folded=True)
 
 
 def _streams(report: Report, found: Analysis) -> Grid:
@@ -211,9 +217,9 @@ def _streams(report: Report, found: Analysis) -> Grid:
     for row in found.rows:
         if len(row.first_token):
             values = [quantile(each, share) for each in (row.first_token, row.per_output_token) for share in (0.5, 0.95)]
-            rows.append((*_place(row, report), row.stream, *(seconds(each) for each in values)))
-    head = (*PLACE, "stream", "first token p50", "p95", "per output token p50", "p95")
-    return Grid("Streams: first token and the tokens after it", head, rows, names=4)
+            rows.append((*_place(row, report), *(seconds(each) for each in values)))
+    head = (*PLACE, "first token p50", "p95", "per output token p50", "p95")
+    return Grid("Streams: first token and the tokens after it", head, rows, names=3)
 
 
 def _server(report: Report, found: Analysis) -> Grid:

@@ -12,6 +12,7 @@ from loadtests.analysis import Analysis, Row
 from loadtests.canvas import (
     HEIGHT,
     INK,
+    LEFT,
     MUTED,
     PAPER,
     WIDTH,
@@ -70,7 +71,7 @@ def latency(found: Analysis, report: Report, load: str) -> Plot | None:
     label_ends(axes, labels)
     since = min((each.from_tokens for each in found.growths if each.load == load), default=None)
     fits = f" Exponents are fitted from {since:,} tokens on." if since else ""
-    caption = f"From the intended send to the last byte of the answer, {load}; bands are 95 % intervals.{fits}"
+    caption = f"From the intended send to the last byte of the answer, {load}; bands are 95% intervals.{fits}"
     return Plot("latency", "Latency against length", caption, made)
 
 
@@ -130,7 +131,8 @@ def throughput(found: Analysis, report: Report) -> Plot | None:
         axes.margins(0.12)
         axes.xaxis.set_major_locator(MaxNLocator(3))
         axes.yaxis.set_major_locator(MaxNLocator(5))
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: plain_seconds(round(value, 6)) if value else "0"))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: plain_seconds(round(value, 6)) if value else ""))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     panels[0].set_ylabel("p95 latency")
     panels[len(panels) // 2].set_xlabel("answered requests a second")
     legend(made, found, report)
@@ -141,7 +143,7 @@ def throughput(found: Analysis, report: Report) -> Plot | None:
 
 def legend(made: Figure, found: Analysis, report: Report) -> None:
     """The backends' names in their colours along the top, for plots whose lines have no common end."""
-    x = 62.0
+    x = float(LEFT)
     for place, backend in enumerate(found.backends):
         name = backend or report.model
         made.text(
@@ -228,7 +230,7 @@ def memory(found: Analysis, report: Report) -> Plot | None:
     axes.set_ylabel("resident bytes of the server")
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: plain_bytes(value)))
     axes.yaxis.set_major_locator(MaxNLocator(5))
-    made.subplots_adjust(left=84 / WIDTH)
+    made.subplots_adjust(left=90 / WIDTH)
     label_ends(axes, labels)
     return Plot("memory", "Memory over time", "Resident memory of the server's process, by its own metric.", made)
 

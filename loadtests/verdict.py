@@ -43,11 +43,8 @@ def _validity(report: Report) -> tuple[str, str]:
 def doubts(report: Report, found: Analysis) -> list[str]:
     """Everything that speaks against taking the figures at their word."""
     told = _failed_gates(report)
+    told += _failed_requests(found)
     for row in found.rows:
-        failed = {name: count for name, count in row.outcomes.items() if name != "ok" and count}
-        if failed:
-            named = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in failed.items())
-            told.append(f"{row.cell.told}: {named}, of {row.count} requests")
         if row.clipped_share:
             told.append(f"{row.cell.told}: {row.clipped_share:.0%} of the lengths were clipped to what the server takes")
         if row.tokens_off:
@@ -66,6 +63,17 @@ def _failed_gates(report: Report) -> list[str]:
         failed.setdefault(gate.name, []).append(f"{gate.told} ({block.cell.told}, repeat {block.repeat + 1})")
     count = len(report.blocks)
     return [f"not {name} in {len(each)} of {count} blocks; the first: {each[0]}" for name, each in failed.items()]
+
+
+def _failed_requests(found: Analysis) -> list[str]:
+    """Each way in which requests failed: how many did, in which cells."""
+    told = []
+    for outcome in sorted({name for row in found.rows for name in row.outcomes if name != "ok"}):
+        rows = [row for row in found.rows if row.outcomes.get(outcome)]
+        count, of = sum(row.outcomes[outcome] for row in rows), sum(row.count for row in rows)
+        cells = rows[0].cell.told if len(rows) == 1 else f"{len(rows)} of {len(found.rows)} cells"
+        told.append(f"{outcome.replace('_', ' ')}: {count} of {of} requests in {cells}")
+    return told
 
 
 def _name(backend: str, report: Report) -> str:
@@ -93,9 +101,9 @@ def _choice(crossings: list[Crossing], load: str) -> str:
     first, second = best.first, best.second
     if best.ratio.low <= 1:
         return f"Nothing measured is faster than {first} for good, up to {best.longest:,} tokens ({load})"
-    end = f"{_faster(best.ratio.value)} at {best.longest:,}"
+    end = f"{_faster(best.ratio.value)} at {best.longest:,} tokens"
     if best.at.tokens is None:
-        return f"{second} answers faster than {first} at every length, {end} tokens"
+        return f"{second} answers faster than {first} at every length, {end}"
     return (
         f"Up to about {_rounded(best.at.tokens.value)} tokens {first} answers as fast as any; beyond, {second} is faster, {end}"
     )
@@ -107,7 +115,7 @@ def _faster(ratio: float) -> str:
 
 def _levels(report: Report, found: Analysis, load: str) -> list[str]:
     level = report.scenario.get("service_level")
-    if not level:
+    if not level or not found.backends:
         return []
     longest = [(backend, longest_good(found, backend, load, level["attainment"])) for backend in found.backends]
     told = ", ".join(
@@ -178,7 +186,11 @@ def _capacity(report: Report, found: Analysis) -> list[str]:
 
 
 def _mixed(report: Report, found: Analysis) -> list[str]:
-    return [_blocking(each, _name(each.backend, report)) for each in found.blockings]
+    if not found.blockings:
+        return []
+    times = ", ".join(f"{each.ratio.value:.1f} times ({_name(each.backend, report)})" for each in found.blockings)
+    head = f"Beside the others, {found.blockings[0].alone.stream} requests take as long as alone: {times}"
+    return [head, *(_blocking(each, _name(each.backend, report)) for each in found.blockings)]
 
 
 def _blocking(each: Blocking, name: str) -> str:
@@ -209,15 +221,15 @@ def _leak(leak: Leak, name: str) -> str:
 
 def _losses(report: Report, found: Analysis, quality: Quality | None) -> list[str]:
     """What the other backends lose against the first, at the longest length that both were measured at."""
-    if quality is None or not found.backends:
+    if quality is None or report.kind not in ("sweep", "capacity"):
         return []
     told = []
-    first, *others = [name for name in found.backends if name in quality.bits_per_byte]
+    known = [name for name in found.backends if name in quality.bits_per_byte]
     longest = max((row.cell.tokens or 0 for row in found.rows), default=0)
-    for name in others:
-        shared = [n for n in quality.bits_per_byte[name] if n in quality.bits_per_byte[first] and (not longest or n <= longest)]
+    for name in known[1:]:
+        shared = [n for n in quality.bits_per_byte[name] if n in quality.bits_per_byte[known[0]] and n <= longest]
         if shared:
-            told.append(_loss(quality, first, name, max(shared)))
+            told.append(_loss(quality, known[0], name, max(shared)))
     return told
 
 

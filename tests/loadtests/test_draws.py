@@ -37,7 +37,9 @@ def test_arrivals_ascend_within_their_time_and_come_at_their_rate(law: Open) -> 
     assert len(times) / 4000 == pytest.approx(7, rel=4 * spread)
 
 
-@pytest.mark.parametrize(("law", "variation"), [(LAWS[0], 0.0), (LAWS[1], 1.0), (LAWS[2], 3.0)], ids=["constant", "poisson", "gamma"])
+@pytest.mark.parametrize(
+    ("law", "variation"), [(LAWS[0], 0.0), (LAWS[1], 1.0), (LAWS[2], 3.0)], ids=["constant", "poisson", "gamma"]
+)
 def test_gaps_vary_as_the_law_says(law: Open, variation: float) -> None:
     gaps = np.diff(arrivals.draw(law, 20000.0, rng()))
     assert gaps.std() / gaps.mean() == pytest.approx(variation, rel=0.05, abs=1e-6)
@@ -85,7 +87,8 @@ TRACES = {
     "mooncake.jsonl": '{"timestamp": 27482, "input_length": 4808, "output_length": 10, "hash_ids": [1]}\n'
     '{"timestamp": 27534, "input_length": 3180, "output_length": 8, "hash_ids": []}\n',
     "burst.csv": "Timestamp,Session ID,Request tokens,Response tokens\n5,1,4808,10\n5.052,1,3180,8\n",
-    "plain.jsonl": '{"at": 1.052, "input_tokens": 3180, "output_tokens": 8}\n\n{"at": 1, "input_tokens": 4808, "output_tokens": 10}\n',
+    "plain.jsonl": '{"at": 1.052, "input_tokens": 3180, "output_tokens": 8}\n\n'
+    '{"at": 1, "input_tokens": 4808, "output_tokens": 10}\n',
 }
 
 
