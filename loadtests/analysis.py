@@ -16,6 +16,7 @@ from loadtests import measures, result, statistics
 from loadtests.result import Block, Cell, Report
 from loadtests.statistics import Crossover, Interval
 
+SETTLING = 5  # of a soak's time, one part in so many is left out of the fit of its growth: a server warms up
 LONG_LENGTHS = 3  # the longest so many lengths tell how a cost grows: short inputs are all overhead
 
 
@@ -295,10 +296,10 @@ def _leaks(blocks: Sequence[Block]) -> list[Leak]:
         levels = [(each.seconds, each.resident_bytes) for each in block.server.levels] if block.server else []
         if len(levels) < 3:
             continue
-        seconds, resident = zip(*levels, strict=True)
+        seconds, resident = zip(*levels[len(levels) // SETTLING :], strict=True)
         slope = statistics.growth(seconds, resident)
         hourly = Interval(slope.value * 3600, slope.low * 3600, slope.high * 3600)
-        found.append(Leak(block.cell.backend, hourly, seconds[-1], tuple(levels)))
+        found.append(Leak(block.cell.backend, hourly, levels[-1][0], tuple(levels)))
     return found
 
 

@@ -36,6 +36,7 @@ LABEL_GAP = 14  # pixels between two labels at the lines' ends
 matplotlib.rcParams.update(
     {
         "svg.fonttype": "none",
+        "text.parse_math": False,  # names are names, also with dollars in them
         "svg.hashsalt": "loadtests",
         "font.family": "DejaVu Sans",
         "font.size": 11,

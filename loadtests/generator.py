@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
+from typing import Any
 
 from loadtests.client import Ask, Client, Outcome, Record, begun
 
@@ -25,7 +26,7 @@ LAG_SECONDS = 0.02  # between two looks at the event loop's lag
 RATE_OF_ONE_PROCESS = 300.0  # requests a second that one process sends on time with room to spare
 FAILED_SECONDS = 0.1  # that a closed loop waits after a failure, lest it hammer a server that refuses at once
 LEAD_SECONDS = 0.05  # between the start of a block and its first send
-SPAWN_SECONDS = 3.0  # the same where processes must start first
+MEETING_SECONDS = 120.0  # within which all processes must have started
 
 
 @dataclass(frozen=True)
@@ -79,10 +80,10 @@ async def run(load: Load, processes: int, interrupt: Interrupt, progress: Callab
     """Send a block. `progress` hears of each request that ends, in one process; of all at the end, in several."""
     if processes == 1:
         return await send(load, time.monotonic() + LEAD_SECONDS, interrupt, progress)
-    start = time.monotonic() + SPAWN_SECONDS
-    loop = asyncio.get_running_loop()
-    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
-        shares = [loop.run_in_executor(pool, _in_process, share, start) for share in split(load, processes)]
+    loop, context = asyncio.get_running_loop(), multiprocessing.get_context("spawn")
+    meeting = (context.Barrier(processes), context.Value("d", 0.0))
+    with ProcessPoolExecutor(processes, context, _meet_at, meeting) as pool:
+        shares = [loop.run_in_executor(pool, _in_process, share) for share in split(load, processes)]
         parts = await asyncio.gather(*shares)
     whole = Sent([], [], any(part.interrupted for part in parts) or bool(interrupt))
     for part in parts:
@@ -111,8 +112,20 @@ def _shares(load: Load, place: int, processes: int) -> tuple[Traffic, ...]:
     return tuple(found)
 
 
-def _in_process(load: Load, start: float) -> Sent:
-    return asyncio.run(_interruptible(load, start))
+_meeting: list[Any] = []  # of a generator process: the barrier at which all wait, and where the first of them writes the start
+
+
+def _meet_at(*meeting: Any) -> None:
+    _meeting[:] = meeting
+
+
+def _in_process(load: Load) -> Sent:
+    """A share's requests, from one moment on in all processes, which come to life at different times."""
+    barrier, start = _meeting
+    if barrier.wait(MEETING_SECONDS) == 0:
+        start.value = time.monotonic() + LEAD_SECONDS
+    barrier.wait(MEETING_SECONDS)
+    return asyncio.run(_interruptible(load, start.value))
 
 
 async def _interruptible(load: Load, start: float) -> Sent:

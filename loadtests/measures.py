@@ -7,6 +7,7 @@ file, so that every figure of a report can be computed again from it.
 from __future__ import annotations
 
 import functools
+import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
@@ -177,16 +178,20 @@ def _per_output_token(records: Sequence[Record]) -> Iterable[float]:
 def _phases(records: Sequence[Record]) -> dict[str, Distribution]:
     found = {}
     for phase in ("tokenize", "queue", "prefill", "decode"):
-        told = [record.receipt.get(f"{phase}_seconds") for record in records]
-        seconds = [each for each in told if isinstance(each, (int, float))]
+        seconds = _numbers(record.receipt.get(f"{phase}_seconds") for record in records)
         if seconds:
             found[phase] = distribution(seconds)
     return found
 
 
 def _range(values: Iterable[object]) -> tuple[int, int] | None:
-    numbers = [int(each) for each in values if isinstance(each, (int, float))]
-    return (min(numbers), max(numbers)) if numbers else None
+    numbers = _numbers(values)
+    return (int(min(numbers)), int(max(numbers))) if numbers else None
+
+
+def _numbers(values: Iterable[object]) -> list[float]:
+    """Those of a server's values that are numbers: it may send anything."""
+    return [each for each in values if isinstance(each, (int, float)) and math.isfinite(each) and each >= 0]
 
 
 class Gate(Kept):

@@ -125,7 +125,7 @@ def _crossovers(found: Analysis) -> Grid:
         )
         ratio = f"{each.ratio.value:.2f} ({each.ratio.low:.2f} to {each.ratio.high:.2f})"
         rows.append((f"{each.second} over {each.first}", each.load, where, f"{at.certainty:.0%}", ratio))
-    head = ("pair", "load", "faster from (tokens)", "resamples that agree", "time saved at the longest")
+    head = ("pair", "load", "faster from (tokens)", "resamples that agree", "times as fast at the longest")
     note = (
         "From this length on the second stays faster, between measured lengths by straight lines in logarithms. "
         "The last column is the first's median over the second's."
@@ -284,7 +284,7 @@ def _facts(report: Report) -> list[tuple[str, str]]:
         ("Scenario", f"{report.name}, fingerprint {report.fingerprint}, seed {report.scenario['seed']}"),
         ("Run", f"{report.started} to {report.finished}, {len(report.blocks)} blocks"),
     ]
-    if info.get("versions"):
+    if isinstance(info.get("versions"), dict):
         facts.insert(1, ("Software of the server", _software(info)))
     return facts
 

@@ -126,9 +126,9 @@ def throughput(found: Analysis, report: Report) -> Plot | None:
             if points:
                 axes.plot(*zip(*points, strict=True), "o-", color=color(place))
         axes.set_title(f"{short(tokens)} tokens", fontsize=11, color=INK, loc="left")
+        axes.margins(0.15)
         axes.set_ylim(bottom=0)
         axes.set_xlim(left=0)
-        axes.margins(0.12)
         axes.xaxis.set_major_locator(MaxNLocator(3))
         axes.yaxis.set_major_locator(MaxNLocator(5))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: plain_seconds(round(value, 6)) if value else ""))
@@ -232,7 +232,13 @@ def memory(found: Analysis, report: Report) -> Plot | None:
     axes.yaxis.set_major_locator(MaxNLocator(5))
     made.subplots_adjust(left=90 / WIDTH)
     label_ends(axes, labels)
-    return Plot("memory", "Memory over time", "Resident memory of the server's process, by its own metric.", made)
+    caption = "Resident memory of the server's processes, by their own metric; growth is fitted without the first fifth."
+    return Plot(
+        "memory",
+        "Memory over time",
+        caption,
+        made,
+    )
 
 
 def fidelity(found: Analysis, report: Report, quality: Quality | None) -> Plot | None:

@@ -109,7 +109,7 @@ class Session:
             seconds=time.monotonic() - began,
             streams=streams,
             lag=measures.distribution(sent.lags),
-            gates=tuple(self._gates(traffic, streams, sent, view)),
+            gates=tuple(self._gates(planned, traffic, streams, sent, view)),
             server=view,
             load_average=(before, os.getloadavg()[0]),
             processes=processes,
@@ -169,6 +169,7 @@ class Session:
 
     def _gates(
         self,
+        planned: Planned,
         traffic: Sequence[Traffic],
         streams: dict[str, measures.StreamMeasures],
         sent: generator.Sent,
@@ -178,6 +179,10 @@ class Session:
         for each in traffic:
             for gate in measures.gates(streams[each.name], each.in_flight is None, sent):
                 found[gate.name, gate.told] = gate
+        others = {name for each in streams.values() for name in each.backends} - {planned.cell.backend}
+        if others and planned.cell.backend:
+            told = f"answers name {', '.join(sorted(others))}"
+            found["backend", ""] = measures.Gate(name="served by the backend asked for", passed=False, told=told)
         if view is not None and not sent.interrupted:
             wrong = [
                 f"{check.what}: client {check.client:,.0f}, server {check.server:,.0f}"

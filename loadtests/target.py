@@ -46,6 +46,8 @@ def base_url(given: str) -> str:
     parts = urlsplit(given)
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise TargetError(f"the server's URL must be like http://127.0.0.1:8000, received {given!r}")
+    if parts.username or parts.password:
+        raise TargetError("a URL with a password in it would stand in the report: name the key's variable by --key-env")
     return re.sub(r"/v1/?$|/$", "", given)
 
 

@@ -28,7 +28,7 @@ def verdict(report: Report, found: Analysis, quality: Quality | None) -> Verdict
     """Say what a report says."""
     facts: list[str] = {"sweep": _sweep, "capacity": _capacity, "mixed": _mixed, "soak": _soak}[report.kind](report, found)
     facts += _losses(report, found, quality)
-    headline, *rest = facts or ["Nothing was measured"]
+    headline, *rest = facts or ["No request was answered" if report.blocks else "Nothing was measured"]
     return Verdict(headline, rest, *_validity(report), doubts(report, found))
 
 
@@ -118,6 +118,8 @@ def _levels(report: Report, found: Analysis, load: str) -> list[str]:
     if not level or not found.backends:
         return []
     longest = [(backend, longest_good(found, backend, load, level["attainment"])) for backend in found.backends]
+    if len({tokens for _, tokens in longest}) == 1 and (tokens := longest[0][1]):
+        return [f"The service level is kept up to {tokens:,} tokens by every backend ({load})"]
     told = ", ".join(
         f"{_name(backend, report)} " + (f"{tokens:,} tokens" if tokens else "no length") for backend, tokens in longest
     )
@@ -139,7 +141,7 @@ def _times(ratio: Interval) -> str:
     """What a first over second ratio says about the second's time."""
     if not ratio.excludes_one:
         return f"as long, as far as can be told ({1 / ratio.high:.2f} to {1 / ratio.low:.2f} times)"
-    return f"{1 / ratio.value:.2f} times as long" if ratio.value < 1 else f"{1 / ratio.value:.1%} of the time"
+    return f"{1 / ratio.value:.2f} times as long" if ratio.value < 1 else f"{percent(1 / ratio.value)} of the time"
 
 
 def _range(interval: Interval) -> str:
@@ -150,25 +152,29 @@ def _rounded(tokens: float) -> str:
     return f"{float(f'{tokens:.2g}'):,.0f}"
 
 
+def _longest(found: Analysis) -> int | None:
+    """The longest length at which every backend answered."""
+    lengths = [{row.cell.tokens for row in found.rows if row.cell.backend == each and row.ok} for each in found.backends]
+    shared = set.intersection(*lengths) - {None} if lengths else set()
+    return max((tokens for tokens in shared if tokens), default=None)
+
+
 def _rates(report: Report, found: Analysis) -> list[str]:
     """The most requests a second that were answered at the longest length, under any load."""
+    if (longest := _longest(found)) is None:
+        return []
     best = []
     for backend in found.backends:
-        longest = max((row.cell.tokens or 0 for row in found.rows if row.cell.backend == backend and row.ok), default=0)
-        rows = [row for row in found.rows if row.cell.backend == backend and row.cell.tokens == longest and row.ok]
-        if rows:
-            top = max(rows, key=lambda row: row.requests_per_second)
-            best.append(f"{_name(backend, report)} {top.requests_per_second:.2g}")
-    return [f"Requests of {longest:,} tokens answered in a second, at most: {', '.join(best)}"] if best else []
+        rates = [r.requests_per_second for r in found.rows if (r.cell.backend, r.cell.tokens) == (backend, longest)]
+        best.append(f"{_name(backend, report)} {max(rates):.2g}")
+    return [f"Requests of {longest:,} tokens answered in a second, at most: {', '.join(best)}"]
 
 
 def _bytes(report: Report, found: Analysis, load: str) -> list[str]:
-    rows = [found.rows_of(backend, load)[-1:] for backend in found.backends]
-    told = [
-        f"{_name(r.cell.backend, report)} {mebibytes(r.reserved_bytes)}" for (r,) in (e for e in rows if e) if r.reserved_bytes
-    ]
-    tokens = max((row.cell.tokens or 0 for each in rows for row in each), default=0)
-    return [f"One request of {tokens:,} tokens reserves: {', '.join(told)}"] if told else []
+    longest = _longest(found)
+    rows = [row for backend in found.backends for row in found.rows_of(backend, load) if row.cell.tokens == longest]
+    told = [f"{_name(row.cell.backend, report)} {mebibytes(row.reserved_bytes)}" for row in rows if row.reserved_bytes]
+    return [f"One request of {longest:,} tokens reserves: {', '.join(told)}"] if told else []
 
 
 def _capacity(report: Report, found: Analysis) -> list[str]:
@@ -249,6 +255,11 @@ def seconds(value: float | None) -> str:
     if value < 0.0995:
         return f"{value * 1e3:.2g} ms" if value < 0.00995 else f"{value * 1e3:.0f} ms"
     return f"{value * 1e3:.0f} ms" if value < 0.9995 else f"{value:.2f} s" if value < 99.5 else f"{value:.0f} s"
+
+
+def percent(share: float) -> str:
+    """A share with two digits that count."""
+    return f"{share:.0%}" if share >= 0.0995 else f"{share:.1%}"
 
 
 def span(interval: Interval) -> str:

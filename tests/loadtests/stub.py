@@ -36,12 +36,15 @@ class Stub:
     always: str = ""  # the fault of every completion
     has_tokenize: bool = True
     has_usage: bool = True
+    named: str = ""  # the backend that answers name, where it is not the one asked for
+    receipt: dict[str, Any] = field(default_factory=dict)  # facts put in place of the true ones
     miscounts: int = 0  # requests that the metrics tell beyond those that came
     max_tokens: int | None = 1_000_000
     bodies: list[dict[str, Any]] = field(default_factory=list)
     resident: Callable[[], float] = lambda: 100e6
 
     site: web.TCPSite | None = None
+    transports: set[asyncio.Transport] = field(default_factory=set)  # of every connection that asked for a completion
 
     def __post_init__(self) -> None:
         registry = self.registry = CollectorRegistry()
@@ -76,6 +79,8 @@ class Stub:
 
     async def answer(self, request: web.Request) -> web.StreamResponse:
         arrived = time.monotonic()
+        assert request.transport is not None
+        self.transports.add(request.transport)
         body = await request.json()
         self.bodies.append(body)
         fault = self.faults.pop(0) if self.faults else self.always
@@ -103,10 +108,14 @@ class Stub:
 
     def _account(self, backend: str, tokens: int, output: int) -> dict[str, Any]:
         usage = {"prompt_tokens": tokens, "completion_tokens": output, "total_tokens": tokens + output}
-        receipt: dict[str, Any] = {"backend": backend, "queue_seconds": 0.0, "prefill_seconds": self.seconds[backend](tokens)}
+        receipt: dict[str, Any] = {
+            "backend": self.named or backend,
+            "queue_seconds": 0.0,
+            "prefill_seconds": self.seconds[backend](tokens),
+        }
         if backend in self.peak_bytes:
             receipt["peak_bytes"] = int(self.peak_bytes[backend](tokens))
-        return ({"usage": usage} if self.has_usage else {}) | {"longserve": receipt}
+        return ({"usage": usage} if self.has_usage else {}) | {"longserve": receipt | self.receipt}
 
     @staticmethod
     def _body(path: str, output: int, account: dict[str, Any]) -> dict[str, Any]:
@@ -145,7 +154,9 @@ class Stub:
         if fault == "vanish":
             assert self.site is not None
             await self.site.stop()
-            return await self._hang_up(request)
+            for transport in self.transports:
+                transport.abort()
+            raise asyncio.CancelledError
         if fault == "die":
             return await self._hang_up(request)
         if fault == "silent":

@@ -23,11 +23,11 @@ from loadtests.workload import body
 from tests.loadtests.conftest import Run, sweep
 from tests.loadtests.stub import MODEL, Stub
 
-LENGTHS = (1000, 2000, 4000, 8000)
+LENGTHS = (2000, 4000, 8000)
 
 
 def quadratic(tokens: int) -> float:
-    return 1.5e-9 * 5 * tokens * tokens  # 7.5 to 480 ms
+    return 1.5e-8 * tokens * tokens  # 60 to 960 ms
 
 
 def gate(report: Report, name: str) -> list[bool]:
@@ -45,10 +45,10 @@ def load(url: str, *traffic: Traffic, max_in_flight: int = 100) -> Load:
 
 def test_a_quadratic_law_gets_the_exponent_two_and_a_linear_one_its_slope(serve: Callable[[Stub], str], measure: Run) -> None:
     stub = Stub(
-        seconds={"dense": quadratic, "window": lambda _: 0.02},
+        seconds={"dense": quadratic, "window": lambda _: 0.12},
         peak_bytes={"dense": lambda n: 10**6 + 1536 * n, "window": lambda _: 10**6},
     )
-    fields = sweep(backends=["dense", "window"], lengths={"kind": "list", "tokens": list(LENGTHS)}, repeats=2, seconds=0.1)
+    fields = sweep(backends=["dense", "window"], lengths={"kind": "list", "tokens": list(LENGTHS)}, seconds=0.1)
     _, report = measure(serve(stub), **fields)
     found = analysis.analyse(report)
     growth = {each.backend: each for each in found.growths}
@@ -57,7 +57,7 @@ def test_a_quadratic_law_gets_the_exponent_two_and_a_linear_one_its_slope(serve:
     assert growth["dense"].bytes_per_token.value == pytest.approx(1536, rel=1e-3)
     assert growth["window"].bytes_per_token is not None and growth["window"].bytes_per_token.value == 0
     (crossing,) = found.crossings
-    assert crossing.at.tokens is not None and 1000 < crossing.at.tokens.value < 2000  # 0.02 s at 1,633
+    assert crossing.at.tokens is not None and crossing.at.tokens.value == pytest.approx(2828, rel=0.1)
     rows = {(row.cell.backend, row.cell.tokens): row for row in found.rows}
     assert rows["dense", 4000].reserved_bytes == 10**6 + 1536 * 4000
     assert rows["dense", 4000].measured_peak_bytes == 10**6 + 1536 * 4000  # by the metrics alone
@@ -240,7 +240,7 @@ def test_records_of_single_requests_are_kept_where_asked_for(
 
 
 def test_the_highest_rate_within_a_level_is_found(serve: Callable[[Stub], str], measure: Run) -> None:
-    """The stub answers from 20 in a second on too late: Poisson arrivals of any lower rate keep the level."""
+    """The stub answers too late from 40 in a second on."""
     times: list[float] = []
 
     def seconds(_: int) -> float:
@@ -259,7 +259,9 @@ def test_the_highest_rate_within_a_level_is_found(serve: Callable[[Stub], str], 
     }
     _, report = measure(serve(Stub(seconds={"": seconds})), **fields)
     (search,) = report.searches
-    assert search.rate in (None, 5.0, 10.0, 20.0, 40.0)
+    kept = [probe.rate for probe in search.probes if probe.kept]
+    assert search.rate == (max(kept) if kept else None)
+    assert search.rate is None or search.rate < 80
     assert search.probes[0].rate == 20.0
     assert all(probe.count in (20, 40) for probe in search.probes)
 
