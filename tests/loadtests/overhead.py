@@ -2,22 +2,28 @@
 
 A stub in a process of its own answers after a constant time; what is measured beyond it is the generator's, the sockets'
 and the stub's. Printed for each rate: the median of the errors, their 95th percentile, the delay of the
-sends, and what the gates say.
+sends, and what the gates say. Then the exponent that a quadratic law is given.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
 import numpy as np
+import yaml
 
-from loadtests import generator, measures
+from loadtests import generator, measures, result
+from loadtests.analysis import analyse
 from loadtests.client import Ask
 from loadtests.generator import Interrupt, Load, Traffic
+from loadtests.run import main as run
 from loadtests.workload import body
-from tests.loadtests.stub import MODEL
+from tests.loadtests.stub import MODEL, Stub, serving
 
 SECONDS = 0.02
 COUNT = 500
@@ -41,6 +47,23 @@ async def trial(url: str, rate: float, processes: int) -> None:
     )
 
 
+def exponent() -> None:
+    """A sweep of a stub whose latency is quadratic in the length."""
+    lengths = {"kind": "list", "tokens": [2000, 4000, 8000]}
+    asked = {"name": "quadratic", "kind": "sweep", "lengths": lengths, "loads": [{"kind": "in_flight", "requests": 1}]}
+    with serving(Stub(seconds={"": lambda tokens: 1.5e-8 * tokens**2})) as url, tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "quadratic.yaml"
+        path.write_text(yaml.safe_dump(asked | {"seconds": 1.0, "repeats": 3}))
+        with contextlib.redirect_stdout(None):
+            run(["sweep", str(path), "--url", url, "--out", folder])
+        (report,) = Path(folder).glob("*/report.json")
+        (growth,) = analyse(result.load(report)).growths
+    assert growth.latency is not None, "three lengths were measured"
+    print(
+        f"a quadratic law gets the exponent {growth.latency.value:.3f} ({growth.latency.low:.3f} to {growth.latency.high:.3f})"
+    )
+
+
 def main() -> None:
     command = [sys.executable, "-m", "tests.loadtests.stub", "--seconds", str(SECONDS)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as stub:
@@ -52,6 +75,7 @@ def main() -> None:
             asyncio.run(trial(url, RATES[-1], 2))
         finally:
             stub.terminate()
+    exponent()
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -52,12 +53,21 @@ def scenario_of(kind: str, backends: tuple[str, ...] = BACKENDS, **fields: Any) 
     return read
 
 
-def report_of(kind: str, backends: tuple[str, ...] = BACKENDS, failing: bool = False, **fields: Any) -> Report:
-    """A report of a kind; `failing` ones hold failed requests and failed gates."""
+def report_of(
+    kind: str,
+    backends: tuple[str, ...] = BACKENDS,
+    failing: bool = False,
+    slower: Mapping[tuple[str, int], float] | None = None,
+    chance: int = 1,
+    **fields: Any,
+) -> Report:
+    """A report of a kind; `failing` ones hold failed requests and failed gates. `slower` multiplies some cells' latencies."""
     made = scenario_of("sweep" if kind == "capacity" else kind, backends, **fields)
     planned = blocks(made)
-    rng = np.random.default_rng(1)
-    done = [_block(each.cell, each.repeat, [s.name for s in each.streams], rng, failing, made) for each in planned]
+    rng = np.random.default_rng(chance)
+    done = [
+        _block(each.cell, each.repeat, [s.name for s in each.streams], rng, failing, made, slower or {}) for each in planned
+    ]
     searches = [_search(cell) for cell in {b.cell.key: b.cell for b in done}.values()] if kind == "capacity" else []
     told = made.model_dump(mode="json")
     return Report(
@@ -80,9 +90,16 @@ def report_of(kind: str, backends: tuple[str, ...] = BACKENDS, failing: bool = F
 
 
 def _block(
-    cell: Cell, repeat: int, names: list[str], rng: np.random.Generator, failing: bool, made: Sweep | Mixed | Soak
+    cell: Cell,
+    repeat: int,
+    names: list[str],
+    rng: np.random.Generator,
+    failing: bool,
+    made: Sweep | Mixed | Soak,
+    slower: Mapping[tuple[str, int], float],
 ) -> Block:
-    streams = {name: _stream(name, cell, rng, failing, made.service_level) for name in names}
+    factor = slower.get((cell.backend, cell.tokens or 0), 1.0)
+    streams = {name: _stream(name, cell, rng, failing, made.service_level, factor) for name in names}
     late = Gate(
         name="sent on time", passed=not failing or repeat > 0, told="requests: p99 of the sends' delay 9.1 ms, allowed 5.0 ms"
     )
@@ -106,10 +123,17 @@ def _block(
     )
 
 
-def _stream(name: str, cell: Cell, rng: np.random.Generator, failing: bool, level: ServiceLevel | None) -> StreamMeasures:
+def _stream(
+    name: str, cell: Cell, rng: np.random.Generator, failing: bool, level: ServiceLevel | None, factor: float
+) -> StreamMeasures:
     tokens = cell.tokens or (8192 if name == "long" else 128)
     wide = int(cell.load.split()[0]) if "in flight" in cell.load else 1
-    base = LAWS[cell.backend](tokens) * (1 + 0.8 * (wide - 1)) * (4 if cell.phase == "together" and name == "short" else 1)
+    base = (
+        factor
+        * LAWS[cell.backend](tokens)
+        * (1 + 0.8 * (wide - 1))
+        * (4 if cell.phase == "together" and name == "short" else 1)
+    )
     records = []
     for place in range(max(6, min(60, int(3 / base)))):
         seconds = base * rng.lognormal(0, 0.04)

@@ -29,6 +29,11 @@ NAMES = {
 }
 
 
+def _patience(fault: str) -> float:
+    """Seconds: short where they are waited out, else long enough for a machine that does much besides."""
+    return 1.5 if fault in ("silent", "trickle") else 20.0
+
+
 def outcomes(report: Report) -> dict[str, int]:
     (block,) = report.blocks
     return block.streams["requests"].outcomes
@@ -39,7 +44,7 @@ def test_each_fault_is_named_and_counts_as_no_answer(
     fault: str, name: str, serve: Callable[[Stub], str], measure: Run, capsys: pytest.CaptureFixture[str]
 ) -> None:
     stub = Stub(faults=["", "", fault, fault])  # after one answer to the warm-up
-    status, report = measure(serve(stub), **sweep(loads=[RATE], timeout_seconds=0.4))
+    status, report = measure(serve(stub), **sweep(loads=[RATE], timeout_seconds=_patience(fault)))
     assert outcomes(report) == {"ok": 6, name: 2}
     assert name.replace("_", " ") in capsys.readouterr().out
     assert report.failed_requests == (0 if name == "refused" else 2)
@@ -50,7 +55,7 @@ def test_each_fault_is_named_and_counts_as_no_answer(
 @pytest.mark.parametrize("fault", ["garbage", "die", "cut_off", "trickle", "400"])
 def test_a_stream_that_is_not_whole_counts_as_no_answer(fault: str, serve: Callable[[Stub], str], measure: Run) -> None:
     stub = Stub(faults=["", "", fault])
-    _, report = measure(serve(stub), **sweep(loads=[RATE], api="stream", timeout_seconds=0.4))
+    _, report = measure(serve(stub), **sweep(loads=[RATE], api="stream", timeout_seconds=_patience(fault)))
     assert outcomes(report) == {"ok": 7, NAMES[fault]: 1}
 
 
