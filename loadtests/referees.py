@@ -127,7 +127,7 @@ def aiperf(program: Path) -> Callable[[Cell, Path], Answer]:
             ],
             offline=False,  # offline, it takes the tokenizer's directory for the name of one on a hub
         )
-        (path,) = folder.rglob("profile_export_aiperf.json")
+        path = min(folder.rglob("profile_export_aiperf.json"), key=lambda each: len(each.parts))
         found: dict[str, Any] = json.loads(path.read_text())
         medians = [found[name]["p50"] / 1e3 for name in ("request_latency", "time_to_first_token")]
         return Answer(medians[0], medians[1], found["request_throughput"]["avg"])

@@ -58,6 +58,7 @@ class Stub:
     def app(self) -> web.Application:
         app = web.Application(client_max_size=2**26)
         app.router.add_get("/v1/models", self.models)
+        app.router.add_get("/health", self.models)
         app.router.add_get("/metrics", self.metrics)
         app.router.add_post("/tokenize", self.tokenize)
         for path in ("/v1/completions", "/v1/embeddings", "/v1/chat/completions"):
@@ -130,8 +131,12 @@ class Stub:
         await response.prepare(request)
         for place in range(output):
             reason = '"length"' if place == output - 1 else "null"
-            await response.write(b'data: {"choices":[{"text":"x ","finish_reason":%s}]}\n\n' % reason.encode())
-        await response.write(b"data: " + web.json_response({"choices": [], **account}).body + b"\n\n")  # type: ignore[operator]
+            await response.write(
+                b'data: {"object":"text_completion","choices":[{"text":"x ","finish_reason":%s}]}\n\n' % reason.encode()
+            )
+        await response.write(
+            b"data: " + web.json_response({"object": "text_completion", "choices": [], **account}).body + b"\n\n"
+        )  # type: ignore[operator]
         await response.write(b"data: [DONE]\n\n")
         return response
 
