@@ -38,7 +38,7 @@ class EngineConfig(Settings):
     slice_seconds: float = Field(default=0.001, gt=0)  # of prefill before running streams get their turn
     decode_share: float = Field(default=0.5, ge=0, lt=1)  # of the time, for running streams while prompts wait
     patience: float = Field(default=4, gt=0)  # wait, in its own predicted seconds, after which none may overtake it
-    memory_sample_every: int = Field(default=200, gt=0)  # steps; the peak of one in so many is measured, which doubles its time
+    memory_sample_share: float = Field(default=0.01, ge=0, le=1)  # of the time, for measuring what steps take; 1: every step
 
 
 class LineConfig(Settings):
