@@ -77,6 +77,7 @@ class ServiceConfig(Settings):
     threads: int | None = Field(default=None, gt=0)  # torch threads; None: every CPU this process may use
     float32_matmul_precision: Literal["highest", "high", "medium"] = "highest"
     log_level: Literal["debug", "info", "warning", "error"] = "warning"  # info: one JSON line per request
+    log_file: str | None = None  # takes the log lines of all replicas of a machine; None: stderr
     stall_seconds: float = Field(default=60, gt=0)  # work waits and no step ends for so long: the replica is unhealthy
     drain_seconds: float = Field(default=30, ge=0)  # what runs may take so long to end when the service stops
     engine: EngineConfig = EngineConfig()
