@@ -1,7 +1,7 @@
 """From registries to what a scrape reads: one replica's families as text, all replicas' families as one page, kept a second.
 
 Every replica writes its own text, so two take no longer than one, and who answers the scrape only lays them side by side.
-Prometheus' text format or, for those who ask, OpenMetrics with exemplars. Cost: some 7 microseconds a line.
+Prometheus' text format or, for those who ask, OpenMetrics with exemplars. Cost: some 10 microseconds a line, 15 in OpenMetrics.
 """
 
 from __future__ import annotations
