@@ -78,6 +78,7 @@ class ServiceConfig(Settings):
     float32_matmul_precision: Literal["highest", "high", "medium"] = "highest"
     log_level: Literal["debug", "info", "warning", "error"] = "warning"  # info: one JSON line per request
     log_file: str | None = None  # takes the log lines of all replicas of a machine; None: stderr
+    traces: str | None = Field(default=None, pattern="^https?://")  # OTLP/HTTP: takes a trace per request; None: off
     stall_seconds: float = Field(default=60, gt=0)  # work waits and no step ends for so long: the replica is unhealthy
     drain_seconds: float = Field(default=30, ge=0)  # what runs may take so long to end when the service stops
     engine: EngineConfig = EngineConfig()

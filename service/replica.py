@@ -15,7 +15,7 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from starlette.types import ASGIApp
@@ -35,6 +35,9 @@ from service.metrics import Metrics
 from service.model import checkpoint
 from service.model.tokenizer import Tokenizer
 from service.switch import Switch, parse
+
+if TYPE_CHECKING:
+    from service.tracing import Traced
 
 
 class Replica:
@@ -73,6 +76,7 @@ class Replica:
         self._metrics = Metrics()
         self._switch = Switch(self._loaded.model.head_shape(), self._metrics)
         self._metrics.switching.set_function(lambda: float(self._switch.is_switching))
+        self._traced = None if config.traces is None else _traced(self._metrics, config.traces, name)
         self._engine: Engine | None = None
         self._workers = Workers(_directory(config), config.http.workers, config.http.max_waiting_reads)
         self.reader = Reader(self._loaded.tokenizer, self._workers)
@@ -82,7 +86,8 @@ class Replica:
         """Build and check the backends, then start the engine. Raises ValueError for a backend that cannot serve."""
         backends = await self._switch.build(user.attention)
         await self._workers.start()
-        engine = Engine(self._loaded.model, self._loaded.tokenizer, backends, self.settings.engine, self._metrics)
+        observer = self._traced or self._metrics
+        engine = Engine(self._loaded.model, self._loaded.tokenizer, backends, self.settings.engine, observer)
         await engine.start()
         self._metrics.threads.set(torch.get_num_threads())
         self._metrics.build.labels(version("longserve"), torch.__version__, self._loaded.id).set(1)
@@ -108,7 +113,9 @@ class Replica:
         await self._switch.stop()
         if self._engine is not None:
             await self._engine.stop()
-        await self._workers.stop()
+        await self._workers.start()
+        observer = self._traced or self._metrics
+        engine = Engine(self._loaded.model, self._loaded.tokenizer, backends, self.settings.engine, observer)
 
     @property
     def config(self) -> HttpConfig:
@@ -180,6 +187,12 @@ class Replica:
 
     async def _only_mine(self, format: Format) -> Gathered:
         return Gathered([await self.export(format)])
+
+
+def _traced(metrics: Metrics, endpoint: str, name: str) -> Traced:
+    from service import tracing  # a tenth of a second of imports that only traces need
+
+    return tracing.Traced(metrics, tracing.exporter(endpoint), name)
 
 
 def _directory(config: ServiceConfig) -> str:

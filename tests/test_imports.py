@@ -23,6 +23,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "service.exposition": (),
     "service.logs": (),
     "service.metrics": ("service.engine.observer", "service.engine.request", "service.timing"),
+    "service.tracing": ("service.engine.observer", "service.engine.request"),
     "loadtests": ("loadtests",),
 }
 """What of ours a package may import at run time."""

@@ -14,6 +14,7 @@ from service.config import EngineConfig, ServiceConfig, UserConfig
 from service.plain import listening
 from service.replica import Replica
 from tests.http.client import Client
+from tests.test_app_ray import service as service  # the fixture, once for a module here too
 
 DEPLOY = Path(__file__).parent.parent.parent / "deploy"
 SWITCH = {"default": "dense", "backends": {"dense": {}, "performer": {}}}
