@@ -14,7 +14,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from itertools import pairwise
+from itertools import pairwise, product
 from typing import TYPE_CHECKING, Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, Summary
@@ -22,7 +22,7 @@ from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamil
 from prometheus_client.registry import Collector
 
 from service.engine.observer import Outcome, Step
-from service.engine.request import InvalidRequest, Request
+from service.engine.request import DeadlineExceeded, Draining, InvalidRequest, QueueFull, Request, RequestError
 from service.timing import receipt
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ TOKEN_SECONDS = powers(0.0005, 2, 14)  # 0.5 ms to 4 s
 STEP_SECONDS = powers(0.001, 2, 15)  # 1 ms to 16 s
 TOKENS = powers(16, 2, 14)  # 16 to 131,072
 ROWS = powers(1, 2, 9)  # 1 to 256
-BYTES = powers(2**18, 4, 10)  # 256 KiB to 64 GiB
+BYTES = powers(2**18, 4, 9)  # 256 KiB to 16 GiB
 RATIO = (0.25, 0.5, 0.8, 0.9, 1.0, 1.1, 1.25, 2.0, 4.0)
 EXEMPLAR_ID = 128 - len("request_id")  # characters: OpenMetrics' bound on an exemplar's names and values together
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384, 32768)
@@ -79,6 +79,8 @@ class Metrics:
         backend, by_length = ("backend",), ("backend", "length")
         self.requests = self._counter("requests", "Requests by outcome.", ("backend", "kind", "outcome"))
         self.rejected = self._counter("rejected", "Requests refused at the door, by the error's code.", ("reason",))
+        for reason in REFUSALS:
+            self.rejected.labels(reason)
         self.duration = self._histogram("request_duration_seconds", "From the door to the end.", by_length, REQUEST_SECONDS)
         self.tokenizer = self._histogram("tokenizer_seconds", "From text to token ids, waiting included.", (), TOKEN_SECONDS)
         self.queue = self._histogram("request_queue_seconds", "From the door to the first step.", backend, REQUEST_SECONDS)
@@ -125,6 +127,8 @@ class Metrics:
         self.truth_passed = self._gauge("truth_passed", "1 where that error was within the bound.", ("backend",))
         self.truth_checked = self._gauge("truth_check_timestamp_seconds", "When it was checked.", ("backend",))
         self.switches = self._counter("backend_switch", "Changes of the allow-list, by result.", ("result",))
+        for result in ("ok", "failed"):
+            self.switches.labels(result)
         self.switch_seconds = self._histogram("backend_switch_seconds", "Building and checking one.", (), STEP_SECONDS)
         self.switching = self._gauge("backend_switching", "1 while another allow-list is being built and checked.")
         self.degraded = self._gauge("backend_degraded", "1 while the last change failed and the old list is in force.")
@@ -218,25 +222,31 @@ class Metrics:
         self.truth_checked.labels(backend).set_to_current_time()
 
     def switched_to(self, backends: Iterable[Mapping[str, Any]], default: str, dtype: str, device: str) -> None:
-        """State the allow-list now in force; `backends` are `AttentionBackend.describe()`."""
+        """State the allow-list now in force; `backends` are `AttentionBackend.describe()`.
+
+        Its counters begin at 0: of a series that begins at 1, no rate ever sees the first.
+        """
         self.active.clear()
         self.info.clear()
         for backend in backends:
             self.active.labels(backend["name"], str(backend["name"] == default).lower()).set(1)
+            for kind, outcome in product(KINDS, {*OUTCOMES.values()}):
+                self.requests.labels(backend["name"], kind, outcome)
             self.info.labels(backend["name"], dtype, device, json.dumps(backend["options"], sort_keys=True)).set(1)
         self.switched.set_to_current_time()
 
 
+KINDS = ("completion", "embedding")
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 
 
-def _subclasses(cls: type[InvalidRequest]) -> Iterator[type[InvalidRequest]]:
-    yield cls
-    for child in cls.__subclasses__():
-        yield from _subclasses(child)
+def _codes(cls: type[RequestError]) -> frozenset[str]:
+    """The codes of a kind of error and of all that are of it."""
+    return frozenset({cls.code}).union(*map(_codes, cls.__subclasses__()))
 
 
-CLIENT_FAULTS = frozenset(cls.code for cls in _subclasses(InvalidRequest))
+CLIENT_FAULTS = _codes(InvalidRequest)
+REFUSALS = (*CLIENT_FAULTS, QueueFull.code, Draining.code, DeadlineExceeded.code)
 
 
 def _observe(histogram: Histogram, value: float | None, id: str | None = None) -> None:

@@ -85,8 +85,8 @@ def test_what_replicas_export_can_be_sent_and_lies_side_by_side(format: Format, 
     text = exposition.page(Gathered(exports, missing=1), format).decode()
     families = {family.name: family for family in parse(text)}  # each once, or OpenMetrics' parser complains
     name = "longserve_rejected"
-    found = {s.labels["replica"]: s.value for s in families[name].samples if s.name == f"{name}_total"}
-    assert found == {"a": 2, "b": 3}
+    full = [s for s in families[name].samples if s.name == f"{name}_total" and s.labels["reason"] == "queue_full"]
+    assert {s.labels["replica"]: s.value for s in full} == {"a": 2, "b": 3}
     assert {s.labels["state"]: s.value for s in families["longserve_replicas"].samples} == {"answered": 2, "missing": 1}
     assert text.count("# EOF") == (format == "openmetrics")
 
@@ -165,11 +165,21 @@ def test_a_measured_peak_is_held_against_its_prediction() -> None:
 
 def test_with_every_backend_and_length_a_scrape_stays_small() -> None:
     metrics = Metrics()
+    metrics.switched_to([{"name": name, "options": {}} for name in names()], "dense", "float32", "cpu")
     for backend, tokens in itertools.product(names(), (*LENGTHS, LENGTHS[-1] + 1)):
         metrics.finished(request(backend, tokens), "stop")
         for kind in ("prefill", "decode", "embed"):
             metrics.stepped(Step(kind, backend, 1, 1, 0.1, 0.1, 1, 1))
     assert len(page(metrics).splitlines()) < MOST_LINES
+
+
+def test_counters_begin_at_zero_so_that_a_rate_sees_the_first() -> None:
+    metrics = Metrics()
+    metrics.switched_to([{"name": "dense", "options": {}}], "dense", "float32", "cpu")
+    found = samples(metrics)
+    assert found['longserve_requests_total{backend="dense",kind="embedding",outcome="internal",replica="r"}'] == 0
+    assert found['longserve_rejected_total{reason="queue_full",replica="r"}'] == 0
+    assert found['longserve_backend_switch_total{replica="r",result="failed"}'] == 0
 
 
 def test_four_histograms_carry_the_length() -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import shutil
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -56,7 +58,7 @@ def promtool() -> str:
 
 
 def _installed(name: str) -> str:
-    found = shutil.which(name)
+    found = shutil.which(name, path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
     if found is None:
-        pytest.skip(f"{name} is not installed: Debian's package `prometheus` has it")
+        pytest.skip(f"{name} is not here: `make prometheus` fetches it")
     return found

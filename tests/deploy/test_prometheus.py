@@ -37,7 +37,7 @@ LENGTHS = {"2048": 1500, "8192": 6000}  # tokens by length class
 REPEATS = 6
 SCRAPE_SECONDS = 1
 RATE_SECONDS = 10  # over which rates are taken while a replica dies
-MAY_BE_EMPTY = {"Refused at the door, by reason", "Switches", "Switch, mean time; last one"}  # nothing of it has happened here
+MAY_BE_EMPTY = {"Switch, mean time; last one"}  # nothing of it has happened here
 
 
 @dataclass(frozen=True)
@@ -209,7 +209,7 @@ def test_killing_a_replica_neither_loses_the_scrape_nor_makes_a_rate_jump(
             victim = max(service.pids())
             os.kill(victim, signal.SIGKILL)
             assert eventually(lambda: watch.value("count(longserve_build_info)") == 1)
-            assert eventually(lambda: watch.value("count(longserve_build_info)") == 2, 90)
+            assert eventually(lambda: watch.value("count(longserve_build_info)") == 2, 180)
             time.sleep(RATE_SECONDS)
         finally:
             stopped.set()
