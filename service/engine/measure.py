@@ -128,13 +128,16 @@ class Sampler:
 
 
 def counting_seconds(call: Callable[[], object]) -> float:
-    """What counting costs per operator of a call, by the medians of some trials. Imports what torch needs for it, too."""
+    """What counting costs per operator of a call, by the median of some trials. Imports what torch needs for it, too.
+
+    By this thread's own time on a CPU: what else runs on the machine is no part of it.
+    """
 
     def timed(gauge: StorageCounter | None) -> float:
-        start = time.perf_counter()
+        start = time.thread_time()
         with gauge or nullcontext():
             call()
-        return time.perf_counter() - start
+        return time.thread_time() - start
 
     with torch.inference_mode():
         timed(gauge := StorageCounter())
