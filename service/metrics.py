@@ -83,6 +83,8 @@ class Metrics:
             self.rejected.labels(reason)
         self.duration = self._histogram("request_duration_seconds", "From the door to the end.", by_length, REQUEST_SECONDS)
         self.tokenizer = self._histogram("tokenizer_seconds", "From text to token ids, waiting included.", (), TOKEN_SECONDS)
+        reading = "What worker processes read, long bodies and texts: seconds in their queue, and at work."
+        self.reading = Summary(f"{PREFIX}_reading_seconds", reading, ("job", "phase"), registry=self.registry)
         self.queue = self._histogram("request_queue_seconds", "From the door to the first step.", backend, REQUEST_SECONDS)
         self.prefill = self._histogram(
             "prefill_seconds", "From the first step to the last input token.", by_length, REQUEST_SECONDS
@@ -119,7 +121,7 @@ class Metrics:
 
     def _service_metrics(self) -> None:
         self.responses = self._counter("http_responses", "Responses sent.", ("route", "method", "status"))
-        self.tokenizer_waiting = self._gauge("tokenizer_waiting", "Texts that wait for a tokenizer.")
+        self.tokenizer_waiting = self._gauge("tokenizer_waiting", "Long bodies and texts that wait for a worker process.")
         self.active = self._gauge("backend_active", "1 for a backend of the allow-list.", ("backend", "is_default"))
         self.info = self._gauge("backend_info", "1; how a backend is built.", ("backend", "dtype", "device", "options"))
         self.truth_error = self._gauge("truth_error", "Largest error of a backend's last truth check.", ("backend",))
@@ -195,6 +197,11 @@ class Metrics:
         self.rejected.labels(reason).inc()
         outcome = "client_error" if reason in CLIENT_FAULTS else "rejected"
         self.requests.labels("none", request.kind, outcome).inc()
+
+    def read(self, job: str, queue_seconds: float, work_seconds: float) -> None:
+        """Count one job of a worker process; `job` is the name of a function of ours."""
+        self.reading.labels(job, "queue").observe(queue_seconds)
+        self.reading.labels(job, "work").observe(work_seconds)
 
     def stepped(self, step: Step) -> None:
         """Count one call of the model."""

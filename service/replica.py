@@ -78,7 +78,8 @@ class Replica:
         self._metrics.switching.set_function(lambda: float(self._switch.is_switching))
         self._traced = None if config.traces is None else _traced(self._metrics, config.traces, name)
         self._engine: Engine | None = None
-        self._workers = Workers(_directory(config), config.http.workers, config.http.max_waiting_reads)
+        self._workers = Workers(_directory(config), config.http.workers, config.http.max_waiting_reads, self._metrics.read)
+        self._metrics.tokenizer_waiting.set_function(lambda: self._workers.waiting)
         self.reader = Reader(self._loaded.tokenizer, self._workers)
         self.app: ASGIApp = create_app(self, api_keys(config.http), echoes_request_id)
 
@@ -113,9 +114,9 @@ class Replica:
         await self._switch.stop()
         if self._engine is not None:
             await self._engine.stop()
-        await self._workers.start()
-        observer = self._traced or self._metrics
-        engine = Engine(self._loaded.model, self._loaded.tokenizer, backends, self.settings.engine, observer)
+        await self._workers.stop()
+        if self._traced is not None:
+            await asyncio.to_thread(self._traced.stop)
 
     @property
     def config(self) -> HttpConfig:

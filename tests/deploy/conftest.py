@@ -40,6 +40,7 @@ async def _everything() -> str:
         for path, body, status in (
             ("/v1/completions", {"prompt": "import os", "max_tokens": 4}, 200),
             ("/v1/completions", {"prompt": [7] * 40_000}, 400),
+            ("/v1/completions", {"prompt": "import os\n" * 1000, "max_tokens": 1}, 200),  # long enough for a worker process
             ("/v1/embeddings", {"input": "import os"}, 200),
         ):
             assert (await asyncio.to_thread(client.post, path, body)).status == status

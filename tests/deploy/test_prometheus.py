@@ -37,7 +37,7 @@ LENGTHS = {"2048": 1500, "8192": 6000}  # tokens by length class
 REPEATS = 6
 SCRAPE_SECONDS = 2  # and as long may a scrape take
 RATE_SECONDS = 20  # over which rates are taken while a replica dies
-MAY_BE_EMPTY = {"Switch, mean time; last one"}  # nothing of it has happened here
+MAY_BE_EMPTY = {"Switch, mean time; last one", "Worker processes, mean"}  # nothing of it has happened here
 
 
 @dataclass(frozen=True)
