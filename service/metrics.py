@@ -45,6 +45,7 @@ TOKENS = powers(16, 2, 14)  # 16 to 131,072
 ROWS = powers(1, 2, 9)  # 1 to 256
 BYTES = powers(2**18, 4, 9)  # 256 KiB to 16 GiB
 RATIO = (0.25, 0.5, 0.8, 0.9, 1.0, 1.1, 1.25, 2.0, 4.0)
+LEAST_BYTES = 2**20  # no law of cost is held to less
 EXEMPLAR_ID = 128 - len("request_id")  # characters: OpenMetrics' bound on an exemplar's names and values together
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384, 32768)
 
@@ -114,7 +115,7 @@ class Metrics:
         self.batch_tokens = self._histogram("batch_tokens", "Tokens in one call of the model.", kind, powers(1, 4, 9))
         self.peak = self._histogram("forward_peak_bytes", "Peak of storages made in one call, sampled.", labels, BYTES)
         self.memory_ratio = self._histogram(
-            "memory_prediction_ratio", "Measured peak over the cost law's.", ("backend",), RATIO
+            "memory_prediction_ratio", "Measured peak over the cost law's, from 1 MiB on.", ("backend",), RATIO
         )
         self.time_ratio = self._histogram("time_prediction_ratio", "Measured seconds over the engine's.", ("backend",), RATIO)
         self.samples = self._counter("memory_samples", "Calls whose peak was measured, or was not.", ("backend", "method"))
@@ -215,7 +216,8 @@ class Metrics:
         self.samples.labels(step.backend, "skipped" if step.measured_bytes is None else step.method).inc()
         if step.measured_bytes is not None:
             self.peak.labels(*labels).observe(step.measured_bytes)
-            self.memory_ratio.labels(step.backend).observe(step.measured_bytes / max(step.predicted_bytes, 1))
+            if max(step.measured_bytes, step.predicted_bytes) >= LEAST_BYTES:
+                self.memory_ratio.labels(step.backend).observe(step.measured_bytes / max(step.predicted_bytes, 1))
 
     def responded(self, route: str, method: str, status: int) -> None:
         """Count one response."""

@@ -41,6 +41,10 @@ class Timings:
     token_times: list[float] = field(default_factory=list)  # when each output token was handed out
 
     @property
+    def prefill_chunks(self) -> int:
+        return len(self.chunks)
+
+    @property
     def measured_bytes(self) -> int | None:
         """State and step as measured, the counterpart of `reserved_bytes`; None when the widest step was not measured."""
         return None if self.step_bytes is None else self.state_bytes + self.step_bytes
@@ -89,7 +93,7 @@ def receipt(records: Sequence[Timings]) -> dict[str, str | int | float | None]:
         "backend": records[0].backend,
         "why": records[0].why,
         **seconds,
-        "prefill_chunks": sum(len(each.chunks) for each in records),
+        "prefill_chunks": sum(each.prefill_chunks for each in records),
         "seen_tokens": sum(each.seen_tokens for each in records),
         "reserved_bytes": sum(each.reserved_bytes for each in records),
         "measured_bytes": _sum([each.measured_bytes for each in records]),

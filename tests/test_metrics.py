@@ -155,11 +155,13 @@ def test_a_length_past_all_classes_has_one_of_its_own() -> None:
 
 def test_a_measured_peak_is_held_against_its_prediction() -> None:
     metrics = Metrics()
-    metrics.stepped(Step("decode", "dense", 4, 4, 0.1, 0.2, predicted_bytes=1000, measured_bytes=1500))
+    metrics.stepped(Step("decode", "dense", 4, 4, 0.1, 0.2, predicted_bytes=2**20, measured_bytes=3 * 2**19))
+    metrics.stepped(Step("decode", "dense", 4, 4, 0.1, 0.2, predicted_bytes=1000, measured_bytes=9000))  # less than is promised
     metrics.stepped(Step("decode", "dense", 4, 4, 0.1, 0.2, predicted_bytes=1000, measured_bytes=None))
     found = samples(metrics)
     assert found['longserve_memory_prediction_ratio_sum{backend="dense",replica="r"}'] == 1.5
-    assert found['longserve_time_prediction_ratio_count{backend="dense",replica="r"}'] == 2
+    assert found['longserve_memory_prediction_ratio_count{backend="dense",replica="r"}'] == 1
+    assert found['longserve_time_prediction_ratio_count{backend="dense",replica="r"}'] == 3
     assert found['longserve_memory_samples_total{backend="dense",method="skipped",replica="r"}'] == 1
 
 

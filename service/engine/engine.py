@@ -352,7 +352,7 @@ class Engine:
 
     def _settle(self, work: Work) -> None:
         """Book a finished step: move its sequences on, hand out what was drawn, tell the observer."""
-        now = time.monotonic()
+        now, step = time.monotonic(), _step(work)  # as it ran: what follows moves its sequences on
         self._runner.measured(work)
         for member in work.members:
             sequence, timings = member.sequence, member.sequence.job.request.timings
@@ -363,7 +363,7 @@ class Engine:
                 self._settle_prefill(sequence, now)
         for sequence, drawn in work.drawn:
             self._hand_out(sequence, drawn, now)
-        self._observer.stepped(_step(work))
+        self._observer.stepped(step)
 
     def _settle_prefill(self, sequence: Sequence, now: float) -> None:
         """What follows from a chunk: the end of the prompt, of an embedding, of a request for no tokens."""

@@ -15,6 +15,7 @@ from service.engine import runner as runner_module
 from service.engine.engine import Backends, Engine
 from service.engine.measure import Sampler, StorageCounter, counting_seconds
 from service.engine.observer import Step
+from service.engine.sampling import bytes_per_logit
 from service.model import checkpoint
 from tests.engine import world
 from tests.engine.world import complete, completion, embed, embedding, prompt, running
@@ -86,6 +87,16 @@ async def test_a_requests_measured_bytes_are_its_state_and_its_widest_step() -> 
     assert timings.state_bytes == state
     assert timings.step_bytes == max(peaks)
     assert timings.measured_bytes == state + max(peaks)
+
+
+async def test_a_decode_step_is_predicted_with_the_logits_it_draws_from() -> None:
+    watcher = world.Watcher()
+    async with running(watcher=watcher) as engine:
+        request = completion("abc", temperature=1.0, top_p=0.9)
+        await complete(engine, request)
+    logits = world.VOCABULARY * bytes_per_logit(request.sampling)
+    steps = [step for step in watcher.steps if step.kind == "decode"]
+    assert steps and all(step.predicted_bytes >= logits for step in steps)
 
 
 async def test_mates_share_a_measured_step_by_their_tokens() -> None:
