@@ -4,13 +4,19 @@ VENV := .venv
 BIN := $(VENV)/bin
 CONFIG ?= deploy/local.yaml
 
-.PHONY: serve test check format bench engine-bench evaluate loadtest clean
+.PHONY: serve watch test prometheus check format bench engine-bench evaluate loadtest clean
 
 serve: $(VENV)/.serve-installed  ## start the service and print its URL; Ctrl-C drains it
 	$(BIN)/longserve serve $(CONFIG)
 
-test: $(VENV)/.dev-installed  ## all tests that need no GPU
+watch: $(BIN)/prometheus  ## Prometheus and Grafana beside the running service; Ctrl-C ends both
+	PATH="$(abspath $(BIN)):$$PATH" deploy/watch.sh
+
+test: $(VENV)/.dev-installed  ## all tests that need no GPU; without Prometheus those that need it are skipped
+	-@$(MAKE) --no-print-directory prometheus
 	$(BIN)/python -m pytest
+
+prometheus: $(BIN)/prometheus  ## Prometheus and promtool into .venv, from Debian's package where none is installed
 
 check: $(VENV)/.dev-installed  ## lint, formatting and types
 	$(BIN)/ruff check .
@@ -35,6 +41,9 @@ evaluate: $(VENV)/.dev-installed  ## the embedded model's quality by backend and
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
+
+$(BIN)/prometheus: | $(BIN)/python
+	PATH="$(abspath $(BIN)):$$PATH" deploy/prometheus/install.sh $(abspath $(BIN))
 
 $(VENV)/.serve-installed: pyproject.toml $(wildcard attention/csrc/* service/model/csrc/*) | $(BIN)/python
 	$(BIN)/pip install --quiet --disable-pip-version-check -e .

@@ -6,29 +6,27 @@ Serve config's `import_path` names. `user_config` is the attention switch, every
 
 from __future__ import annotations
 
-import logging
-import sys
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 import ray
-from prometheus_client.metrics_core import Metric
 from pydantic import ValidationError
 from ray import serve
 from starlette.types import ASGIApp
 
+from service import logs
 from service.config import DEPLOYMENT, ServiceConfig, UserConfig, explain
-from service.replica import LOGGERS, Replica
+from service.exposition import Families, Format, Gathered
+from service.replica import Replica
 from service.switch import parse
 
-GATHER_SECONDS = 5.0  # a replica that takes longer to export its metrics is counted as missing
+GATHER_SECONDS = 2.0  # a replica that takes longer to export its metrics is counted as missing
 
 
 class Longserve:
     """The deployment: hands Ray Serve's calls to a `Replica`."""
 
     def __init__(self, config: ServiceConfig) -> None:
-        _log_to_stderr()
+        logs.install(config.log_file)
         self._context = serve.get_replica_context()
         self._name: str = self._context.replica_tag
         self._peers: Any = None  # a handle on this deployment, made at the first scrape
@@ -62,9 +60,9 @@ class Longserve:
         if fault := self._replica.fault():
             raise RuntimeError(fault)
 
-    def export(self) -> tuple[str, list[Metric]]:
+    async def export(self, format: Format) -> tuple[str, Families]:
         """This replica's name and metrics, for the one that answers a scrape."""
-        return self._name, self._replica.export()
+        return self._name, await self._replica.export(format)
 
     def state(self) -> dict[str, Any]:
         """This replica's switch, for `longserve apply`."""
@@ -77,13 +75,17 @@ class Longserve:
     async def __del__(self) -> None:
         await self._replica.stop()
 
-    async def _gather(self) -> Mapping[str, Sequence[Metric]]:
+    async def _gather(self, format: Format) -> Gathered:
         """All replicas' metrics: this one's, and those of the peers that answer in time."""
         if self._peers is None:
             self._peers = serve.get_deployment_handle(DEPLOYMENT, app_name=self._context.app_name)
-        answers = await self._peers.broadcast("export").results_async(timeout_s=GATHER_SECONDS, return_exceptions=True)
-        arrived = dict(answer for answer in answers if not isinstance(answer, Exception))
-        return arrived | {self._name: self._replica.export()}
+        asked = self._peers.broadcast("export", format)
+        answers = await asked.results_async(timeout_s=GATHER_SECONDS, return_exceptions=True)
+        arrived = dict(answer for answer in answers if not isinstance(answer, BaseException))
+        missing = len(answers) - len(arrived)
+        if self._name not in arrived:  # Serve does not count it among those that answer: it starts, or it drains
+            arrived[self._name] = await self._replica.export(format)
+        return Gathered(list(arrived.values()), missing)
 
 
 _deployment: Any = serve.deployment(
@@ -101,15 +103,3 @@ def build(args: dict[str, Any]) -> serve.Application:
     except ValidationError as error:
         raise ValueError("\n".join(f"args.{fault}" for fault in explain(error, ServiceConfig))) from error
     return _deployment.bind(config)
-
-
-def _log_to_stderr() -> None:
-    """The service's own log lines as they are: Ray prefixes them with the replica they come from.
-
-    To the process's own stderr, for Serve puts a logger of its own in the place of `sys.stderr`.
-    """
-    for name in LOGGERS:
-        root = logging.getLogger(name)
-        if not root.handlers:
-            root.addHandler(logging.StreamHandler(sys.__stderr__))
-        root.propagate = False

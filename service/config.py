@@ -38,7 +38,7 @@ class EngineConfig(Settings):
     slice_seconds: float = Field(default=0.001, gt=0)  # of prefill before running streams get their turn
     decode_share: float = Field(default=0.5, ge=0, lt=1)  # of the time, for running streams while prompts wait
     patience: float = Field(default=4, gt=0)  # wait, in its own predicted seconds, after which none may overtake it
-    memory_sample_every: int = Field(default=200, gt=0)  # steps; the peak of one in so many is measured, which doubles its time
+    memory_sample_share: float = Field(default=0.01, ge=0, le=1)  # of the time, for measuring what steps take; 1: every step
 
 
 class LineConfig(Settings):
@@ -77,6 +77,8 @@ class ServiceConfig(Settings):
     threads: int | None = Field(default=None, gt=0)  # torch threads; None: every CPU this process may use
     float32_matmul_precision: Literal["highest", "high", "medium"] = "highest"
     log_level: Literal["debug", "info", "warning", "error"] = "warning"  # info: one JSON line per request
+    log_file: str | None = None  # takes the log lines of all replicas of a machine; None: stderr
+    traces: str | None = Field(default=None, pattern="^https?://")  # OTLP/HTTP: takes a trace per request; None: off
     stall_seconds: float = Field(default=60, gt=0)  # work waits and no step ends for so long: the replica is unhealthy
     drain_seconds: float = Field(default=30, ge=0)  # what runs may take so long to end when the service stops
     engine: EngineConfig = EngineConfig()

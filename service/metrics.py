@@ -1,8 +1,9 @@
-"""Every metric: name, unit, help, labels, buckets. A registry per replica; any replica answers for all of them.
+"""Every metric: name, unit, help, labels, buckets. A registry per replica; `exposition.py` makes one page of all of them.
 
 Levels are read from the engine when somebody scrapes, so none can go stale; events are told by the engine as they happen.
 Label values come from closed sets: backends of the allow-list, kinds, outcomes, error codes, route templates, and the
-length classes below. Nothing a caller sends becomes a label. A replica exports under 6,000 lines with all seven backends.
+classes of input length below, which four histograms carry. Nothing a caller sends becomes a label; a request's id stands in
+exemplars. A replica exports under 6,000 lines with all seven backends. Cost: some 35 microseconds a request and 11 a step.
 """
 
 from __future__ import annotations
@@ -11,17 +12,17 @@ import json
 import logging
 import resource
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from itertools import pairwise
+from itertools import pairwise, product
 from typing import TYPE_CHECKING, Any
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
-from prometheus_client.metrics_core import GaugeMetricFamily, Metric
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, Summary
+from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
-from prometheus_client.samples import Sample
 
 from service.engine.observer import Outcome, Step
-from service.engine.request import InvalidRequest, Request
+from service.engine.request import DeadlineExceeded, Draining, InvalidRequest, QueueFull, Request, RequestError
 from service.timing import receipt
 
 if TYPE_CHECKING:
@@ -37,13 +38,15 @@ def powers(first: float, ratio: float, count: int) -> tuple[float, ...]:
     return tuple(first * ratio**i for i in range(count))
 
 
-REQUEST_SECONDS = powers(0.005, 2, 18)  # 5 ms to 655 s: past the longest a request may take by default
+REQUEST_SECONDS = powers(0.01, 2, 17)  # 10 ms to 655 s: past the longest a request may take by default
 TOKEN_SECONDS = powers(0.0005, 2, 14)  # 0.5 ms to 4 s
-STEP_SECONDS = powers(0.0005, 2, 16)  # 0.5 ms to 16 s
+STEP_SECONDS = powers(0.001, 2, 15)  # 1 ms to 16 s
 TOKENS = powers(16, 2, 14)  # 16 to 131,072
 ROWS = powers(1, 2, 9)  # 1 to 256
-BYTES = powers(2**18, 4, 10)  # 256 KiB to 64 GiB
+BYTES = powers(2**18, 4, 9)  # 256 KiB to 16 GiB
 RATIO = (0.25, 0.5, 0.8, 0.9, 1.0, 1.1, 1.25, 2.0, 4.0)
+LEAST_BYTES = 2**20  # no law of cost is held to less
+EXEMPLAR_ID = 128 - len("request_id")  # characters: OpenMetrics' bound on an exemplar's names and values together
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384, 32768)
 
 OUTCOMES: Mapping[Outcome, str] = {
@@ -74,49 +77,63 @@ class Metrics:
         self._service_metrics()
 
     def _request_metrics(self) -> None:
-        by_backend, by_kind = ("backend",), ("backend", "kind")
-        self.requests = self._counter("requests", "Requests by outcome.", (*by_kind, "outcome"))
+        backend, by_length = ("backend",), ("backend", "length")
+        self.requests = self._counter("requests", "Requests by outcome.", ("backend", "kind", "outcome"))
         self.rejected = self._counter("rejected", "Requests refused at the door, by the error's code.", ("reason",))
-        self.duration = self._histogram("request_duration_seconds", "From the door to the end.", by_kind, REQUEST_SECONDS)
-        self.tokenize = self._histogram("tokenize_seconds", "From text to token ids.", ("kind",), TOKEN_SECONDS)
-        self.queue = self._histogram("request_queue_seconds", "From the door to the first step.", by_kind, REQUEST_SECONDS)
+        for reason in REFUSALS:
+            self.rejected.labels(reason)
+        self.duration = self._histogram("request_duration_seconds", "From the door to the end.", by_length, REQUEST_SECONDS)
+        self.tokenizer = self._histogram("tokenizer_seconds", "From text to token ids, waiting included.", (), TOKEN_SECONDS)
+        reading = "What worker processes read, long bodies and texts: seconds in their queue, and at work."
+        self.reading = Summary(f"{PREFIX}_reading_seconds", reading, ("job", "phase"), registry=self.registry)
+        self.queue = self._histogram("request_queue_seconds", "From the door to the first step.", backend, REQUEST_SECONDS)
         self.prefill = self._histogram(
-            "prefill_seconds", "From the first step to the last input token.", (*by_backend, "length"), REQUEST_SECONDS
+            "prefill_seconds", "From the first step to the last input token.", by_length, REQUEST_SECONDS
         )
-        self.decode = self._histogram("decode_seconds", "From the last input token to the end.", by_backend, REQUEST_SECONDS)
+        self.decode = self._histogram("decode_seconds", "From the last input token to the end.", backend, REQUEST_SECONDS)
         self.first_token = self._histogram(
-            "time_to_first_token_seconds", "From the door to the first output token.", by_backend, REQUEST_SECONDS
+            "time_to_first_token_seconds", "From the door to the first output token.", by_length, REQUEST_SECONDS
         )
         self.inter_token = self._histogram(
-            "inter_token_seconds", "Between output tokens of one request.", by_backend, TOKEN_SECONDS
+            "inter_token_seconds", "Between output tokens of one request.", backend, TOKEN_SECONDS
         )
-        self.input_tokens = self._histogram("input_tokens", "Input length.", by_kind, TOKENS)
-        self.output_tokens = self._histogram("output_tokens", "Output length.", by_backend, TOKENS)
-        self.reserved = self._histogram(
-            "request_reserved_bytes", "State and workspace of a request by the cost law.", (*by_backend, "length"), BYTES
+        self.input_tokens = self._histogram("input_tokens", "Input length.", backend, TOKENS)
+        self.output_tokens = self._histogram("output_tokens", "Output length.", backend, TOKENS)
+        self.prompt_tokens = self._counter("prompt_tokens", "Input tokens of the requests whose input was read.", backend)
+        self.seen_tokens = self._counter("prompt_tokens_seen", "Those that the last of them sees in one layer.", backend)
+        reserved = "State and workspace of a request by the cost law."
+        self.reserved = Summary(f"{PREFIX}_request_reserved_bytes", reserved, by_length, registry=self.registry)
+        self.measured = self._histogram(
+            "request_measured_bytes", "State of a request, and its share of a step's peak, as measured.", by_length, BYTES
         )
 
     def _step_metrics(self) -> None:
-        labels = ("backend", "kind")
+        labels, kind = ("backend", "kind"), ("kind",)
         self.tokens = self._counter("processed_tokens", "Tokens the model has read or written.", labels)
         self.forward = self._histogram("forward_seconds", "One call of the model.", labels, STEP_SECONDS)
-        self.batch_size = self._histogram("batch_size", "Sequences in one call of the model.", labels, ROWS)
-        self.batch_tokens = self._histogram("batch_tokens", "Tokens in one call of the model.", labels, powers(1, 4, 9))
+        self.batch_size = self._histogram("batch_size", "Sequences in one call of the model.", kind, ROWS)
+        self.batch_tokens = self._histogram("batch_tokens", "Tokens in one call of the model.", kind, powers(1, 4, 9))
         self.peak = self._histogram("forward_peak_bytes", "Peak of storages made in one call, sampled.", labels, BYTES)
         self.memory_ratio = self._histogram(
-            "memory_prediction_ratio", "Measured peak over the cost law's.", ("backend",), RATIO
+            "memory_prediction_ratio", "Measured peak over the cost law's, from 1 MiB on.", ("backend",), RATIO
         )
         self.time_ratio = self._histogram("time_prediction_ratio", "Measured seconds over the engine's.", ("backend",), RATIO)
         self.samples = self._counter("memory_samples", "Calls whose peak was measured, or was not.", ("backend", "method"))
 
     def _service_metrics(self) -> None:
         self.responses = self._counter("http_responses", "Responses sent.", ("route", "method", "status"))
+        self.tokenizer_waiting = self._gauge("tokenizer_waiting", "Long bodies and texts that wait for a worker process.")
         self.active = self._gauge("backend_active", "1 for a backend of the allow-list.", ("backend", "is_default"))
         self.info = self._gauge("backend_info", "1; how a backend is built.", ("backend", "dtype", "device", "options"))
         self.truth_error = self._gauge("truth_error", "Largest error of a backend's last truth check.", ("backend",))
         self.truth_bound = self._gauge("truth_bound", "The error that check allows.", ("backend",))
+        self.truth_passed = self._gauge("truth_passed", "1 where that error was within the bound.", ("backend",))
+        self.truth_checked = self._gauge("truth_check_timestamp_seconds", "When it was checked.", ("backend",))
         self.switches = self._counter("backend_switch", "Changes of the allow-list, by result.", ("result",))
+        for result in ("ok", "failed"):
+            self.switches.labels(result)
         self.switch_seconds = self._histogram("backend_switch_seconds", "Building and checking one.", (), STEP_SECONDS)
+        self.switching = self._gauge("backend_switching", "1 while another allow-list is being built and checked.")
         self.degraded = self._gauge("backend_degraded", "1 while the last change failed and the old list is in force.")
         self.switched = self._gauge("config_reload_success_timestamp_seconds", "When the allow-list came into force.")
         self.threads = self._gauge("torch_threads", "Threads of one tensor operation.")
@@ -138,25 +155,33 @@ class Metrics:
         self.registry.register(Levels(snapshot))
 
     def finished(self, request: Request, outcome: Outcome) -> None:
-        """Count a request's end and its phases, and log its one line."""
-        timings, backend, kind = request.timings, request.timings.backend, request.kind
+        """Count a request's end, its phases and its bytes, and log its one line."""
+        timings, backend, id = request.timings, request.timings.backend, request.id
         length = length_class(len(request.tokens))
-        self.requests.labels(backend, kind, OUTCOMES[outcome]).inc()
-        self.input_tokens.labels(backend, kind).observe(len(request.tokens))
-        self.reserved.labels(backend, length).observe(timings.peak_bytes)
-        _observe(self.duration.labels(backend, kind), timings.total_seconds)
-        self.tokenize.labels(kind).observe(timings.tokenize_seconds)
-        _observe(self.queue.labels(backend, kind), timings.queue_seconds)
-        _observe(self.prefill.labels(backend, length), timings.prefill_seconds)
-        if kind == "completion":
-            self._decoded(request)
+        self.requests.labels(backend, request.kind, OUTCOMES[outcome]).inc()
+        self.input_tokens.labels(backend).observe(len(request.tokens))
+        self.reserved.labels(backend, length).observe(timings.reserved_bytes)
+        _observe(self.measured.labels(backend, length), timings.measured_bytes, id)
+        _observe(self.duration.labels(backend, length), timings.total_seconds, id)
+        self.tokenizer.observe(timings.tokenize_seconds)
+        _observe(self.queue.labels(backend), timings.queue_seconds)
+        if timings.prefill_seconds is not None:
+            self._prefilled(request, length)
+        if request.kind == "completion":
+            self._decoded(request, length)
         self._log(request, outcome)
 
-    def _decoded(self, request: Request) -> None:
+    def _prefilled(self, request: Request, length: str) -> None:
+        timings, backend = request.timings, request.timings.backend
+        _observe(self.prefill.labels(backend, length), timings.prefill_seconds, request.id)
+        self.prompt_tokens.labels(backend).inc(len(request.tokens))
+        self.seen_tokens.labels(backend).inc(timings.seen_tokens)
+
+    def _decoded(self, request: Request, length: str) -> None:
         timings, backend = request.timings, request.timings.backend
         self.output_tokens.labels(backend).observe(timings.output_tokens)
         _observe(self.decode.labels(backend), timings.decode_seconds)
-        _observe(self.first_token.labels(backend), timings.first_token_seconds)
+        _observe(self.first_token.labels(backend, length), timings.first_token_seconds, request.id)
         gaps = self.inter_token.labels(backend)
         for earlier, later in pairwise(timings.token_times):
             gaps.observe(later - earlier)
@@ -164,7 +189,9 @@ class Metrics:
     def _log(self, request: Request, outcome: str) -> None:
         if logger.isEnabledFor(logging.INFO):
             facts = {"id": request.id, "kind": request.kind, "outcome": outcome, "tokens": len(request.tokens)}
-            logger.info(json.dumps(facts | {"output_tokens": request.timings.output_tokens} | receipt([request.timings])))
+            facts |= {"length": length_class(len(request.tokens)), "output_tokens": request.timings.output_tokens}
+            facts |= {"total_seconds": request.timings.total_seconds}
+            logger.info("request ended", extra={"fields": facts | receipt([request.timings])})
 
     def refused(self, request: Request, reason: str) -> None:
         """Count a request that was not let in. The backend it asked for may be anything, so it is no label."""
@@ -172,19 +199,25 @@ class Metrics:
         outcome = "client_error" if reason in CLIENT_FAULTS else "rejected"
         self.requests.labels("none", request.kind, outcome).inc()
 
+    def read(self, job: str, queue_seconds: float, work_seconds: float) -> None:
+        """Count one job of a worker process; `job` is the name of a function of ours."""
+        self.reading.labels(job, "queue").observe(queue_seconds)
+        self.reading.labels(job, "work").observe(work_seconds)
+
     def stepped(self, step: Step) -> None:
         """Count one call of the model."""
         labels = (step.backend, step.kind)
         self.tokens.labels(*labels).inc(step.tokens)
         self.forward.labels(*labels).observe(step.seconds)
-        self.batch_size.labels(*labels).observe(step.sequences)
-        self.batch_tokens.labels(*labels).observe(step.tokens)
+        self.batch_size.labels(step.kind).observe(step.sequences)
+        self.batch_tokens.labels(step.kind).observe(step.tokens)
         if step.predicted_seconds > 0:
             self.time_ratio.labels(step.backend).observe(step.seconds / step.predicted_seconds)
         self.samples.labels(step.backend, "skipped" if step.measured_bytes is None else step.method).inc()
         if step.measured_bytes is not None:
             self.peak.labels(*labels).observe(step.measured_bytes)
-            self.memory_ratio.labels(step.backend).observe(step.measured_bytes / max(step.predicted_bytes, 1))
+            if max(step.measured_bytes, step.predicted_bytes) >= LEAST_BYTES:
+                self.memory_ratio.labels(step.backend).observe(step.measured_bytes / max(step.predicted_bytes, 1))
 
     def responded(self, route: str, method: str, status: int) -> None:
         """Count one response."""
@@ -194,36 +227,42 @@ class Metrics:
         """State the verdict of a truth check."""
         self.truth_error.labels(backend).set(error)
         self.truth_bound.labels(backend).set(bound)
+        self.truth_passed.labels(backend).set(error <= bound)
+        self.truth_checked.labels(backend).set_to_current_time()
 
     def switched_to(self, backends: Iterable[Mapping[str, Any]], default: str, dtype: str, device: str) -> None:
-        """State the allow-list now in force; `backends` are `AttentionBackend.describe()`."""
+        """State the allow-list now in force; `backends` are `AttentionBackend.describe()`.
+
+        Its counters begin at 0: of a series that begins at 1, no rate ever sees the first.
+        """
         self.active.clear()
         self.info.clear()
         for backend in backends:
             self.active.labels(backend["name"], str(backend["name"] == default).lower()).set(1)
+            for kind, outcome in product(KINDS, {*OUTCOMES.values()}):
+                self.requests.labels(backend["name"], kind, outcome)
             self.info.labels(backend["name"], dtype, device, json.dumps(backend["options"], sort_keys=True)).set(1)
         self.switched.set_to_current_time()
 
-    def export(self) -> list[Metric]:
-        """All families with their samples, as plain data that another process can merge."""
-        return list(self.registry.collect())
 
-
+KINDS = ("completion", "embedding")
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 
 
-def _subclasses(cls: type[InvalidRequest]) -> Iterator[type[InvalidRequest]]:
-    yield cls
-    for child in cls.__subclasses__():
-        yield from _subclasses(child)
+def _codes(cls: type[RequestError]) -> frozenset[str]:
+    """The codes of a kind of error and of all that are of it."""
+    return frozenset({cls.code}).union(*map(_codes, cls.__subclasses__()))
 
 
-CLIENT_FAULTS = frozenset(cls.code for cls in _subclasses(InvalidRequest))
+CLIENT_FAULTS = _codes(InvalidRequest)
+REFUSALS = (*CLIENT_FAULTS, QueueFull.code, Draining.code, DeadlineExceeded.code)
 
 
-def _observe(histogram: Histogram, seconds: float | None) -> None:
-    if seconds is not None:
-        histogram.observe(seconds)
+def _observe(histogram: Histogram, value: float | None, id: str | None = None) -> None:
+    """Observe what there is, with the request's id as exemplar where it is short enough for one."""
+    if value is not None:
+        exemplar = {"request_id": id} if id is not None and len(id) <= EXEMPLAR_ID else None
+        histogram.observe(value, exemplar)
 
 
 class Levels(Collector):
@@ -234,10 +273,16 @@ class Levels(Collector):
 
     def collect(self) -> Iterator[Metric]:
         now = self._snapshot()
-        plain = (
+        levels = (
             ("requests_running", "Sequences that hold state.", now.running),
             ("requests_waiting", "Requests in the queue.", now.waiting),
             ("waiting_tokens", "Input tokens in the queue.", now.waiting_tokens),
+            ("queue_oldest_seconds", "How long the oldest request in the queue has waited.", now.oldest_seconds),
+            (
+                "promised_tokens",
+                "Most tokens, of inputs and answers, that the admitted requests may have.",
+                now.promised_tokens,
+            ),
             ("memory_budget_bytes", "What requests may reserve together.", now.budget_bytes),
             ("memory_reserved_bytes", "What they have reserved.", now.bytes_in_use),
             (
@@ -245,9 +290,15 @@ class Levels(Collector):
                 "Reserved share of the budget: a gateway's KV-cache use.",
                 now.bytes_in_use / now.budget_bytes,
             ),
+            ("draining", "1 while nothing more is admitted.", now.draining),
+            ("progress_age_seconds", "Since a step ended while work waits.", time.monotonic() - now.last_progress),
         )
-        for name, help, value in plain:
+        for name, help, value in levels:
             yield GaugeMetricFamily(f"{PREFIX}_{name}", help, value=value)
+        busy = "Time the model thread has computed: its rate is the busy share."
+        yield CounterMetricFamily(f"{PREFIX}_model_busy_seconds", busy, value=now.busy_seconds)
+        measuring = "Of it, time that went into measuring memory."
+        yield CounterMetricFamily(f"{PREFIX}_memory_measuring_seconds", measuring, value=now.measuring_seconds)
         yield _by_backend("state_bytes", "Decode state held.", now.pool_bytes)
         yield _by_backend("state_slots", "Sequences whose decode state is held.", now.pool_slots)
 
@@ -257,35 +308,6 @@ def _by_backend(name: str, help: str, values: Mapping[str, int]) -> Metric:
     for backend, value in values.items():
         family.add_metric((backend,), value)
     return family
-
-
-class Merged(Collector):
-    """Several replicas' families as one, every sample with its `replica`."""
-
-    def __init__(self, exports: Mapping[str, Sequence[Metric]]) -> None:
-        self._exports = exports
-
-    def collect(self) -> Iterator[Metric]:
-        families: dict[str, Metric] = {}
-        for replica, metrics in self._exports.items():
-            for metric in metrics:
-                merged = families.setdefault(metric.name, Metric(metric.name, metric.documentation, metric.type, metric.unit))
-                merged.samples.extend(_labelled(metric.samples, replica))
-        yield from families.values()
-
-
-def _labelled(samples: Iterable[Sample], replica: str) -> Iterator[Sample]:
-    """The samples with their replica; the client library's `_created` series, which nobody reads, are left out."""
-    for sample in samples:
-        if not sample.name.endswith("_created"):
-            yield sample._replace(labels={**sample.labels, "replica": replica})
-
-
-def render(exports: Mapping[str, Sequence[Metric]]) -> bytes:
-    """Prometheus' text format of all replicas' exports."""
-    registry = CollectorRegistry(auto_describe=False)
-    registry.register(Merged(exports))
-    return generate_latest(registry)
 
 
 def peak_resident_bytes() -> int:

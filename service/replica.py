@@ -13,33 +13,31 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from prometheus_client.metrics_core import Metric
 from starlette.types import ASGIApp
 
-from service import metrics
+from service import exposition
 from service.config import HttpConfig, ServiceConfig, UserConfig, api_keys
 from service.engine.engine import Engine
+from service.exposition import Families, Format, Gather, Gathered, Page
 from service.http.errors import NotReady
 from service.http.face import ModelCard
 from service.http.reader import Reader
 from service.http.routes import create_app
 from service.http.workers import Workers
+from service.logs import LOGGERS
 from service.machine import available_cpus, in_passing_thread
 from service.metrics import Metrics
 from service.model import checkpoint
 from service.model.tokenizer import Tokenizer
 from service.switch import Switch, parse
 
-LOGGERS = ("longserve", "service")
-"""Roots of all our loggers: what users read by topic, and modules by their own name."""
-
-Gather = Callable[[], Awaitable[Mapping[str, Sequence[Metric]]]]
-"""Every replica's metrics by replica name."""
+if TYPE_CHECKING:
+    from service.tracing import Traced
 
 
 class Replica:
@@ -72,13 +70,16 @@ class Replica:
         self.settings = config
         self.name = name
         self._facts = facts or {}
-        self._gather = gather or self._only_mine
+        self._page = Page(gather or self._only_mine)
         self._loaded = in_passing_thread(lambda: checkpoint.load(_directory(config), config.dtype, config.device, config.name))
         self._started = time.time()
         self._metrics = Metrics()
         self._switch = Switch(self._loaded.model.head_shape(), self._metrics)
+        self._metrics.switching.set_function(lambda: float(self._switch.is_switching))
+        self._traced = None if config.traces is None else _traced(self._metrics, config.traces, name)
         self._engine: Engine | None = None
-        self._workers = Workers(_directory(config), config.http.workers, config.http.max_waiting_reads)
+        self._workers = Workers(_directory(config), config.http.workers, config.http.max_waiting_reads, self._metrics.read)
+        self._metrics.tokenizer_waiting.set_function(lambda: self._workers.waiting)
         self.reader = Reader(self._loaded.tokenizer, self._workers)
         self.app: ASGIApp = create_app(self, api_keys(config.http), echoes_request_id)
 
@@ -86,7 +87,8 @@ class Replica:
         """Build and check the backends, then start the engine. Raises ValueError for a backend that cannot serve."""
         backends = await self._switch.build(user.attention)
         await self._workers.start()
-        engine = Engine(self._loaded.model, self._loaded.tokenizer, backends, self.settings.engine, self._metrics)
+        observer = self._traced or self._metrics
+        engine = Engine(self._loaded.model, self._loaded.tokenizer, backends, self.settings.engine, observer)
         await engine.start()
         self._metrics.threads.set(torch.get_num_threads())
         self._metrics.build.labels(version("longserve"), torch.__version__, self._loaded.id).set(1)
@@ -113,6 +115,8 @@ class Replica:
         if self._engine is not None:
             await self._engine.stop()
         await self._workers.stop()
+        if self._traced is not None:
+            await asyncio.to_thread(self._traced.stop)
 
     @property
     def config(self) -> HttpConfig:
@@ -172,19 +176,24 @@ class Replica:
             "replica": {"name": self.name, "pid": os.getpid(), "started": int(self._started), **self._facts},
         }
 
-    async def metrics(self) -> bytes:
-        exports = await self._gather()
-        return await asyncio.to_thread(metrics.render, exports)  # some 10 ms of text: not on the event loop
+    async def metrics(self, format: Format, is_fresh: bool) -> bytes:
+        return await self._page.text(format, is_fresh)
 
-    def export(self) -> list[Metric]:
-        """This replica's metrics."""
-        return self._metrics.export()
+    async def export(self, format: Format) -> Families:
+        """This replica's metrics: some 20 ms of text, made off the event loop."""
+        return await asyncio.to_thread(exposition.families, self._metrics.registry, self.name, format)
 
     def responded(self, route: str, method: str, status: int) -> None:
         self._metrics.responded(route, method, status)
 
-    async def _only_mine(self) -> Mapping[str, Sequence[Metric]]:
-        return {self.name: self.export()}
+    async def _only_mine(self, format: Format) -> Gathered:
+        return Gathered([await self.export(format)])
+
+
+def _traced(metrics: Metrics, endpoint: str, name: str) -> Traced:
+    from service import tracing  # a tenth of a second of imports that only traces need
+
+    return tracing.Traced(metrics, tracing.exporter(endpoint), name)
 
 
 def _directory(config: ServiceConfig) -> str:

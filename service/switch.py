@@ -74,9 +74,14 @@ class Switch:
         return {
             "attention": self._in_force and self._in_force.model_dump(),
             "asked": self._asked and self._asked.model_dump(),
-            "switching": self._task is not None and not self._task.done(),
+            "switching": self.is_switching,
             "degraded": self._failure,
         }
+
+    @property
+    def is_switching(self) -> bool:
+        """Whether the background task is at work."""
+        return self._task is not None and not self._task.done()
 
     async def stop(self) -> None:
         """Give up a switch that is under way."""

@@ -9,6 +9,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 
+@dataclass(frozen=True)
+class Chunk:
+    """A piece of a prompt that passed through the model at once, alone or beside others'."""
+
+    began_at: float
+    ended_at: float
+    tokens: int
+
+
 @dataclass
 class Timings:
     """When each phase of a request ended, and what it shared the machine with."""
@@ -19,14 +28,26 @@ class Timings:
     prefilled_at: float | None = None  # the last prompt token was processed
     first_token_at: float | None = None
     finished_at: float | None = None
-    prefill_chunks: int = 0
+    chunks: list[Chunk] = field(default_factory=list)  # of the prompt, as they were processed
     prompt_tokens: int = 0
     output_tokens: int = 0
     batch_mates: int = 0  # most sequences it ever shared a step with, itself left out
-    peak_bytes: int = 0  # reserved state and workspace, by the cost law
+    seen_tokens: int = 0  # of the prompt, by its last token in one layer: all but those outside a window
+    reserved_bytes: int = 0  # state and workspace, by the cost law, held from begin to end
+    state_bytes: int = 0  # of the tensors that held its state, at most
+    step_bytes: int | None = None  # its share, by tokens, of the largest measured peak of a step; None: not measured
     backend: str = ""
     why: str = ""  # why this backend: "request", "default", or what `auto` measured
     token_times: list[float] = field(default_factory=list)  # when each output token was handed out
+
+    @property
+    def prefill_chunks(self) -> int:
+        return len(self.chunks)
+
+    @property
+    def measured_bytes(self) -> int | None:
+        """State and step as measured, the counterpart of `reserved_bytes`; None when the widest step was not measured."""
+        return None if self.step_bytes is None else self.state_bytes + self.step_bytes
 
     @property
     def queue_seconds(self) -> float | None:
@@ -64,8 +85,8 @@ PHASES = ("tokenize", "queue", "prefill", "decode")
 def receipt(records: Sequence[Timings]) -> dict[str, str | int | float | None]:
     """What the prompts of one call took, as plain data.
 
-    Phases are those of the slowest prompt (they run side by side), bytes and chunks are sums, mates the most. A phase that
-    has not ended is None.
+    Phases are those of the slowest prompt (they run side by side), bytes, tokens and chunks are sums, mates the most. A phase
+    that has not ended is None, and so are measured bytes when not every prompt was measured.
     """
     seconds = {f"{phase}_seconds": _slowest([getattr(each, f"{phase}_seconds") for each in records]) for phase in PHASES}
     return {
@@ -73,9 +94,16 @@ def receipt(records: Sequence[Timings]) -> dict[str, str | int | float | None]:
         "why": records[0].why,
         **seconds,
         "prefill_chunks": sum(each.prefill_chunks for each in records),
-        "peak_bytes": sum(each.peak_bytes for each in records),
+        "seen_tokens": sum(each.seen_tokens for each in records),
+        "reserved_bytes": sum(each.reserved_bytes for each in records),
+        "measured_bytes": _sum([each.measured_bytes for each in records]),
         "batch_mates": max(each.batch_mates for each in records),
     }
+
+
+def _sum(amounts: Sequence[int | None]) -> int | None:
+    known = [each for each in amounts if each is not None]
+    return sum(known) if len(known) == len(amounts) else None
 
 
 def _slowest(seconds: Sequence[float | None]) -> float | None:

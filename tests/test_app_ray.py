@@ -69,7 +69,7 @@ class Service(Client):
 
     def metric(self, name: str, **labels: str) -> list[float]:
         """A metric's value in each replica."""
-        families = text_string_to_metric_families(self.get("/metrics").text)
+        families = text_string_to_metric_families(self.metrics())
         return [s.value for f in families for s in f.samples if s.name == name and labels.items() <= s.labels.items()]
 
 

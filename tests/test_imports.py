@@ -15,12 +15,15 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "attention": ("attention",),
     "service.model": ("attention", "service.model"),
     "service.engine": ("attention", "service.model", "service.engine", "service.config", "service.timing"),
-    "service.http": ("service.engine.request", "service.http", "service.config", "service.timing"),
+    "service.http": ("service.engine.request", "service.http", "service.config", "service.exposition", "service.timing"),
     "service.http.worker": ("service.engine.request", "service.http", "service.model.tokenizer"),  # a process of its own
     "service.timing": (),
     "service.machine": (),
     "service.config": ("attention",),
+    "service.exposition": (),
+    "service.logs": (),
     "service.metrics": ("service.engine.observer", "service.engine.request", "service.timing"),
+    "service.tracing": ("service.engine.observer", "service.engine.request"),
     "loadtests": ("loadtests",),
 }
 """What of ours a package may import at run time."""

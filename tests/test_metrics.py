@@ -2,31 +2,44 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import json
 import logging
 import pickle
+from collections.abc import Callable
 
 import pytest
+from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
+from prometheus_client.parser import text_string_to_metric_families as parse_text
 
 from attention import names
+from service import exposition
 from service.engine.observer import Step
 from service.engine.request import Request
-from service.metrics import LENGTHS, Metrics, length_class, render
+from service.exposition import KEEP_SECONDS, Format, Gathered, Page
+from service.logs import JsonLines
+from service.metrics import LENGTHS, Metrics, length_class
 from service.timing import Timings
 
 MOST_LINES = 6000  # a scrape every few seconds must stay cheap: one line costs some 7 microseconds
 
 
-def request(backend: str = "dense", tokens: int = 100) -> Request:
+def request(backend: str = "dense", tokens: int = 100, id: str = "id") -> Request:
     times = Timings(queued_at=1.0, admitted_at=2.0, prefilled_at=4.0, first_token_at=4.5, finished_at=8.0, backend=backend)
     times.output_tokens, times.token_times = 3, [4.5, 5.5, 7.5]
-    return Request("id", "completion", [1] * tokens, backend, timings=times)
+    times.reserved_bytes, times.state_bytes, times.step_bytes = 5000, 1000, 2000
+    times.seen_tokens = min(tokens, 60)
+    return Request(id, "completion", [1] * tokens, backend, timings=times)
+
+
+def page(metrics: Metrics, format: Format = "text") -> str:
+    return exposition.page(Gathered([exposition.families(metrics.registry, "r", format)]), format).decode()
 
 
 def samples(metrics: Metrics) -> dict[str, float]:
     """Name and labels of every sample of one replica, as the text format has them."""
-    lines = render({"r": metrics.export()}).decode().splitlines()
+    lines = page(metrics).splitlines()
     return {line.rpartition(" ")[0]: float(line.rpartition(" ")[2]) for line in lines if not line.startswith("#")}
 
 
@@ -34,27 +47,91 @@ def test_a_requests_phases_are_told_apart() -> None:
     metrics = Metrics()
     metrics.finished(request(), "stop")
     found = samples(metrics)
-    labels = '{backend="dense",kind="completion",replica="r"}'
-    assert found[f"longserve_request_queue_seconds_sum{labels}"] == 1.0
-    assert found['longserve_prefill_seconds_sum{backend="dense",length="512",replica="r"}'] == 2.0
+    labels = '{backend="dense",length="512",replica="r"}'
+    assert found['longserve_request_queue_seconds_sum{backend="dense",replica="r"}'] == 1.0
+    assert found[f"longserve_prefill_seconds_sum{labels}"] == 2.0
     assert found['longserve_decode_seconds_sum{backend="dense",replica="r"}'] == 4.0
-    assert found['longserve_time_to_first_token_seconds_sum{backend="dense",replica="r"}'] == 3.5
+    assert found[f"longserve_time_to_first_token_seconds_sum{labels}"] == 3.5
     assert found['longserve_inter_token_seconds_sum{backend="dense",replica="r"}'] == 3.0
     assert found['longserve_inter_token_seconds_count{backend="dense",replica="r"}'] == 2
     assert found[f"longserve_request_duration_seconds_sum{labels}"] == 7.0
 
 
-def test_what_replicas_export_can_be_sent_and_adds_up() -> None:
-    exports = {}
+def test_reserved_and_measured_bytes_are_told_apart_and_one_that_was_not_measured_is_not_told() -> None:
+    metrics, unmeasured = Metrics(), request(tokens=600)
+    unmeasured.timings.step_bytes = None
+    metrics.finished(request(tokens=600), "stop")
+    metrics.finished(unmeasured, "stop")
+    found = samples(metrics)
+    labels = '{backend="dense",length="1024",replica="r"}'
+    assert (
+        found[f"longserve_request_reserved_bytes_count{labels}"],
+        found[f"longserve_request_measured_bytes_count{labels}"],
+    ) == (2, 1)
+    assert found[f"longserve_request_measured_bytes_sum{labels}"] == 3000
+    assert found['longserve_prompt_tokens_seen_total{backend="dense",replica="r"}'] == 120
+    assert found['longserve_prompt_tokens_total{backend="dense",replica="r"}'] == 1200
+
+
+@pytest.mark.parametrize(("format", "parse"), [("text", parse_text), ("openmetrics", parse_openmetrics)])
+def test_what_replicas_export_can_be_sent_and_lies_side_by_side(format: Format, parse: Callable) -> None:
+    exports = []
     for replica, count in (("a", 2), ("b", 3)):
         metrics = Metrics()
         for _ in range(count):
             metrics.refused(request(), "queue_full")
-        exports[replica] = pickle.loads(pickle.dumps(metrics.export()))
-    text = render(exports).decode()
-    assert text.count("# TYPE longserve_rejected_total counter") == 1
-    assert 'longserve_rejected_total{reason="queue_full",replica="a"} 2.0' in text
-    assert 'longserve_rejected_total{reason="queue_full",replica="b"} 3.0' in text
+            metrics.finished(request(), "stop")
+        exports.append(pickle.loads(pickle.dumps(exposition.families(metrics.registry, replica, format))))
+    text = exposition.page(Gathered(exports, missing=1), format).decode()
+    families = {family.name: family for family in parse(text)}  # each once, or OpenMetrics' parser complains
+    name = "longserve_rejected"
+    full = [s for s in families[name].samples if s.name == f"{name}_total" and s.labels["reason"] == "queue_full"]
+    assert {s.labels["replica"]: s.value for s in full} == {"a": 2, "b": 3}
+    assert {s.labels["state"]: s.value for s in families["longserve_replicas"].samples} == {"answered": 2, "missing": 1}
+    assert text.count("# EOF") == (format == "openmetrics")
+
+
+def test_an_exemplar_names_the_request_behind_a_bucket_unless_its_id_is_too_long() -> None:
+    metrics = Metrics()
+    metrics.finished(request(id="mine"), "stop")
+    metrics.finished(request(id="x" * 128, tokens=5000), "stop")
+    families = {family.name: family for family in parse_openmetrics(page(metrics, "openmetrics"))}
+    for name in ("request_duration_seconds", "prefill_seconds", "time_to_first_token_seconds", "request_measured_bytes"):
+        exemplars = [s.exemplar for s in families[f"longserve_{name}"].samples if s.exemplar]
+        assert [each.labels for each in exemplars] == [{"request_id": "mine"}]
+
+
+@pytest.mark.parametrize(
+    ("accept", "format"),
+    [
+        ("application/openmetrics-text;version=1.0.0,text/plain;version=0.0.4;q=0.5,*/*;q=0.1", "openmetrics"),
+        ("text/plain", "text"),
+        ("", "text"),
+    ],
+)
+def test_the_caller_chooses_the_format(accept: str, format: Format) -> None:
+    assert exposition.format_of(accept) == format
+
+
+async def test_a_page_is_made_once_for_all_who_ask_within_a_second_unless_they_want_it_fresh() -> None:
+    made = []
+
+    async def gather(format: Format) -> Gathered:
+        made.append(format)
+        await asyncio.sleep(0.05)
+        return Gathered([])
+
+    kept = Page(gather)
+    await asyncio.gather(*(kept.text("text") for _ in range(20)))
+    await kept.text("text")
+    assert made == ["text"]
+    await kept.text("openmetrics")
+    assert made == ["text", "openmetrics"]
+    await asyncio.gather(*(kept.text("text", is_fresh=True) for _ in range(20)))
+    assert made.count("text") == 3  # one for who came first, one for all who came while it was made
+    await asyncio.sleep(KEEP_SECONDS)
+    await kept.text("text")
+    assert made.count("text") == 4
 
 
 @pytest.mark.parametrize(("reason", "outcome"), [("queue_full", "rejected"), ("context_length_exceeded", "client_error")])
@@ -78,21 +155,39 @@ def test_a_length_past_all_classes_has_one_of_its_own() -> None:
 
 def test_a_measured_peak_is_held_against_its_prediction() -> None:
     metrics = Metrics()
-    metrics.stepped(Step("decode", "dense", 4, 4, 0.1, 0.2, predicted_bytes=1000, measured_bytes=1500))
+    metrics.stepped(Step("decode", "dense", 4, 4, 0.1, 0.2, predicted_bytes=2**20, measured_bytes=3 * 2**19))
+    metrics.stepped(Step("decode", "dense", 4, 4, 0.1, 0.2, predicted_bytes=1000, measured_bytes=9000))  # less than is promised
     metrics.stepped(Step("decode", "dense", 4, 4, 0.1, 0.2, predicted_bytes=1000, measured_bytes=None))
     found = samples(metrics)
     assert found['longserve_memory_prediction_ratio_sum{backend="dense",replica="r"}'] == 1.5
-    assert found['longserve_time_prediction_ratio_count{backend="dense",replica="r"}'] == 2
+    assert found['longserve_memory_prediction_ratio_count{backend="dense",replica="r"}'] == 1
+    assert found['longserve_time_prediction_ratio_count{backend="dense",replica="r"}'] == 3
     assert found['longserve_memory_samples_total{backend="dense",method="skipped",replica="r"}'] == 1
 
 
 def test_with_every_backend_and_length_a_scrape_stays_small() -> None:
     metrics = Metrics()
+    metrics.switched_to([{"name": name, "options": {}} for name in names()], "dense", "float32", "cpu")
     for backend, tokens in itertools.product(names(), (*LENGTHS, LENGTHS[-1] + 1)):
         metrics.finished(request(backend, tokens), "stop")
         for kind in ("prefill", "decode", "embed"):
             metrics.stepped(Step(kind, backend, 1, 1, 0.1, 0.1, 1, 1))
-    assert len(render({"r": metrics.export()}).splitlines()) < MOST_LINES
+    assert len(page(metrics).splitlines()) < MOST_LINES
+
+
+def test_counters_begin_at_zero_so_that_a_rate_sees_the_first() -> None:
+    metrics = Metrics()
+    metrics.switched_to([{"name": "dense", "options": {}}], "dense", "float32", "cpu")
+    found = samples(metrics)
+    assert found['longserve_requests_total{backend="dense",kind="embedding",outcome="internal",replica="r"}'] == 0
+    assert found['longserve_rejected_total{reason="queue_full",replica="r"}'] == 0
+    assert found['longserve_backend_switch_total{replica="r",result="failed"}'] == 0
+
+
+def test_four_histograms_carry_the_length() -> None:
+    metrics = Metrics()
+    metrics.finished(request(), "stop")
+    assert len({name.split("{")[0] for name in samples(metrics) if "_bucket{" in name and "length=" in name}) == 4
 
 
 def test_a_finished_request_is_one_json_line_of_the_log(caplog: pytest.LogCaptureFixture) -> None:
@@ -100,5 +195,21 @@ def test_a_finished_request_is_one_json_line_of_the_log(caplog: pytest.LogCaptur
     with caplog.at_level(logging.INFO, logger.name):
         logging.getLogger("longserve").propagate = True
         Metrics().finished(request(), "length")
-    line = json.loads(caplog.records[-1].getMessage())
-    assert (line["id"], line["outcome"], line["backend"], line["prefill_seconds"]) == ("id", "length", "dense", 2.0)
+    line = json.loads(JsonLines().format(caplog.records[-1]))
+    assert (line["id"], line["outcome"], line["backend"], line["length"]) == ("id", "length", "dense", "512")
+    assert (line["prefill_seconds"], line["total_seconds"]) == (2.0, 7.0)
+    assert (line["reserved_bytes"], line["measured_bytes"]) == (5000, 3000)
+
+
+def test_an_error_is_logged_as_one_line_with_its_cause_and_its_traceback(caplog: pytest.LogCaptureFixture) -> None:
+    logger = logging.getLogger("longserve.http")
+    logging.getLogger("longserve").propagate = True
+    try:
+        raise RuntimeError("two\nlines")
+    except RuntimeError:
+        logger.exception("request %s failed", "id")
+    text = JsonLines().format(caplog.records[-1])
+    line = json.loads(text)
+    assert "\n" not in text
+    assert (line["message"], line["error"], line["level"]) == ("request id failed", "RuntimeError: two lines", "error")
+    assert line["traceback"].endswith("RuntimeError: two\nlines") and "test_metrics.py" in line["traceback"]

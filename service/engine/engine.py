@@ -23,7 +23,7 @@ from service.engine import admission, forecast
 from service.engine.admission import Backends, Plan, Route
 from service.engine.answer import Answer
 from service.engine.job import Job, Sequence
-from service.engine.memory import Ledger, available_bytes, budget_bytes, is_out_of_memory, trim, warm_up
+from service.engine.memory import Ledger, available_bytes, budget_bytes, is_out_of_memory, trim
 from service.engine.observer import NullObserver, Observer, Outcome, Step
 from service.engine.request import (
     DeadlineExceeded,
@@ -44,6 +44,7 @@ from service.engine.team import give_team_its_cpus
 from service.engine.text import Settled
 from service.model.tokenizer import Tokenizer
 from service.model.transformer import Transformer
+from service.timing import Chunk
 
 __all__ = ["Answer", "Backends", "Engine", "Plan", "Snapshot"]
 
@@ -61,12 +62,16 @@ class Snapshot:
     running: int  # sequences that hold state
     waiting: int  # requests in the queue
     waiting_tokens: int
+    oldest_seconds: float  # the longest that a request has waited in the queue so far
+    promised_tokens: int  # most tokens, of prompts and answers, that the running requests may come to
     bytes_in_use: int  # reserved of the budget
     budget_bytes: int
     pool_bytes: Mapping[str, int]  # decode state by backend
     pool_slots: Mapping[str, int]
     draining: bool
     row_multiple: int | None  # None: answers may differ in the last bits by what shares the batch
+    busy_seconds: float  # the model thread has computed for so long
+    measuring_seconds: float  # of it on measuring memory
     last_progress: float  # time.monotonic() of the last finished step, or now when there is nothing to do
 
 
@@ -108,11 +113,11 @@ class Engine:
         self._ledger = Ledger(budget_bytes(self._config.memory_budget_bytes, self._config.memory_share, available))
         threads = torch.get_num_threads()
         self._thread = ThreadPoolExecutor(1, "longserve-model", initializer=lambda: give_team_its_cpus(threads))
-        await self._on_model_thread(warm_up)
         self._pace = await self._on_model_thread(lambda: forecast.measure_model(self._model))
         self._rows = await self._on_model_thread(lambda: row_multiple(self._model))
         self._routes = await self._built(self._backends)
-        self._runner = Runner(self._model, self._rows, self._config.memory_sample_every)
+        share = self._config.memory_sample_share
+        self._runner = await self._on_model_thread(lambda: Runner(self._model, self._rows, share))
         self._scheduler = Scheduler(self._config, self._ledger, can_pack=self._rows is not None)
         self._serving = asyncio.create_task(self._serve())
         self._serving.add_done_callback(self._died)
@@ -168,7 +173,7 @@ class Engine:
         job = Job.create(request, route, admission.need(request, route), answer, self._tokenizer)
         timings = request.timings
         timings.queued_at, timings.backend, timings.why = time.monotonic(), route.name, why
-        timings.prompt_tokens, timings.peak_bytes = len(job.prompt), job.need.total
+        timings.prompt_tokens, timings.reserved_bytes = len(job.prompt), job.need.total
         self._scheduler.waiting.append(job)
         self._idle.clear()
         self._wake.set()
@@ -208,18 +213,22 @@ class Engine:
         """The levels now. Safe from any thread."""
         running, waiting = list(self._scheduler.running), list(self._scheduler.waiting)
         routes = {*self._routes.values(), *(job.route for job in running)}
-        names = sorted({route.name for route in routes})
+        names, now = sorted({route.name for route in routes}), time.monotonic()
         return Snapshot(
             running=sum(sequence.slot is not None for job in running for sequence in job.sequences),
             waiting=len(waiting),
             waiting_tokens=sum(len(job.prompt) for job in waiting),
+            oldest_seconds=max((now - (job.request.timings.queued_at or now) for job in waiting), default=0.0),
+            promised_tokens=sum(job.request.n * job.max_length for job in running),
             bytes_in_use=self._ledger.in_use,
             budget_bytes=self._ledger.budget,
             pool_bytes={name: sum(r.pool.bytes_in_use for r in routes if r.name == name) for name in names},
             pool_slots={name: sum(len(r.pool) for r in routes if r.name == name) for name in names},
             draining=self._is_draining,
             row_multiple=self._rows,
-            last_progress=self._last_progress if running or waiting or self._is_dead else time.monotonic(),
+            busy_seconds=self._runner.busy_seconds,
+            measuring_seconds=self._runner.measuring_seconds,
+            last_progress=self._last_progress if running or waiting or self._is_dead else now,
         )
 
     # ---- admission --------------------------------------------------------------------------------------------------
@@ -294,9 +303,10 @@ class Engine:
 
     async def _run(self, work: Work) -> None:
         """One step, or one slice of it; then what follows from it."""
+        work.begun_at = work.begun_at or time.monotonic()
         for member in work.members:
             timings = member.sequence.job.request.timings
-            timings.admitted_at = timings.admitted_at or time.monotonic()
+            timings.admitted_at = timings.admitted_at or work.begun_at
         slices = STREAM_SLICES if work.kind == "decode" else 1
         limit = time.perf_counter() + slices * self._config.slice_seconds
         before = work.seconds
@@ -342,17 +352,18 @@ class Engine:
 
     def _settle(self, work: Work) -> None:
         """Book a finished step: move its sequences on, hand out what was drawn, tell the observer."""
-        now = time.monotonic()
+        now, step = time.monotonic(), _step(work)  # as it ran: what follows moves its sequences on
+        self._runner.measured(work)
         for member in work.members:
             sequence, timings = member.sequence, member.sequence.job.request.timings
             sequence.past, sequence.is_held = member.end, False
             timings.batch_mates = max(timings.batch_mates, len(work.members) - 1)
             if work.kind != "decode":
-                timings.prefill_chunks += 1
+                timings.chunks.append(Chunk(work.begun_at or now, now, member.end - member.start))
                 self._settle_prefill(sequence, now)
         for sequence, drawn in work.drawn:
             self._hand_out(sequence, drawn, now)
-        self._observer.stepped(_step(work))
+        self._observer.stepped(step)
 
     def _settle_prefill(self, sequence: Sequence, now: float) -> None:
         """What follows from a chunk: the end of the prompt, of an embedding, of a request for no tokens."""

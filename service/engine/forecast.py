@@ -124,6 +124,14 @@ class Course:
         attention = self.pace.backend.cost(end - start, end, causal=True).workspace_bytes
         return self._model.workspace_bytes(end - start, attention)
 
+    def seen_tokens(self, length: int) -> int:
+        """How many tokens of a prompt its last one sees in one layer. Those outside a window act through deeper layers."""
+        backend = self.pace.backend
+        if not backend.exact:
+            return length  # its state holds them all
+        last, earlier = torch.tensor(length - 1), torch.arange(length)
+        return int(backend.visible(last, earlier, length).sum())
+
     def seconds(self, length: int) -> float:
         """Predicted seconds of a whole prefill."""
         done, rest = divmod(length, self._chunk)

@@ -106,6 +106,13 @@ class Job:
         return total_tokens(self.request)
 
     @property
+    def held_bytes(self) -> int:
+        """Bytes of the states that its samples hold."""
+        slots = (each.slot for each in (*self.sequences, *self.siblings))
+        held = (self.route.pool.tensors(slot) for slot in slots if slot is not None)
+        return sum(tensor.nbytes for tensors in held for tensor in tensors.values())
+
+    @property
     def remaining_seconds(self) -> float:
         """Predicted prefill seconds still to come."""
         past = min(self.sequences[0].past, len(self.prompt))

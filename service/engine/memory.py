@@ -1,21 +1,16 @@
-"""Bytes: how many there are, who holds them, how many a step really took.
+"""Bytes: how many there are and who holds them. How many a step really took is `measure.py`.
 
 Budget: what the container (cgroup v2 or v1) or the machine has left, or the accelerator's free memory. Ledger: reservations
-against the budget, exact to the byte. StorageCounter: the peak of tensor storages made by dispatched operators, as torch's
-own memory tracker counts them; it costs 5 to 8 microseconds per operator, so steps are sampled.
+against the budget, exact to the byte.
 """
 
 from __future__ import annotations
 
 import ctypes
-import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 # What a warm process may take beside weights, runtime and budget: slack of the allocator, kernels that the matrix library
 # compiles and the scratch inside them. `python -m service.engine.benchmark` measures it under four times the budget.
@@ -109,87 +104,10 @@ class Ledger:
         self.in_use -= self._held.pop(owner, 0)
 
 
-class StorageCounter(TorchDispatchMode):
-    """Counts the bytes of storages that operators make while it is entered, and their peak.
-
-    Storages that existed before are found among the operators' inputs and not counted. Blind to scratch inside a kernel.
-    May be entered again and again; what lives between counts on.
-    """
-
-    method = "dispatch"
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.current_bytes = 0
-        self.peak_bytes = 0
-        self._known: set[int] = set()
-
-    def __torch_dispatch__(
-        self, func: Callable[..., Any], types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        for tensor in _tensors((args, kwargs)):
-            self._count(tensor.untyped_storage(), 0)
-        out = func(*args, **(kwargs or {}))
-        for tensor in _tensors(out):
-            storage = tensor.untyped_storage()
-            self._count(storage, storage.nbytes())
-        return out
-
-    def _count(self, storage: torch.UntypedStorage, size: int) -> None:
-        if storage._cdata in self._known:
-            return
-        self._known.add(storage._cdata)
-        self.current_bytes += size
-        self.peak_bytes = max(self.peak_bytes, self.current_bytes)
-        weakref.finalize(storage, self._forget, storage._cdata, size)
-
-    def _forget(self, key: int, size: int) -> None:
-        self._known.discard(key)
-        self.current_bytes -= size
-
-
-class AllocatorPeak:
-    """The same measure on CUDA, where the caching allocator knows it exactly. Sees the whole device: one step at a time."""
-
-    method = "allocator"
-
-    def __init__(self, device: torch.device) -> None:
-        self.peak_bytes = 0
-        self._device = device
-        self._before = 0
-
-    def __enter__(self) -> AllocatorPeak:
-        torch.cuda.reset_peak_memory_stats(self._device)
-        self._before = torch.cuda.memory_allocated(self._device)
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.peak_bytes = max(self.peak_bytes, torch.cuda.max_memory_allocated(self._device) - self._before)
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    """All tensors with a storage: packed weights are opaque, and as old as the model."""
-    if isinstance(value, Tensor):
-        if not value.is_mkldnn:
-            yield value
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from _tensors(item)
-    elif isinstance(value, (tuple, list)):
-        for item in value:
-            yield from _tensors(item)
-
-
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an exception says that memory was refused. torch's CPU allocator has no exception type of its own."""
     refused = "can't allocate memory" in str(error) or "not enough memory" in str(error)
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (isinstance(error, RuntimeError) and refused)
-
-
-def warm_up() -> None:
-    """Count nothing once: torch imports a second's worth of modules at a process's first dispatch mode."""
-    with StorageCounter():
-        torch.empty(1)
 
 
 def trim() -> None:

@@ -6,7 +6,7 @@ The engine's face is these records and `Engine.submit`. No HTTP here: `service/h
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -49,6 +49,7 @@ class Request:
     deadline: float | None = None  # time.monotonic() value after which nobody waits for the answer
     arrival: float = field(default_factory=time.monotonic)
     timings: Timings = field(default_factory=Timings)
+    trace: Mapping[str, str] = field(default_factory=dict)  # the caller's W3C trace context, by header
     leading: int = 0  # of the tokens: special ones that the service put in front of a text; an echo leaves them out
 
     @property

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from attention import Segments
-from service.engine.memory import AllocatorPeak, StorageCounter
+from service.engine.job import Job
+from service.engine.measure import Gauge, Sampler, counting_seconds
 from service.engine.request import TokenLogprob
 from service.engine.sampling import draw, logprobs
-from service.engine.scheduler import Work
+from service.engine.scheduler import Member, Work
 from service.model.transformer import Stages, Transformer
 
 LOGIT_ROWS = 64  # rows of an echoed prompt whose logits exist at one time
@@ -24,13 +25,20 @@ LOGIT_ROWS = 64  # rows of an echoed prompt whose logits exist at one time
 class Runner:
     """Runs steps of work on one model."""
 
-    def __init__(self, model: Transformer, row_multiple: int | None, sample_every: int) -> None:
-        """`row_multiple`: packed rows are padded to a multiple of it (see `row_multiple` below)."""
+    def __init__(self, model: Transformer, row_multiple: int | None, sample_share: float) -> None:
+        """`row_multiple`: packed rows are padded to a multiple of it (see `row_multiple` below). Runs the model a little.
+
+        `sample_share`: of the time, for measuring what steps take in memory.
+        """
         self._model = model
         self._row_multiple = row_multiple or 1
-        self._sample_every = sample_every
-        self._steps = 0
-        self._seen: set[tuple[object, ...]] = set()
+        self._sampler = Sampler(model.device, sample_share, _counting_seconds(model))
+        self.busy_seconds = 0.0  # spent on steps so far
+
+    @property
+    def measuring_seconds(self) -> float:
+        """What of it went into measuring memory."""
+        return self._sampler.seconds
 
     def run(self, work: Work, gives_way: Callable[[], bool]) -> bool:
         """Run a step to its end, or to the pause at which `gives_way()` holds. Returns whether it has ended.
@@ -50,17 +58,20 @@ class Runner:
                 _part(work)
                 return True
         finally:
-            work.seconds += time.perf_counter() - start
+            seconds = time.perf_counter() - start
+            work.seconds += seconds
+            self.busy_seconds += seconds
 
-    def _gauge(self, work: Work) -> StorageCounter | AllocatorPeak | None:
-        """A measure of this step's memory: for the first of its kind and size, and for one in so many."""
-        self._steps += 1
+    def measured(self, work: Work) -> None:
+        """Book what a step that has ended took in memory, with the sampler and with its members' requests."""
+        self._sampler.account(work.kind, work.seconds, work.gauge)
+        if work.gauge is not None or work.kind != "decode":  # a decode step changes no state's size
+            _tell_bytes(work)
+
+    def _gauge(self, work: Work) -> Gauge | None:
+        """A measure of this step's memory, where one is due: see `Sampler`."""
         size = (work.kind, work.route, work.tokens.bit_length(), max(m.end for m in work.members).bit_length())
-        if size in self._seen and self._steps % self._sample_every:
-            return None
-        self._seen.add(size)
-        device = self._model.device
-        return AllocatorPeak(device) if device.type == "cuda" else StorageCounter()
+        return self._sampler.gauge(work.kind, size, lambda: work.kind == "decode" or any(map(_is_unmeasured, work.members)))
 
     def _stages(self, work: Work) -> Generator[None, None, None]:
         """The computation of a step, pausing within layers."""
@@ -145,13 +156,49 @@ def _allocate(work: Work) -> None:
 
 
 def _part(work: Work) -> None:
-    """Copies of the state for the samples that waited for a prompt which is processed now."""
+    """Copies of the state for the samples that waited for a prompt which is processed now, and what of it can be seen."""
     for member in work.members:
         if member.end < member.sequence.length:
             continue
+        timings, prompt = member.sequence.job.request.timings, len(member.sequence.job.prompt)
+        timings.seen_tokens = timings.seen_tokens or work.route.course.seen_tokens(prompt)
         for sibling in member.sequence.job.siblings:
             assert member.sequence.slot is not None, "a processed prompt without a state"
             sibling.slot, sibling.past = work.route.pool.copy(member.sequence.slot), member.end
+
+
+def _counting_seconds(model: Transformer) -> float:
+    """What counting storages costs per operator of this model."""
+    ids = torch.zeros(1, dtype=torch.long, device=model.device)
+    return counting_seconds(lambda: model.hidden(ids, ids, lambda layer, q, k, v: q))
+
+
+def _is_widest(member: Member) -> bool:
+    """Whether no other chunk of the prompt takes more memory, by the laws of cost."""
+    course = member.sequence.job.route.course
+    return course.step_bytes(member.start, member.end) >= course.prefill_bytes(len(member.sequence.job.prompt))
+
+
+def _is_unmeasured(member: Member) -> bool:
+    return member.sequence.job.request.timings.step_bytes is None and _is_widest(member)
+
+
+def _tell_bytes(work: Work) -> None:
+    """What each member's request holds as state, and its share of a measured step's peak, by tokens.
+
+    A request counts as measured when the widest chunk of its prompt was; what its other steps showed is added to that.
+    """
+    tokens: dict[Job, int] = {}
+    for member in work.members:
+        job = member.sequence.job
+        tokens[job] = tokens.get(job, 0) + member.end - member.start
+    is_measured_prompt = work.gauge is not None and work.kind != "decode"
+    widest = {member.sequence.job for member in work.members if is_measured_prompt and _is_widest(member)}
+    for job, count in tokens.items():
+        timings = job.request.timings
+        timings.state_bytes = max(timings.state_bytes, job.held_bytes)
+        if work.gauge is not None and (job in widest or timings.step_bytes is not None):
+            timings.step_bytes = max(timings.step_bytes or 0, work.gauge.peak_bytes * count // work.tokens)
 
 
 def _add_sums(work: Work, segments: Segments, hidden: Tensor) -> None:

@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 from service.config import EngineConfig
 from service.engine.admission import Route
 from service.engine.job import Job, Sequence
-from service.engine.memory import AllocatorPeak, Ledger, StorageCounter
+from service.engine.measure import Gauge
+from service.engine.memory import Ledger
 from service.engine.observer import StepKind
 from service.engine.sampling import Drawn, bytes_per_logit
 
@@ -35,7 +36,8 @@ class Work:
     route: Route
     members: tuple[Member, ...]
     stages: Generator[None, None, None] | None = None
-    gauge: StorageCounter | AllocatorPeak | None = None  # measures this step's peak; None when it is not sampled
+    gauge: Gauge | None = None  # measures this step's peak; None when it is not sampled
+    begun_at: float | None = None  # time.monotonic() of its first slice
     seconds: float = 0.0
     drawn: list[tuple[Sequence, Drawn]] = field(default_factory=list)
 

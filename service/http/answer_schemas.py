@@ -19,7 +19,7 @@ class Record(BaseModel):
 
 
 class Receipt(Record):
-    """What the prompts of one call took: phases of the slowest, sums of bytes and chunks, the most batch mates."""
+    """What the prompts of one call took: phases of the slowest, sums of bytes, tokens and chunks, the most batch mates."""
 
     backend: str = Field(description="The attention backend that served.")
     why: str = Field(description="Why this one: request, default, or what auto predicted.")
@@ -28,7 +28,9 @@ class Receipt(Record):
     prefill_seconds: Seconds | None
     decode_seconds: Seconds | None
     prefill_chunks: Count
-    peak_bytes: Count
+    seen_tokens: Count = Field(description="Of the input, by its last token in one layer.")
+    reserved_bytes: Count = Field(description="State and workspace by the cost law.")
+    measured_bytes: Count | None = Field(description="State and step as measured; null: the widest step was not.")
     batch_mates: Count
 
 

@@ -13,6 +13,7 @@ from service.config import HttpConfig
 
 if TYPE_CHECKING:
     from service.engine.engine import Engine
+    from service.exposition import Format
     from service.http.reader import Reader
 
 
@@ -78,8 +79,8 @@ class Host(Protocol):
     def info(self) -> Mapping[str, Any]:
         """Facts and limits in force."""
 
-    async def metrics(self) -> bytes:
-        """All replicas' metrics in Prometheus' text format."""
+    async def metrics(self, format: Format, is_fresh: bool) -> bytes:
+        """All replicas' metrics, as they are now or were up to a second ago."""
 
     def responded(self, route: str, method: str, status: int) -> None:
         """Told of every response: the route's template, never the caller's path."""

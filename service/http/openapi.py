@@ -83,9 +83,12 @@ RECEIPT = {
     **{f"x-longserve-{name}-seconds": _header(f"Seconds of {name}.", "number") for name in ("tokenize", "queue")},
     **{f"x-longserve-{name}-seconds": _header("Seconds, once known.", "number") for name in ("prefill", "decode")},
     "x-longserve-prefill-chunks": _header("Chunks so far.", "integer"),
-    "x-longserve-peak-bytes": _header("Bytes reserved.", "integer"),
+    "x-longserve-seen-tokens": _header("Tokens of the input that its last one sees in one layer, once known.", "integer"),
+    "x-longserve-reserved-bytes": _header("Bytes reserved by the cost law.", "integer"),
+    "x-longserve-measured-bytes": _header("Bytes as measured; absent where the widest step was not, or not yet.", "integer"),
     "x-longserve-batch-mates": _header("Most sequences a step was shared with so far.", "integer"),
 }
+OPENMETRICS = "application/openmetrics-text"
 ERROR_HEADERS = {
     401: {"www-authenticate": _header("Bearer")},
     429: {"retry-after": _header("Seconds until the work in front is done.", "integer")},
@@ -104,7 +107,7 @@ def operation(
     """Keyword arguments of a FastAPI route.
 
     Args:
-        answer: the record of its 200; None: plain text.
+        answer: the record of its 200; None: metrics.
         body: the record it takes; None: none.
         statuses: what it may answer beside ALWAYS.
         has_receipt: whether answers carry one in their headers.
@@ -114,7 +117,7 @@ def operation(
     responses: dict[int, Json] = {status: _refusals(status) for status in sorted(wanted)}
     responses[200] = {"description": "The answer.", "headers": ANSWERED | (RECEIPT if has_receipt else {})}
     if answer is None:
-        responses[200]["content"] = {"text/plain": {"schema": {"type": "string"}}}
+        responses[200]["content"] = {kind: {"schema": {"type": "string"}} for kind in ("text/plain", OPENMETRICS)}
     else:
         responses[200]["model"] = answer
     if body is CompletionBody:

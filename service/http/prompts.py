@@ -23,13 +23,14 @@ async def completion_requests(body: CompletionBody, host: Host, call: Call) -> l
     """One request per prompt. Raises InvalidRequest."""
     if body.samples > host.config.max_samples:
         raise InvalidRequest(f"n may be at most {host.config.max_samples}, received {body.samples}", param="n")
-    asked = Request(call.id, "completion", (), backend_of(body, host), sampling_of(body), body.samples, call.deadline)
+    backend, sampling = backend_of(body, host), sampling_of(body)
+    asked = Request(call.id, "completion", (), backend, sampling, body.samples, call.deadline, trace=call.trace)
     return await _requests(asked, "prompt", body.prompt, body.with_special_tokens, host, call)
 
 
 async def embedding_requests(body: EmbeddingBody, host: Host, call: Call) -> list[Request]:
     """One request per input. Raises InvalidRequest."""
-    asked = Request(call.id, "embedding", (), backend_of(body, host), deadline=call.deadline)
+    asked = Request(call.id, "embedding", (), backend_of(body, host), deadline=call.deadline, trace=call.trace)
     return await _requests(asked, "input", body.input, body.with_special_tokens, host, call)
 
 

@@ -34,6 +34,11 @@ class Call:
     deadline: float  # time.monotonic() seconds
     caller: HttpRequest
 
+    @property
+    def trace(self) -> dict[str, str]:
+        """The caller's W3C trace context, by header."""
+        return {name: self.caller.headers[name] for name in ("traceparent", "tracestate") if name in self.caller.headers}
+
 
 class Reader:
     """What a replica's routes read with.

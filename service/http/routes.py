@@ -13,12 +13,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 from fastapi import FastAPI
-from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 from pydantic import BaseModel
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.types import ASGIApp
 
+from service import exposition
 from service.engine.request import InvalidRequest, quoted
 from service.http import answers, errors
 from service.http.answer_schemas import (
@@ -166,9 +166,14 @@ def _add_state(app: FastAPI, host: Host) -> None:
         return dict(host.info())
 
     @app.get("/metrics", **operation(None, response_class=PlainTextResponse))
-    async def metrics() -> Response:
-        """Every replica's metrics, in Prometheus' text format."""
-        return Response(await host.metrics(), media_type=CONTENT_TYPE_PLAIN_0_0_4)
+    async def metrics(caller: HttpRequest) -> Response:
+        """Every replica's metrics, up to a second old (`Cache-Control: no-cache`: as they are now).
+
+        In Prometheus' text format, or in OpenMetrics for those who accept that.
+        """
+        format = exposition.format_of(caller.headers.get("accept", ""))
+        is_fresh = "no-cache" in caller.headers.get("cache-control", "")
+        return Response(await host.metrics(format, is_fresh), headers={"content-type": exposition.CONTENT_TYPES[format]})
 
 
 async def _body(call: Call, kind: type[B], host: Host) -> B:

@@ -86,7 +86,7 @@ async def test_a_plan_tells_what_submit_then_does() -> None:
         assert engine.plan(fits).verdict == "runs"
         assert engine.plan(never).verdict == "refused" and engine.plan(never).reason == NeverFits.code
         await complete(engine, fits)
-        assert fits.timings.peak_bytes == engine.plan(completion(prompt(50))).needed_bytes
+        assert fits.timings.reserved_bytes == engine.plan(completion(prompt(50))).needed_bytes
         assert is_empty(engine)
 
 
@@ -107,12 +107,12 @@ async def test_the_state_held_is_what_the_plan_says(name: str) -> None:
 @pytest.mark.parametrize("name", world.BACKENDS)
 async def test_no_step_takes_more_than_was_predicted(name: str) -> None:
     watcher, model = world.Watcher(), world.make_model(scale=4)
-    async with running(model, watcher=watcher, memory_sample_every=1) as engine:
+    async with running(model, watcher=watcher, memory_sample_share=1) as engine:
         requests = [completion(prompt(n), name, max_tokens=5, temperature=1.0, top_p=0.9, seed=1) for n in (1, 70, 400, 2000)]
         for request in requests:
             await complete(engine, request)
         await embed(engine, embedding(prompt(1500), name))
-        reserved = max(request.timings.peak_bytes for request in requests)
+        reserved = max(request.timings.reserved_bytes for request in requests)
     assert all(step.measured_bytes is not None for step in watcher.steps)
     for step in watcher.steps:
         law = max(1.1 * step.predicted_bytes, step.predicted_bytes + 2**20)  # what the backends' laws are held to

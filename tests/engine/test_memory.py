@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service.engine.memory import BESIDE_BUDGET_BYTES, Ledger, StorageCounter, available_bytes, budget_bytes, is_out_of_memory
+from service.engine.memory import BESIDE_BUDGET_BYTES, Ledger, available_bytes, budget_bytes, is_out_of_memory
 
 CPU = torch.device("cpu")
 GIB = 2**30
@@ -100,20 +100,6 @@ def test_the_ledger_never_passes_its_budget() -> None:
     ledger = Ledger(10)
     with pytest.raises(AssertionError, match="passes"):
         ledger.hold("owner", 11)
-
-
-def test_the_counter_sees_new_storages_and_no_views_nor_inputs() -> None:
-    x, counter = torch.ones(1000), StorageCounter()
-    with torch.inference_mode(), counter:
-        y = x * 2  # 4,000 bytes
-        z = y[:10].view(2, 5)
-        w = torch.empty(500).copy_(x[:500])  # 2,000
-        del y, z
-        v = x + 1  # 4,000, when the first 4,000 are gone
-        x.add_(1)
-    assert (counter.current_bytes, counter.peak_bytes) == (6000, 6000)
-    del w, v
-    assert counter.current_bytes == 0
 
 
 def test_refused_memory_is_told_from_other_faults() -> None:

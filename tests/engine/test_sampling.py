@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service.engine.memory import StorageCounter
+from service.engine.measure import StorageCounter
 from service.engine.request import Sampling
 from service.engine.sampling import bytes_per_logit, draw, generator, logprobs
 

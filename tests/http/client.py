@@ -59,6 +59,10 @@ class Client:
         raw = body if isinstance(body, bytes) else json.dumps(body).encode()
         return self.send("POST", path, raw, {"content-type": "application/json", **(headers or {})})
 
+    def metrics(self) -> str:
+        """The metrics as they are now."""
+        return self.get("/metrics", **{"cache-control": "no-cache"}).text
+
     def complete(self, prompt: Any, **fields: Any) -> Reply:
         return self.post("/v1/completions", {"prompt": prompt, "max_tokens": 4, **fields})
 

@@ -158,7 +158,7 @@ def test_the_receipts_phases_stand_in_server_timing(service: Client) -> None:
     reply = service.complete("import os")
     names = [part.split(";")[0] for part in reply.headers["server-timing"].split(", ")]
     assert names == ["tokenize", "queue", "prefill", "decode"]
-    assert int(reply.headers["x-longserve-peak-bytes"]) == reply.json["longserve"]["peak_bytes"] > 0
+    assert int(reply.headers["x-longserve-reserved-bytes"]) == reply.json["longserve"]["reserved_bytes"] > 0
 
 
 def test_a_caller_who_hangs_up_mid_stream_gives_its_bytes_back(service: Client) -> None:

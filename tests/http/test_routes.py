@@ -101,7 +101,7 @@ def test_a_stuck_engine_is_a_fault(service: Client, monkeypatch: pytest.MonkeyPa
 
 def test_metrics_count_what_was_asked(service: Client) -> None:
     def value(name: str, **labels: str) -> float:
-        families = text_string_to_metric_families(service.get("/metrics").text)
+        families = text_string_to_metric_families(service.metrics())
         found = [s.value for f in families for s in f.samples if s.name == name and labels.items() <= s.labels.items()]
         return sum(found)
 
@@ -123,7 +123,7 @@ def test_no_label_of_a_metric_is_a_callers_word(service: Client) -> None:
     service.get("/a-callers-path")
     service.complete("import os", attention="a-callers-backend")
     service.send("BREW", "/v1/completions")
-    text = service.get("/metrics").text
+    text = service.metrics()
     assert "a-callers" not in text
     assert "BREW" not in text
     assert 'replica="0"' in text

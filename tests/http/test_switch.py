@@ -92,7 +92,7 @@ async def test_a_backend_that_answers_wrongly_never_serves(service: Client, monk
     state = await settled(service)
     assert "performer is off its definition by 1, allowed: 0.1" in state["degraded"]
     assert await served_by(service) == "dense"
-    assert 'longserve_backend_degraded{replica="0"} 1.0' in (await asyncio.to_thread(service.get, "/metrics")).text
+    assert 'longserve_backend_degraded{replica="0"} 1.0' in await asyncio.to_thread(service.metrics)
     monkeypatch.setattr(truth, "check", honest)
     service.replica.retarget(to("performer"))
     assert (await settled(service))["degraded"] is None
