@@ -40,6 +40,7 @@ class Row:
     good: Interval | None  # share within the service level
     good_count: int
     reserved_bytes: int | None  # most of one request, by its receipt
+    measured_bytes: int | None  # likewise; None: no request of the cell was measured
     measured_peak_bytes: float | None
     measured_steps: int
     server_seconds: float | None  # median of what the receipts' phases add up to
@@ -205,6 +206,7 @@ def _row(blocks: Sequence[Block], name: str, samples: Samples) -> Row:
         good=statistics.wilson(sum(good), count) if good and count else None,
         good_count=sum(good),
         reserved_bytes=max((part.reserved_bytes[1] for part in parts if part.reserved_bytes), default=None),
+        measured_bytes=max((part.measured_bytes[1] for part in parts if part.measured_bytes), default=None),
         measured_peak_bytes=_mean([(v.measured_peak_bytes or 0.0, v.measured_steps) for v in views]),
         measured_steps=sum(view.measured_steps for view in views),
         server_seconds=_server_seconds(parts),

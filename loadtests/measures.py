@@ -110,6 +110,7 @@ class StreamMeasures(Kept):
     good: int | None  # requests that kept the service level; None where there is none
     server: dict[str, Distribution]  # phases by the answers' receipts
     reserved_bytes: tuple[int, int] | None  # least and most by the answers' receipts
+    measured_bytes: tuple[int, int] | None  # likewise, of the requests whose widest step was measured
     backends: dict[str, int]  # that the answers name
     clipped_share: float = 0.0
 
@@ -147,7 +148,8 @@ def measure(name: str, records: Sequence[Record], level: ServiceLevel | None, cl
         tokens_off=sum(record.asked_tokens not in (None, record.prompt_tokens) for record in whole),
         good=None if level is None else sum(is_good(record, level) for record in records),
         server=_phases(whole),
-        reserved_bytes=_range(record.receipt.get("peak_bytes") for record in whole),
+        reserved_bytes=_range(record.receipt.get("reserved_bytes") for record in whole),
+        measured_bytes=_range(record.receipt.get("measured_bytes") for record in whole),
         backends=dict(Counter(str(record.receipt["backend"]) for record in whole if "backend" in record.receipt)),
         clipped_share=clipped,
     )

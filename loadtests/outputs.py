@@ -34,7 +34,14 @@ CSV_COLUMNS = (
     *("backend", "length", "load", "phase", "stream", "repeats", "requests", "answered"),
     *("median_seconds", "median_low_seconds", "median_high_seconds", "p90_seconds", "p95_seconds", "p99_seconds"),
     *("first_token_median_seconds", "per_output_token_median_seconds", "requests_per_second"),
-    *("input_tokens_per_second", "output_tokens_per_second", "good_share", "reserved_bytes", "measured_peak_bytes"),
+    *(
+        "input_tokens_per_second",
+        "output_tokens_per_second",
+        "good_share",
+        "reserved_bytes",
+        "measured_bytes",
+        "measured_peak_bytes",
+    ),
 )
 
 
@@ -45,7 +52,7 @@ def _csv_row(row: Row) -> tuple[object, ...]:
         *(*median, *(quantile(row.latency, share) for share in QUANTILES[1:])),
         *(quantile(row.first_token, 0.5), quantile(row.per_output_token, 0.5), row.requests_per_second),
         *(row.input_tokens_per_second, row.output_tokens_per_second, row.good.value if row.good else None),
-        *(row.reserved_bytes, row.measured_peak_bytes),
+        *(row.reserved_bytes, row.measured_bytes, row.measured_peak_bytes),
     )
 
 

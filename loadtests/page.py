@@ -232,12 +232,31 @@ def _server(report: Report, found: Analysis) -> Grid:
         measured = f"{mebibytes(row.measured_peak_bytes)} ({row.measured_steps})" if row.measured_peak_bytes else "-"
         cells = (_name(row.cell.backend, report), row.cell.length, row.cell.phase or row.cell.load)
         rows.append(
-            (*cells, seconds(client), seconds(row.server_seconds), seconds(gap), mebibytes(row.reserved_bytes), measured)
+            (
+                *cells,
+                seconds(client),
+                seconds(row.server_seconds),
+                seconds(gap),
+                mebibytes(row.reserved_bytes),
+                mebibytes(row.measured_bytes),
+                measured,
+            )
         )
-    head = ("backend", "length", "load", "client's median", "server's", "between", "reserved", "measured peak (steps)")
+    head = (
+        "backend",
+        "length",
+        "load",
+        "client's median",
+        "server's",
+        "between",
+        "reserved",
+        "measured",
+        "peak of a step (steps)",
+    )
     note = (
         "The server's: medians of queue, prefill and decode by its receipts, added. Between: HTTP, tokenizing and the client "
-        "itself. Measured peaks are means over the steps that the server sampled in the cell."
+        "itself. Reserved and measured are the most of one request, by its receipt; peaks are means over the steps that the "
+        "server sampled in the cell."
     )
     return Grid("The server's view beside the client's", head, rows, note, names=3, folded=True)
 

@@ -91,9 +91,7 @@ def peak(found: Analysis, report: Report, load: str) -> Plot | None:
         return None
     measured = False
     for place, backend in enumerate(found.backends):
-        points = [
-            (row.cell.tokens or 0, row.measured_peak_bytes) for row in found.rows_of(backend, load) if row.measured_peak_bytes
-        ]
+        points = [(row.cell.tokens or 0, row.measured_bytes) for row in found.rows_of(backend, load) if row.measured_bytes]
         if points:
             measured = True
             axes.plot(*zip(*points, strict=True), "D", color=color(place), markerfacecolor=PAPER, markersize=5, linewidth=0)
@@ -101,7 +99,7 @@ def peak(found: Analysis, report: Report, load: str) -> Plot | None:
     cost_axis(axes, "bytes of one request", plain_bytes, binary=True)
     label_ends(axes, labels)
     caption = "Dots: state and workspace the server reserves, by its receipts."
-    caption += " Diamonds: peak of single steps as it measured them, a sample." if measured else ""
+    caption += " Diamonds: what it measured, of a sample of requests." if measured else ""
     return Plot("bytes", "Peak bytes against length", caption, made)
 
 

@@ -156,7 +156,7 @@ def _stream(
             "prefill_seconds": seconds * 0.8,
             "decode_seconds": seconds * 0.1,
         }
-        record.receipt |= {"peak_bytes": size} if size else {}
+        record.receipt |= {"reserved_bytes": size, "measured_bytes": int(size * 0.97)} if size else {}
         if failing and place == 0:
             record.outcome, record.status, record.told = Outcome.SERVER_ERROR, 500, "500: internal error"
         records.append(record)

@@ -115,7 +115,7 @@ class Stub:
             "prefill_seconds": self.seconds[backend](tokens),
         }
         if backend in self.peak_bytes:
-            receipt["peak_bytes"] = int(self.peak_bytes[backend](tokens))
+            receipt["reserved_bytes"] = receipt["measured_bytes"] = int(self.peak_bytes[backend](tokens))
         return ({"usage": usage} if self.has_usage else {}) | {"longserve": receipt | self.receipt}
 
     @staticmethod

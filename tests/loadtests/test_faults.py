@@ -98,7 +98,7 @@ def test_a_server_that_answers_by_another_backend_makes_the_run_invalid(serve: C
 
 
 def test_what_a_receipt_says_is_passed_over_where_it_is_no_number(serve: Callable[[Stub], str], measure: Run) -> None:
-    stub = Stub(receipt={"peak_bytes": 1e999, "prefill_seconds": "soon", "queue_seconds": None})
+    stub = Stub(receipt={"reserved_bytes": 1e999, "prefill_seconds": "soon", "queue_seconds": None})
     _, report = measure(serve(stub), **sweep())
     (block,) = report.blocks
     stream = block.streams["requests"]
