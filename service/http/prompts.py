@@ -104,7 +104,7 @@ async def tokens_of(prompt: Prompt, add_special_tokens: bool, host: Host, param:
 
     Raises:
         InvalidRequest: an empty prompt, an id that is none.
-        ContextTooLong: a text of more bytes than the context's tokens can have.
+        ContextTooLong: a text that is longer than the context alone.
     """
     if not prompt:
         raise InvalidRequest(f"{param} is empty, it must have at least one token", param=param)
@@ -112,7 +112,14 @@ async def tokens_of(prompt: Prompt, add_special_tokens: bool, host: Host, param:
         check_ids(prompt, host, param)
         return prompt
     _check_length(prompt, host, param)
-    return await host.reader.encode(prompt, add_special_tokens, call)
+    tokens = await host.reader.encode(prompt, add_special_tokens, call)
+    if len(tokens) > host.card.max_length:  # the engine would say so too, after the other prompts have been read
+        raise ContextTooLong(
+            f"the input has {len(tokens)} tokens, but the model's context is {host.card.max_length} tokens",
+            param=param,
+            details={"prompt_tokens": len(tokens), "max_tokens": host.card.max_length},
+        )
+    return tokens
 
 
 def _check_length(text: str, host: Host, param: str) -> None:

@@ -27,10 +27,10 @@ B = TypeVar("B", bound=BaseModel)
 LENGTH_BYTES = 8
 
 
-def framed(value: Any) -> bytes:
-    """A value as it goes over the socket."""
+def framed(value: Any) -> tuple[bytes, bytes]:
+    """A value as it goes over the socket: length and pickle, apart, since joining them would copy what may be long."""
     data = pickle.dumps(value, protocol=5)
-    return len(data).to_bytes(LENGTH_BYTES, "little") + data
+    return len(data).to_bytes(LENGTH_BYTES, "little"), data
 
 
 def read(tokenizer: Tokenizer, raw: bytes, kind: type[B]) -> B:
@@ -58,26 +58,31 @@ def _serve(line: socket.socket, tokenizer: Tokenizer) -> None:
     incoming = line.makefile("rb")
     while len(head := incoming.read(LENGTH_BYTES)) == LENGTH_BYTES:
         job, arguments = pickle.loads(incoming.read(int.from_bytes(head, "little")))
-        line.sendall(_answer(job, tokenizer, arguments))
+        _send(line, _answer(job, tokenizer, arguments))
         del arguments
         gc.collect()
 
 
-def _answer(job: Callable[..., Any], tokenizer: Tokenizer, arguments: tuple[Any, ...]) -> bytes:
-    """The frame of (whether it went well, result or error)."""
+def _answer(job: Callable[..., Any], tokenizer: Tokenizer, arguments: tuple[Any, ...]) -> tuple[bool, Any]:
+    """Whether it went well, and result or error."""
     try:
-        return framed((True, job(tokenizer, *arguments)))
+        return True, job(tokenizer, *arguments)
     except RequestError as error:
-        return framed((False, error))
+        return False, error
     except Exception as error:  # told to the replica, which logs it and answers 500
-        return framed((False, RuntimeError(f"{type(error).__name__} in {job.__name__}: {error!s:.500}")))
+        return False, RuntimeError(f"{type(error).__name__} in {job.__name__}: {error!s:.500}")
+
+
+def _send(line: socket.socket, value: Any) -> None:
+    for part in framed(value):
+        line.sendall(part)
 
 
 def main() -> None:
     """Serve the socket whose number is the first argument, with the tokenizer of the second."""
     gc.disable()  # millions of small lists would be looked through again and again; after each job it runs once
     line, tokenizer = socket.socket(fileno=int(sys.argv[1])), files.Tokenizer.load(sys.argv[2])
-    line.sendall(framed("ready"))
+    _send(line, "ready")
     _serve(line, tokenizer)
 
 

@@ -52,6 +52,7 @@ class Workers:
         self._large = asyncio.Semaphore(max(1, count - 1))
         self._usual_seconds = FIRST_GUESS_SECONDS
         self._tasks: set[asyncio.Task[Any]] = set()
+        self._has_stopped = False
         for each in self._workers:
             self._idle.put_nowait(each)
 
@@ -60,7 +61,8 @@ class Workers:
         await asyncio.gather(*(each.start() for each in self._workers))
 
     async def stop(self) -> None:
-        """End the processes, whatever they do. Idempotent."""
+        """End the processes, whatever they do; who waits for one gets WorkerFailed. Idempotent."""
+        self._has_stopped = True
         for each in self._workers:
             each.end()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -109,6 +111,8 @@ class Workers:
     async def _work(self, seat: _Seat, job: Callable[..., T], arguments: tuple[Any, ...], arrival: float) -> T:
         start = time.monotonic()
         try:
+            if self._has_stopped:
+                raise WorkerFailed("the service is stopping")
             return await seat.worker.ask(job, arguments)
         finally:
             seconds = time.monotonic() - start
@@ -165,7 +169,8 @@ class Worker:
         await self.start()
         assert self._line is not None, "a started worker has its line"
         try:
-            await asyncio.get_running_loop().sock_sendall(self._line, worker.framed((job, arguments)))
+            for part in worker.framed((job, arguments)):
+                await asyncio.get_running_loop().sock_sendall(self._line, part)
         except OSError as error:
             self.close()
             raise WorkerFailed("a worker ended before its job") from error

@@ -67,14 +67,18 @@ class Client:
         return self.post("/v1/completions", {"prompt": prompt, "max_tokens": 4, **fields})
 
     @contextmanager
-    def half_read(self, body: Any, read: int) -> Iterator[socket.socket]:
-        """A completion of which `read` bytes have been read; the block's end hangs up."""
-        raw, host = json.dumps(body).encode(), urlsplit(self.url)
-        head = (
-            f"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {len(raw)}\r\n\r\n"
-        )
+    def uploaded(self, path: str, raw: bytes) -> Iterator[socket.socket]:
+        """A call whose body has been sent and of whose answer nothing has been read; the block's end hangs up."""
+        host = urlsplit(self.url)
+        head = f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {len(raw)}\r\n\r\n"
         with socket.create_connection((str(host.hostname), int(host.port or 0)), timeout=self.patience_seconds) as line:
             line.sendall(head.encode() + raw)
+            yield line
+
+    @contextmanager
+    def half_read(self, body: Any, read: int) -> Iterator[socket.socket]:
+        """A completion of which `read` bytes have been read; the block's end hangs up."""
+        with self.uploaded("/v1/completions", json.dumps(body).encode()) as line:
             while read > 0:
                 read -= len(line.recv(read))
             yield line

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
+from unicodedata import normalize
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from service.model.checkpoint import EMBEDDED
-from service.model.tokenizer import Tokenizer, _sentencepiece_bytes
+from service.model.tokenizer import NFC_SHRINKS, Tokenizer, _sentencepiece_bytes
 
 TOKENIZER = Tokenizer.load(EMBEDDED)
 
@@ -50,6 +52,48 @@ def test_a_file_that_adds_no_special_token_gets_none(tmp_path: Path) -> None:
     plain = Tokenizer.load(tmp_path)
     assert plain.leading == 0
     assert plain.encode("import os", add_special_tokens=True) == plain.encode("import os")
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.text() | st.text(alphabet=" \n-=a", max_size=500))
+def test_no_text_has_more_bytes_than_its_tokens_can_stand_for(text: str) -> None:
+    assert TOKENIZER.longest_token_bytes is not None
+    assert len(text.encode()) <= len(TOKENIZER.encode(text)) * TOKENIZER.longest_token_bytes
+
+
+def test_a_character_shrinks_under_nfc_by_no_more_than_is_allowed_for() -> None:
+    """The longest spelling of each composed character: the longest stand-in for each of its parts."""
+    characters = [chr(point) for point in range(0x110000) if not 0xD800 <= point < 0xE000]
+    longest: dict[str, int] = {}
+    for each in characters:
+        if len(part := normalize("NFD", each)) == 1:
+            longest[part] = max(longest.get(part, 0), len(each.encode()))
+    composed = (each for each in characters if normalize("NFC", each) == each)
+    worst = max(sum(longest[part] for part in normalize("NFD", each)) / len(each.encode()) for each in composed)
+    assert NFC_SHRINKS - 1 < worst <= NFC_SHRINKS
+
+
+@pytest.mark.parametrize(
+    ("change", "factor"),
+    [
+        ({}, 1),
+        ({"normalizer": {"type": "NFC"}}, NFC_SHRINKS),
+        (
+            {"normalizer": {"type": "Sequence", "normalizers": [{"type": "NFC"}, {"type": "Prepend", "prepend": "a"}]}},
+            NFC_SHRINKS,
+        ),
+        ({"normalizer": {"type": "Lowercase"}}, None),
+        ({"normalizer": {"type": "Strip", "strip_left": True, "strip_right": True}}, None),
+        ({"normalizer": {"type": "Replace", "pattern": {"String": "a"}, "content": ""}}, None),
+        ({"pre_tokenizer": {"type": "Whitespace"}}, None),
+        ({"pre_tokenizer": None}, None),
+    ],
+)
+def test_a_file_that_may_drop_text_gives_no_bound(tmp_path: Path, change: dict[str, Any], factor: int | None) -> None:
+    raw = json.loads((EMBEDDED / "tokenizer.json").read_text()) | change
+    (tmp_path / "tokenizer.json").write_text(json.dumps(raw))
+    bound, plain = Tokenizer.load(tmp_path).longest_token_bytes, TOKENIZER.longest_token_bytes
+    assert bound == (factor if factor is None or plain is None else factor * plain)
 
 
 def test_half_a_character_shows_as_a_replacement_mark() -> None:
