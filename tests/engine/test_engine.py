@@ -114,7 +114,7 @@ async def test_an_echo_for_no_tokens_scores_the_prompt() -> None:
     logs = model.logits(hidden(model, backends.by_name["dense"], tokens)).log_softmax(-1)
     async with running(model, backends, chunk_tokens=64) as engine:
         (delta,) = await complete(engine, completion(tokens, echo=True, logprobs=2, max_tokens=0))
-    assert (delta.text, delta.tokens, delta.finish_reason) == (bytes(tokens).decode(), tuple(tokens), "length")
+    assert (delta.text, list(delta.tokens), delta.finish_reason) == (bytes(tokens).decode(), tokens, "length")
     assert delta.logprobs is not None and delta.logprobs[0].logprob is None
     for place, told in enumerate(delta.logprobs[1:], 1):
         assert told.logprob == pytest.approx(float(logs[place - 1, tokens[place]]), abs=1e-5)  # logits are float32
@@ -197,7 +197,6 @@ async def test_the_stopwatch_runs_in_order() -> None:
         await complete(engine, request)
     t = request.timings
     assert t.queued_at <= t.admitted_at <= t.prefilled_at <= t.first_token_at <= t.finished_at
-    assert t.token_times == sorted(t.token_times) and len(t.token_times) == 6
     assert (t.prefill_chunks, t.prompt_tokens, t.output_tokens) == (3, 40, 6)
     assert (t.backend, t.why, t.batch_mates) == ("dense", "default", 0)
 
