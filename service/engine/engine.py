@@ -425,7 +425,7 @@ class Engine:
         """End a sample, and its job with the last of them."""
         self._emit(sequence, settled, reason)
         sequence.is_done = True
-        sequence.free()
+        self._attempt(sequence.free)
         job = sequence.job
         if all(each.is_done for each in (*job.sequences, *job.siblings)):
             self._end(job, reason)

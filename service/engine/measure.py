@@ -30,7 +30,7 @@ class StorageCounter(TorchDispatchMode):
     """Counts the bytes of storages that operators make while it is entered, and their peak.
 
     Storages that existed before are not counted. Blind to scratch inside a kernel. May be entered again and again; what
-    lives between counts on.
+    lives between counts on. What outlives it does not keep it alive.
     """
 
     method = "dispatch"
@@ -55,11 +55,12 @@ class StorageCounter(TorchDispatchMode):
         return out
 
     def _count(self, storage: torch.UntypedStorage) -> None:
-        key, size = storage._cdata, storage.nbytes()
+        key, size, counter = storage._cdata, storage.nbytes(), weakref.ref(self)
 
         def forget(_: object) -> None:
-            del self._live[key]
-            self.current_bytes -= size
+            if (alive := counter()) is not None:
+                del alive._live[key]
+                alive.current_bytes -= size
 
         self._live[key] = weakref.ref(storage, forget)
         self.current_bytes += size

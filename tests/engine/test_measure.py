@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import time
+import weakref
 from typing import Any
 
 import pytest
@@ -46,6 +48,22 @@ def test_the_counter_sees_new_storages_and_no_views_nor_inputs() -> None:
     assert (counter.current_bytes, counter.peak_bytes) == (6000, 6000)
     del w, v
     assert counter.current_bytes == 0
+
+
+def test_a_counter_is_gone_after_its_step_though_what_it_saw_stays() -> None:
+    weight, seen = torch.ones(10), []
+    gc.disable()
+    try:
+        for _ in range(3):
+            counter = StorageCounter()
+            with torch.inference_mode(), counter:
+                answer = weight * 2
+            seen.append(weakref.ref(counter))
+            del counter
+        assert not any(each() for each in seen)
+    finally:
+        gc.enable()
+    del answer
 
 
 @pytest.mark.parametrize("cost", [0.0, 0.001, 0.5])
