@@ -13,7 +13,9 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import tokenizers
+from numpy.typing import NDArray
 
 
 class Tokenizer:
@@ -45,6 +47,17 @@ class Tokenizer:
     def ids(self) -> Collection[int]:
         """The ids that are tokens, added ones included. There may be holes between them."""
         return self._bytes.keys()
+
+    def stranger(self, ids: Sequence[int]) -> int | None:
+        """The place of the first id that is no token; None when all are."""
+        wide = np.asarray(ids)
+        strange = (wide < 0) | (wide >= len(self._known))
+        strange[~strange] = ~self._known[wide[~strange].astype(np.int64)]
+        return int(strange.argmax()) if strange.any() else None
+
+    @cached_property
+    def _known(self) -> NDArray[np.bool_]:
+        return np.isin(np.arange(self.vocab_size), list(self._bytes))
 
     @property
     def vocab_size(self) -> int:
