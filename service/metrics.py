@@ -14,7 +14,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from itertools import pairwise, product
+from itertools import product
 from typing import TYPE_CHECKING, Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, Summary
@@ -95,7 +95,7 @@ class Metrics:
             "time_to_first_token_seconds", "From the door to the first output token.", by_length, REQUEST_SECONDS
         )
         self.inter_token = self._histogram(
-            "inter_token_seconds", "Between output tokens of one request.", backend, TOKEN_SECONDS
+            "inter_token_seconds", "Between output tokens of one sample.", backend, TOKEN_SECONDS
         )
         self.input_tokens = self._histogram("input_tokens", "Input length.", backend, TOKENS)
         self.output_tokens = self._histogram("output_tokens", "Output length.", backend, TOKENS)
@@ -182,9 +182,6 @@ class Metrics:
         self.output_tokens.labels(backend).observe(timings.output_tokens)
         _observe(self.decode.labels(backend), timings.decode_seconds)
         _observe(self.first_token.labels(backend, length), timings.first_token_seconds, request.id)
-        gaps = self.inter_token.labels(backend)
-        for earlier, later in pairwise(timings.token_times):
-            gaps.observe(later - earlier)
 
     def _log(self, request: Request, outcome: str) -> None:
         if logger.isEnabledFor(logging.INFO):
@@ -214,6 +211,9 @@ class Metrics:
         if step.predicted_seconds > 0:
             self.time_ratio.labels(step.backend).observe(step.seconds / step.predicted_seconds)
         self.samples.labels(step.backend, "skipped" if step.measured_bytes is None else step.method).inc()
+        gaps = self.inter_token.labels(step.backend)
+        for gap in step.token_gaps:
+            gaps.observe(gap)
         if step.measured_bytes is not None:
             self.peak.labels(*labels).observe(step.measured_bytes)
             if max(step.measured_bytes, step.predicted_bytes) >= LEAST_BYTES:

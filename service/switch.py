@@ -46,6 +46,7 @@ class Switch:
         self._shape = shape
         self._metrics = metrics
         self._in_force: AttentionConfig | None = None
+        self._serving: Mapping[str, AttentionBackend] = {}  # those in force, by name
         self._target: AttentionConfig | None = None  # waits for the background task
         self._asked: AttentionConfig | None = None  # the last one asked for, in force or not
         self._failure: str | None = None
@@ -123,6 +124,10 @@ class Switch:
         return Backends(await asyncio.to_thread(build), config.default)
 
     def _build(self, name: str, options: Mapping[str, Any] | None) -> AttentionBackend:
+        """A checked backend. The one that serves, if its options are these: with it the engine keeps states and pace."""
+        serving = self._serving.get(name)
+        if serving is not None and serving.options == serving.Options.model_validate(dict(options or {})):
+            return serving
         backend = attention.build(name, options, self._shape)
         if True not in backend.directions:
             raise ValueError(f"attention backend {name} has no causal form, and this model is causal")
@@ -136,6 +141,7 @@ class Switch:
 
     def _put_in_force(self, config: AttentionConfig, backends: Backends) -> None:
         self._in_force, self._failure = config, None
+        self._serving = backends.by_name
         self._metrics.degraded.set(0)
         shape = self._shape
         described = [backend.describe() for backend in backends.by_name.values()]

@@ -38,7 +38,6 @@ class Timings:
     step_bytes: int | None = None  # its share, by tokens, of the largest measured peak of a step; None: not measured
     backend: str = ""
     why: str = ""  # why this backend: "request", "default", or what `auto` measured
-    token_times: list[float] = field(default_factory=list)  # when each output token was handed out
 
     @property
     def prefill_chunks(self) -> int:

@@ -27,7 +27,7 @@ MOST_LINES = 6000  # a scrape every few seconds must stay cheap: one line costs 
 
 def request(backend: str = "dense", tokens: int = 100, id: str = "id") -> Request:
     times = Timings(queued_at=1.0, admitted_at=2.0, prefilled_at=4.0, first_token_at=4.5, finished_at=8.0, backend=backend)
-    times.output_tokens, times.token_times = 3, [4.5, 5.5, 7.5]
+    times.output_tokens = 3
     times.reserved_bytes, times.state_bytes, times.step_bytes = 5000, 1000, 2000
     times.seen_tokens = min(tokens, 60)
     return Request(id, "completion", [1] * tokens, backend, timings=times)
@@ -52,8 +52,6 @@ def test_a_requests_phases_are_told_apart() -> None:
     assert found[f"longserve_prefill_seconds_sum{labels}"] == 2.0
     assert found['longserve_decode_seconds_sum{backend="dense",replica="r"}'] == 4.0
     assert found[f"longserve_time_to_first_token_seconds_sum{labels}"] == 3.5
-    assert found['longserve_inter_token_seconds_sum{backend="dense",replica="r"}'] == 3.0
-    assert found['longserve_inter_token_seconds_count{backend="dense",replica="r"}'] == 2
     assert found[f"longserve_request_duration_seconds_sum{labels}"] == 7.0
 
 
@@ -163,6 +161,15 @@ def test_a_measured_peak_is_held_against_its_prediction() -> None:
     assert found['longserve_memory_prediction_ratio_count{backend="dense",replica="r"}'] == 1
     assert found['longserve_time_prediction_ratio_count{backend="dense",replica="r"}'] == 3
     assert found['longserve_memory_samples_total{backend="dense",method="skipped",replica="r"}'] == 1
+
+
+def test_the_gaps_between_tokens_are_told_as_they_come() -> None:
+    metrics = Metrics()
+    metrics.stepped(Step("decode", "dense", 3, 3, 0.1, 0.2, predicted_bytes=1000, measured_bytes=None, token_gaps=(1.0, 2.0)))
+    metrics.finished(request(), "stop")
+    found = samples(metrics)
+    assert found['longserve_inter_token_seconds_sum{backend="dense",replica="r"}'] == 3.0
+    assert found['longserve_inter_token_seconds_count{backend="dense",replica="r"}'] == 2
 
 
 def test_with_every_backend_and_length_a_scrape_stays_small() -> None:

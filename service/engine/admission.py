@@ -1,23 +1,31 @@
 """Who may run: the allow-list of backends, and the verdict on a request before anything is computed.
 
 Admission is by bytes. What a request will hold is known from the laws of cost before it runs: the state of its samples and
-the workspace of its largest step. It is reserved as a whole, so a request that has begun never lacks memory by our doing.
+the workspace of its largest step, and what its answer may grow to. It is reserved as a whole, so a request that has begun
+never lacks memory by our doing.
 """
 
 from __future__ import annotations
 
 import logging
 import math
+from array import array
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
 
 from attention import AttentionBackend, StatePool
 from service.engine.forecast import Course
 from service.engine.request import AUTO, ContextTooLong, InvalidRequest, NeverFits, Request, UnknownBackend
 from service.engine.sampling import bytes_per_logit
 
-LOGPROB_BYTES = 256  # of Python objects per echoed token and per alternative, measured with tracemalloc and rounded up
+# Of Python objects, measured with tracemalloc and rounded up, see tests/engine/test_admission.py:
+LOGPROB_BYTES = 256  # per token with log-probability and per alternative, of prompt and answer
+TOKEN_BYTES = 128  # per token of an answer that waits to be read: its id, and text of up to 24 characters at four bytes
+ECHO_BYTES = 64  # per token of a prompt that is given back with an answer, copies on the way included
 SCORE_BYTES = 64 * 12  # per entry of the vocabulary while an echoed prompt is scored, 64 rows at a time
 
 log = logging.getLogger(__name__)
@@ -90,9 +98,12 @@ class Plan:
     predicted_seconds: Mapping[str, float]  # queue, prefill, decode
 
 
-def check(request: Request, vocab_size: int, max_length: int, max_sequences: int) -> None:
-    """Raise InvalidRequest or ContextTooLong unless the request can be computed at all."""
-    sampling, count = request.sampling, len(request.tokens)
+def check(request: Request, known: NDArray[np.bool_], max_length: int, max_sequences: int) -> None:
+    """Raise InvalidRequest or ContextTooLong unless the request can be computed at all.
+
+    `known`: for each id of the model's vocabulary whether it is a token (V,).
+    """
+    sampling, count, most = request.sampling, len(request.tokens), int(known.sum())
     if count == 0:
         raise InvalidRequest("the input has no tokens; at least one is needed", param=request.param)
     if not 1 <= request.n <= max_sequences:
@@ -103,10 +114,12 @@ def check(request: Request, vocab_size: int, max_length: int, max_sequences: int
         raise InvalidRequest(f"temperature must be a number >= 0, received {sampling.temperature}", param="temperature")
     if not 0 < sampling.top_p <= 1:
         raise InvalidRequest(f"top_p must be above 0 and at most 1, received {sampling.top_p}", param="top_p")
-    if sampling.top_k < 0:
-        raise InvalidRequest(f"top_k must be at least 0 (0: all tokens), received {sampling.top_k}", param="top_k")
-    if sampling.logprobs is not None and not 0 <= sampling.logprobs <= vocab_size:
-        raise InvalidRequest(f"logprobs must be from 0 to {vocab_size}, received {sampling.logprobs}", param="logprobs")
+    if not 0 <= sampling.top_k < 2**63:
+        raise InvalidRequest(f"top_k must be from 0 (all tokens) to 2^63 - 1, received {sampling.top_k}", param="top_k")
+    if sampling.seed is not None and not -(2**63) <= sampling.seed < 2**63:
+        raise InvalidRequest(f"seed must be a number of 64 bits, received {sampling.seed}", param="seed")
+    if sampling.logprobs is not None and not 0 <= sampling.logprobs <= most:
+        raise InvalidRequest(f"logprobs must be from 0 to {most}, received {sampling.logprobs}", param="logprobs")
     if "" in sampling.stop:
         raise InvalidRequest("stop strings must not be empty", param="stop")
     total = total_tokens(request)
@@ -117,8 +130,24 @@ def check(request: Request, vocab_size: int, max_length: int, max_sequences: int
             param=request.param,
             details={"prompt_tokens": count, "total_tokens": total, "max_tokens": max_length},
         )
-    if not (min(request.tokens) >= 0 and max(request.tokens) < vocab_size):
-        raise InvalidRequest(f"token ids must be from 0 to {vocab_size - 1}", param=request.param)
+    _check_ids(request, known)  # last: it looks at every id, whose number is bounded now
+
+
+def _check_ids(request: Request, known: NDArray[np.bool_]) -> None:
+    ids, last = np.asarray(compact(request)), len(known) - 1
+    if ids.min() < 0 or ids.max() > last:
+        raise InvalidRequest(f"token ids must be from 0 to {last}", param=request.param)
+    if not known[ids].all():
+        raise InvalidRequest(f"token id {ids[~known[ids]][0]} is no token of this model", param=request.param)
+
+
+def compact(request: Request) -> array[int]:
+    """The prompt at four bytes a token; what is that already stays as it is. Raises InvalidRequest for what is no number."""
+    tokens = request.tokens
+    try:
+        return tokens if isinstance(tokens, array) and tokens.typecode == "i" else array("i", tokens)
+    except (TypeError, OverflowError):
+        raise InvalidRequest("token ids must be whole numbers of the model's vocabulary", param=request.param) from None
 
 
 def total_tokens(request: Request) -> int:
@@ -158,11 +187,13 @@ def need(request: Request, route: Route, prompt_tokens: int | None = None) -> Ne
         return Need({"state": route.pool.slot_bytes(prompt), "step": route.course.prefill_bytes(prompt)})
     total = prompt + sampling.max_tokens
     is_scored = sampling.echo and sampling.logprobs is not None
+    scored = request.n * sampling.max_tokens + (prompt if is_scored else 0)
     terms = {
         "state": request.n * route.pool.slot_bytes(total),
         "step": max(route.course.prefill_bytes(total), request.n * route.course.step_bytes(total - 1, total)),
         "logits": route.course.vocab_size * max(request.n * bytes_per_logit(sampling), SCORE_BYTES if is_scored else 0),
-        "logprobs": prompt * LOGPROB_BYTES * (1 + (sampling.logprobs or 0)) if is_scored else 0,
+        "answer": request.n * (sampling.max_tokens * TOKEN_BYTES + (prompt * ECHO_BYTES if sampling.echo else 0)),
+        "logprobs": 0 if sampling.logprobs is None else scored * LOGPROB_BYTES * (1 + sampling.logprobs),
     }
     return Need(terms)
 

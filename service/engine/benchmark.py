@@ -137,6 +137,15 @@ async def answered(engine: Engine, request: Request) -> Request:
     return request
 
 
+async def token_times(engine: Engine, request: Request) -> list[float]:
+    """When each token of the answer came, in time.monotonic() seconds."""
+    times = []
+    async for delta in engine.submit(request):
+        assert isinstance(delta, Delta)
+        times += [time.monotonic()] * len(delta.tokens)
+    return times
+
+
 async def prefill_ratio(engine: Engine, model: Transformer, name: str, tokens: int, repeats: int) -> float:
     """Throughput of the engine's prefill in parts of the bare model's, measured in turn.
 
@@ -163,11 +172,10 @@ async def decode_speedup(engine: Engine, name: str, together: int = 32, answer: 
 
     async def rate(count: int) -> float:
         requests = [make_request(SHORT[0], answer, name) for _ in range(count)]
-        await asyncio.gather(*(answered(engine, request) for request in requests))
+        times = await asyncio.gather(*(token_times(engine, request) for request in requests))
         begin = max(request.timings.prefilled_at or 0.0 for request in requests)
-        end = min(request.timings.token_times[-1] for request in requests)
-        counted = sum(begin < at <= end for request in requests for at in request.timings.token_times)
-        return counted / (end - begin)
+        end = min(own[-1] for own in times)
+        return sum(begin < at <= end for own in times for at in own) / (end - begin)
 
     found = [[await rate(count) for _ in range(2)][-1] for count in (together, 1)]
     return found[0] / found[1]
@@ -194,10 +202,7 @@ async def short_p95(engine: Engine, name: str, count: int) -> float:
 
 async def gap_p95(engine: Engine, name: str, count: int) -> float:
     """p95 of the seconds between the tokens of one running stream."""
-    times = []
-    async for delta in engine.submit(make_request(SHORT[0], count, name)):
-        assert isinstance(delta, Delta)
-        times += [time.perf_counter()] * bool(delta.tokens)
+    times = await token_times(engine, make_request(SHORT[0], count, name))
     return _p95([b - a for a, b in itertools.pairwise(times)])
 
 

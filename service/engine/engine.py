@@ -1,7 +1,10 @@
 """The engine: requests go in, deltas and embeddings come out. An event loop and one model thread; no HTTP, no Ray.
 
-The loop of `_serve` is the whole of it: schedule, run, settle. The event loop owns all state between steps, the model thread
-during one; so nothing needs a lock. Each step costs one hop to the model thread and back, about 0.1 ms.
+`_step` is the whole of it: schedule, run, settle. The event loop owns all state between steps, the model thread during one; so
+nothing needs a lock. Each step costs one hop to the model thread and back, about 0.1 ms.
+
+Whatever fails concerns one request, and is caught where that request is known: in a step of the model, while its answer is
+settled, while the scheduler looks at it. The loop goes on.
 """
 
 from __future__ import annotations
@@ -9,12 +12,15 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Mapping
+from array import array
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
 
+import numpy as np
 import torch
 
 from attention import AttentionBackend
@@ -72,7 +78,7 @@ class Snapshot:
     row_multiple: int | None  # None: answers may differ in the last bits by what shares the batch
     busy_seconds: float  # the model thread has computed for so long
     measuring_seconds: float  # of it on measuring memory
-    last_progress: float  # time.monotonic() of the last finished step, or now when there is nothing to do
+    last_progress: float  # time.monotonic() of the last finished step or of the first request's coming; now when there is none
 
 
 class Engine:
@@ -91,6 +97,7 @@ class Engine:
         self._tokenizer = tokenizer
         self._backends = backends
         self._config = config
+        self._known = np.isin(np.arange(model.config.vocab_size), list(tokenizer.ids))
         self._observer = observer or NullObserver()
         self._routes: dict[str, Route] = {}
         self._is_draining = False
@@ -116,8 +123,8 @@ class Engine:
         self._pace = await self._on_model_thread(lambda: forecast.measure_model(self._model))
         self._rows = await self._on_model_thread(lambda: row_multiple(self._model))
         self._routes = await self._built(self._backends)
-        share = self._config.memory_sample_share
-        self._runner = await self._on_model_thread(lambda: Runner(self._model, self._rows, share))
+        unknown, share = torch.from_numpy(np.flatnonzero(~self._known)), self._config.memory_sample_share
+        self._runner = await self._on_model_thread(lambda: Runner(self._model, unknown, self._rows, share))
         self._scheduler = Scheduler(self._config, self._ledger, can_pack=self._rows is not None)
         self._serving = asyncio.create_task(self._serve())
         self._serving.add_done_callback(self._died)
@@ -147,6 +154,7 @@ class Engine:
         """Put another allow-list in force for new requests. Requests in flight keep their backend."""
         self._routes = await self._built(backends)
         self._backends = backends
+        self._wake.set()  # at rest, what the former ones leave free goes back to the system
 
     @property
     def backends(self) -> Backends:
@@ -167,13 +175,15 @@ class Engine:
         try:
             route, why = self._admit(request)
         except RequestError as error:
-            self._observer.refused(request, error.code)
+            self._attempt(partial(self._observer.refused, request, error.code))
             raise
         answer = Answer(lambda: self._lose(job, "cancelled", None))
         job = Job.create(request, route, admission.need(request, route), answer, self._tokenizer)
         timings = request.timings
         timings.queued_at, timings.backend, timings.why = time.monotonic(), route.name, why
         timings.prompt_tokens, timings.reserved_bytes = len(job.prompt), job.need.total
+        if not self._jobs():
+            self._last_progress = timings.queued_at  # the hours at rest are no standstill
         self._scheduler.waiting.append(job)
         self._idle.clear()
         self._wake.set()
@@ -181,7 +191,7 @@ class Engine:
 
     def plan(self, request: Request) -> Plan:
         """What the request would cost and whether it would be admitted now. Raises InvalidRequest, UnknownBackend."""
-        admission.check(request, self._vocab_size, self._max_length, self._config.max_sequences)
+        admission.check(request, self._known, self._max_length, self._config.max_sequences)
         route, why = admission.choose(request, self._routes, self._backends.default, self._ledger.budget)
         need, budget = admission.need(request, route), self._ledger.budget
         total = admission.total_tokens(request)
@@ -234,10 +244,6 @@ class Engine:
     # ---- admission --------------------------------------------------------------------------------------------------
 
     @property
-    def _vocab_size(self) -> int:
-        return self._model.config.vocab_size
-
-    @property
     def _max_length(self) -> int:
         return self._model.config.max_position_embeddings
 
@@ -247,7 +253,7 @@ class Engine:
             raise Draining("the service is stopping and admits nothing more")
         if request.deadline is not None and request.deadline <= time.monotonic():
             raise DeadlineExceeded("the deadline had passed before the request came")
-        admission.check(request, self._vocab_size, self._max_length, self._config.max_sequences)
+        admission.check(request, self._known, self._max_length, self._config.max_sequences)
         route, why = admission.choose(request, self._routes, self._backends.default, self._ledger.budget)
         if admission.need(request, route).total > self._ledger.budget:
             raise admission.refuse(self.plan(request), request.param)
@@ -290,16 +296,23 @@ class Engine:
     # ---- the loop ---------------------------------------------------------------------------------------------------
 
     async def _serve(self) -> None:
-        """Schedule, run, settle, until cancelled."""
+        """Step after step, until cancelled."""
         while True:
-            self._expire()
-            self._sweep()
-            work = self._scheduler.next(time.monotonic())
-            if work is None:
-                await self._rest()
-                continue
-            await self._run(work)
-            self._last_progress = time.monotonic()
+            try:
+                await self._step()
+            except Exception as error:  # the outer edge: between steps too, a request must not end the loop
+                self._blame(error)
+
+    async def _step(self) -> None:
+        """Schedule, run, settle."""
+        self._expire()
+        self._sweep()
+        work = self._scheduler.next(time.monotonic())
+        if work is None:
+            await self._rest()
+            return
+        await self._run(work)
+        self._last_progress = time.monotonic()
 
     async def _run(self, work: Work) -> None:
         """One step, or one slice of it; then what follows from it."""
@@ -352,18 +365,26 @@ class Engine:
 
     def _settle(self, work: Work) -> None:
         """Book a finished step: move its sequences on, hand out what was drawn, tell the observer."""
-        now, step = time.monotonic(), _step(work)  # as it ran: what follows moves its sequences on
-        self._runner.measured(work)
+        now = time.monotonic()
+        self._attempt(lambda: self._book(work, now))  # before its sequences move on
         for member in work.members:
-            sequence, timings = member.sequence, member.sequence.job.request.timings
-            sequence.past, sequence.is_held = member.end, False
+            member.sequence.past, member.sequence.is_held = member.end, False
+        for member in work.members:
+            job, timings = member.sequence.job, member.sequence.job.request.timings
             timings.batch_mates = max(timings.batch_mates, len(work.members) - 1)
-            if work.kind != "decode":
+            if work.kind != "decode" and not job.is_over:
                 timings.chunks.append(Chunk(work.begun_at or now, now, member.end - member.start))
-                self._settle_prefill(sequence, now)
+                with self._concerning(job):
+                    self._settle_prefill(member.sequence, now)
         for sequence, drawn in work.drawn:
-            self._hand_out(sequence, drawn, now)
-        self._observer.stepped(step)
+            if not sequence.is_done:  # with its job, which failed a moment ago
+                with self._concerning(sequence.job):
+                    self._hand_out(sequence, drawn, now)
+
+    def _book(self, work: Work, now: float) -> None:
+        """Tell the sampler and the observer of a finished step, as it ran."""
+        self._runner.measured(work)
+        self._observer.stepped(_told(work, [now - s.spoke_at for s, _ in work.drawn if s.spoke_at is not None]))
 
     def _settle_prefill(self, sequence: Sequence, now: float) -> None:
         """What follows from a chunk: the end of the prompt, of an embedding, of a request for no tokens."""
@@ -377,7 +398,7 @@ class Engine:
             job.answer.put(Embedding(job.vector()))
             self._end(job, "embedded")
             return
-        job.sequences, job.siblings = job.sequences + job.siblings, []
+        job.join()
         if job.request.sampling.max_tokens == 0:
             for each in job.sequences:
                 self._finish(each, "length", each.text.flush())
@@ -386,8 +407,8 @@ class Engine:
         """Add a drawn token to its sample and hand out what it settles."""
         sampling, timings = sequence.job.request.sampling, sequence.job.request.timings
         timings.output_tokens += 1
-        timings.token_times.append(now)
         timings.first_token_at = timings.first_token_at or now
+        sequence.spoke_at = now
         sequence.output.append(drawn.token)
         if drawn.token in self._model.config.eos_token_ids and not sampling.ignore_eos:
             self._finish(sequence, "stop", sequence.text.flush())
@@ -404,7 +425,7 @@ class Engine:
         """End a sample, and its job with the last of them."""
         self._emit(sequence, settled, reason)
         sequence.is_done = True
-        sequence.free()
+        self._attempt(sequence.free)
         job = sequence.job
         if all(each.is_done for each in (*job.sequences, *job.siblings)):
             self._end(job, reason)
@@ -412,44 +433,69 @@ class Engine:
     def _emit(self, sequence: Sequence, settled: Settled, reason: FinishReason | None) -> None:
         """Hand a delta out; the first of a sample that echoes carries the prompt."""
         job, sampling = sequence.job, sequence.job.request.sampling
-        text, tokens, logprobs = settled.text, settled.tokens, settled.logprobs
+        text, tokens, logprobs = settled.text, array("i", settled.tokens), settled.logprobs
         if sampling.echo and not sequence.is_opened:
             own = slice(job.request.leading, None)
-            text, tokens = sequence.echoed + text, (*job.prompt[own], *tokens)
+            text, tokens = job.echo.getvalue() + text, job.prompt[own] + tokens
             logprobs = (*job.prompt_logprobs[own], *logprobs)
         sequence.is_opened = True
         told = logprobs if sampling.logprobs is not None else None
         job.answer.put(Delta(sequence.index, text, tokens, told, reason))
 
     def _end(self, job: Job, outcome: Outcome, error: RequestError | None = None) -> None:
-        """The one way out: give everything back, tell the caller and the observer."""
-        for sequence in (*job.sequences, *job.siblings):
-            sequence.is_done = True
-            sequence.free()
-        self._scheduler.remove(job)
+        """The one way out: give everything back, tell the caller and the observer. Never fails half-way; twice is once."""
+        if job.is_over:
+            return
+        for sequence in job.close():
+            self._attempt(sequence.free)
+        self._attempt(partial(self._scheduler.remove, job))
         job.request.timings.finished_at = time.monotonic()
         job.answer.end(error)
-        self._observer.finished(job.request, outcome)
+        self._attempt(partial(self._observer.finished, job.request, outcome))
 
     # ---- what goes wrong --------------------------------------------------------------------------------------------
 
     def _fault(self, work: Work, error: Exception) -> None:
         """A step failed: alone, its request fails; in company, each member is run again from its beginning, alone."""
-        jobs = {member.sequence.job for member in work.members}
-        if len(work.members) > 1:
-            log.warning("a step of %d sequences failed and is split: %r", len(work.members), error)
-            for member in work.members:
-                member.sequence.rewind()
+        if len(work.members) == 1:
+            self._fail(work.members[0].sequence.job, error)
             return
-        for job in jobs:
-            log.error("request %s failed", job.request.id, exc_info=error)
-            for sequence in (*job.sequences, *job.siblings):
-                sequence.is_held = False
-            if is_out_of_memory(error):
-                message = "the machine refused the memory for this request"
-                self._end(job, "out_of_memory", OutOfMemory(message, details={"reserved_bytes": job.need.total}))
-            else:
-                self._end(job, "model_failed", ModelFailed("the model failed on this request"))
+        log.warning("a step of %d sequences failed and is split: %r", len(work.members), error)
+        for member in work.members:
+            with self._concerning(member.sequence.job):
+                member.sequence.rewind()
+
+    def _blame(self, error: Exception) -> None:
+        """Something failed between the steps: the request that was being looked at fails; when there was none, all do."""
+        suspect, jobs = self._scheduler.suspect, self._jobs()
+        self._scheduler.suspect = None
+        log.critical("the engine failed between its steps", exc_info=error)
+        for job in [suspect] if suspect in jobs else jobs:
+            self._fail(job, error)
+
+    @contextmanager
+    def _concerning(self, job: Job) -> Iterator[None]:
+        """What fails within is a failure of this job, and of no other."""
+        try:
+            yield
+        except Exception as error:  # whatever it is, others have nothing to do with it
+            self._fail(job, error)
+
+    def _fail(self, job: Job, error: Exception) -> None:
+        """End a job that something failed on."""
+        log.error("request %s failed", job.request.id, exc_info=error)
+        if is_out_of_memory(error):
+            message = "the machine refused the memory for this request"
+            self._end(job, "out_of_memory", OutOfMemory(message, details={"reserved_bytes": job.need.total}))
+        else:
+            self._end(job, "model_failed", ModelFailed("the model failed on this request"))
+
+    def _attempt(self, call: Callable[[], None]) -> None:
+        """Do what may fail without harm to any request, like telling an observer."""
+        try:
+            call()
+        except Exception:  # whatever it is, the requests have nothing to do with it
+            log.exception("the engine could not do its books")
 
     def _died(self, task: asyncio.Task[None]) -> None:
         """The loop itself failed, which is a bug: tell everybody, and let the health check see no more progress."""
@@ -470,7 +516,7 @@ class Engine:
         """Mark the jobs whose deadline has passed."""
         now = time.monotonic()
         for job in self._jobs():
-            if job.request.deadline is not None and job.request.deadline <= now:
+            if job.deadline <= now:
                 self._lose(job, "deadline_exceeded", DeadlineExceeded("the deadline passed before the answer was complete"))
 
     def _sweep(self) -> None:
@@ -493,7 +539,7 @@ def _joined(first: Settled, rest: Settled) -> Settled:
     return Settled(first.text + rest.text, first.tokens + rest.tokens, first.logprobs + rest.logprobs, first.stopped)
 
 
-def _step(work: Work) -> Step:
+def _told(work: Work, gaps: list[float]) -> Step:
     gauge = work.gauge
     return Step(
         kind=work.kind,
@@ -505,4 +551,5 @@ def _step(work: Work) -> Step:
         predicted_bytes=work.predicted_bytes,
         measured_bytes=None if gauge is None else gauge.peak_bytes,
         method="dispatch" if gauge is None else gauge.method,
+        token_gaps=tuple(gaps),
     )

@@ -7,17 +7,19 @@ tokens that are not. Owned by the event loop between steps and by the model thre
 
 from __future__ import annotations
 
+import math
 import random
 from array import array
 from dataclasses import dataclass, field
+from io import StringIO
 
 from torch import Tensor
 from torch.nn import functional
 
-from service.engine.admission import Need, Route, total_tokens
+from service.engine.admission import Need, Route, compact, total_tokens
 from service.engine.answer import Answer
 from service.engine.request import Request, TokenLogprob
-from service.engine.sampling import generator
+from service.engine.sampling import uniform
 from service.engine.text import TextStream
 from service.model.tokenizer import Tokenizer
 
@@ -28,7 +30,6 @@ class Sequence:
 
     job: Job
     index: int
-    source: random.Random
     text: TextStream
     output: array[int] = field(default_factory=lambda: array("i"))
     past: int = 0  # tokens in the state
@@ -37,7 +38,7 @@ class Sequence:
     is_alone: bool = False  # shared a step that failed: runs by itself until it has proved innocent
     is_done: bool = False
     is_opened: bool = False  # its first delta was handed out
-    echoed: str = ""  # the prompt's text, when the answer begins with it
+    spoke_at: float | None = None  # time.monotonic() of its latest token
 
     @property
     def length(self) -> int:
@@ -53,16 +54,21 @@ class Sequence:
         border = len(self.job.prompt)
         return self.job.prompt[start:end] + self.output[max(0, start - border) : max(0, end - border)]
 
+    def number(self) -> float:
+        """The number by which its next token is drawn."""
+        return uniform(self.job.seed, self.index, len(self.output))
+
     def free(self) -> None:
         """Give the state back."""
-        if self.slot is not None:
-            self.job.route.pool.release(self.slot)
-            self.slot = None
+        slot, self.slot = self.slot, None
+        if slot is not None:
+            self.job.route.pool.release(slot)
 
     def rewind(self) -> None:
-        """Forget the state, so that all tokens are processed again, alone."""
-        self.free()
+        """Forget the state, and copies of it, so that all tokens are processed again, alone."""
         self.past, self.is_alone, self.is_held = 0, True, False
+        for sequence in (self, *self.job.siblings):
+            sequence.free()
 
 
 @dataclass(eq=False)
@@ -74,27 +80,47 @@ class Job:
     need: Need
     prompt: array[int]
     answer: Answer
+    seed: int
+    deadline: float  # time.monotonic() value
     service_seconds: float  # predicted for its prefill: the length that decides who overtakes whom
     sequences: list[Sequence] = field(default_factory=list)
     siblings: list[Sequence] = field(default_factory=list)  # samples that have not joined yet
     summed: Tensor | None = None  # float32 (C,): sum of the hidden states so far, embeddings only
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
+    echo: StringIO = field(default_factory=StringIO)  # the prompt's text, for an answer that begins with it
+    echoed: int = 0  # tokens of the prompt that stand in it, or are left out
+    is_over: bool = False
 
     @classmethod
     def create(cls, request: Request, route: Route, need: Need, answer: Answer, tokenizer: Tokenizer) -> Job:
         """A job that has done nothing yet. Draws the seed of a request that brings none."""
         seconds = route.course.seconds(len(request.tokens))
-        job = cls(request, route, need, array("i", request.tokens), answer, seconds)
+        seed = random.getrandbits(32) if request.sampling.seed is None else request.sampling.seed
+        deadline = math.inf if request.deadline is None else request.deadline
+        job = cls(request, route, need, compact(request), answer, seed, deadline, seconds, echoed=request.leading)
         request.tokens = job.prompt  # a list of as many Python integers is let go
-        seed = request.sampling.seed if request.sampling.seed is not None else random.getrandbits(32)
-        samples = [
-            Sequence(job, index, generator(seed, index), TextStream(tokenizer, request.sampling.stop))
-            for index in range(request.n)
-        ]
-        for sample in samples:
-            sample.echoed = sample.text.prompt(job.prompt[request.leading :]) if request.sampling.echo else ""
+        samples = [Sequence(job, index, TextStream(tokenizer, request.sampling.stop)) for index in range(request.n)]
         job.sequences, job.siblings = samples[:1], samples[1:]
         return job
+
+    def spell(self, end: int) -> None:
+        """Spell the prompt up to `end`, for the echo. Done once for each token, even if a fault has it processed again."""
+        self.echo.write(self.sequences[0].text.prompt(self.prompt[self.echoed : end]))
+        self.echoed = max(self.echoed, end)
+
+    def join(self) -> None:
+        """Let the samples in that waited for the prompt."""
+        for sibling in self.siblings:
+            sibling.text.follow(self.sequences[0].text)
+        self.sequences, self.siblings = self.sequences + self.siblings, []
+
+    def close(self) -> list[Sequence]:
+        """End all its samples and let go of them, which hold their states yet: the caller frees those."""
+        samples, self.sequences, self.siblings = self.sequences + self.siblings, [], []
+        for sample in samples:
+            sample.is_done, sample.is_held = True, False
+        self.is_over = True
+        return samples
 
     @property
     def is_embedding(self) -> bool:

@@ -30,7 +30,7 @@ class StorageCounter(TorchDispatchMode):
     """Counts the bytes of storages that operators make while it is entered, and their peak.
 
     Storages that existed before are not counted. Blind to scratch inside a kernel. May be entered again and again; what
-    lives between counts on.
+    lives between counts on. What outlives it does not keep it alive.
     """
 
     method = "dispatch"
@@ -55,11 +55,12 @@ class StorageCounter(TorchDispatchMode):
         return out
 
     def _count(self, storage: torch.UntypedStorage) -> None:
-        key, size = storage._cdata, storage.nbytes()
+        key, size, counter = storage._cdata, storage.nbytes(), weakref.ref(self)
 
         def forget(_: object) -> None:
-            del self._live[key]
-            self.current_bytes -= size
+            if (alive := counter()) is not None:
+                del alive._live[key]
+                alive.current_bytes -= size
 
         self._live[key] = weakref.ref(storage, forget)
         self.current_bytes += size
@@ -104,20 +105,22 @@ class Sampler:
         self._share = share
         self._operator_seconds = operator_seconds
         self._credit: dict[StepKind, float] = defaultdict(float)  # seconds that may be spent; below 0: spent ahead
-        self._seen: set[Hashable] = set()
+        self._seen: weakref.WeakKeyDictionary[object, set[Hashable]] = weakref.WeakKeyDictionary()  # by whose steps they are
 
-    def gauge(self, kind: StepKind, size: Hashable, is_worth: Callable[[], bool]) -> Gauge | None:
+    def gauge(self, kind: StepKind, owner: object, size: Hashable, is_worth: Callable[[], bool]) -> Gauge | None:
         """A measure for a step, or None.
 
         Args:
-            size: the step's class; the first of each is measured whatever it costs.
+            owner: whose step it is, a backend's route: it goes with a switch, and what is known of it goes with it.
+            size: the step's class; the first of each of an owner is measured whatever it costs.
             is_worth: whether another measurement would tell anything; asked only when there is time for one.
         """
         if self._device.type == "cuda":
             return AllocatorPeak(self._device)
-        if self._share < 1 and size in self._seen and (self._credit[kind] <= 0 or not is_worth()):
+        seen = self._seen.setdefault(owner, set())
+        if self._share < 1 and size in seen and (self._credit[kind] <= 0 or not is_worth()):
             return None
-        self._seen.add(size)
+        seen.add(size)
         return StorageCounter()
 
     def account(self, kind: StepKind, seconds: float, gauge: Gauge | None) -> None:

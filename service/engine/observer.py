@@ -1,6 +1,7 @@
 """What the engine tells whoever watches it: the calls that metrics and logs need. No metric object is here.
 
-Every call is made on the event loop, never on the model thread, and must return quickly. Levels (queue depth, bytes in
+Every call is made on the event loop, never on the model thread, and must return quickly; one that raises is logged and
+harms nobody. Levels (queue depth, bytes in
 use) are read from `Engine.snapshot()` when somebody asks, so that no gauge can go stale; events are told here.
 """
 
@@ -28,6 +29,7 @@ class Step:
     predicted_bytes: int  # workspace by the cost law
     measured_bytes: int | None  # peak of storages made during the step; None when this step was not sampled
     method: str = "dispatch"  # how measured_bytes was taken: "dispatch" on CPU, "allocator" on CUDA
+    token_gaps: tuple[float, ...] = ()  # seconds since the sample's token before, for each token of the step that had one
 
 
 class Observer(Protocol):

@@ -30,7 +30,7 @@ class Sampling:
     top_p: float = 1.0
     top_k: int = 0  # 0: all tokens
     stop: tuple[str, ...] = ()
-    seed: int | None = None  # None: drawn by the engine, told in the log
+    seed: int | None = None  # 64 bits, signed; None: drawn by the engine
     logprobs: int | None = None  # number of alternatives per token; None: no logprobs at all
     echo: bool = False  # the prompt's own tokens come first (with their logprobs when those are asked for)
     ignore_eos: bool = False
@@ -58,7 +58,7 @@ class Request:
         return "input" if self.kind == "embedding" else "prompt"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class TokenLogprob:
     """A token's log-probability and the likeliest alternatives at its place. `logprob` is None for a first prompt token."""
 
@@ -72,12 +72,13 @@ class Delta:
     """One step of one sample of a completion: newly settled text and the tokens behind it.
 
     `text` never ends inside a UTF-8 sequence nor inside what may become a stop string. The last delta of a sample
-    has a `finish_reason`. With `echo` the first delta of a sample carries the prompt.
+    has a `finish_reason`. With `echo` the first delta of a sample carries the prompt. What a reader was too slow to take
+    comes to it as one delta.
     """
 
     index: int  # which of the n samples
     text: str
-    tokens: tuple[int, ...]
+    tokens: Sequence[int]
     logprobs: tuple[TokenLogprob, ...] | None = None
     finish_reason: FinishReason | None = None
 

@@ -25,12 +25,16 @@ LOGIT_ROWS = 64  # rows of an echoed prompt whose logits exist at one time
 class Runner:
     """Runs steps of work on one model."""
 
-    def __init__(self, model: Transformer, row_multiple: int | None, sample_share: float) -> None:
-        """`row_multiple`: packed rows are padded to a multiple of it (see `row_multiple` below). Runs the model a little.
+    def __init__(self, model: Transformer, unknown: Tensor, row_multiple: int | None, sample_share: float) -> None:
+        """A runner of one model. Runs it a little.
 
-        `sample_share`: of the time, for measuring what steps take in memory.
+        Args:
+            unknown: int64 (U,), ids that are no tokens. None of them is drawn or told as an alternative.
+            row_multiple: packed rows are padded to a multiple of it (see `row_multiple` below).
+            sample_share: of the time, for measuring what steps take in memory.
         """
         self._model = model
+        self._unknown = unknown.to(model.device)
         self._row_multiple = row_multiple or 1
         self._sampler = Sampler(model.device, sample_share, _counting_seconds(model))
         self.busy_seconds = 0.0  # spent on steps so far
@@ -70,8 +74,12 @@ class Runner:
 
     def _gauge(self, work: Work) -> Gauge | None:
         """A measure of this step's memory, where one is due: see `Sampler`."""
-        size = (work.kind, work.route, work.tokens.bit_length(), max(m.end for m in work.members).bit_length())
-        return self._sampler.gauge(work.kind, size, lambda: work.kind == "decode" or any(map(_is_unmeasured, work.members)))
+        size = (work.kind, work.tokens.bit_length(), max(m.end for m in work.members).bit_length())
+
+        def is_worth() -> bool:
+            return work.kind == "decode" or any(map(_is_unmeasured, work.members))
+
+        return self._sampler.gauge(work.kind, work.route, size, is_worth)
 
     def _stages(self, work: Work) -> Generator[None, None, None]:
         """The computation of a step, pausing within layers."""
@@ -115,19 +123,28 @@ class Runner:
                 return cast(Tensor, end.value)
 
     def _tell_prompts(self, work: Work, segments: Segments, hidden: Tensor) -> None:
-        """Log-probabilities of the prompt's tokens, for the members that echo them."""
+        """Text of the prompt's tokens and their log-probabilities, for the members that echo them."""
         for member, (start, _, _) in zip(work.members, segments.spans(), strict=True):
-            job = member.sequence.job
-            top = job.request.sampling.logprobs
-            if not job.request.sampling.echo or top is None or member.sequence.output:
+            sampling = member.sequence.job.request.sampling
+            if not sampling.echo or member.sequence.output:
                 continue
-            if member.start == 0:
-                job.prompt_logprobs = [TokenLogprob(job.prompt[0], None)]
-            targets = job.prompt[member.start + 1 : member.end + 1]
-            for a in range(0, len(targets), LOGIT_ROWS):
-                some = targets[a : a + LOGIT_ROWS]
-                logits = self._model.logits(hidden[start + a : start + a + len(some)])
-                job.prompt_logprobs += logprobs(logits, some, [top] * len(some))
+            member.sequence.job.spell(member.end)
+            if sampling.logprobs is not None:
+                self._score(member, hidden[start:], sampling.logprobs)
+
+    def _score(self, member: Member, hidden: Tensor, top: int) -> None:
+        """Log-probabilities of the prompt's tokens that follow a member's, whose hidden states come first."""
+        job = member.sequence.job
+        if member.start == 0:
+            job.prompt_logprobs = [TokenLogprob(job.prompt[0], None)]
+        targets = job.prompt[member.start + 1 : member.end + 1]
+        for a in range(0, len(targets), LOGIT_ROWS):
+            some = targets[a : a + LOGIT_ROWS]
+            job.prompt_logprobs += logprobs(self._logits(hidden[a : a + len(some)]), some, [top] * len(some))
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        """Logits of hidden states (N, C), those of ids that are no tokens at -inf: float32 (N, V)."""
+        return self._model.logits(hidden).index_fill_(1, self._unknown, -torch.inf)
 
     def _draw(self, work: Work, segments: Segments, hidden: Tensor) -> None:
         """Draw the next token of every member that has none left to process, and of the samples that waited for it."""
@@ -137,7 +154,7 @@ class Runner:
             return
         last = [row for _, row in ready]
         last += last[:1] * (-len(last) % self._row_multiple)
-        logits = self._model.logits(hidden[last])[: len(ready)]
+        logits = self._logits(hidden[last])[: len(ready)]
         sequences, rows = [], []
         for index, (member, _) in enumerate(ready):
             drawing = [member.sequence, *member.sequence.job.siblings]
@@ -145,7 +162,7 @@ class Runner:
             rows += [index] * len(drawing)
         logits = logits if len(rows) == len(ready) else logits[rows]
         settings = [sequence.job.request.sampling for sequence in sequences]
-        work.drawn = list(zip(sequences, draw(logits, settings, [s.source for s in sequences]), strict=True))
+        work.drawn = list(zip(sequences, draw(logits, settings, [s.number() for s in sequences]), strict=True))
 
 
 def _allocate(work: Work) -> None:

@@ -1,15 +1,17 @@
 """Logits to tokens: temperature, top-k, nucleus (Holtzman et al., arXiv 1904.09751), and log-probabilities.
 
-A row is drawn by inverting its cumulative distribution at one uniform number from its request's own generator, and by the
-operations that its own settings ask for. So a seed gives the same answer whatever else is in the batch.
+A row is drawn by inverting its cumulative distribution at one uniform number, a function of its request's seed and of its
+place, and by the operations that its own settings ask for. So a seed gives the same answer whatever else is in the batch,
+and again when a step has to be repeated.
 Cost: one pass over the vocabulary per row; a sort for rows with top_k or top_p.
 """
 
 from __future__ import annotations
 
-import random
+import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
+from hashlib import blake2b
 
 import torch
 from torch import Tensor
@@ -25,9 +27,13 @@ class Drawn:
     logprob: TokenLogprob | None = None
 
 
-def generator(seed: int, index: int) -> random.Random:
-    """The source of randomness of sample `index` of a request."""
-    return random.Random(f"{seed}/{index}")
+def uniform(seed: int, index: int, place: int) -> float:
+    """The number in [0, 1) by which sample `index` of a request draws its token at `place`.
+
+    Nothing is advanced: each number is hashed from its own place (counter-based, as in Salmon et al., SC 2011).
+    """
+    key = blake2b(struct.pack("<qqq", seed, index, place), digest_size=8).digest()
+    return float((int.from_bytes(key, "little") >> 11) * 2.0**-53)
 
 
 def bytes_per_logit(settings: Sampling) -> int:
@@ -37,18 +43,17 @@ def bytes_per_logit(settings: Sampling) -> int:
     return 6 if settings.logprobs is None else 12
 
 
-def draw(logits: Tensor, settings: Sequence[Sampling], sources: Sequence[random.Random]) -> list[Drawn]:
-    """Draw one token per row of logits (N, V), float32. Advances the source of each row that is not greedy."""
+def draw(logits: Tensor, settings: Sequence[Sampling], numbers: Sequence[float]) -> list[Drawn]:
+    """Draw one token per row of logits (N, V), float32, at each row's number from [0, 1). A logit of -inf is never drawn."""
     tokens = logits.argmax(-1)
     plain = [i for i, s in enumerate(settings) if s.temperature > 0 and not _is_filtered(s)]
     filtered = [i for i, s in enumerate(settings) if s.temperature > 0 and _is_filtered(s)]
     for rows, pick in ((plain, _pick_plain), (filtered, _pick_filtered)):
         if rows:
-            chosen = [settings[i] for i in rows]
-            temperature = torch.tensor([s.temperature for s in chosen], device=logits.device)[:, None]
-            uniform = torch.tensor([sources[i].random() for i in rows], dtype=torch.float64, device=logits.device)
-            scaled = logits[rows] - logits[rows].amax(-1, keepdim=True)  # a tiny temperature must not overflow
-            tokens[rows] = pick(scaled / temperature, uniform, chosen)
+            chosen, share = [settings[i] for i in rows], _column([numbers[i] for i in rows], logits)
+            temperature = _column([s.temperature for s in chosen], logits)  # float64 holds all above zero, float32 does not
+            scaled = (logits[rows] - logits[rows].amax(-1, keepdim=True)).double().div_(temperature)  # 0 for the likeliest
+            tokens[rows] = pick(scaled, share, chosen)
     ids = tokens.tolist()
     asked = [i for i, s in enumerate(settings) if s.logprobs is not None]
     if not asked:
@@ -69,6 +74,10 @@ def logprobs(logits: Tensor, tokens: Sequence[int], top: Sequence[int]) -> list[
     ]
 
 
+def _column(values: Sequence[float], like: Tensor) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64, device=like.device)[:, None]
+
+
 def _top(settings: Sampling) -> int:
     return settings.logprobs or 0
 
@@ -77,26 +86,26 @@ def _is_filtered(settings: Sampling) -> bool:
     return settings.top_k > 0 or settings.top_p < 1
 
 
-def _pick_plain(scaled: Tensor, uniform: Tensor, settings: Sequence[Sampling]) -> Tensor:
-    return _invert(scaled.double().softmax(-1), uniform)
+def _pick_plain(scaled: Tensor, share: Tensor, settings: Sequence[Sampling]) -> Tensor:
+    return _invert(scaled.softmax(-1), share)
 
 
-def _pick_filtered(scaled: Tensor, uniform: Tensor, settings: Sequence[Sampling]) -> Tensor:
+def _pick_filtered(scaled: Tensor, share: Tensor, settings: Sequence[Sampling]) -> Tensor:
     """Keep the top_k likeliest, of those the smallest set that reaches top_p, and draw among them."""
-    values, ids = scaled.double().sort(stable=True, dim=-1, descending=True)
+    values, ids = scaled.sort(stable=True, dim=-1, descending=True)
     size = values.shape[-1]
     kept = torch.tensor([s.top_k or size for s in settings], device=scaled.device)[:, None]
     values = values.masked_fill(torch.arange(size, device=scaled.device) >= kept, -torch.inf)
     weights = values.softmax(-1)
-    nucleus = torch.tensor([s.top_p for s in settings], dtype=torch.float64, device=scaled.device)[:, None]
+    nucleus = _column([s.top_p for s in settings], scaled)
     before = weights.cumsum(-1) - weights
     weights = weights.masked_fill((before >= nucleus) & (before > 0), 0.0)  # the likeliest always stays
-    return ids.gather(1, _invert(weights, uniform)[:, None])[:, 0]
+    return ids.gather(1, _invert(weights, share)[:, None])[:, 0]
 
 
-def _invert(weights: Tensor, uniform: Tensor) -> Tensor:
-    """Index at which each row's cumulative weight passes its uniform share of the total."""
+def _invert(weights: Tensor, share: Tensor) -> Tensor:
+    """Index at which each row's cumulative weight passes its share of the total."""
     sums = weights.cumsum(-1)
-    passed = (sums <= uniform[:, None] * sums[:, -1:]).sum(-1)
+    passed = (sums <= share * sums[:, -1:]).sum(-1)
     last = (weights > 0).long().cumsum(-1).argmax(-1)  # the last index with weight: rounding must not choose one without
     return torch.minimum(passed, last)

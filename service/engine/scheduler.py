@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass, field
+from weakref import WeakKeyDictionary
 
 from service.config import EngineConfig
 from service.engine.admission import Route
@@ -63,9 +64,6 @@ class Work:
         mean = sum(member.end for member in self.members) // len(self.members)
         return len(self.members) * law(mean - 1, mean)
 
-    def urgency(self, now: float) -> float:
-        return max(member.sequence.job.urgency(now) for member in self.members)
-
 
 class Scheduler:
     """The queue, the running jobs, and the choice among them."""
@@ -75,11 +73,12 @@ class Scheduler:
         self.waiting: list[Job] = []
         self.running: list[Job] = []
         self.paused: list[Work] = []
+        self.suspect: Job | None = None  # the job being looked at: to blame when `next` raises
         self._config = config
         self._ledger = ledger
         self._can_pack = can_pack
         self._owed = 0.0  # seconds that streams are owed for prefill that went before them
-        self._served: dict[Route, int] = {}  # decode steps are dealt in turn among backends
+        self._served: WeakKeyDictionary[Route, int] = WeakKeyDictionary()  # decode steps are dealt in turn among backends
         self._turn = 0
 
     @property
@@ -88,12 +87,18 @@ class Scheduler:
         return sum(len(job.sequences) + len(job.siblings) for job in self.running)
 
     def next(self, now: float) -> Work | None:
-        """The next step, its members marked as held; None when there is nothing to do."""
+        """The next step, its members marked as held; None when there is nothing to do.
+
+        Raises whatever a look at one of the jobs raises; that job is `suspect` then, and nothing is held.
+        """
         streams = self._streams()
-        if not streams:
+        is_decoding = bool(streams) or any(work.kind == "decode" for work in self.paused)
+        if not is_decoding:
             self._owed = 0.0
         work = self._prefill(now) if self._owed <= 0 else None
-        return work or (self._decode(streams) if streams else None)
+        work = work or (self._decode(streams) if is_decoding else None)
+        self.suspect = None
+        return work
 
     def account(self, work: Work, seconds: float) -> None:
         """Book the seconds that a step, or a slice of it, took."""
@@ -105,9 +110,9 @@ class Scheduler:
 
     def remove(self, job: Job) -> None:
         """Forget a job, and the step of its own that is paused."""
-        (self.running if job in self.running else self.waiting).remove(job)
-        self.paused = [work for work in self.paused if any(m.sequence.job is not job for m in work.members)]
         self._ledger.release(job)
+        self.paused = [work for work in self.paused if any(m.sequence.job is not job for m in work.members)]
+        (self.running if job in self.running else self.waiting).remove(job)
 
     def has_other_work(self, work: Work) -> bool:
         """Whether anybody but this step's members could run."""
@@ -118,35 +123,50 @@ class Scheduler:
         """Sequences that can decode, by backend; one that must run alone replaces its backend's batch."""
         streams: dict[Route, list[Sequence]] = {}
         for job in self.running:
+            self.suspect = job
             for sequence in job.sequences:
                 if sequence.is_decoding and not sequence.is_done and not sequence.is_held:
                     streams.setdefault(job.route, []).append(sequence)
         return streams
 
     def _decode(self, streams: dict[Route, list[Sequence]]) -> Work:
-        route = min(streams, key=lambda route: self._served.get(route, 0))
+        """The streams of the backend whose turn it is; its step that is paused comes before another of it."""
+        paused = {work.route: work for work in self.paused if work.kind == "decode"}
+        route = min((*paused, *streams), key=lambda route: self._served.get(route, 0))
         self._turn += 1
-        self._served = {r: turn for r, turn in self._served.items() if r in streams} | {route: self._turn}
+        self._served[route] = self._turn
+        if route in paused:
+            self.paused.remove(paused[route])
+            return paused[route]
         alone = [sequence for sequence in streams[route] if sequence.is_alone]
-        return _hold("decode", route, alone[:1] or streams[route])
+        return self._hold("decode", route, alone[:1] or streams[route])
 
     def _prefill(self, now: float) -> Work | None:
         """The most urgent prompt that can go on, with others of its backend when they fit beside it."""
-        paused = max(self.paused, key=lambda work: work.urgency(now), default=None)
+        prompts = [work for work in self.paused if work.kind != "decode"]
+        paused = max(prompts, key=lambda work: self._pressure(work, now), default=None)
         candidates = self._candidates(now)
         first = next(candidates, None)
-        if paused is not None and (first is None or paused.urgency(now) >= first.job.urgency(now)):
+        if paused is not None and (first is None or self._pressure(paused, now) >= self._urgency(first.job, now)):
             self.paused.remove(paused)
             return paused
         if first is None:
             return None
-        return _hold("embed" if first.job.is_embedding else "prefill", first.job.route, self._pack(first, candidates))
+        return self._hold("embed" if first.job.is_embedding else "prefill", first.job.route, self._pack(first, candidates))
+
+    def _urgency(self, job: Job, now: float) -> float:
+        self.suspect = job
+        return job.urgency(now)
+
+    def _pressure(self, work: Work, now: float) -> float:
+        return max(self._urgency(member.sequence.job, now) for member in work.members)
 
     def _candidates(self, now: float) -> Iterator[Sequence]:
         """Sequences with a prompt to process, most urgent first. Asking for one lets its job in."""
         jobs = [job for job in self.running if _unprocessed(job)] + self.waiting
         entered, is_closed = set(self.running), False
-        for job in sorted(jobs, key=lambda job: -job.urgency(now)):
+        for job in sorted(jobs, key=lambda job: -self._urgency(job, now)):
+            self.suspect = job
             if job in entered:
                 yield from _unprocessed(job)
             elif not is_closed and self._has_room(job):
@@ -165,6 +185,7 @@ class Scheduler:
 
     def _pack(self, first: Sequence, others: Iterable[Sequence]) -> list[Sequence]:
         """Sequences whose next chunks together are no longer than one may be."""
+        self.suspect = first.job
         pack, tokens = [first], _next_end(first) - first.past
         if first.is_alone or not (self._can_pack or first.job.is_embedding):
             return pack
@@ -177,6 +198,16 @@ class Scheduler:
             pack.append(other)
         return pack
 
+    def _hold(self, kind: StepKind, route: Route, sequences: list[Sequence]) -> Work:
+        """The next step of these sequences. They are marked when nothing more can go wrong."""
+        members = []
+        for sequence in sequences:
+            self.suspect = sequence.job
+            members.append(Member(sequence, sequence.past, _next_end(sequence)))
+        for sequence in sequences:
+            sequence.is_held = True
+        return Work(kind, route, tuple(members))
+
 
 def _unprocessed(job: Job) -> list[Sequence]:
     """Sequences of a running job that have more than a decode step before them."""
@@ -185,9 +216,3 @@ def _unprocessed(job: Job) -> list[Sequence]:
 
 def _next_end(sequence: Sequence) -> int:
     return min(sequence.length, sequence.job.route.course.next_end(sequence.past))
-
-
-def _hold(kind: StepKind, route: Route, sequences: list[Sequence]) -> Work:
-    for sequence in sequences:
-        sequence.is_held = True
-    return Work(kind, route, tuple(Member(s, s.past, _next_end(s)) for s in sequences))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -30,43 +31,76 @@ class _Piece:
     end: int
 
 
+class _Stop:
+    """Looks for one string in a growing text, a character at a time (Knuth, Morris and Pratt 1977).
+
+    `matched` is how many of the string's characters the text ends with. Cost: linear in the text, whatever is in it. The
+    table grows with the longest match, so a long string that never begins costs nothing.
+    """
+
+    def __init__(self, string: str) -> None:
+        self.matched = 0
+        self._string = string
+        self._borders = [0, 0]  # of the string's first i characters: the longest proper end that is a beginning too
+
+    def completes(self, char: str) -> bool:
+        """Add a character. Returns whether the string stands at the text's end; none may be added then."""
+        self.matched = self._longer(self.matched, char)
+        if self.matched == len(self._borders):
+            self._borders.append(self._longer(self._borders[-1], char))
+        return self.matched == len(self._string)
+
+    def _longer(self, length: int, char: str) -> int:
+        """Length of the match when `char` follows one of `length` characters."""
+        while length and self._string[length] != char:
+            length = self._borders[length]
+        return length + (self._string[length] == char)
+
+
 class TextStream:
     """The growing text of one sample."""
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
         self._tokenizer = tokenizer
-        self._stop = stop
+        self._stops = [_Stop(string) for string in stop]
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._held = ""  # decoded, not settled
         self._settled = 0  # characters settled so far
-        self._pieces: list[_Piece] = []
+        self._pieces: deque[_Piece] = deque()
 
     def prompt(self, tokens: Iterable[int]) -> str:
-        """The prompt's text, for an answer that echoes it. A character it leaves open is finished by the answer."""
-        return self._decoder.decode(b"".join(self._tokenizer.token_bytes(token) for token in tokens))
+        """Text of the prompt's next tokens, for an answer that echoes it. A character left open is finished by the answer."""
+        return self._decoder.decode(self._tokenizer.bytes_of(tokens))
+
+    def follow(self, other: TextStream) -> None:
+        """Begin where another stream stands, that of a sample with the same prompt."""
+        self._decoder.setstate(other._decoder.getstate())
 
     def push(self, token: int, logprob: TokenLogprob | None = None) -> Settled:
         """Add a token and settle what can be settled, perhaps nothing."""
         start = self._settled + len(self._held)
-        self._held += self._decoder.decode(self._tokenizer.token_bytes(token))
+        new = self._decoder.decode(self._tokenizer.token_bytes(token))
+        self._held += new
         is_open = bool(self._decoder.getstate()[0])
         self._pieces.append(_Piece(token, logprob, start, self._settled + len(self._held) + is_open))
-        cut = min((at for at in (self._held.find(stop) for stop in self._stop) if at >= 0), default=None)
-        if cut is not None:
-            return self._stop_at(cut)
-        return self._settle(len(self._held) - _held_back(self._held, self._stop))
+        for place, char in enumerate(new if self._stops else "", start + 1):
+            complete = [stop.matched for stop in self._stops if stop.completes(char)]
+            if complete:
+                return self._stop_at(place - max(complete) - self._settled)
+        return self._settle(len(self._held) - max((stop.matched for stop in self._stops), default=0))
 
     def flush(self) -> Settled:
         """Settle the rest: no further token comes. Bytes that begin a character show as U+FFFD."""
         self._held += self._decoder.decode(b"", final=True)
-        self._pieces = [_Piece(p.token, p.logprob, p.start, 0) for p in self._pieces]
+        self._pieces = deque(_Piece(p.token, p.logprob, p.start, 0) for p in self._pieces)
         return self._settle(len(self._held))
 
     def _settle(self, count: int, stopped: bool = False) -> Settled:
         text, self._held = self._held[:count], self._held[count:]
         self._settled += count
-        ready = [piece for piece in self._pieces if piece.end <= self._settled]
-        self._pieces = self._pieces[len(ready) :]
+        ready = []
+        while self._pieces and self._pieces[0].end <= self._settled:  # ends only grow
+            ready.append(self._pieces.popleft())
         logprobs = tuple(piece.logprob for piece in ready if piece.logprob is not None)
         return Settled(text, tuple(piece.token for piece in ready), logprobs, stopped)
 
@@ -74,14 +108,5 @@ class TextStream:
         """Cut the held text and forget the tokens that begin behind the cut."""
         self._held = self._held[:cut]
         limit = self._settled + cut
-        self._pieces = [_Piece(p.token, p.logprob, p.start, 0) for p in self._pieces if p.start < limit]
+        self._pieces = deque(_Piece(p.token, p.logprob, p.start, 0) for p in self._pieces if p.start < limit)
         return self._settle(cut, stopped=True)
-
-
-def _held_back(text: str, stops: Sequence[str]) -> int:
-    """Length of the longest end of `text` that begins a stop string."""
-    longest = max((len(stop) for stop in stops), default=1) - 1
-    for length in range(min(longest, len(text)), 0, -1):
-        if any(stop.startswith(text[-length:]) for stop in stops):
-            return length
-    return 0

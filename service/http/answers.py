@@ -26,8 +26,9 @@ LONG_LIST = 256
 class Choice:
     """One sample on its way: the chunk each delta makes, and the whole when it is complete."""
 
-    def __init__(self, index: int, tokenizer: Tokenizer) -> None:
+    def __init__(self, index: int, tokenizer: Tokenizer, is_streamed: bool) -> None:
         self.index = index
+        self._is_streamed = is_streamed  # nobody asks for the whole: nothing is kept
         self.finish_reason: FinishReason | None = None
         self._texts: list[str] = []
         self._logprobs: list[Json] = []
@@ -36,10 +37,10 @@ class Choice:
     def add(self, delta: Delta) -> Json:
         """Take a delta in; returns it as a chunk's choice."""
         self.finish_reason = delta.finish_reason
-        self._texts.append(delta.text)
         logprobs = None if delta.logprobs is None else self._speller.spell(delta.logprobs)
-        if logprobs is not None:
-            self._logprobs.append(logprobs)
+        if not self._is_streamed:
+            self._texts.append(delta.text)
+            self._logprobs += [] if logprobs is None else [logprobs]
         return {"index": self.index, "text": delta.text, "logprobs": logprobs, "finish_reason": delta.finish_reason}
 
     def whole(self) -> Json:
@@ -91,11 +92,11 @@ class Speller:
 class Completion:
     """The answer to one completion call: every prompt's every sample."""
 
-    def __init__(self, id: str, requests: Sequence[Request], host: Host) -> None:
+    def __init__(self, id: str, requests: Sequence[Request], host: Host, is_streamed: bool) -> None:
         self._head = {"id": f"cmpl-{id}", "object": "text_completion", "created": int(time.time()), "model": host.card.id}
         self._requests = requests
         self._samples = requests[0].n
-        self._choices = [Choice(index, host.tokenizer) for index in range(len(requests) * self._samples)]
+        self._choices = [Choice(index, host.tokenizer, is_streamed) for index in range(len(requests) * self._samples)]
         self.is_long = False  # whether a thread should encode it
 
     async def take(self, prompt: int, delta: Delta) -> Json:

@@ -35,6 +35,8 @@ class Tokenizer(Protocol):
 
     def token_bytes(self, token: int) -> bytes: ...
 
+    def stranger(self, ids: Sequence[int]) -> int | None: ...
+
 
 @dataclass(frozen=True)
 class ModelCard:

@@ -6,8 +6,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 
-import numpy as np
-
 from service.engine.request import AUTO, ContextTooLong, InvalidRequest, Request, Sampling, UnknownBackend, quoted
 from service.http.errors import ModelNotFound
 from service.http.face import Host
@@ -137,7 +135,8 @@ def _check_length(text: str, host: Host, param: str) -> None:
 
 def check_ids(tokens: Sequence[int], host: Host, param: str) -> None:
     """Raise InvalidRequest unless every id is a token."""
-    last, ids = host.tokenizer.vocab_size - 1, np.asarray(tokens)
-    if tokens and not 0 <= ids.min() <= ids.max() <= last:
-        place = int(np.argmax((ids < 0) | (ids > last)))
-        raise InvalidRequest(f"{param}: token ids are 0 to {last}, received {ids[place]} at place {place}", param=param)
+    place = host.tokenizer.stranger(tokens)
+    if place is not None:
+        last, found = host.tokenizer.vocab_size - 1, tokens[place]
+        hole = ", of which this is none" if 0 <= found <= last else ""
+        raise InvalidRequest(f"{param}: token ids are 0 to {last}, received {found} at place {place}{hole}", param=param)

@@ -80,7 +80,7 @@ def _add_inference(app: FastAPI, host: Host) -> None:
         call = _call(caller, host)
         body = await _body(call, CompletionBody, host)
         requests = await completion_requests(body, host, call)
-        completion = Completion(call.id, requests, host)
+        completion = Completion(call.id, requests, host, bool(body.stream))
         if body.stream:
             return CompletionStream(host, requests, completion, body.stream_options or StreamOptions())
         answer = await complete(host, requests, completion, caller)

@@ -61,8 +61,11 @@ class Merged:
 
 @asynccontextmanager
 async def merged(host: Host, requests: Sequence[Request], caller: HttpRequest) -> AsyncGenerator[Merged]:
-    """Submit the requests and merge their answers; the exit cancels what is left. Raises the engine's refusals."""
-    queue: asyncio.Queue[Item | Signal | Exception] = asyncio.Queue()
+    """Submit the requests and merge their answers; the exit cancels what is left. Raises the engine's refusals.
+
+    The queue holds one item: what a slow reader leaves stays in its answer, which joins it.
+    """
+    queue: asyncio.Queue[Item | Signal | Exception] = asyncio.Queue(1)
     async with AsyncExitStack() as stack:
         opened = []
         for request in requests:
@@ -77,16 +80,16 @@ async def _move(index: int, answer: AsyncIterator[Delta | Embedding], queue: asy
     """One answer's items into the queue, then END; or its failure, for the reader to raise."""
     try:
         async for item in answer:
-            queue.put_nowait((index, item))
-        queue.put_nowait(Signal.END)
+            await queue.put((index, item))
+        await queue.put(Signal.END)
     except Exception as error:
-        queue.put_nowait(error)
+        await queue.put(error)
 
 
 async def _watch(caller: HttpRequest, queue: asyncio.Queue[Item | Signal | Exception]) -> None:
     while (await caller.receive())["type"] != "http.disconnect":
         pass
-    queue.put_nowait(ClientGone("the caller hung up"))
+    await queue.put(ClientGone("the caller hung up"))
 
 
 async def _end(tasks: Sequence[asyncio.Task[None]]) -> None:

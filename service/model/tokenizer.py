@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import tokenizers
+from numpy.typing import NDArray
 
 
 class Tokenizer:
@@ -26,6 +28,7 @@ class Tokenizer:
         self._core.no_padding()
         self._core.no_truncation()  # a file may ask for it; nothing is cut in silence here
         self._core.encode_special_tokens = True  # a caller's text cannot smuggle in a control token
+        self._bytes = _token_bytes(core)
 
     @classmethod
     def load(cls, directory: str | Path, eos_id: int | None = None) -> Tokenizer:
@@ -41,9 +44,25 @@ class Tokenizer:
         return cls(core, eos_id, settings.get("model_max_length"))
 
     @property
+    def ids(self) -> Collection[int]:
+        """The ids that are tokens, added ones included. There may be holes between them."""
+        return self._bytes.keys()
+
+    def stranger(self, ids: Sequence[int]) -> int | None:
+        """The place of the first id that is no token; None when all are."""
+        wide = np.asarray(ids)
+        strange = (wide < 0) | (wide >= len(self._known))
+        strange[~strange] = ~self._known[wide[~strange].astype(np.int64)]
+        return int(strange.argmax()) if strange.any() else None
+
+    @cached_property
+    def _known(self) -> NDArray[np.bool_]:
+        return np.isin(np.arange(self.vocab_size), list(self._bytes))
+
+    @property
     def vocab_size(self) -> int:
-        """Number of token ids, added tokens included."""
-        return int(self._core.get_vocab_size(with_added_tokens=True))
+        """One more than the largest token id."""
+        return max(self._bytes) + 1
 
     @cached_property
     def leading(self) -> int:
@@ -62,10 +81,14 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of token ids; bytes that are no UTF-8 become U+FFFD. Special tokens show as their text."""
-        return b"".join(self.token_bytes(i) for i in ids).decode("utf-8", errors="replace")
+        return self.bytes_of(ids).decode("utf-8", errors="replace")
+
+    def bytes_of(self, ids: Iterable[int]) -> bytes:
+        """The bytes that tokens stand for, joined. Raises KeyError for an id that is no token."""
+        return b"".join(map(self._bytes.__getitem__, ids))
 
     def token_bytes(self, token: int) -> bytes:
-        """The bytes that a token stands for. Raises IndexError for an id that is no token."""
+        """The bytes that a token stands for. Raises KeyError for an id that is no token."""
         return self._bytes[token]
 
     @cached_property
@@ -79,18 +102,19 @@ class Tokenizer:
         covers_all = file["model"]["type"] == "BPE" and (file["model"]["byte_fallback"] or self._spells_every_byte(file))
         if shrinking is None or not keeps_all or not covers_all:
             return None
-        return shrinking * max(map(len, self._bytes))
+        return shrinking * max(map(len, self._bytes.values()))
 
     def _spells_every_byte(self, file: dict[str, Any]) -> bool:
-        return _has(file["pre_tokenizer"], "ByteLevel") and len({each for each in self._bytes if len(each) == 1}) == 256
+        singles = {each for each in self._bytes.values() if len(each) == 1}
+        return _has(file["pre_tokenizer"], "ByteLevel") and len(singles) == 256
 
-    @cached_property
-    def _bytes(self) -> list[bytes]:
-        added = {i: token.content for i, token in self._core.get_added_tokens_decoder().items()}
-        byte_level = "ByteLevel" in json.dumps(json.loads(self._core.to_str())["decoder"])
-        spell = _byte_level_bytes if byte_level else _sentencepiece_bytes
-        tokens = ((i, self._core.id_to_token(i)) for i in range(self.vocab_size))
-        return [added[i].encode() if i in added else spell(token or "") for i, token in tokens]
+
+def _token_bytes(core: tokenizers.Tokenizer) -> dict[int, bytes]:
+    """The bytes of every token by its id."""
+    added = {i: token.content.encode() for i, token in core.get_added_tokens_decoder().items()}
+    byte_level = "ByteLevel" in json.dumps(json.loads(core.to_str())["decoder"])
+    spell = _byte_level_bytes if byte_level else _sentencepiece_bytes
+    return {i: spell(token) for token, i in core.get_vocab(with_added_tokens=True).items()} | added
 
 
 NFC_SHRINKS = 4
@@ -143,7 +167,10 @@ def _byte_alphabet() -> dict[str, int]:
 
 def _byte_level_bytes(token: str) -> bytes:
     table = _byte_alphabet()
-    return bytes(table[char] for char in token)
+    try:
+        return bytes(table[char] for char in token)
+    except KeyError:  # spelled in no byte alphabet: its text is itself, as the library's own decoder has it
+        return token.encode()
 
 
 def _sentencepiece_bytes(token: str) -> bytes:

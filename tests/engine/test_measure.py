@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import time
+import weakref
 from typing import Any
 
 import pytest
@@ -21,6 +23,13 @@ from tests.engine import world
 from tests.engine.world import complete, completion, embed, embedding, prompt, running
 
 CPU = torch.device("cpu")
+
+
+class Owner:
+    """What steps are measured for."""
+
+
+OWNER = Owner()
 MIB = 2**20
 LENGTH = 16 * 1024  # the longest that is audited; its chunks pass through all the shorter ones
 CAUSAL = [name for name in attention.names() if name != "longformer"]
@@ -41,11 +50,27 @@ def test_the_counter_sees_new_storages_and_no_views_nor_inputs() -> None:
     assert counter.current_bytes == 0
 
 
+def test_a_counter_is_gone_after_its_step_though_what_it_saw_stays() -> None:
+    weight, seen = torch.ones(10), []
+    gc.disable()
+    try:
+        for _ in range(3):
+            counter = StorageCounter()
+            with torch.inference_mode(), counter:
+                answer = weight * 2
+            seen.append(weakref.ref(counter))
+            del counter
+        assert not any(each() for each in seen)
+    finally:
+        gc.enable()
+    del answer
+
+
 @pytest.mark.parametrize("cost", [0.0, 0.001, 0.5])
 def test_measuring_takes_its_share_of_the_time_and_no_more(cost: float) -> None:
     step, sampler = 0.002, Sampler(CPU, 0.01, operator_seconds=cost)
     for _ in range(10_000):
-        gauge = sampler.gauge("decode", "size", lambda: True)
+        gauge = sampler.gauge("decode", OWNER, "size", lambda: True)
         if gauge is not None:
             assert isinstance(gauge, StorageCounter)
             gauge.operators = 1
@@ -56,12 +81,12 @@ def test_measuring_takes_its_share_of_the_time_and_no_more(cost: float) -> None:
 
 def test_the_first_step_of_a_size_is_measured_and_one_that_tells_nothing_is_not() -> None:
     sampler = Sampler(CPU, 0.01, operator_seconds=1.0)
-    first = sampler.gauge("prefill", "small", lambda: False)
+    first = sampler.gauge("prefill", OWNER, "small", lambda: False)
     assert first is not None
     sampler.account("prefill", 1000.0, first)
-    assert sampler.gauge("prefill", "small", lambda: False) is None
-    assert sampler.gauge("prefill", "large", lambda: False) is not None
-    assert sampler.gauge("prefill", "small", lambda: True) is not None
+    assert sampler.gauge("prefill", OWNER, "small", lambda: False) is None
+    assert sampler.gauge("prefill", OWNER, "large", lambda: False) is not None
+    assert sampler.gauge("prefill", OWNER, "small", lambda: True) is not None
 
 
 def test_the_cost_of_counting_is_what_a_counted_call_takes_longer() -> None:

@@ -125,6 +125,46 @@ def test_streams_get_their_share_of_the_time_behind_a_slice_of_prefill() -> None
     assert 0.45 < spent["decode"] / (spent["decode"] + spent["embed"]) < 0.6  # whole steps round the share up
 
 
+def test_a_decode_step_that_has_paused_keeps_the_share_of_the_streams() -> None:
+    scheduler = make_scheduler(decode_share=0.5)
+    scheduler.waiting = [make_job(10, max_tokens=100)]
+    finish(scheduler.next(0.0), scheduler)  # type: ignore[arg-type]
+    paused = scheduler.next(0.0)
+    assert paused is not None and paused.kind == "decode"
+    scheduler.account(paused, 0.01)
+    scheduler.pause(paused)
+    scheduler.waiting = [make_job(100, kind="embedding") for _ in range(40)]
+    before = 0
+    while (work := scheduler.next(1.0)) is not paused:
+        assert work is not None
+        scheduler.account(work, work.predicted_seconds)
+        finish(work, scheduler)
+        before += 1
+    assert before == 1
+
+
+def test_a_paused_decode_step_takes_turns_with_the_streams_of_other_backends() -> None:
+    scheduler = make_scheduler()
+    other = Route("other", DENSE, COURSE, ROUTE.pool)
+    scheduler.waiting = [make_job(10), make_job(10)]
+    scheduler.waiting[1].route = other
+    for _ in range(2):
+        finish(scheduler.next(0.0), scheduler)  # type: ignore[arg-type]
+    served = []
+    paused = scheduler.next(0.0)
+    assert paused is not None
+    for _ in range(6):
+        scheduler.pause(paused)
+        work = scheduler.next(0.0)
+        assert work is not None
+        served.append(work.route.name)
+        if work is not paused:
+            for member in work.members:  # as a step that ends, of a stream that never does
+                member.sequence.is_held = False
+            scheduler.paused.remove(paused)
+    assert sorted(served[:2]) == sorted(served[2:4]) == sorted(served[4:]) == ["dense", "other"]
+
+
 def test_all_streams_of_a_backend_decode_in_one_step() -> None:
     scheduler = make_scheduler()
     scheduler.waiting = [make_job(10 + i, max_tokens=9) for i in range(5)]

@@ -45,3 +45,27 @@ async def test_after_500_requests_of_which_200_left_all_memory_is_back() -> None
         await storm(1)
         assert resident_bytes() <= 1.02 * before
     assert len(watcher.ended) == 1000
+
+
+@pytest.mark.slow
+async def test_after_50_swaps_beside_answers_all_memory_is_back() -> None:
+    model = world.make_model()
+    async with running(model, memory_sample_every=1) as engine:
+
+        async def swaps(count: int) -> int:
+            for turn in range(count):
+                stream = engine.submit(completion(prompt(40), max_tokens=6))
+                await anext(stream)
+                window, features = 64 + turn % 7, 32 + 32 * (turn % 2)
+                options = {"dense": {}, "sliding_window": {"window": window}, "performer": {"features": features}}
+                await engine.swap(world.make_backends(model, **options))
+                async for _ in stream:
+                    pass
+            await until(lambda: is_empty(engine))
+            gc.collect()
+            trim()
+            return resident_bytes()
+
+        await swaps(10)  # torch, the allocator and the caches reach their working size
+        before = await swaps(50)
+        assert await swaps(50) <= 1.02 * before

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
+from types import FrameType
+
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -71,3 +76,56 @@ def test_a_character_that_the_prompt_leaves_open_is_finished_by_the_answer() -> 
 def test_tokens_behind_a_stop_string_are_not_handed_out() -> None:
     settled = feed("abXYc", ("XY",))
     assert [token for piece in settled for token in piece.tokens] == list(b"ab")
+
+
+class Words:
+    """A tokenizer whose tokens are the given texts."""
+
+    def __init__(self, *texts: str) -> None:
+        self._texts = texts
+
+    def token_bytes(self, token: int) -> bytes:
+        return self._texts[token].encode()
+
+
+def shown(texts: list[str], stop: tuple[str, ...]) -> str:
+    """The text that tokens with these texts show."""
+    stream, text = TextStream(Words(*texts), stop), ""  # type: ignore[arg-type]
+    for token in range(len(texts)):
+        settled = stream.push(token)
+        text += settled.text
+        if settled.stopped:
+            return text
+    return text + stream.flush().text
+
+
+@given(st.lists(st.text("ab", max_size=5), max_size=12), st.lists(st.text("ab", min_size=1, max_size=4), max_size=3))
+def test_where_tokens_end_makes_no_difference_to_the_text(texts: list[str], stops: list[str]) -> None:
+    assert shown(texts, tuple(stops)) == shown(list("".join(texts)), tuple(stops))
+
+
+def lines_run(call: Callable[[], object]) -> int:
+    """Lines of Python that a call runs: a measure of its cost that no neighbour disturbs."""
+    count = 0
+
+    def trace(frame: FrameType, event: str, argument: object) -> object:
+        nonlocal count
+        count += event == "line"
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        call()
+    finally:
+        sys.settrace(before)
+    return count
+
+
+@pytest.mark.parametrize("text", ["a", "ab", "abc"])
+def test_the_cost_of_stop_strings_is_linear_in_the_text_whatever_is_held_back(text: str) -> None:
+    def cost(length: int) -> int:
+        stops = tuple("ab" * length + str(i) if text == "ab" else "a" * length + str(i) for i in range(16))
+        return lines_run(lambda: shown(list(text * (length // len(text))), stops))
+
+    assert cost(800) < 2.5 * cost(400)

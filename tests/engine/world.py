@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -30,13 +30,13 @@ BACKENDS = {"dense": {}, "sliding_window": {"window": 64, "sinks": 4}, "performe
 _ids = itertools.count()
 
 
-def make_model(dtype: torch.dtype = torch.float32, eos: int = EOS, scale: int = 1) -> Transformer:
+def make_model(dtype: torch.dtype = torch.float32, eos: int = EOS, scale: int = 1, vocabulary: int = VOCABULARY) -> Transformer:
     """A transformer of random weights; untied, since a tied one would only repeat its last token."""
     torch.manual_seed(0)
     config = ModelConfig.from_dict(
         {
             "model_type": "qwen3",
-            "vocab_size": VOCABULARY,
+            "vocab_size": vocabulary,
             "hidden_size": 32 * scale,
             "intermediate_size": 48 * scale,
             "num_hidden_layers": 2,
@@ -52,9 +52,9 @@ def make_model(dtype: torch.dtype = torch.float32, eos: int = EOS, scale: int = 
     return Transformer(config).to(dtype).requires_grad_(False).eval()
 
 
-def make_tokenizer() -> Tokenizer:
-    """One token per byte, and an end-of-text token."""
-    vocabulary = dict(_byte_alphabet())
+def make_tokenizer(moved: Mapping[int, int] | None = None) -> Tokenizer:
+    """One token per byte, and an end-of-text token. `moved`: bytes whose id is another, which leaves a hole."""
+    vocabulary = {char: (moved or {}).get(byte, byte) for char, byte in _byte_alphabet().items()}
     core = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     core.decoder = decoders.ByteLevel()
     core.add_special_tokens(["<end>"])
@@ -87,12 +87,16 @@ class Watcher:
 
 @asynccontextmanager
 async def running(
-    model: Transformer | None = None, backends: Backends | None = None, watcher: Watcher | None = None, **config: Any
+    model: Transformer | None = None,
+    backends: Backends | None = None,
+    watcher: Watcher | None = None,
+    tokenizer: Tokenizer | None = None,
+    **config: Any,
 ) -> AsyncIterator[Engine]:
     """A started engine, stopped on leaving. The budget is 64 MiB unless the config says otherwise."""
     model = model or make_model()
     settings = EngineConfig(**({"memory_budget_bytes": 64 * 2**20} | config))
-    engine = Engine(model, make_tokenizer(), backends or make_backends(model), settings, watcher)
+    engine = Engine(model, tokenizer or make_tokenizer(), backends or make_backends(model), settings, watcher)
     await engine.start()
     try:
         yield engine

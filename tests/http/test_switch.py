@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from attention import truth
+from attention import AttentionBackend, truth
 from service.config import AttentionConfig, ServiceConfig, UserConfig
 from service.plain import listening
 from service.replica import Replica
@@ -136,3 +136,29 @@ async def test_a_draining_replica_finishes_what_runs_and_admits_nothing_more(ser
     assert (await task).status == 200
     await draining
     assert (await asyncio.to_thread(service.get, "/ready")).status == 503
+
+
+async def test_what_a_switch_leaves_as_it_is_is_neither_built_nor_timed_again(
+    service: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service.replica.retarget(to("dense", dense={}, sliding_window={"window": 100}, performer={}))
+    assert (await settled(service))["degraded"] is None
+    engine, checked, honest = service.replica.engine, [], truth.check
+    before, routes = dict(engine.backends.by_name), dict(engine._routes)
+
+    def noted(backend: AttentionBackend, *rest: Any) -> truth.Truth:
+        checked.append(backend.name)
+        return honest(backend, *rest)
+
+    monkeypatch.setattr(truth, "check", noted)
+    service.replica.retarget(to("performer", performer={}, sliding_window={"sinks": 4, "window": 100}, dense={}))
+    assert (await settled(service))["attention"]["default"] == "performer"
+    assert engine.backends.default == "performer" and not checked
+    assert all(engine.backends.by_name[name] is before[name] for name in before)
+    assert all(engine._routes[name] is routes[name] for name in routes)
+    service.replica.retarget(to("dense", dense={}, sliding_window={"window": 101}, performer={}))
+    await settled(service)
+    assert checked == ["sliding_window"]
+    assert engine.backends.by_name["dense"] is before["dense"]
+    assert engine.backends.by_name["sliding_window"].options.model_dump()["window"] == 101
+    assert await served_by(service, attention="sliding_window") == "sliding_window"

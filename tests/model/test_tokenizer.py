@@ -8,8 +8,10 @@ from typing import Any
 from unicodedata import normalize
 
 import pytest
+import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import decoders, models
 
 from service.model.checkpoint import EMBEDDED
 from service.model.tokenizer import NFC_SHRINKS, Tokenizer, _sentencepiece_bytes
@@ -119,3 +121,17 @@ def test_sentencepiece_spellings_become_their_bytes() -> None:
 def test_a_directory_without_a_tokenizer_is_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=str(tmp_path)):
         Tokenizer.load(tmp_path)
+
+
+def test_ids_between_tokens_are_strangers_and_what_lies_behind_a_hole_is_known() -> None:
+    core = tokenizers.Tokenizer(models.BPE(vocab={"a": 0, "b": 2, "Ġ": 7}, merges=[]))
+    core.decoder = decoders.ByteLevel()
+    tokenizer = Tokenizer(core, None)
+    assert (sorted(tokenizer.ids), tokenizer.vocab_size) == ([0, 2, 7], 8)
+    assert tokenizer.decode([0, 7, 2]) == "a b"
+    for token in (1, 3, 8, -1):
+        with pytest.raises(KeyError):
+            tokenizer.token_bytes(token)
+        assert tokenizer.stranger([0, 7, token, 2, token]) == 2
+    assert tokenizer.stranger([0, 2**70]) == 1
+    assert tokenizer.stranger([0, 2, 7]) is None and tokenizer.stranger([]) is None
