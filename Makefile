@@ -4,13 +4,17 @@ VENV := .venv
 BIN := $(VENV)/bin
 CONFIG ?= deploy/local.yaml
 
-.PHONY: serve test check format bench engine-bench evaluate clean
+.PHONY: serve test soak check format bench engine-bench evaluate clean
 
 serve: $(VENV)/.serve-installed  ## start the service and print its URL; Ctrl-C drains it
 	$(BIN)/longserve serve $(CONFIG)
 
 test: $(VENV)/.dev-installed  ## all tests that need no GPU
 	$(BIN)/python -m pytest
+
+MINUTES ?= 10
+soak: $(VENV)/.dev-installed  ## a real service under mixed traffic, switches and a killed replica for MINUTES
+	$(BIN)/python -m tests.soak --minutes $(MINUTES)
 
 check: $(VENV)/.dev-installed  ## lint, formatting and types
 	$(BIN)/ruff check .

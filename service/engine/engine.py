@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -80,13 +80,15 @@ class Engine:
         backends: Backends,
         config: EngineConfig,
         observer: Observer | None = None,
+        cpus: Collection[int] = (),
     ) -> None:
-        """Nothing runs before `start`."""
+        """Nothing runs before `start`. `cpus`: those that only this engine's model thread and its workers are to use."""
         self._model = model
         self._tokenizer = tokenizer
         self._backends = backends
         self._config = config
         self._observer = observer or NullObserver()
+        self._cpus = sorted(cpus)
         self._routes: dict[str, Route] = {}
         self._is_draining = False
         self._is_dead = False
@@ -107,7 +109,8 @@ class Engine:
         available = available_bytes(self._model.device)
         self._ledger = Ledger(budget_bytes(self._config.memory_budget_bytes, self._config.memory_share, available))
         threads = torch.get_num_threads()
-        self._thread = ThreadPoolExecutor(1, "longserve-model", initializer=lambda: give_team_its_cpus(threads))
+        give = partial(give_team_its_cpus, threads, self._cpus)
+        self._thread = ThreadPoolExecutor(1, "longserve-model", initializer=give)
         await self._on_model_thread(warm_up)
         self._pace = await self._on_model_thread(lambda: forecast.measure_model(self._model))
         self._rows = await self._on_model_thread(lambda: row_multiple(self._model))
