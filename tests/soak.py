@@ -243,8 +243,15 @@ class Soak:
             self._service.rewrite(lambda data, default=default: switch_of(data).update(default=default))
             applied = await asyncio.to_thread(self._service.apply)
             self._switches["ok" if applied.returncode == 0 else "failed"] += 1
+            self._tell_growth()
             if applied.returncode:
                 self.faults.append(f"a switch failed: {applied.stderr.strip()[-200:]}")
+
+    def _tell_growth(self) -> None:
+        """The replicas' resident memory by now: a series that ends flat is no leak."""
+        found = sizes(descendants(self._service.process.pid))
+        told = ", ".join(f"{pid} {size.resident / 2**20:.0f}" for pid, size in found.items() if "ServeReplica" in size.name)
+        print(f"{len(self._sent)} requests under way; replicas' MiB: {told}", flush=True)
 
     async def _kill(self) -> None:
         """Kill one replica, and wait until it has a successor."""
@@ -271,14 +278,21 @@ class Soak:
             await asyncio.wait(self._sent, timeout=QUIET_SECONDS)
         held = -1.0
         for _ in range(int(QUIET_SECONDS)):
-            names = ("longserve_memory_reserved_bytes", "longserve_state_bytes", "longserve_requests_running")
-            held = sum(sum(await asyncio.to_thread(self._service.metric, name)) for name in names)
+            held = await asyncio.to_thread(self._held)
             if held == 0 and not self._sent:
                 await asyncio.sleep(2)  # longer than the engine's rest, after which it gives free memory back
-                return sizes({self._service.process.pid, *descendants(self._service.process.pid)})
+                break
             await asyncio.sleep(1)
-        self.faults.append(f"after {QUIET_SECONDS:.0f} s of rest {len(self._sent)} requests have no answer, {held:.0f} held")
+        else:
+            self.faults.append(
+                f"after {QUIET_SECONDS:.0f} s of rest {len(self._sent)} requests unanswered, {held:.0f} bytes held"
+            )
         return sizes({self._service.process.pid, *descendants(self._service.process.pid)})
+
+    def _held(self) -> float:
+        """Bytes that the replicas hold for requests, and requests that run."""
+        names = ("longserve_memory_reserved_bytes", "longserve_state_bytes", "longserve_requests_running")
+        return sum(sum(self._service.metric(name)) for name in names)
 
     def _compare(self, before: dict[int, Size], after: dict[int, Size]) -> None:
         print(f"\n{'process':<34}{'MiB':>8}{'grown':>8}{'descriptors':>13}{'grown':>7}{'sockets':>9}{'grown':>7}")
@@ -323,7 +337,8 @@ class Soak:
 async def soak(service: Service, seconds: float, seed: int) -> list[str]:
     """Run on a service; returns what went wrong."""
     timeout = aiohttp.ClientTimeout(total=TIMEOUT_SECONDS)
-    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), timeout=timeout) as session:
+    connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=1)  # idle ones are gone when sizes are taken
+    async with aiohttp.ClientSession(connector=connector, timeout=timeout) as session:
         run = Soak(service, session, seconds, seed)
         await run.run()
         return run.faults
