@@ -41,7 +41,11 @@ class Service(Client):
 
     def cli(self, *arguments: str, **kwargs: Any) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            [sys.executable, "-m", "service.cli", *arguments], capture_output=True, text=True, timeout=90, **kwargs
+            [sys.executable, "-m", "service.cli", *arguments],
+            capture_output=True,
+            text=True,
+            timeout=LONG_SECONDS * 2,
+            **kwargs,
         )
 
     def apply(self, path: Path | None = None) -> subprocess.CompletedProcess[str]:
