@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -88,10 +88,11 @@ def descendants(pid: int) -> set[int]:
     found: set[int] = set()
     pending = [pid]
     while pending:
-        children = Path(f"/proc/{pending.pop()}/task").glob("*/children")
-        for child in {int(each) for path in children for each in path.read_text().split()} - found:
-            found.add(child)
-            pending.append(child)
+        for path in Path(f"/proc/{pending.pop()}/task").glob("*/children"):
+            with suppress(FileNotFoundError, ProcessLookupError):  # ended meanwhile
+                new = {int(each) for each in path.read_text().split()} - found
+                found |= new
+                pending += new
     return found
 
 
