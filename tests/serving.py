@@ -21,7 +21,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from tests.http.client import Client, eventually
 
 LOCAL = Path(__file__).parent.parent / "deploy" / "local.yaml"
-START_SECONDS = 90  # 30 is the promise on two idle cores; a test machine is shared
+START_SECONDS = 240  # 30 is the promise on two idle cores; a test machine is shared
 LONG_SECONDS = 120.0  # a dense prefill of a long text takes some 10 s on an idle core
 LISTENS = "0A"  # the state of a listening socket in /proc/net/tcp
 LOOPBACK = (  # as the kernel writes 127.0.0.1, ::ffff:127.0.0.1 and ::1

@@ -9,6 +9,7 @@ import signal
 import stat
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -40,8 +41,15 @@ def streaming(service: Service, tokens: int) -> Iterator[concurrent.futures.Futu
         yield stream
 
 
-def folders() -> set[Path]:
-    return set(Path("/tmp").glob("longserve-*"))
+@pytest.fixture
+def scratch() -> Iterator[Path]:
+    """Where the service of a test keeps Ray's folder. Short, for there are sockets in it."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
+        yield Path(folder)
+
+
+def using(scratch: Path) -> dict[str, str]:
+    return os.environ | {"RAY_TMPDIR": str(scratch)}
 
 
 def to_group(service: Service, number: int) -> None:
@@ -55,9 +63,10 @@ def to_process(service: Service, number: int) -> None:
 @pytest.mark.parametrize(
     ("send", "number"), [(to_group, signal.SIGTERM), (to_process, signal.SIGTERM), (to_group, signal.SIGHUP)]
 )
-def test_a_signal_drains_whoever_gets_it(send: Callable[[Service, int], None], number: int, tmp_path: Path) -> None:
-    before = folders()
-    with serving(tmp_path / "one.yaml", drains_soon) as service:
+def test_a_signal_drains_whoever_gets_it(
+    send: Callable[[Service, int], None], number: int, tmp_path: Path, scratch: Path
+) -> None:
+    with serving(tmp_path / "one.yaml", drains_soon, env=using(scratch)) as service:
         below = descendants(service.process.pid)
         with streaming(service, tokens=600) as stream:
             send(service, number)
@@ -66,7 +75,7 @@ def test_a_signal_drains_whoever_gets_it(send: Callable[[Service, int], None], n
             assert stream.result().events[-1] == "[DONE]"
         assert service.process.wait(ENDED_SECONDS) == 0
         assert are_gone(below)
-    assert folders() <= before
+    assert list(scratch.iterdir()) == []
 
 
 def test_a_stream_longer_than_the_time_to_drain_is_told_so_and_does_not_hold_the_end_up(tmp_path: Path) -> None:
@@ -79,9 +88,8 @@ def test_a_stream_longer_than_the_time_to_drain_is_told_so_and_does_not_hold_the
         assert are_gone(below)
 
 
-def test_a_second_signal_ends_at_once(tmp_path: Path) -> None:
-    before = folders()
-    with serving(tmp_path / "one.yaml", lambda data: None) as service:  # 30 s to drain
+def test_a_second_signal_ends_at_once(tmp_path: Path, scratch: Path) -> None:
+    with serving(tmp_path / "one.yaml", lambda data: None, env=using(scratch)) as service:  # 30 s to drain
         below = descendants(service.process.pid)
         with streaming(service, tokens=30_000) as stream:
             to_group(service, signal.SIGTERM)
@@ -92,7 +100,7 @@ def test_a_second_signal_ends_at_once(tmp_path: Path) -> None:
             stream.cancel()
             assert stream.exception(timeout=15) is not None or stream.result().events[-1] != "[DONE]"
         assert are_gone(below)
-    assert folders() <= before
+    assert list(scratch.iterdir()) == []
 
 
 @pytest.mark.parametrize("who", ["parent", "child"])
@@ -105,15 +113,14 @@ def test_who_is_killed_leaves_no_orphans(who: str, tmp_path: Path) -> None:
         assert eventually(lambda: are_gone(below))
 
 
-def test_only_this_machine_and_this_user_reach_a_local_service(tmp_path: Path) -> None:
+def test_only_this_machine_and_this_user_reach_a_local_service(tmp_path: Path, scratch: Path) -> None:
     token = Path.home() / ".ray" / "auth_token"
     if token.is_file():
         token.chmod(0o644)  # as Ray makes it
-    before = folders()
-    with serving(tmp_path / "one.yaml", lambda data: None) as service:
+    with serving(tmp_path / "one.yaml", lambda data: None, env=using(scratch)) as service:
         assert public_listeners({service.process.pid, *descendants(service.process.pid)}) == []
         assert stat.S_IMODE(token.stat().st_mode) == 0o600
-        (folder,) = folders() - before
+        (folder,) = scratch.iterdir()
         assert stat.S_IMODE(folder.stat().st_mode) == 0o700
 
 
