@@ -103,7 +103,7 @@ def _serve(path: Path) -> int:
             except (cluster.DeployFailed, Refused) as error:
                 raise Refused(f"the service did not start: {error} (Ray's logs are in {logs})") from error
     except KeyboardInterrupt:
-        print("ended at once", flush=True)
+        _tell("ended at once")
     return 0
 
 
@@ -152,8 +152,16 @@ def _announce(file: ServeFile, seconds: float) -> None:
     for application in file.applications:
         base = base_url(file, application)
         _wait_until_ready(base, application)
-        print(f"{application.name} is ready at {base} after {seconds:.1f} s; Ctrl-C stops it", flush=True)
-        print(f"  {curl_line(base, application)}", flush=True)
+        _tell(f"{application.name} is ready at {base} after {seconds:.1f} s; Ctrl-C stops it")
+        _tell(f"  {curl_line(base, application)}")
+
+
+def _tell(line: str) -> None:
+    """Print a line of a service's life. With nobody to read it, as after a hang-up of the terminal, that life goes on."""
+    try:
+        print(line, flush=True)
+    except OSError:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115, what is left in the old one's buffer must not fail the exit
 
 
 def curl_line(base: str, application: ApplicationSection) -> str:
@@ -182,9 +190,9 @@ def _drain(file: ServeFile) -> None:
     from service import cluster
 
     seconds = max(application.args.drain_seconds for application in file.applications)
-    print(f"draining, at most {seconds:.0f} s; Ctrl-C again ends at once", flush=True)
+    _tell(f"draining, at most {seconds:.0f} s; Ctrl-C again ends at once")
     for fault in cluster.drain(file, seconds):
-        print(f"longserve serve: {fault}", file=sys.stderr)
+        _tell(f"longserve serve: {fault}")
 
 
 def apply(options: argparse.Namespace) -> int:
