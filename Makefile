@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 CONFIG ?= deploy/local.yaml
 
-.PHONY: serve watch test prometheus check format bench engine-bench evaluate loadtest clean
+.PHONY: serve watch test prometheus soak check format bench engine-bench evaluate loadtest clean
 
 serve: $(VENV)/.serve-installed  ## start the service and print its URL; Ctrl-C drains it
 	$(BIN)/longserve serve $(CONFIG)
@@ -15,6 +15,10 @@ watch: $(BIN)/prometheus  ## Prometheus and Grafana beside the running service; 
 test: $(VENV)/.dev-installed  ## all tests that need no GPU; without Prometheus those that need it are skipped
 	-@$(MAKE) --no-print-directory prometheus
 	$(BIN)/python -m pytest
+
+MINUTES ?= 10
+soak: $(VENV)/.dev-installed  ## a real service under mixed traffic, switches and a killed replica for MINUTES
+	$(BIN)/python -m tests.soak --minutes $(MINUTES)
 
 prometheus: $(BIN)/prometheus  ## Prometheus and promtool into .venv, from Debian's package where none is installed
 

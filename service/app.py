@@ -6,20 +6,33 @@ Serve config's `import_path` names. `user_config` is the attention switch, every
 
 from __future__ import annotations
 
+import asyncio
+import logging
+import math
+from collections.abc import Mapping
 from typing import Any
 
 import ray
 from pydantic import ValidationError
 from ray import serve
+from ray._common.network_utils import build_address
+from ray.experimental import internal_kv
+from ray.serve import context as context_of_serve
+from ray.serve._private import replica as serve_replica
 from starlette.types import ASGIApp
 
 from service import logs
-from service.config import DEPLOYMENT, ServiceConfig, UserConfig, explain
+from service.config import DEPLOYMENT, IMPORT_PATH, AttentionConfig, ServiceConfig, UserConfig, explain
 from service.exposition import Families, Format, Gathered
+from service.machine import Place
 from service.replica import Replica
-from service.switch import parse
+from service.switch import LastServed
 
+AUTO_REPLICAS = 100  # what Serve's `num_replicas: auto` may grow to
 GATHER_SECONDS = 2.0  # a replica that takes longer to export its metrics is counted as missing
+
+
+logger = logging.getLogger("longserve.app")
 
 
 class Longserve:
@@ -27,6 +40,7 @@ class Longserve:
 
     def __init__(self, config: ServiceConfig) -> None:
         logs.install(config.log_file)
+        _listen_on_the_node_only()
         self._context = serve.get_replica_context()
         self._name: str = self._context.replica_tag
         self._peers: Any = None  # a handle on this deployment, made at the first scrape
@@ -37,6 +51,8 @@ class Longserve:
             facts={"ray_address": ray.get_runtime_context().gcs_address},  # where `longserve apply` finds this service
             gather=self._gather,
             echoes_request_id=False,  # Serve's proxy does
+            place=_place(self._context),
+            last_served=KeptByRay(self._context.app_name),
         )
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
@@ -52,7 +68,7 @@ class Longserve:
         if self._started:
             self._replica.retarget(user_config)
         else:
-            await self._replica.start(parse(user_config))
+            await self._replica.start(user_config)
             self._started = True
 
     def check_health(self) -> None:
@@ -88,6 +104,28 @@ class Longserve:
         return Gathered(list(arrived.values()), missing)
 
 
+class KeptByRay(LastServed):
+    """The switch that served last, in the key-value store of the Ray cluster: it lives as long as that."""
+
+    def __init__(self, application: str) -> None:
+        self._key = f"switch:{application}"
+
+    async def recall(self) -> AttentionConfig | None:
+        try:
+            kept = await asyncio.to_thread(internal_kv._internal_kv_get, self._key, namespace=DEPLOYMENT)
+            return None if kept is None else AttentionConfig.model_validate_json(kept)
+        except Exception:  # the store is away, or holds what another version wrote: as good as nothing kept
+            logger.exception("the switch that served last cannot be recalled")
+            return None
+
+    async def keep(self, config: AttentionConfig) -> None:
+        kept = config.model_dump_json()
+        try:
+            await asyncio.to_thread(internal_kv._internal_kv_put, self._key, kept, namespace=DEPLOYMENT)
+        except Exception:  # it serves all the same
+            logger.exception("the switch cannot be kept for a replica that is restarted")
+
+
 _deployment: Any = serve.deployment(
     serve.ingress()(Longserve),
     name=DEPLOYMENT,
@@ -103,3 +141,41 @@ def build(args: dict[str, Any]) -> serve.Application:
     except ValidationError as error:
         raise ValueError("\n".join(f"args.{fault}" for fault in explain(error, ServiceConfig))) from error
     return _deployment.bind(config)
+
+
+def _place(context: Any) -> Place:
+    """Where this replica stands among all that Serve may put on its node: those of other applications count too."""
+    node = next(each["Resources"] for each in ray.nodes() if each["NodeID"] == ray.get_runtime_context().get_node_id())
+    details = context_of_serve._get_global_client().get_serve_details()["applications"]
+    configs = {name: each["deployed_app_config"] or {} for name, each in details.items()}
+    sections: dict[str, Mapping[str, Any]] = {
+        name: next(iter(config.get("deployments", [])), {})
+        for name, config in sorted(configs.items())
+        if config.get("import_path") == IMPORT_PATH or name == context.app_name
+    }
+    counts = {name: most_replicas_on(node, section) for name, section in sections.items()}
+    before = sum(count for name, count in counts.items() if name < context.app_name)
+    per_gpu = math.floor(1 / ((sections[context.app_name].get("ray_actor_options") or {}).get("num_gpus") or 1))
+    return Place(before + context.rank.local_rank, sum(counts.values()), max(1, per_gpu))
+
+
+def most_replicas_on(node: Mapping[str, float], section: Mapping[str, Any]) -> int:
+    """Replicas of one deployment, as its section of a Serve config says, that may come to run on a node with such resources."""
+    scaling, number = section.get("autoscaling_config"), section.get("num_replicas")
+    if number == "auto":
+        number = (scaling or {}).get("max_replicas", AUTO_REPLICAS)
+    elif scaling is not None:
+        number = scaling.get("max_replicas", 1)
+    options = section.get("ray_actor_options") or {}
+    asked = {"CPU": options.get("num_cpus", 1), "GPU": options.get("num_gpus"), **(options.get("resources") or {})}
+    room = [math.floor(node.get(name, 0) / amount + 1e-6) for name, amount in asked.items() if amount]
+    return int(min([number or 1, section.get("max_replicas_per_node") or math.inf, *room]))
+
+
+def _listen_on_the_node_only() -> None:
+    """Have Serve's replica listen for calls of other deployments at its node's address instead of on every interface.
+
+    There is no setting for it, and no deployment here calls another.
+    """
+    bind = serve_replica.add_port_to_grpc_server
+    serve_replica.add_port_to_grpc_server = lambda server, _: bind(server, build_address(ray.util.get_node_ip_address(), 0))

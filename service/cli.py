@@ -22,8 +22,9 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from service.config import ApplicationSection, ConfigError, ServeFile, api_keys, read
+from service.config import ApplicationSection, AttentionConfig, ConfigError, ServeFile, UserConfig, api_keys, read
 from service.machine import available_cpus
+from service.session import heeded, run_in_own_session
 
 READY_SECONDS = 5.0  # how long an application that runs may take to answer through the proxy
 SAME_SIGNAL_SECONDS = 0.5  # a terminal and a wrapper may both pass on one Ctrl-C
@@ -79,29 +80,30 @@ def config_path(given: Path | None) -> Path:
 
 def serve(options: argparse.Namespace) -> int:
     """Start Ray, deploy the file, stay until a signal, drain, end all of it."""
-    began = time.monotonic()
-    path = config_path(options.file)
+    return run_in_own_session(lambda: _serve(config_path(options.file)))
+
+
+def _serve(path: Path) -> int:
+    began, stopped = time.monotonic(), threading.Event()
+    handle = _stopper(stopped)
+    _catch(handle)
     file = read(path)
     _check_startable(path, file)
     from service import cluster
 
-    stopped = threading.Event()
-    handle = _stopper(stopped)
-    _catch(handle)
     try:
-        cluster.start(file, available_cpus())
-        _catch(handle)  # again, for Ray sets handlers of its own
-        cluster.deploy(file)
-        if cluster.wait_until_running(file, stopped):
-            _announce(file, time.monotonic() - began)
-            stopped.wait()
-            _drain(file)
-    except cluster.DeployFailed as error:
-        raise Refused(f"the service did not start: {error}") from error
+        with cluster.running(file, available_cpus()) as logs:
+            _catch(handle)  # again, for Ray sets handlers of its own
+            try:
+                cluster.deploy(file)
+                if cluster.wait_until_running(file, stopped):
+                    _announce(file, time.monotonic() - began)
+                    stopped.wait()
+                    _drain(file)
+            except (cluster.DeployFailed, Refused) as error:
+                raise Refused(f"the service did not start: {error} (Ray's logs are in {logs})") from error
     except KeyboardInterrupt:
-        print("ended at once", flush=True)
-    finally:
-        cluster.stop()
+        _tell("ended at once")
     return 0
 
 
@@ -123,7 +125,7 @@ def _stopper(stopped: threading.Event) -> Handler:
 
 
 def _catch(handle: Handler) -> None:
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in heeded():
         signal.signal(number, handle)
 
 
@@ -150,8 +152,16 @@ def _announce(file: ServeFile, seconds: float) -> None:
     for application in file.applications:
         base = base_url(file, application)
         _wait_until_ready(base, application)
-        print(f"{application.name} is ready at {base} after {seconds:.1f} s; Ctrl-C stops it", flush=True)
-        print(f"  {curl_line(base, application)}", flush=True)
+        _tell(f"{application.name} is ready at {base} after {seconds:.1f} s; Ctrl-C stops it")
+        _tell(f"  {curl_line(base, application)}")
+
+
+def _tell(line: str) -> None:
+    """Print a line of a service's life. With nobody to read it, as after a hang-up of the terminal, that life goes on."""
+    try:
+        print(line, flush=True)
+    except OSError:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115, what is left in the old one's buffer must not fail the exit
 
 
 def curl_line(base: str, application: ApplicationSection) -> str:
@@ -172,7 +182,7 @@ def _wait_until_ready(base: str, application: ApplicationSection) -> None:
         except Refused as error:
             last = str(error)
             time.sleep(0.1)
-    raise Refused(f"the service runs but is not ready: {last}")
+    raise Refused(f"it runs but is not ready: {last}")
 
 
 def _drain(file: ServeFile) -> None:
@@ -180,9 +190,9 @@ def _drain(file: ServeFile) -> None:
     from service import cluster
 
     seconds = max(application.args.drain_seconds for application in file.applications)
-    print(f"draining, at most {seconds:.0f} s; Ctrl-C again ends at once", flush=True)
-    for application in file.applications:
-        cluster.ask_replicas(application, "drain", seconds + cluster.ASK_SECONDS)
+    _tell(f"draining, at most {seconds:.0f} s; Ctrl-C again ends at once")
+    for fault in cluster.drain(file, seconds):
+        _tell(f"longserve serve: {fault}")
 
 
 def apply(options: argparse.Namespace) -> int:
@@ -196,9 +206,29 @@ def apply(options: argparse.Namespace) -> int:
         cluster.deploy(file)
         cluster.wait_until_running(file, threading.Event())
         states = {application.name: _switched(application) for application in file.applications}
-    print(json.dumps(states, indent=2))
-    failed = [state for replicas in states.values() for state in replicas if state["degraded"]]
-    return 1 if failed else 0
+        print(json.dumps(states, indent=2))
+        served = _as_served(file, states)
+        if served == file:
+            return 0
+        print("longserve apply: the switch failed; the former one stays in force, and the file's is forgotten", file=sys.stderr)
+        cluster.deploy(served)  # else a replica that is restarted would try the one that failed
+        for application in served.applications:
+            _switched(application)
+    return 1
+
+
+def _as_served(file: ServeFile, states: Mapping[str, Sequence[Mapping[str, Any]]]) -> ServeFile:
+    """The file with the switch that is in force where its own failed."""
+
+    def served(application: ApplicationSection) -> ApplicationSection:
+        former = [state["attention"] for state in states[application.name] if state["degraded"]]
+        if not former:
+            return application
+        user = UserConfig(attention=AttentionConfig.model_validate(former[0]))
+        (deployment,) = application.deployments
+        return application.model_copy(update={"deployments": [deployment.model_copy(update={"user_config": user})]})
+
+    return file.model_copy(update={"applications": [served(application) for application in file.applications]})
 
 
 def _check_only_switch_differs(file: ServeFile, address: Mapping[str, Any], deployed: Mapping[str, Any]) -> None:
@@ -243,7 +273,14 @@ def status(options: argparse.Namespace) -> int:
     with cluster.connected(_ray_address(file)):
         report = cluster.report(file)
     print(json.dumps(report, indent=2))
-    return 0 if all(each["status"] == "RUNNING" for each in report.values()) else 1
+    return 0 if all(map(_is_well, report.values())) else 1
+
+
+def _is_well(application: Mapping[str, Any]) -> bool:
+    """Whether it runs and every replica serves what it was asked to. One that has not told its switch does not."""
+    return application["status"] == "RUNNING" and all(
+        each.get("degraded", "untold") is None for each in application["replicas"]
+    )
 
 
 def plan(options: argparse.Namespace) -> int:

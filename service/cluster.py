@@ -10,15 +10,21 @@ from __future__ import annotations
 import logging
 import math
 import os
+import shutil
+import tempfile
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, cast
 
 ENVIRONMENT = {
     "RAY_AUTH_MODE": "token",  # Ray runs what it is told: only this user's processes, who can read the token, may tell it
     "RAY_worker_niceness": "0",  # Ray's default of 15 lets any other process of the machine starve the model
     "RAY_USAGE_STATS_ENABLED": "0",  # nothing of ours is reported to anybody
+    # Ray's name for: this machine is a cluster of its own. Its node is 127.0.0.1 then, and all its daemons listen there only
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
     "RAY_DISABLE_DOCKER_CPU_WARNING": "1",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "service.http.proxy:middlewares",  # what stands around Serve's proxy
@@ -32,10 +38,14 @@ from ray.serve.schema import ServeDeploySchema  # noqa: E402
 
 from service.config import DEPLOYMENT, ApplicationSection, ServeFile  # noqa: E402
 from service.http.proxy import LIMITS  # noqa: E402
+from service.session import end_session  # noqa: E402
 
 OBJECT_STORE_BYTES = 100 * 2**20  # requests and answers do not pass through it; Ray's default takes 30 % of the memory
 POLL_SECONDS = 0.1
 ASK_SECONDS = 10.0  # a replica's answer to a question about itself
+DRAINED_SECONDS = 3.0  # beyond its time to drain, for a replica to say that it has
+END_SECONDS = 3.0  # Ray's processes, once told to end; then they are killed
+TOKEN = Path.home() / ".ray" / "auth_token"  # where Ray keeps it
 SERVE_NAMESPACE = "serve"
 
 logging.getLogger("ray.serve").setLevel(logging.ERROR)
@@ -45,8 +55,33 @@ class DeployFailed(Exception):
     """An application did not come to run; the message is the replica's own."""
 
 
-def start(file: ServeFile, cpus: int) -> None:
-    """Start Ray on this machine and Serve's proxy, as the file says: no dashboard, no usage report, a small object store."""
+@contextmanager
+def running(file: ServeFile, cpus: int) -> Iterator[str]:
+    """Ray on this machine and Serve's proxy, as the file says, for as long as the block lasts. The process leads a session.
+
+    No dashboard, no usage report, a small object store. Yields the folder of Ray's sockets and logs, which like all of Ray's
+    files is this user's alone. At the block's end Ray's processes are ended (who wants to drain does so before), and the folder
+    goes, but for an error: its logs may tell why.
+    """
+    os.umask(0o077)
+    if TOKEN.is_file():
+        TOKEN.chmod(0o600)  # made by a Ray without this umask
+    folder = tempfile.mkdtemp(prefix="longserve-", dir=os.environ.get("RAY_TMPDIR", "/tmp"))  # short: sockets lie in it
+    keeps_logs = False
+    try:
+        _start(file, cpus, folder)
+        yield folder
+    except Exception:
+        keeps_logs = True
+        raise
+    finally:
+        ray.shutdown()
+        end_session(os.getpid(), END_SECONDS)
+        if not keeps_logs:
+            shutil.rmtree(folder)
+
+
+def _start(file: ServeFile, cpus: int, folder: str) -> None:
     os.environ[LIMITS] = file.applications[0].args.http.line.model_dump_json()  # the first application's, for all
     ray.init(
         num_cpus=max(cpus, _reserved_cpus(file)),
@@ -54,6 +89,7 @@ def start(file: ServeFile, cpus: int) -> None:
         object_store_memory=OBJECT_STORE_BYTES,
         namespace=SERVE_NAMESPACE,
         logging_level="ERROR",
+        _temp_dir=os.path.join(folder, "ray"),  # one below, for Ray opens it to everybody
     )
     options = file.http_options.model_dump(exclude_none=True)
     serve.start(proxy_location=file.proxy_location, http_options=options, logging_config={"log_level": "ERROR"})
@@ -144,13 +180,22 @@ def _client() -> Any:
 
 def ask_replicas(application: ApplicationSection, method: str, timeout_seconds: float) -> list[Any]:
     """Call a method of every running replica of an application. Raises what one of them raises, or TimeoutError."""
-    handle = serve.get_deployment_handle(DEPLOYMENT, app_name=application.name)
-    return list(handle.broadcast(method).results(timeout_s=timeout_seconds))
+    return list(_ask(application, method).results(timeout_s=timeout_seconds))
 
 
-def stop() -> None:
-    """End the Ray that this process started, Serve and all its processes with it. Who wants to drain does so before."""
-    ray.shutdown()
+def drain(file: ServeFile, seconds: float) -> list[str]:
+    """Have all replicas of all applications finish what runs, each within `seconds`. Returns what went wrong, a line each."""
+    asked = {application.name: _ask(application, "drain") for application in file.applications}
+    deadline = time.monotonic() + seconds + DRAINED_SECONDS
+    faults = []
+    for name, answers in asked.items():  # one that hangs or has died does not keep the others from draining
+        found = answers.results(timeout_s=max(0.0, deadline - time.monotonic()), return_exceptions=True)
+        faults += [f"{name} has not drained: {each!r}" for each in found if isinstance(each, Exception)]
+    return faults
+
+
+def _ask(application: ApplicationSection, method: str) -> Any:
+    return serve.get_deployment_handle(DEPLOYMENT, app_name=application.name).broadcast(method)
 
 
 @contextmanager

@@ -19,6 +19,9 @@ from pydantic_core import ErrorDetails
 DEPLOYMENT: Literal["longserve"] = "longserve"
 """The deployment's name in every application."""
 
+IMPORT_PATH: Literal["service.app:build"] = "service.app:build"
+"""What makes an application of these."""
+
 
 class Settings(BaseModel):
     """Base of all settings: immutable, unknown keys refused."""
@@ -29,8 +32,8 @@ class Settings(BaseModel):
 class EngineConfig(Settings):
     """How the engine batches, admits and queues (service/engine)."""
 
-    memory_budget_bytes: int | None = Field(default=None, gt=0)  # for all requests together; None: by memory_share
-    memory_share: float = Field(default=0.5, gt=0, le=1)  # of what container and machine have left after the weights
+    memory_budget_bytes: int | None = Field(default=None, gt=0)  # for all requests of a replica; None: by memory_share
+    memory_share: float = Field(default=0.5, gt=0, le=1)  # of what container and machine have left, for all their replicas
     max_sequences: int = Field(default=64, gt=0)  # that hold state at once, each of `n` samples counted
     max_waiting_requests: int = Field(default=256, gt=0)  # beyond it 429
     max_waiting_tokens: int = Field(default=1_048_576, gt=0)  # beyond it 429
@@ -74,7 +77,7 @@ class ServiceConfig(Settings):
     name: str | None = None  # the id under /v1/models; None: the checkpoint's own
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     device: str = "cpu"
-    threads: int | None = Field(default=None, gt=0)  # torch threads; None: every CPU this process may use
+    threads: int | None = Field(default=None, gt=0)  # torch threads; None: this replica's part of the CPUs
     float32_matmul_precision: Literal["highest", "high", "medium"] = "highest"
     log_level: Literal["debug", "info", "warning", "error"] = "warning"  # info: one JSON line per request
     log_file: str | None = None  # takes the log lines of all replicas of a machine; None: stderr
@@ -154,7 +157,7 @@ class ApplicationSection(Settings):
 
     name: str = Field(default="longserve", min_length=1)
     route_prefix: str = Field(default="/", pattern="^/")
-    import_path: Literal["service.app:build"] = "service.app:build"
+    import_path: Literal["service.app:build"] = IMPORT_PATH
     runtime_env: dict[str, Any] | None = None
     args: ServiceConfig = ServiceConfig()
     deployments: list[DeploymentSection] = Field(default=[DeploymentSection()], min_length=1, max_length=1)

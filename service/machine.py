@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
@@ -15,11 +16,37 @@ CGROUP_V2 = Path("/sys/fs/cgroup/cpu.max")
 CGROUP_V1 = Path("/sys/fs/cgroup/cpu")
 
 
+@dataclass(frozen=True)
+class Place:
+    """One replica among those that a machine has to carry together at most."""
+
+    rank: int = 0  # 0 to replicas - 1, no two alike at one time
+    replicas: int = 1
+    replicas_per_gpu: int = 1
+
+
 def available_cpus() -> int:
     """CPUs this process may use: its affinity mask, and the container's quota rounded up; at least 1."""
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     quota = _quota()
-    return allowed if quota is None else max(1, min(allowed, math.ceil(quota)))
+    return len(_allowed()) if quota is None else max(1, min(len(_allowed()), math.ceil(quota)))
+
+
+def dealt_threads(place: Place) -> int:
+    """CPUs for each of the replicas that share this machine; at least 1."""
+    return max(1, available_cpus() // place.replicas)
+
+
+def dealt_cpus(place: Place) -> list[int]:
+    """The CPUs that are a replica's own: no other replica of this machine gets one of them.
+
+    Empty where none can be: with fewer CPUs than replicas, or under a quota, which leaves it open which CPUs others take.
+    """
+    allowed, each = _allowed(), available_cpus() // place.replicas
+    return allowed[place.rank * each :][:each] if available_cpus() == len(allowed) else []
+
+
+def _allowed() -> list[int]:
+    return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
 
 
 def _quota() -> float | None:

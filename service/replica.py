@@ -22,7 +22,7 @@ import torch
 from starlette.types import ASGIApp
 
 from service import exposition
-from service.config import HttpConfig, ServiceConfig, UserConfig, api_keys
+from service.config import AttentionConfig, EngineConfig, HttpConfig, ServiceConfig, UserConfig, api_keys
 from service.engine.engine import Engine
 from service.exposition import Families, Format, Gather, Gathered, Page
 from service.http.errors import NotReady
@@ -31,14 +31,16 @@ from service.http.reader import Reader
 from service.http.routes import create_app
 from service.http.workers import Workers
 from service.logs import LOGGERS
-from service.machine import available_cpus, in_passing_thread
+from service.machine import Place, dealt_cpus, dealt_threads, in_passing_thread
 from service.metrics import Metrics
 from service.model import checkpoint
 from service.model.tokenizer import Tokenizer
-from service.switch import Switch, parse
+from service.switch import LastServed, Switch, parse
 
 if TYPE_CHECKING:
     from service.tracing import Traced
+
+ALONE = Place()
 
 
 class Replica:
@@ -50,6 +52,8 @@ class Replica:
         facts: what `/info` tells of this replica beside its name and process.
         gather: asks all replicas for their metrics; None: this is the only one.
         echoes_request_id: False where a proxy in front answers with the request id itself.
+        place: among the replicas that share this machine.
+        last_served: keeps the switch that served last for whoever is started in this replica's stead.
 
     Raises:
         ValueError, FileNotFoundError: something in the config cannot be served.
@@ -63,19 +67,23 @@ class Replica:
         facts: Mapping[str, str] | None = None,
         gather: Gather | None = None,
         echoes_request_id: bool = True,
+        place: Place = ALONE,
+        last_served: LastServed | None = None,
     ) -> None:
         for logger in LOGGERS:
             logging.getLogger(logger).setLevel(config.log_level.upper())
-        torch.set_num_threads(config.threads or available_cpus())
+        torch.set_num_threads(config.threads or dealt_threads(place))
         torch.set_float32_matmul_precision(config.float32_matmul_precision)
         self.settings = config
         self.name = name
+        self._place = place
+        self._last_served = last_served or LastServed()
         self._facts = facts or {}
         self._page = Page(gather or self._only_mine)
         self._loaded = in_passing_thread(lambda: checkpoint.load(_directory(config), config.dtype, config.device, config.name))
         self._started = time.time()
         self._metrics = Metrics()
-        self._switch = Switch(self._loaded.model.head_shape(), self._metrics)
+        self._switch = Switch(self._loaded.model.head_shape(), self._metrics, self._last_served)
         self._metrics.switching.set_function(lambda: float(self._switch.is_switching))
         self._traced = None if config.traces is None else _traced(self._metrics, config.traces, name)
         self._engine: Engine | None = None
@@ -84,19 +92,41 @@ class Replica:
         self.reader = Reader(self._loaded.tokenizer, self._workers)
         self.app: ASGIApp = create_app(self, api_keys(config.http), echoes_request_id)
 
-    async def start(self, user: UserConfig) -> None:
-        """Build and check the backends, then start the engine. Raises ValueError for a backend that cannot serve."""
-        backends = await self._switch.build(user.attention)
+    async def start(self, user_config: UserConfig | Mapping[str, Any]) -> None:
+        """Build and check the backends, then start the engine.
+
+        Where those of `user_config` cannot serve, the ones that served last do: a switch that failed must not keep a restarted
+        replica from serving. Where none have served yet it raises what hinders it: ValueError for a backend that cannot serve.
+        """
+        try:
+            await self._start(parse(user_config).attention)
+        except Exception as error:
+            last = await self._last_served.recall()
+            if last is None:
+                raise
+            await self._start(last)
+            self._switch.refuse(str(error) or type(error).__name__)
+
+    async def _start(self, attention: AttentionConfig) -> None:
+        backends = await self._switch.build(attention)
         await self._workers.start()
-        observer = self._traced or self._metrics
-        engine = Engine(self._loaded.model, self._loaded.tokenizer, backends, self.settings.engine, observer)
+        loaded, settings, observer = self._loaded, self._engine_settings(), self._traced or self._metrics
+        engine = Engine(loaded.model, loaded.tokenizer, backends, settings, observer, dealt_cpus(self._place))
         await engine.start()
+        await self._switch.put_in_force(attention, backends)
         self._metrics.threads.set(torch.get_num_threads())
         self._metrics.build.labels(version("longserve"), torch.__version__, self._loaded.id).set(1)
         self._metrics.watch(engine.snapshot)
         self._engine = engine
         gc.collect()
         gc.freeze()  # what is loaded stays: looking through it again would stop every thread for 0.1 s, now and then
+
+    def _engine_settings(self) -> EngineConfig:
+        """The engine's settings, `memory_share` divided among the replicas that take from the same memory."""
+        on_gpu = self.settings.device.startswith("cuda")
+        sharing = self._place.replicas_per_gpu if on_gpu else self._place.replicas
+        engine = self.settings.engine
+        return engine.model_copy(update={"memory_share": engine.memory_share / sharing})
 
     def retarget(self, user_config: Mapping[str, Any]) -> None:
         """Aim the switch elsewhere. Returns at once, never raises; requests in flight keep their backend."""

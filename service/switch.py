@@ -39,12 +39,24 @@ class Swappable(Protocol):
     async def swap(self, backends: Backends) -> None: ...
 
 
+class LastServed:
+    """The switch that served last. This one forgets; one that outlives the process serves a replica that is restarted."""
+
+    async def recall(self) -> AttentionConfig | None:
+        """What was kept last; None before that. Never raises."""
+        return None
+
+    async def keep(self, config: AttentionConfig) -> None:
+        """Keep what serves now. Never raises."""
+
+
 class Switch:
     """The allow-list in force, the one aimed at, and how the way there went."""
 
-    def __init__(self, shape: HeadShape, metrics: Metrics) -> None:
+    def __init__(self, shape: HeadShape, metrics: Metrics, last_served: LastServed) -> None:
         self._shape = shape
         self._metrics = metrics
+        self._last_served = last_served
         self._in_force: AttentionConfig | None = None
         self._serving: Mapping[str, AttentionBackend] = {}  # those in force, by name
         self._target: AttentionConfig | None = None  # waits for the background task
@@ -53,11 +65,18 @@ class Switch:
         self._task: asyncio.Task[None] | None = None
 
     async def build(self, config: AttentionConfig) -> Backends:
-        """Build and check the backends that go in force first. Raises ValueError for one that cannot serve."""
-        self._asked = config
-        backends = await self._checked(config)
-        self._put_in_force(config, backends)
-        return backends
+        """Build and check the backends to start with. Raises ValueError for one that cannot serve."""
+        self._asked = self._asked or config
+        return await self._checked(config)
+
+    async def put_in_force(self, config: AttentionConfig, backends: Backends) -> None:
+        """Note that the engine serves `config` with `backends` now."""
+        self._in_force, self._serving = config, backends.by_name
+        self._forget_failure()
+        shape = self._shape
+        described = [backend.describe() for backend in backends.by_name.values()]
+        self._metrics.switched_to(described, backends.default, str(shape.dtype).removeprefix("torch."), str(shape.device))
+        await self._last_served.keep(config)
 
     def aim(self, config: AttentionConfig, engine: Swappable) -> None:
         """Make `config` the target, and see to it that a task works towards it. Returns at once, never raises."""
@@ -94,7 +113,9 @@ class Switch:
         """Switch until what is in force is the newest target, or that one has failed."""
         while (target := self._target) is not None:
             self._target = None
-            if target != self._in_force or self._failure is not None:
+            if target == self._in_force:
+                self._forget_failure()  # of another target, which nobody asks for any more
+            else:
                 await self._switch_to(target, engine)
 
     async def _switch_to(self, target: AttentionConfig, engine: Swappable) -> None:
@@ -106,7 +127,7 @@ class Switch:
             logger.exception("the attention switch failed, the former backends stay in force")
             self._fail(str(error) or type(error).__name__)
         else:
-            self._put_in_force(target, backends)
+            await self.put_in_force(target, backends)
             self._metrics.switches.labels("ok").inc()
         self._metrics.switch_seconds.observe(time.monotonic() - start)
 
@@ -114,6 +135,10 @@ class Switch:
         self._failure = reason
         self._metrics.degraded.set(1)
         self._metrics.switches.labels("failed").inc()
+
+    def _forget_failure(self) -> None:
+        self._failure = None
+        self._metrics.degraded.set(0)
 
     async def _checked(self, config: AttentionConfig) -> Backends:
         """The config's backends, built and checked off the event loop. Raises ValueError for one that answers wrongly."""
@@ -138,11 +163,3 @@ class Switch:
                 f"attention backend {name} is off its definition by {verdict.error:.2g}, allowed: {verdict.bound:.2g}"
             )
         return backend
-
-    def _put_in_force(self, config: AttentionConfig, backends: Backends) -> None:
-        self._in_force, self._failure = config, None
-        self._serving = backends.by_name
-        self._metrics.degraded.set(0)
-        shape = self._shape
-        described = [backend.describe() for backend in backends.by_name.values()]
-        self._metrics.switched_to(described, backends.default, str(shape.dtype).removeprefix("torch."), str(shape.device))

@@ -11,115 +11,34 @@ import concurrent.futures
 import inspect
 import json
 import math
-import os
 import signal
-import socket
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
-from prometheus_client.parser import text_string_to_metric_families
 
-from tests.http.client import Client, eventually
+from tests.http.client import eventually
+from tests.serving import Service, are_gone, descendants, free_port, serving, switch_of
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
-LOCAL = Path(__file__).parent.parent / "deploy" / "local.yaml"
 BACKENDS = ("dense", "sliding_window", "performer")
 LONG_TEXT = inspect.getsource(argparse)
 LONG_TOKENS = 20_000  # at least
-START_SECONDS = 90  # 30 is the promise on two idle cores; a test machine is shared
-LONG_SECONDS = 120.0  # a dense prefill of the long text takes some 10 s on an idle core
 ONE_SCORE_MATRIX = LONG_TOKENS**2 * 2  # bytes of the scores of one head of one layer in bfloat16; the model has four
-
-
-@dataclass(frozen=True, kw_only=True)
-class Service(Client):
-    """A running `longserve serve` and its config file."""
-
-    file: Path
-    process: subprocess.Popen[str]
-
-    def cli(self, *arguments: str, **kwargs: Any) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, "-m", "service.cli", *arguments], capture_output=True, text=True, timeout=90, **kwargs
-        )
-
-    def apply(self, path: Path | None = None) -> subprocess.CompletedProcess[str]:
-        return self.cli("apply", str(path or self.file))
-
-    def rewrite(self, change: Any, path: Path | None = None) -> Path:
-        """The config file after `change(its data)`, in place or under another path."""
-        data = yaml.safe_load(self.file.read_text())
-        change(data)
-        (path or self.file).write_text(yaml.safe_dump(data, sort_keys=False))
-        return path or self.file
-
-    def pids(self) -> set[int]:
-        """The replicas' processes, as Serve knows them."""
-        report = json.loads(self.cli("status", str(self.file)).stdout)
-        return {each["pid"] for each in report["longserve"]["replicas"]}
-
-    def metric(self, name: str, **labels: str) -> list[float]:
-        """A metric's value in each replica."""
-        families = text_string_to_metric_families(self.metrics())
-        return [s.value for f in families for s in f.samples if s.name == name and labels.items() <= s.labels.items()]
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def switch_of(data: Any) -> Any:
-    return data["applications"][0]["deployments"][0]["user_config"]["attention"]
-
-
-def descendants(pid: int) -> set[int]:
-    """All processes below a process."""
-    found: set[int] = set()
-    pending = [pid]
-    while pending:
-        children = Path(f"/proc/{pending.pop()}/task").glob("*/children")
-        for child in {int(each) for path in children for each in path.read_text().split()} - found:
-            found.add(child)
-            pending.append(child)
-    return found
 
 
 @pytest.fixture(scope="module")
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    file, port = tmp_path_factory.mktemp("serve") / "two.yaml", free_port()
-    data = yaml.safe_load(LOCAL.read_text())
-    data["http_options"]["port"] = port
-    data["applications"][0]["args"]["threads"] = 1
-    data["applications"][0]["deployments"][0]["num_replicas"] = 2
-    file.write_text(yaml.safe_dump(data, sort_keys=False))
-    command = [sys.executable, "-m", "service.cli", "serve", str(file)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
-    lines: list[str] = []
-    reader = threading.Thread(target=lambda: lines.extend(process.stdout or ()))
-    reader.start()
-    try:
-        started = eventually(lambda: any("curl" in line for line in lines) or process.poll() is not None, START_SECONDS)
-        assert started and process.poll() is None, "".join(lines)
-        yield Service(f"http://127.0.0.1:{port}", None, LONG_SECONDS, file=file, process=process)
-    finally:
-        if process.poll() is None:
-            process.send_signal(signal.SIGINT)
-            try:
-                process.wait(60)
-            except subprocess.TimeoutExpired:
-                process.kill()
-        reader.join()
+    def two_replicas(data: Any) -> None:
+        data["applications"][0]["args"]["threads"] = 1
+        data["applications"][0]["deployments"][0]["num_replicas"] = 2
+
+    with serving(tmp_path_factory.mktemp("serve") / "two.yaml", two_replicas) as service:
+        yield service
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -276,4 +195,4 @@ def test_an_interrupt_drains_and_leaves_nothing_behind(service: Service) -> None
         service.process.send_signal(signal.SIGINT)
         assert stream.result().events[-1] == "[DONE]"
     assert service.process.wait(60) == 0
-    assert eventually(lambda: not any(os.path.exists(f"/proc/{pid}") for pid in below))
+    assert eventually(lambda: are_gone(below))

@@ -38,7 +38,7 @@ from service.config import EngineConfig
 from service.engine.engine import Backends, Engine
 from service.engine.memory import BESIDE_BUDGET_BYTES
 from service.engine.request import Delta, ModelFailed, Request, RequestError, Sampling
-from service.machine import in_passing_thread
+from service.machine import Place, dealt_cpus, in_passing_thread
 from service.model.checkpoint import EMBEDDED, Checkpoint, choose_dtype, load
 from service.model.transformer import ModelConfig, Transformer
 
@@ -121,7 +121,8 @@ def measure_bare(lengths: Sequence[int]) -> None:
 
 def make_engine(checkpoint: Checkpoint, **config: Any) -> Engine:
     backends = in_passing_thread(lambda: {name: build(checkpoint.model, name) for name in BACKENDS})
-    return Engine(checkpoint.model, checkpoint.tokenizer, Backends(backends, "dense"), EngineConfig(**config))
+    settings = EngineConfig(**config)
+    return Engine(checkpoint.model, checkpoint.tokenizer, Backends(backends, "dense"), settings, cpus=dealt_cpus(Place()))
 
 
 def make_request(tokens: int, answer: int, backend: str) -> Request:

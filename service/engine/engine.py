@@ -13,7 +13,7 @@ import asyncio
 import logging
 import time
 from array import array
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -91,14 +91,16 @@ class Engine:
         backends: Backends,
         config: EngineConfig,
         observer: Observer | None = None,
+        cpus: Collection[int] = (),
     ) -> None:
-        """Nothing runs before `start`."""
+        """Nothing runs before `start`. `cpus`: those that only this engine's model thread and its workers are to use."""
         self._model = model
         self._tokenizer = tokenizer
         self._backends = backends
         self._config = config
         self._known = np.isin(np.arange(model.config.vocab_size), list(tokenizer.ids))
         self._observer = observer or NullObserver()
+        self._cpus = sorted(cpus)
         self._routes: dict[str, Route] = {}
         self._is_draining = False
         self._is_dead = False
@@ -119,7 +121,8 @@ class Engine:
         available = available_bytes(self._model.device)
         self._ledger = Ledger(budget_bytes(self._config.memory_budget_bytes, self._config.memory_share, available))
         threads = torch.get_num_threads()
-        self._thread = ThreadPoolExecutor(1, "longserve-model", initializer=lambda: give_team_its_cpus(threads))
+        give = partial(give_team_its_cpus, threads, self._cpus)
+        self._thread = ThreadPoolExecutor(1, "longserve-model", initializer=give)
         self._pace = await self._on_model_thread(lambda: forecast.measure_model(self._model))
         self._rows = await self._on_model_thread(lambda: row_multiple(self._model))
         self._routes = await self._built(self._backends)

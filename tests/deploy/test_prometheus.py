@@ -29,7 +29,8 @@ from service.metrics import REQUEST_SECONDS
 from tests.deploy.conftest import DEPLOY
 from tests.deploy.test_observability import PANELS, RULES
 from tests.http.client import eventually
-from tests.test_app_ray import BACKENDS, Service, free_port
+from tests.serving import Service, free_port
+from tests.test_app_ray import BACKENDS
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 

@@ -15,7 +15,7 @@ from service.plain import listening_in_thread
 from tests.deploy.conftest import DEPLOY
 from tests.deploy.test_prometheus import Prometheus, is_up
 from tests.http.client import eventually
-from tests.test_app_ray import free_port
+from tests.serving import free_port
 
 
 def start(tmp_path: Path, prometheus: str, service: str, **settings: str) -> subprocess.Popen[str]:

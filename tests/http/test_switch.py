@@ -10,8 +10,10 @@ import pytest
 
 from attention import AttentionBackend, truth
 from service.config import AttentionConfig, ServiceConfig, UserConfig
+from service.machine import Place
 from service.plain import listening
 from service.replica import Replica
+from service.switch import LastServed
 from tests.http.client import PATIENCE_SECONDS, Client
 
 
@@ -97,6 +99,56 @@ async def test_a_backend_that_answers_wrongly_never_serves(service: Client, monk
     service.replica.retarget(to("performer"))
     assert (await settled(service))["degraded"] is None
     assert await served_by(service) == "performer"
+
+
+async def test_who_asks_again_for_what_serves_has_the_failure_forgotten(service: Client) -> None:
+    service.replica.retarget(to("longformer"))
+    assert "no causal form" in (await settled(service))["degraded"]
+    service.replica.retarget(to("dense"))
+    state = await settled(service)
+    assert state["degraded"] is None
+    assert state["asked"] == state["attention"]
+    assert 'longserve_backend_degraded{replica="0"} 0.0' in (await asyncio.to_thread(service.get, "/metrics")).text
+
+
+class Kept(LastServed):
+    """Outlives a replica of this test."""
+
+    config: AttentionConfig | None = None
+
+    async def recall(self) -> AttentionConfig | None:
+        return self.config
+
+    async def keep(self, config: AttentionConfig) -> None:
+        self.config = config
+
+
+@pytest.mark.parametrize("target", [to("longformer"), {"attention": {"defalt": "dense"}}])
+async def test_a_successor_of_a_replica_whose_switch_failed_starts_with_the_one_that_served(target: dict[str, Any]) -> None:
+    kept = Kept()
+    async with listening(Replica(ServiceConfig(threads=1), last_served=kept), UserConfig()) as url:
+        client = Client(url, None)
+        assert (await asyncio.to_thread(client.get, "/ready")).status == 200
+    successor = Replica(ServiceConfig(threads=1), last_served=kept)
+    await successor.start(to("performer"))  # the newest target comes first, where it can serve
+    assert successor.backends == ("performer",)
+    await successor.stop()
+    successor = Replica(ServiceConfig(threads=1), last_served=kept)
+    await successor.start(target)
+    assert successor.backends == ("performer",)
+    assert successor.readiness()["ready"] is True
+    assert successor.readiness()["degraded"] is not None
+    await successor.stop()
+
+
+async def test_four_replicas_of_a_machine_promise_no_more_memory_than_one() -> None:
+    budgets = []
+    for place in (Place(), Place(3, 4)):
+        replica = Replica(ServiceConfig(threads=1), place=place)
+        await replica.start(UserConfig())
+        budgets.append(replica.engine.snapshot().budget_bytes)
+        await replica.stop()
+    assert 4 * budgets[1] == pytest.approx(budgets[0], rel=0.1)  # other processes come and go
 
 
 async def test_a_replica_with_a_wrong_backend_does_not_start(monkeypatch: pytest.MonkeyPatch) -> None:
