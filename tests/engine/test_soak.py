@@ -50,7 +50,7 @@ async def test_after_500_requests_of_which_200_left_all_memory_is_back() -> None
 @pytest.mark.slow
 async def test_after_50_swaps_beside_answers_all_memory_is_back() -> None:
     model = world.make_model()
-    async with running(model, memory_sample_every=1) as engine:
+    async with running(model, memory_sample_share=1) as engine:
 
         async def swaps(count: int) -> int:
             for turn in range(count):
