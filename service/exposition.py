@@ -1,7 +1,9 @@
 """From registries to what a scrape reads: one replica's families as text, all replicas' families as one page, kept a second.
 
 Every replica writes its own text, so two take no longer than one, and who answers the scrape only lays them side by side.
-Prometheus' text format or, for those who ask, OpenMetrics with exemplars. Cost: some 10 microseconds a line, 15 in OpenMetrics.
+Prometheus' text format or, for those who ask, OpenMetrics with exemplars. What describes a family is the client library's
+text; the lines of samples are written here, for the library takes four times as long and a scrape shares the cores with the
+model. Cost: some 6 microseconds a line. A test holds every line to the library's.
 """
 
 from __future__ import annotations
@@ -17,6 +19,8 @@ from prometheus_client import CollectorRegistry, exposition
 from prometheus_client.metrics_core import GaugeMetricFamily, Metric
 from prometheus_client.openmetrics import exposition as openmetrics
 from prometheus_client.registry import Collector
+from prometheus_client.samples import Sample
+from prometheus_client.utils import floatToGoString
 
 Format = Literal["text", "openmetrics"]
 CONTENT_TYPES: Mapping[Format, str] = {
@@ -28,6 +32,8 @@ WRITERS: Mapping[Format, Callable[[Collector], bytes]] = {
     "openmetrics": openmetrics.generate_latest,
 }
 END = b"# EOF\n"
+ESCAPED = frozenset('\\\n"')  # in the values of labels
+ESCAPES = str.maketrans({"\\": r"\\", "\n": r"\n", '"': r"\""})
 KEEP_SECONDS = 1.0
 
 Families = Mapping[str, tuple[bytes, bytes]]
@@ -53,7 +59,7 @@ def format_of(accept: str) -> Format:
 
 def families(registry: CollectorRegistry, replica: str, format: Format) -> Families:
     """A registry's metrics as text, each sample with its `replica`."""
-    return dict(_family(_labelled(metric, replica), format) for metric in registry.collect())
+    return dict(_family(metric, format, replica=replica) for metric in registry.collect())
 
 
 def page(gathered: Gathered, format: Format) -> bytes:
@@ -88,30 +94,38 @@ class Page:
             return text
 
 
-class _One(Collector):
+class _Head(Collector):
+    """A family without its samples."""
+
     def __init__(self, metric: Metric) -> None:
-        self._metric = metric
+        self._metric = Metric(metric.name, metric.documentation, metric.type, metric.unit)
 
     def collect(self) -> Iterator[Metric]:
         yield self._metric
 
 
-def _family(metric: Metric, format: Format) -> tuple[str, tuple[bytes, bytes]]:
-    """A family's name, and its text in two parts."""
-    lines = WRITERS[format](_One(metric)).removesuffix(_end(format)).splitlines(keepends=True)
-    head = sum(line.startswith(b"#") for line in lines)
-    return metric.name, (b"".join(lines[:head]), b"".join(lines[head:]))
+def _family(metric: Metric, format: Format, **labels: str) -> tuple[str, tuple[bytes, bytes]]:
+    """A family's name, and its text in two parts; the library's `_created` series, which nobody reads, are left out."""
+    head = WRITERS[format](_Head(metric)).removesuffix(_end(format))
+    samples = (sample for sample in metric.samples if not sample.name.endswith("_created"))
+    return metric.name, (head, "".join(_line(sample, format, labels) for sample in samples).encode())
 
 
-def _labelled(metric: Metric, replica: str) -> Metric:
-    """The family with its replica; the client library's `_created` series, which nobody reads, are left out."""
-    labelled = Metric(metric.name, metric.documentation, metric.type, metric.unit)
-    labelled.samples = [
-        sample._replace(labels={**sample.labels, "replica": replica})
-        for sample in metric.samples
-        if not sample.name.endswith("_created")
-    ]
-    return labelled
+def _line(sample: Sample, format: Format, labels: Mapping[str, str]) -> str:
+    """One sample with labels of its own and those given, in the order of their names."""
+    told = f"{sample.name}{_braced({**sample.labels, **labels})} {floatToGoString(sample.value)}"
+    if format == "openmetrics" and sample.exemplar is not None:
+        labelled, value, when = sample.exemplar
+        told += f" # {_braced(labelled)} {floatToGoString(value)} {when}"
+    return told + "\n"
+
+
+def _braced(labels: Mapping[str, str]) -> str:
+    return "{" + ",".join([f'{name}="{_escaped(labels[name])}"' for name in sorted(labels)]) + "}" if labels else ""
+
+
+def _escaped(value: str) -> str:
+    return value.translate(ESCAPES) if not ESCAPED.isdisjoint(value) else value
 
 
 def _count(gathered: Gathered) -> Metric:

@@ -213,7 +213,7 @@ class Replica:
         return await self._page.text(format, is_fresh)
 
     async def export(self, format: Format) -> Families:
-        """This replica's metrics: some 20 ms of text, made off the event loop."""
+        """This replica's metrics: some 10 ms of text, made off the event loop."""
         return await asyncio.to_thread(exposition.families, self._metrics.registry, self.name, format)
 
     def responded(self, route: str, method: str, status: int) -> None:
