@@ -19,6 +19,7 @@ from loadtests.workload import PATHS
 
 SETTLE_SECONDS = 2.0  # a server may count a request a moment after its answer has gone out
 SCRAPE_TIMEOUT_SECONDS = 10.0
+NOW = {"cache-control": "no-cache"}  # a page kept from a moment ago would give a block the counts of the one before
 
 Series = dict[tuple[str, frozenset[tuple[str, str]]], float]
 """Value by name and labels."""
@@ -124,7 +125,7 @@ class Scraper:
         """The metrics now; None when they cannot be read."""
         try:
             timeout = aiohttp.ClientTimeout(total=SCRAPE_TIMEOUT_SECONDS)
-            async with self.session.get(f"{self.url}/metrics", timeout=timeout) as response:
+            async with self.session.get(f"{self.url}/metrics", headers=NOW, timeout=timeout) as response:
                 return Scrape(time.monotonic(), parse(await response.text())) if response.status == 200 else None
         except (TimeoutError, aiohttp.ClientError, OSError, ValueError):
             return None
