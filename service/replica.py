@@ -74,7 +74,7 @@ class Replica:
         self._loaded = in_passing_thread(lambda: checkpoint.load(_directory(config), config.dtype, config.device, config.name))
         self._started = time.time()
         self._metrics = Metrics()
-        self._switch = Switch(self._loaded.model.head_shape(), self._metrics)
+        self._switch = Switch(self._loaded.model.head_shape(), self._loaded.max_length, self._metrics)
         self._engine: Engine | None = None
         self.app: ASGIApp = create_app(self, api_keys(config.http), echoes_request_id)
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from attention import AttentionBackend, HeadShape, Segments, build, native, refe
 from attention.backends.performer import projection
 from attention.blocks import Band, Piece, Room, heads_first, softmax
 from attention.interface import finish
+from attention.memory import peak_bytes
 from attention.truth import BOUNDS
 from tests.attention import test_bigbird, test_chunked, test_dense, test_linear, test_longformer, test_sliding_window
 from tests.attention.laws import Laws, extend_in, largest, tokens
@@ -160,6 +163,99 @@ def test_what_no_query_sees_may_be_no_number_and_a_row_that_sees_nothing_is_zero
     assert out.isfinite().all()
     finish(native.band(q, (k[:, :10], v[:, :10]), empty, 0, 2, 0, out))
     assert out[:12].count_nonzero() > 0 and out[12:].count_nonzero() == 0
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("options", [{"block": 513}, {"block": 1024, "window_blocks": 1, "random_blocks": 1}])
+def test_a_block_of_more_queries_than_share_a_call_is_answered_like_others(dtype: torch.dtype, options: dict[str, int]) -> None:
+    backend = build("bigbird", {"impl": "native", **options}, HeadShape(4, 2, 64, dtype))
+    q, k, v = tokens(backend.shape, 2500)
+    for causal in (True, False):
+        answer = backend.attend(q, k, v, Segments((2500,)), causal=causal)
+        assert largest(answer.double() - reference.answer(backend, q, k, v, causal=causal)) <= BOUNDS[dtype]
+    law = backend.cost(2500, 2500, causal=True).workspace_bytes
+    assert abs(peak_bytes(lambda: backend.attend(q, k, v, Segments((2500,)), causal=True)) - law) <= 1 << 20
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("offset", "row", "head"), [(1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 3, 5)])
+@pytest.mark.parametrize("name", ["dense", "sliding_window", "bigbird", "performer", "linear"])
+def test_tensors_at_odd_places_with_odd_strides_are_answered_to_the_bit_like_tight_ones(
+    name: str, dtype: torch.dtype, offset: int, row: int, head: int
+) -> None:
+    backend = build(name, {"impl": "native"}, HeadShape(4, 2, 64, dtype))
+
+    def moved(x: Tensor) -> Tensor:
+        count, heads, width = x.shape
+        strides = (heads * (width + head) + row, width + head, 1)
+        return torch.zeros(offset + count * strides[0], dtype=dtype).as_strided(x.shape, strides, offset).copy_(x)
+
+    for count in (1, 300):
+        given = tokens(backend.shape, count)
+        odd = [moved(x) for x in given]
+        for causal in (True, False):
+            tight = backend.attend(*given, Segments((count,)), causal=causal)
+            assert torch.equal(backend.attend(*odd, Segments((count,)), causal=causal), tight)
+        assert torch.equal(extend_in(backend, *odd, [count]), extend_in(backend, *given, [count]))
+
+
+class Meddler:
+    """The compiled kernel, with one field of what it is told changed on the way."""
+
+    def __init__(self, field: str, change: Callable[[int], int]) -> None:
+        self.field, self.change, self.met = field, change, 0
+        self.kernel = native.library()
+
+    def __getattr__(self, function: str) -> Callable[..., bytes | None]:
+        def call(told: Any, *rest: Any) -> bytes | None:
+            value = getattr(told._obj, self.field, None)
+            if value and (self.field != "log_total_bytes" or told._obj.log_total):
+                self.met += 1
+                setattr(told._obj, self.field, self.change(value))
+            return getattr(self.kernel, function)(told, *rest)
+
+        return call
+
+
+TOLD = [
+    (field, change)
+    for struct in (native._Call, native._Step, native._Features, native._FeaturesStep)
+    for field, *_ in struct._fields_
+    for change in (
+        [lambda x: x - 1]
+        if field.endswith(("_bytes", "_rows"))
+        else [lambda x: x + 1, lambda x: -x, lambda x: x + (1 << 62)]
+        if field.endswith(("_heads", "_width", "_size", "_element"))
+        or field in ("queries", "tokens", "sequences", "heads", "groups", "width", "count", "call", "calls", "wide")
+        else [lambda x: x + (1 << 62), lambda x: -1]
+        if field in ("before", "ahead")
+        else []
+    )
+]
+
+
+@needs_native
+@pytest.mark.parametrize(("field", "change"), TOLD, ids=[f"{field}-{n}" for n, (field, _) in enumerate(TOLD)])
+def test_the_kernel_refuses_what_does_not_fit_before_it_touches_it(
+    monkeypatch: pytest.MonkeyPatch, field: str, change: Callable[[int], int]
+) -> None:
+    meddler = Meddler(field, change)
+    monkeypatch.setattr(native, "_loaded", lambda: meddler)
+    for name, options in (("bigbird", {"block": 16}), ("linear", {}), ("performer", {"features": 64, "local_chunk": 64})):
+        backend = build(name, {"impl": "native", **options}, HeadShape(4, 2, 32))
+        q, k, v = tokens(backend.shape, 200)
+        for chunks in ([200], [199, 1]):
+            met = meddler.met
+            try:
+                extend_in(backend, q, k, v, chunks)
+            except RuntimeError as error:
+                assert "what it cannot take" in str(error)
+                assert meddler.met > met
+            else:
+                assert meddler.met == met, (name, chunks)
+    assert meddler.met
 
 
 @pytest.mark.parametrize(
