@@ -211,7 +211,8 @@ class Meddler:
     def __getattr__(self, function: str) -> Callable[..., bytes | None]:
         def call(told: Any, *rest: Any) -> bytes | None:
             value = getattr(told._obj, self.field, None)
-            if value and (self.field != "log_total_bytes" or told._obj.log_total):
+            is_given = value or not self.field.endswith(PARTS)  # what is null has no size
+            if value is not None and is_given and self.change(value) != value:
                 self.met += 1
                 setattr(told._obj, self.field, self.change(value))
             return getattr(self.kernel, function)(told, *rest)
@@ -219,21 +220,27 @@ class Meddler:
         return call
 
 
-TOLD = [
-    (field, change)
-    for struct in (native._Call, native._Step, native._Features, native._FeaturesStep)
-    for field, *_ in struct._fields_
-    for change in (
-        [lambda x: x - 1]
-        if field.endswith(("_bytes", "_rows"))
-        else [lambda x: x + 1, lambda x: -x, lambda x: x + (1 << 62)]
-        if field.endswith(("_heads", "_width", "_size", "_element"))
-        or field in ("queries", "tokens", "sequences", "heads", "groups", "width", "count", "call", "calls", "wide")
-        else [lambda x: x + (1 << 62), lambda x: -1]
-        if field in ("before", "ahead")
-        else []
-    )
-]
+def changes(field: str) -> list[Callable[[int], int]]:
+    """What makes a field wrong."""
+    if field.endswith(("_bytes", "_rows")):
+        return [lambda x: x - 1, lambda x: -x]
+    if field.endswith(PARTS) or field in (
+        "sequences",
+        "tokens",
+        "queries",
+        "heads",
+        "groups",
+        "width",
+        "count",
+        "wide",
+    ):
+        return [lambda x: x + 1, lambda x: -x, lambda x: x + (1 << 62)]
+    return [lambda x: -1, lambda x: x + (1 << 62)] if field in ("call", "calls", "before", "ahead") else []
+
+
+PARTS = ("_bytes", "_rows", "_heads", "_width", "_size", "_element")
+STRUCTS = (native._Call, native._Step, native._Features, native._FeaturesStep)
+TOLD = [(field, change) for field in sorted({name for s in STRUCTS for name, *_ in s._fields_}) for change in changes(field)]
 
 
 @needs_native
