@@ -169,7 +169,7 @@ class StateTensor:
 class _Slot:
     max_tokens: int
     tensors: dict[str, Tensor]  # (layers, ...)
-    views: list[dict[str, Tensor]]  # of each layer
+    views: list[dict[str, Tensor]]  # of each layer, made once, since a decode step asks for many
     held: list[
         int
     ]  # tokens in the state of each layer; UNDEFINED while an extend is under way, and after one that was given up
@@ -191,7 +191,8 @@ class StatePool:
     """Decode states of many sequences, each in a slot of its own, within a byte limit.
 
     A slot is a dict of tensors, each with a leading axis of layers. What stands in them is its backend's affair; the
-    pool counts bytes. A slot's memory is its own, so a release gives it back whole.
+    pool counts bytes, and how many tokens each layer's state is of. A slot's memory is its own, so a release gives it back
+    whole.
     """
 
     def __init__(self, backend: AttentionBackend, layers: int, max_bytes: int) -> None:
@@ -479,17 +480,17 @@ class AttentionBackend(ABC):
 
     def check(self, q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> None:
         """Raise ValueError unless q, k, v fit this backend and `segments`."""
-        shape = self.shape
-        groups = shape.key_value_heads
+        shape, takes_gradients = self.shape, torch.is_grad_enabled()
+        groups, width, dtype, device = shape.key_value_heads, shape.head_width, shape.dtype, shape.device.type
         for label, tensor, heads in (("q", q, shape.query_heads), ("k", k, groups), ("v", v, groups)):
-            wanted = (segments.total, heads, shape.head_width)
-            if tuple(tensor.shape) != wanted:
+            wanted = (segments.total, heads, width)
+            if tensor.shape != wanted:
                 raise ValueError(f"{label} must have shape {wanted}, received {tuple(tensor.shape)}")
-            if tensor.dtype != shape.dtype or tensor.device.type != shape.device.type:
-                raise ValueError(f"{label} must be {shape.dtype} on {shape.device}, received {tensor.dtype} on {tensor.device}")
-            if tensor.stride(2) != 1 and shape.head_width > 1:
+            if tensor.dtype != dtype or tensor.device.type != device:
+                raise ValueError(f"{label} must be {dtype} on {shape.device}, received {tensor.dtype} on {tensor.device}")
+            if tensor.stride(2) != 1 and width > 1:
                 raise ValueError(f"the elements of a head of {label} must lie side by side, received strides {tensor.stride()}")
-            if tensor.requires_grad and torch.is_grad_enabled():
+            if takes_gradients and tensor.requires_grad:
                 raise ValueError(f"attention here has no gradients, and {label} asks for them: use torch.inference_mode()")
 
     def check_attend(self, q: Tensor, k: Tensor, v: Tensor, segments: Segments, causal: bool) -> None:

@@ -114,7 +114,7 @@ INLINE void exponents(const int wide, const int64_t width, const uint32_t *weigh
 INLINE __m512 feature(const int wide, const uint32_t *weights, __m512 x, __m512 shift) {
     if (weights) return exp2_16(wide, _mm512_sub_ps(x, shift));
     const __m512 zero = _mm512_setzero_ps(), log2_e = _mm512_set1_ps(1.44269504f);
-    return _mm512_add_ps(exp2_16(1, _mm512_mul_ps(_mm512_min_ps(x, zero), log2_e)), _mm512_max_ps(x, zero));
+    return _mm512_add_ps(exp2_16(1, _mm512_mul_ps(_mm512_min_ps(zero, x), log2_e)), _mm512_max_ps(zero, x));
 }
 
 /* x (m), exponents, become features. */
@@ -433,10 +433,10 @@ static const char *wrong_step(const FeaturesStep *c, const State *states, int64_
     if (reason) return reason;
     const int64_t size = c->wide ? 4 : 2, rows = c->sequences * c->heads;
     REQUIRE(within(c->sequences, 0, FAR) && count == c->sequences && threads >= 1, "there must be threads, and a state for each sequence");
-    REQUIRE(is_view(&c->q, size, c->sequences, c->heads, c->width) && c->q.head == c->width, "q must be (sequences, heads, width), heads side by side");
+    REQUIRE(is_tight(&c->q, size, c->sequences, c->heads, c->width), "q must be (sequences, heads, width), heads side by side");
     if (c->adds) {
-        REQUIRE(is_view(&c->k, size, c->sequences, c->groups, c->width) && c->k.head == c->width, "k must be (sequences, groups, width), heads side by side");
-        REQUIRE(is_view(&c->v, size, c->sequences, c->groups, c->width) && c->v.head == c->width, "v must be (sequences, groups, width), heads side by side");
+        REQUIRE(is_tight(&c->k, size, c->sequences, c->groups, c->width), "k must be (sequences, groups, width), heads side by side");
+        REQUIRE(is_tight(&c->v, size, c->sequences, c->groups, c->width), "v must be (sequences, groups, width), heads side by side");
     }
     REQUIRE(is_room(c->out, c->out_bytes, rows * c->width, size), "out must hold (sequences, heads, width)");
     REQUIRE(!c->near || is_room(c->near, c->near_bytes, rows, sizeof(float)), "near must hold (sequences, heads)");

@@ -27,5 +27,10 @@ static inline int is_view(const View *x, int64_t size, int64_t rows, int64_t hea
     return (x->at || x->rows == 0) && x->size == size && within(x->rows, rows, FAR) && x->heads == heads && x->width == width && x->element == 1;
 }
 
+/* The same, with the heads of a row side by side. */
+static inline int is_tight(const View *x, int64_t size, int64_t rows, int64_t heads, int64_t width) {
+    return is_view(x, size, rows, heads, width) && (x->head == width || heads == 1);
+}
+
 /* Whether tight memory holds `count` numbers of `size` bytes. */
 static inline int is_room(const void *at, int64_t bytes, int64_t count, int64_t size) { return count == 0 || (at && bytes >= count * size); }

@@ -374,7 +374,7 @@ static const char *wrong_step(const Step *c, const History *histories, int64_t c
     if (reason) return reason;
     const int64_t size = c->wide ? 4 : 2, columns = c->groups * c->width;
     REQUIRE(within(c->sequences, 0, FAR) && threads >= 1, "there must be threads, and not too many sequences");
-    REQUIRE(is_view(&c->q, size, c->sequences, c->heads, c->width) && c->q.head == c->width, "q must be (sequences, heads, width), heads side by side");
+    REQUIRE(is_tight(&c->q, size, c->sequences, c->heads, c->width), "q must be (sequences, heads, width), heads side by side");
     REQUIRE(is_room(c->out, c->out_bytes, c->sequences * c->heads * c->width, size), "out must hold (sequences, heads, width)");
     REQUIRE(!c->log_total || is_room(c->log_total, c->log_total_bytes, c->sequences * c->heads, sizeof(float)), "log_total must hold (sequences, heads)");
     REQUIRE(within(count, 0, FAR) && starts_bytes >= (count + 1) * (int64_t)sizeof(int64_t), "starts must hold one number more than there are histories");

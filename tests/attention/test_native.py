@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -181,11 +182,12 @@ def test_a_block_of_more_queries_than_share_a_call_is_answered_like_others(dtype
 @needs_native
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("offset", "row", "head"), [(1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 3, 5)])
+@pytest.mark.parametrize("heads", [(4, 2), (1, 1)])
 @pytest.mark.parametrize("name", ["dense", "sliding_window", "bigbird", "performer", "linear"])
 def test_tensors_at_odd_places_with_odd_strides_are_answered_to_the_bit_like_tight_ones(
-    name: str, dtype: torch.dtype, offset: int, row: int, head: int
+    name: str, dtype: torch.dtype, offset: int, row: int, head: int, heads: tuple[int, int]
 ) -> None:
-    backend = build(name, {"impl": "native"}, HeadShape(4, 2, 64, dtype))
+    backend = build(name, {"impl": "native"}, HeadShape(*heads, 64, dtype))
 
     def moved(x: Tensor) -> Tensor:
         count, heads, width = x.shape
@@ -209,13 +211,14 @@ class Meddler:
         self.kernel = native.library()
 
     def __getattr__(self, function: str) -> Callable[..., bytes | None]:
-        def call(told: Any, *rest: Any) -> bytes | None:
-            value = getattr(told._obj, self.field, None)
+        def call(packed: bytes, *rest: Any) -> bytes | None:
+            told = STRUCTS[function].from_buffer_copy(packed)
+            value = getattr(told, self.field, None)
             is_given = value or not self.field.endswith(PARTS)  # what is null has no size
             if value is not None and is_given and self.change(value) != value:
                 self.met += 1
-                setattr(told._obj, self.field, self.change(value))
-            return getattr(self.kernel, function)(told, *rest)
+                setattr(told, self.field, self.change(value))
+            return getattr(self.kernel, function)(bytes(told), *rest)
 
         return call
 
@@ -239,8 +242,12 @@ def changes(field: str) -> list[Callable[[int], int]]:
 
 
 PARTS = ("_bytes", "_rows", "_heads", "_width", "_size", "_element")
-STRUCTS = (native._Call, native._Step, native._Features, native._FeaturesStep)
-TOLD = [(field, change) for field in sorted({name for s in STRUCTS for name, *_ in s._fields_}) for change in changes(field)]
+STRUCTS = {"attend": native._Call, "step": native._Step, "features": native._Features, "features_step": native._FeaturesStep}
+TOLD = [
+    (field, change)
+    for field in sorted({name for s in STRUCTS.values() for name, *_ in s._fields_})
+    for change in changes(field)
+]
 
 
 @needs_native
@@ -322,6 +329,25 @@ def test_a_package_that_was_installed_without_a_compiler_says_so_and_answers_by_
     assert backend.impl == "torch"
     q, k, v = tokens(shape, 10)
     assert backend.attend(q, k, v, Segments((10,)), causal=True).isfinite().all()
+
+
+@needs_native
+@pytest.mark.parametrize("name", list(native._LAYOUTS))
+def test_a_kernel_whose_structs_are_not_those_of_its_caller_is_refused(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    tables, structs = native._LAYOUTS[name]
+    assert len(structs) == 2
+
+    class Longer(structs[0]):
+        _fields_ = (("one_more", ctypes.c_int64),)
+
+    for wrong in (((*tables[:-1], tables[-1] + 1), structs), (tables, structs[:1]), (tables, (Longer, structs[1]))):
+        monkeypatch.setitem(native._LAYOUTS, name, wrong)
+        native.library.cache_clear()
+        with pytest.raises(RuntimeError, match="was built from other sources than these: install the package again"):
+            native.library()
+    monkeypatch.undo()
+    native.library.cache_clear()
+    assert native.library() is not None
 
 
 @needs_native
