@@ -34,6 +34,7 @@ from attention.memory import peak_bytes
 
 HEADS, WIDTH = 8, 64
 REPEATS = 5
+STEPS = 21  # of a decode measurement, the first to warm up
 GROWTH_REPEATS = 15  # an exponent is read to 0.01, a disturbed median of 5 moves it by 0.1
 LONG = 1.0  # seconds: a first run this long is warm enough to judge a dtype by, but for one that compiles
 WINDOW, GLOBALS, BLOCK, CHUNK, FEATURES = 256, 64, 64, 512, 256
@@ -326,7 +327,7 @@ def decode_step(backend: AttentionBackend, past: int, sequences: int, together: 
     together: in one call; else each sequence in a call of its own.
     """
     pool = backend.new_pool(1, 1 << 40)
-    slots = [pool.allocate(past + 1) for _ in range(sequences)]
+    slots = [pool.allocate(past + STEPS) for _ in range(sequences)]
     q, k, v = inputs(sequences, torch.bfloat16)
     ones = (1,) * sequences
     backend.extend(q, k, v, Segments(ones), pool, 0, slots)
@@ -334,16 +335,17 @@ def decode_step(backend: AttentionBackend, past: int, sequences: int, together: 
         for name, tensor in pool.tensors(slot).items():
             if name in ("k", "v"):
                 tensor.normal_()
+        pool.pretend(slot, past)
 
-    def step() -> None:
+    def step(at: int) -> None:
         if together:
-            backend.extend(q, k, v, Segments(ones, (past,) * sequences), pool, 0, slots)
+            backend.extend(q, k, v, Segments(ones, (at,) * sequences), pool, 0, slots)
             return
         for i, slot in enumerate(slots):
-            backend.extend(q[i : i + 1], k[i : i + 1], v[i : i + 1], Segments((1,), (past,)), pool, 0, [slot])
+            backend.extend(q[i : i + 1], k[i : i + 1], v[i : i + 1], Segments((1,), (at,)), pool, 0, [slot])
 
-    step()
-    return statistics.median(seconds(step) for _ in range(20))
+    step(past)
+    return statistics.median(seconds(partial(step, past + i)) for i in range(1, STEPS))
 
 
 def show_growth(quick: bool) -> None:

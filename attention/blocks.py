@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -202,7 +202,26 @@ def _piece(rows: Tensor, count: int, piece: Piece, room: Room) -> tuple[Tensor, 
     weights = room.take("weights", *rows.shape[:2], keys.shape[1])
     scores(rows, keys, weights).exp2_()
     piece.band.clear(weights.view(len(rows), -1, count, keys.shape[1]))
-    return torch.bmm(weights, values), weights.sum(-1, keepdim=True)
+    return weigh(weights, values, lambda: _hidden(piece, count)), weights.sum(-1, keepdim=True)
+
+
+def _hidden(piece: Piece, count: int) -> Tensor:
+    return piece.band.hidden(count, piece.k.shape[1], piece.k.device)
+
+
+def weigh(weights: Tensor, values: Tensor, hidden: Callable[[], Tensor]) -> Tensor:
+    """weights (G, RC, N) times values (G, N, d), where a value that a row does not see leaves it as it is: 0 times NaN is NaN.
+
+    hidden: tells which, bool (C, N), their weights being 0. Asked only where a value is NaN or infinite; a row that sees one
+    has NaN in its place.
+    """
+    product = torch.bmm(weights, values)
+    if math.isfinite(product.sum().item()) or (numbers := values.isfinite()).all():
+        return product
+    seen = (~hidden()).to(torch.float32)
+    met = (seen @ (~numbers).to(torch.float32)) > 0  # (G, C, d)
+    product = torch.bmm(weights, values.where(numbers, 0.0))
+    return product.view(len(values), -1, *met.shape[1:]).masked_fill_(met[:, None], math.nan).view(product.shape)
 
 
 def scores(rows: Tensor, k: Tensor, out: Tensor) -> Tensor:
@@ -219,13 +238,13 @@ def _shifted(rows: Tensor, count: int, pieces: Sequence[Piece]) -> tuple[Tensor,
     top = torch.full_like(total, -math.inf)
     for piece in pieces:
         s = scores(rows, piece.k, rows.new_empty(*rows.shape[:2], piece.k.shape[1]))
-        hidden = piece.band.hidden(count, s.shape[-1], rows.device)
+        hidden = _hidden(piece, count)
         s.view(rows.shape[0], -1, count, s.shape[-1]).masked_fill_(hidden, -math.inf)
         new = torch.maximum(top, s.amax(-1, keepdim=True))
         finite = torch.where(new == -math.inf, 0.0, new)  # a row that has seen nothing yet keeps its zeros
         scale = torch.exp2(top - finite)
         weights = torch.exp2(s - finite).to(rows.dtype)
-        sums = sums * scale + torch.bmm(weights, piece.v)
+        sums = sums * scale + weigh(weights, piece.v, lambda hidden=hidden: hidden)  # type: ignore[misc]
         total = total * scale + weights.sum(-1, keepdim=True, dtype=wide)
         top = new
     return sums, torch.where(total == 0, 1.0, total), top

@@ -28,6 +28,9 @@ from torch import Tensor
 
 Parts = Iterator[None]
 
+MOST_TOKENS = 1 << 31  # no sequence is longer, and no option that counts tokens means more
+MOST_SEED = (1 << 63) - 1
+
 CPU = torch.device("cpu")
 CPU_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 CUDA_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -162,6 +165,19 @@ class StateTensor:
         return tensor if self.fill is None else tensor.fill_(self.fill)
 
 
+@dataclass
+class _Slot:
+    max_tokens: int
+    tensors: dict[str, Tensor]  # (layers, ...)
+    views: list[dict[str, Tensor]]  # of each layer, made once, since a decode step asks for many
+    held: list[
+        int
+    ]  # tokens in the state of each layer; UNDEFINED while an extend is under way, and after one that was given up
+
+
+UNDEFINED = -1
+
+
 class PoolExhausted(Exception):
     """The pool has no room for this slot now. Nothing was allocated."""
 
@@ -175,10 +191,13 @@ class StatePool:
     """Decode states of many sequences, each in a slot of its own, within a byte limit.
 
     A slot is a dict of tensors, each with a leading axis of layers. What stands in them is its backend's affair; the
-    pool counts bytes. A slot's memory is its own, so a release gives it back whole.
+    pool counts bytes, and how many tokens each layer's state is of. A slot's memory is its own, so a release gives it back
+    whole.
     """
 
     def __init__(self, backend: AttentionBackend, layers: int, max_bytes: int) -> None:
+        if layers < 1 or max_bytes < 0:
+            raise ValueError(f"a pool needs at least 1 layer and no less than 0 bytes, received {layers} and {max_bytes}")
         self.backend = backend
         self.layers = layers
         self.max_bytes = max_bytes
@@ -195,11 +214,14 @@ class StatePool:
 
         Raises:
             PoolExhausted: the slot does not fit beside the slots in use.
+            ValueError: not even one token, or more than a sequence can have.
         """
+        if not 1 <= max_tokens <= MOST_TOKENS:
+            raise ValueError(f"a slot is for 1 to {MOST_TOKENS} tokens, received {max_tokens}")
         self._need(self.slot_bytes(max_tokens))
         device = self.backend.shape.device
         specs = self.backend.state(max_tokens).items()
-        return self._keep(max_tokens, {name: spec.new(device, (self.layers,)) for name, spec in specs})
+        return self._keep(max_tokens, {name: spec.new(device, (self.layers,)) for name, spec in specs}, [0] * self.layers)
 
     def copy(self, slot: int) -> int:
         """A new slot that continues from where `slot` stands, so that several answers share one prefill.
@@ -209,7 +231,7 @@ class StatePool:
         """
         old = self._slots[slot]
         self._need(self.slot_bytes(old.max_tokens))
-        return self._keep(old.max_tokens, {name: tensor.clone() for name, tensor in old.tensors.items()})
+        return self._keep(old.max_tokens, {name: tensor.clone() for name, tensor in old.tensors.items()}, list(old.held))
 
     def release(self, slot: int) -> None:
         """Give a slot's bytes back. Raises KeyError for a slot that is not in use."""
@@ -219,13 +241,38 @@ class StatePool:
         """The state tensors of a slot, each (layers, ...)."""
         return self._slots[slot].tensors
 
-    def layer(self, slot: int, layer: int) -> dict[str, Tensor]:
-        """The state of a slot at one layer: views that are made once, since a decode step asks for many."""
-        return self._slots[slot].views[layer]
+    def pretend(self, slot: int, tokens: int) -> None:
+        """Take what stands in a slot for the state of so many tokens, at every layer: for measurements."""
+        entry = self._slots[slot]
+        if not 0 <= tokens <= entry.max_tokens:
+            raise ValueError(f"slot {slot} holds 0 to {entry.max_tokens} tokens, received {tokens}")
+        entry.held[:] = [tokens] * self.layers
 
-    def max_tokens(self, slot: int) -> int:
-        """The longest sequence that a slot can hold."""
-        return self._slots[slot].max_tokens
+    def take(self, slots: Sequence[int], layer: int, segments: Segments) -> list[dict[str, Tensor]]:
+        """The state of each slot at one layer, to be extended by `segments`; undefined until `settle`.
+
+        Raises:
+            ValueError: no such layer or slot, a slot named twice or not for each sequence, one without room for the new tokens,
+                or one whose state is not that of `past` tokens. Nothing is taken then.
+        """
+        if not 0 <= layer < self.layers:
+            raise ValueError(f"the pool has layers 0 to {self.layers - 1}, received {layer}")
+        if len(set(slots)) != len(segments.lengths) or len(slots) != len(segments.lengths):
+            raise ValueError(f"slots must name {len(segments.lengths)} slots, one per sequence, received {tuple(slots)}")
+        taken = []
+        for slot, length, past in zip(slots, segments.lengths, segments.past, strict=True):
+            entry = self._slots.get(slot)
+            if entry is None or past + length > entry.max_tokens or entry.held[layer] != past:
+                raise ValueError(_why_not(slot, entry, layer, length, past))
+            taken.append(entry)
+        for entry in taken:
+            entry.held[layer] = UNDEFINED
+        return [entry.views[layer] for entry in taken]
+
+    def settle(self, slots: Sequence[int], layer: int, segments: Segments) -> None:
+        """Note that slots that were taken hold the new tokens, too."""
+        for slot, length, past in zip(slots, segments.lengths, segments.past, strict=True):
+            self._slots[slot].held[layer] = past + length
 
     def __len__(self) -> int:
         return len(self._slots)
@@ -234,19 +281,23 @@ class StatePool:
         if self.bytes_in_use + needed > self.max_bytes:
             raise PoolExhausted(needed, self.max_bytes - self.bytes_in_use)
 
-    def _keep(self, max_tokens: int, tensors: dict[str, Tensor]) -> int:
+    def _keep(self, max_tokens: int, tensors: dict[str, Tensor], held: list[int]) -> int:
         views = [{name: tensor[layer] for name, tensor in tensors.items()} for layer in range(self.layers)]
         slot, self._next = self._next, self._next + 1
-        self._slots[slot] = _Slot(max_tokens, tensors, views)
+        self._slots[slot] = _Slot(max_tokens, tensors, views, held)
         self.bytes_in_use += self.slot_bytes(max_tokens)
         return slot
 
 
-@dataclass(frozen=True)
-class _Slot:
-    max_tokens: int
-    tensors: dict[str, Tensor]  # (layers, ...)
-    views: list[dict[str, Tensor]]  # of each layer
+def _why_not(slot: int, entry: _Slot | None, layer: int, length: int, past: int) -> str:
+    """Why a slot cannot be extended by `length` tokens behind `past`."""
+    if entry is None:
+        return f"slot {slot} is not in use"
+    if past + length > entry.max_tokens:
+        return f"slot {slot} holds at most {entry.max_tokens} tokens, received {past + length}"
+    if entry.held[layer] == UNDEFINED:
+        return f"slot {slot} is being extended at layer {layer}, or was by a call that did not end; its state is undefined"
+    return f"past of slot {slot} must be the {entry.held[layer]} tokens in its state at layer {layer}, received {past}"
 
 
 class AttentionBackend(ABC):
@@ -292,7 +343,8 @@ class AttentionBackend(ABC):
             (T, H, D), the inputs' dtype. A row that sees nothing is zeros.
 
         Raises:
-            ValueError: wrong shape, dtype or device, a past that is not 0, or a direction the backend does not define.
+            ValueError: wrong shape, strides, dtype or device, a past that is not 0, or a direction the backend does not define;
+                a tensor that gradients are asked of.
         """
         self.check_attend(q, k, v, segments, causal)
         out = q.new_empty(q.shape)
@@ -314,8 +366,9 @@ class AttentionBackend(ABC):
             (T, H, D), the inputs' dtype.
 
         Raises:
-            ValueError: wrong shape, dtype or device, a slot count that differs, a slot that cannot hold so many tokens,
-                or a backend without a causal form.
+            ValueError: wrong shape, strides, dtype or device, a tensor that gradients are asked of, another backend's pool, a
+                slot count that differs, a slot that cannot hold so many tokens or does not hold `past`, or a backend
+                without a causal form.
         """
         out = q.new_empty(q.shape)
         finish(self.extending(q, k, v, segments, pool, layer, slots, out))
@@ -332,16 +385,31 @@ class AttentionBackend(ABC):
         slots: Sequence[int],
         out: Tensor,
     ) -> Parts:
-        """`extend` into `out` (T, H, D), pausing between parts so that its caller may do something more urgent.
+        """`extend` into a tight `out` (T, H, D), pausing between parts so that its caller may do something more urgent.
 
         Until it ends, out and the slots' state at `layer` are undefined. A batch of single tokens does not pause.
         """
-        self.check_extend(q, k, v, segments, pool, slots)
-        states = [pool.layer(slot, layer) for slot in slots]
+        self.check_extend(q, k, v, segments, pool, out)
+        states = pool.take(slots, layer, segments)
         if segments.total == len(slots):
             self.step(q, k, v, segments.past, states, out)
         else:
-            for state, (start, end, past) in zip(states, segments.spans(), strict=True):
+            yield from self._extend_mixed(q, k, v, segments, states, out)
+        pool.settle(slots, layer, segments)
+
+    def _extend_mixed(
+        self, q: Tensor, k: Tensor, v: Tensor, segments: Segments, states: Sequence[dict[str, Tensor]], out: Tensor
+    ) -> Parts:
+        """Sequences of one token by a step, as they would be alone, and the others one after the other."""
+        spans = list(zip(states, segments.spans(), strict=True))
+        if single := [(state, start, past) for state, (start, end, past) in spans if end - start == 1]:
+            alone, rows, pasts = zip(*single, strict=True)
+            answers, index = out.new_empty(len(rows), *out.shape[1:]), list(rows)
+            self.step(q[index], k[index], v[index], pasts, alone, answers)
+            out[index] = answers
+            yield
+        for state, (start, end, past) in spans:
+            if end - start > 1:
                 yield from self.extend_sequence(q[start:end], k[start:end], v[start:end], past, state, out[start:end])
 
     @abstractmethod
@@ -363,9 +431,19 @@ class AttentionBackend(ABC):
     def state(self, max_tokens: int) -> dict[str, StateTensor]:
         """What one layer keeps of a sequence of up to `max_tokens` tokens."""
 
-    @abstractmethod
     def cost(self, queries: int, keys: int, *, causal: bool) -> Cost:
-        """Cost of `queries` new tokens at the end of a sequence of `keys` tokens (the new ones included), one layer."""
+        """Cost of `queries` new tokens at the end of a sequence of `keys` tokens (the new ones included), one layer.
+
+        Raises:
+            ValueError: no new token, or more of them than the sequence has.
+        """
+        if not 1 <= queries <= keys <= MOST_TOKENS:
+            raise ValueError(f"a cost is that of 1 to keys queries at the end of keys tokens, received {queries} of {keys}")
+        return self.law(queries, keys, causal=causal)
+
+    @abstractmethod
+    def law(self, queries: int, keys: int, *, causal: bool) -> Cost:
+        """`cost` of 1 <= queries <= keys."""
 
     def visible(self, i: Tensor, j: Tensor, length: int | Tensor) -> Tensor:
         """Whether query position `i` sees key position `j` in a sequence of `length` tokens: an exact backend's definition.
@@ -402,14 +480,18 @@ class AttentionBackend(ABC):
 
     def check(self, q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> None:
         """Raise ValueError unless q, k, v fit this backend and `segments`."""
-        shape = self.shape
-        groups = shape.key_value_heads
+        shape, takes_gradients = self.shape, torch.is_grad_enabled()
+        groups, width, dtype, device = shape.key_value_heads, shape.head_width, shape.dtype, shape.device.type
         for label, tensor, heads in (("q", q, shape.query_heads), ("k", k, groups), ("v", v, groups)):
-            wanted = (segments.total, heads, shape.head_width)
-            if tuple(tensor.shape) != wanted:
+            wanted = (segments.total, heads, width)
+            if tensor.shape != wanted:
                 raise ValueError(f"{label} must have shape {wanted}, received {tuple(tensor.shape)}")
-            if tensor.dtype != shape.dtype or tensor.device.type != shape.device.type:
-                raise ValueError(f"{label} must be {shape.dtype} on {shape.device}, received {tensor.dtype} on {tensor.device}")
+            if tensor.dtype != dtype or tensor.device.type != device:
+                raise ValueError(f"{label} must be {dtype} on {shape.device}, received {tensor.dtype} on {tensor.device}")
+            if tensor.stride(2) != 1 and width > 1:
+                raise ValueError(f"the elements of a head of {label} must lie side by side, received strides {tensor.stride()}")
+            if takes_gradients and tensor.requires_grad:
+                raise ValueError(f"attention here has no gradients, and {label} asks for them: use torch.inference_mode()")
 
     def check_attend(self, q: Tensor, k: Tensor, v: Tensor, segments: Segments, causal: bool) -> None:
         """`check`, and that the call is one of whole sequences in a direction this backend defines."""
@@ -420,13 +502,15 @@ class AttentionBackend(ABC):
             wanted = "causal" if True in self.directions else "bidirectional"
             raise ValueError(f"{self.name} is {wanted} only, received causal={causal}")
 
-    def check_extend(self, q: Tensor, k: Tensor, v: Tensor, segments: Segments, pool: StatePool, slots: Sequence[int]) -> None:
-        """`check`, and that this backend can continue sequences, each in a slot of its own that has the room."""
+    def check_extend(self, q: Tensor, k: Tensor, v: Tensor, segments: Segments, pool: StatePool, out: Tensor) -> None:
+        """`check`, and that this backend can continue sequences of this pool and write the answer."""
         self.check(q, k, v, segments)
         if True not in self.directions:
             raise ValueError(f"{self.name} has no causal form, so no sequence can be continued with it")
-        if len(set(slots)) != len(segments.lengths) or len(slots) != len(segments.lengths):
-            raise ValueError(f"slots must name {len(segments.lengths)} slots, one per sequence, received {tuple(slots)}")
-        for slot, length, past in zip(slots, segments.lengths, segments.past, strict=True):
-            if past + length > pool.max_tokens(slot):
-                raise ValueError(f"slot {slot} holds at most {pool.max_tokens(slot)} tokens, received {past + length}")
+        if pool.backend is not self:
+            raise ValueError(f"the pool must be of this backend (its `new_pool`), received one of {pool.backend.describe()}")
+        if out.shape != q.shape or out.dtype != q.dtype or out.device != q.device or not out.is_contiguous():
+            wanted = f"tight, {tuple(q.shape)}, {q.dtype} on {q.device}"
+            raise ValueError(
+                f"out must be {wanted}, received {tuple(out.shape)}, {out.dtype} on {out.device}, strides {out.stride()}"
+            )

@@ -13,10 +13,12 @@ import ctypes
 import importlib.machinery
 import math
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import chain, count, takewhile
 from pathlib import Path
+from struct import Struct
 
 import torch
 from torch import Tensor
@@ -30,66 +32,120 @@ PART_FLOPS = 2 << 27  # per thread and call: two thirds of a millisecond
 PART = 256  # keys of a history that one thread takes at a time, as in softmax.c
 CHUNK = 128  # tokens that meet their own triangle of random features, as in features.c
 WIDEST, MOST_HEADS, MOST_FEATURES = 256, 128, 4096  # what the kernel's own memory is made for
-FREE = 1 << 40  # a distance that binds nothing
+FREE = 1 << 40  # a distance that binds nothing, FAR in given.h
 WORDS = {torch.float32: 1, torch.bfloat16: 2}  # the dtypes, by the bits with which softmax.c names them
 
 _Run = tuple[int, int, int, int, bool]  # source, first, count, position, free: see softmax.c
 _Block = tuple[int, int, int, Sequence[_Run]]  # first and last query, the first one's position, what they may see
 
 
+_VIEW = ("at", "size", "rows", "heads", "width", "row", "head", "element")  # a tensor, as in given.h
+_Field = tuple[str, type]
+
+
+def _views(*names: str) -> list[_Field]:
+    return [
+        (f"{name}_{part}", ctypes.c_int64 if index else ctypes.c_void_p) for name in names for index, part in enumerate(_VIEW)
+    ]
+
+
+def _rooms(*names: str) -> list[_Field]:
+    return [field for name in names for field in ((name, ctypes.c_void_p), (f"{name}_bytes", ctypes.c_int64))]
+
+
+def _counts(*names: str) -> list[_Field]:
+    return [(name, ctypes.c_int64) for name in names]
+
+
 class _Call(ctypes.Structure):
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("q", "out", "log_total", "carry")),
-        *((name, ctypes.c_int64) for name in ("q_row", "q_head", "out_row", "out_head", "queries", "heads", "groups", "width")),
-        *((name, ctypes.c_int64) for name in ("before", "ahead", "call", "calls", "wide")),
+        *_views("q", "out"),
+        *_rooms("log_total", "carry"),
+        *_counts("queries", "heads", "groups", "width", "before", "ahead", "call", "calls", "wide"),
         ("scale", ctypes.c_float),
     ]
 
 
 class _Step(ctypes.Structure):
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("q", "out", "log_total", "parts")),
-        *((name, ctypes.c_int64) for name in ("q_row", "heads", "groups", "width", "wide")),
+        *_views("q"),
+        *_rooms("out", "log_total", "parts"),
+        *_counts("sequences", "heads", "groups", "width", "wide"),
         ("scale", ctypes.c_float),
     ]
 
 
 class _Features(ctypes.Structure):
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("q", "k", "v", "out", "weights")),
-        *((name, ctypes.c_void_p) for name in ("sums", "level", "added", "keys", "levels", "room")),
-        *((name, ctypes.c_int64) for name in ("q_row", "q_head", "k_row", "k_head", "v_row", "v_head", "out_row", "out_head")),
-        *((name, ctypes.c_int64) for name in ("tokens", "heads", "groups", "width", "count", "wide", "room_words")),
-        *((name, ctypes.c_int64) for name in ("adds", "asks")),
-        ("near", ctypes.c_void_p),
+        *_views("q", "k", "v", "out"),
+        *_rooms("weights", "sums", "level", "added", "keys", "levels", "room", "near"),
+        *_counts("tokens", "heads", "groups", "width", "count", "wide", "adds", "asks"),
         *((name, ctypes.c_float) for name in ("half", "reach", "limit", "log_count")),
     ]
 
 
 class _FeaturesStep(ctypes.Structure):
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("q", "k", "v", "out", "weights", "features")),
-        *((name, ctypes.c_int64) for name in ("q_row", "k_row", "v_row")),
-        *((name, ctypes.c_int64) for name in ("sequences", "heads", "groups", "width", "count", "wide", "adds")),
-        ("near", ctypes.c_void_p),
+        *_views("q", "k", "v"),
+        *_rooms("out", "weights", "features", "near"),
+        *_counts("sequences", "heads", "groups", "width", "count", "wide", "adds"),
         *((name, ctypes.c_float) for name in ("half", "reach", "limit", "log_count")),
     ]
 
 
+def _packing(struct: type[ctypes.Structure]) -> Callable[..., bytes]:
+    """Its fields, in their order, as the struct in memory: twice as fast as to fill one in, and a step does feel it."""
+    kinds = ("f" if kind is ctypes.c_float else "q" for _, kind, *_ in struct._fields_)
+    return Struct("".join(kinds) + "0q").pack  # the last: to the struct's whole size
+
+
+_call, _step, _many, _one = (_packing(struct) for struct in (_Call, _Step, _Features, _FeaturesStep))
+
+SOURCE_WORDS, RUN_WORDS, BLOCK_WORDS, HISTORY_WORDS, STATE_WORDS = 16, 5, 5, 9, 4  # words of a row of a table
+_LAYOUTS = {
+    "softmax_layout": ((len(_VIEW), SOURCE_WORDS, RUN_WORDS, BLOCK_WORDS, HISTORY_WORDS), (_Call, _Step)),
+    "features_layout": ((len(_VIEW), STATE_WORDS), (_Features, _FeaturesStep)),
+}
+
+
 @cache
 def library() -> ctypes.CDLL | None:
-    """The compiled kernel, None where the package was installed without a C compiler."""
+    """The compiled kernel, None where the package was installed without a C compiler.
+
+    Raises:
+        RuntimeError: it was built from other sources than these.
+    """
     beside = (Path(__file__).with_name("_native" + suffix) for suffix in importlib.machinery.EXTENSION_SUFFIXES)
     found = next((path for path in beside if path.exists()), None)
     if found is None:
         return None
     loaded = ctypes.CDLL(str(found))  # torch's OpenMP is loaded already, and both share its threads
-    pointer, number = ctypes.c_void_p, ctypes.c_int64
-    loaded.attend.argtypes, loaded.attend.restype = (pointer, pointer, pointer, number, pointer, ctypes.c_int), None
-    loaded.step.argtypes, loaded.step.restype = (pointer, pointer, number, pointer, ctypes.c_int), None
-    loaded.features.argtypes, loaded.features.restype = (pointer, ctypes.c_int), None
-    loaded.features_step.argtypes, loaded.features_step.restype = (pointer, pointer, ctypes.c_int), None
+    for name, (tables, structs) in _LAYOUTS.items():
+        if _layout(loaded, name) != [*(8 * words for words in tables), *(n for struct in structs for n in _offsets(struct))]:
+            raise RuntimeError(f"{found} was built from other sources than these: install the package again")
+    pointer, number, threads = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+    loaded.attend.argtypes = (pointer, pointer, number, pointer, number, pointer, number, threads)
+    loaded.step.argtypes = (pointer, pointer, number, pointer, number, threads)
+    loaded.features.argtypes = (pointer, threads)
+    loaded.features_step.argtypes = (pointer, pointer, number, threads)
+    for function in (loaded.attend, loaded.step, loaded.features, loaded.features_step):
+        function.restype = ctypes.c_char_p  # null, or what was wrong
     return loaded
+
+
+def _layout(loaded: ctypes.CDLL, name: str) -> list[int]:
+    """A table of sizes and offsets; empty where there is none."""
+    if not hasattr(loaded, name):
+        return []
+    table = ctypes.cast(getattr(loaded, name), ctypes.POINTER(ctypes.c_int64))
+    return list(takewhile(lambda x: x >= 0, (table[i] for i in count())))
+
+
+def _offsets(struct: type[ctypes.Structure]) -> list[int]:
+    """Its size and where its fields stand, a view counted as one."""
+    inner = tuple(f"_{part}" for part in _VIEW[1:])
+    names = [name for name, *_ in struct._fields_ if not name.endswith(inner)]
+    return [ctypes.sizeof(struct), *(getattr(struct, name).offset for name in names)]
 
 
 def obstacle(shape: HeadShape) -> str | None:
@@ -140,7 +196,9 @@ def pattern(
     def each() -> Iterator[_Block]:
         first = 0
         for last, runs in seen:
-            yield first, last, past + first, [(0, a, b - a, a, False) for a, b in runs]
+            keys_seen = [(0, a, b - a, a, False) for a, b in runs]
+            for a, b in spread(first, last, _rows(len(keys))):
+                yield a, b, past + a, keys_seen
             first = last
 
     yield from _attend(q, [(keys, values)], each(), FREE, 0 if causal else FREE, out)
@@ -160,28 +218,32 @@ def step(
     histories, parts = array("q"), 0
     for index, (state, left) in enumerate(zip(states, counts, strict=True)):
         k, v = state["k"], state["v"]
-        row = k.stride(0)
+        kept, columns = k.shape
+        kept = min(kept, len(v))
+        where = (index, k.data_ptr(), v.data_ptr(), k.stride(0), v.stride(0), kept, columns)
         for first, last in ((0, left),) if runs is None else runs[index]:
-            taken, at = min(left, last - first), first * row * k.element_size()
-            histories.extend((index, k.data_ptr() + at, v.data_ptr() + at, row, taken))
+            taken = min(left, last - first)
+            histories.extend((*where, first, taken))
             left, parts = left - taken, parts + -(-taken // PART)
-    starts = array("q", bytes(8 * (len(histories) // 5 + 1)))
+    number = len(histories) // HISTORY_WORDS
+    starts = array("q", bytes(8 * (number + 1)))
     room = torch.empty(parts * heads * (width + 2), dtype=torch.float32)
-    q = q if q.stride()[1:] == (width, 1) else q.contiguous()
-    call = _Step(
-        q.data_ptr(),
-        _tight(out).data_ptr(),
-        None if log_total is None else _tight(log_total).data_ptr(),
+    q = q if q.stride(1) == width else q.contiguous()
+    call = _step(
+        *_view(q),
+        *_room(out),
+        *_room(log_total),
         room.data_ptr(),
-        q.stride(0),
+        4 * len(room),
+        len(q),
         heads,
         groups,
         width,
         q.dtype == torch.float32,
         LOG2_E / math.sqrt(width),
     )
-    tables = histories.buffer_info()[0], len(starts) - 1, starts.buffer_info()[0]
-    _loaded().step(ctypes.byref(call), *tables, torch.get_num_threads())
+    tables = histories.buffer_info()[0], number, starts.buffer_info()[0], 8 * len(starts)
+    _done(_loaded().step(call, *tables, torch.get_num_threads()))
 
 
 def dense_workspace_bytes(shape: HeadShape, queries: int, keys: int, asking: int | None = None) -> int:
@@ -215,45 +277,33 @@ def _attend(
     log_total: Tensor | None = None,
 ) -> Parts:
     """Answer blocks of queries, pausing behind each call; what would take long is cut along the keys into several."""
-    count, heads, width = q.shape
-    tensors = [q, out, *(x for pair in sources for x in pair)]
-    assert all(x.stride(2) == 1 for x in tensors), "the elements of a query, key or value must lie side by side"
-    assert log_total is None or log_total.is_contiguous()
-    carry = torch.empty(min(count, ROWS) * heads * (width + 2), dtype=torch.float32)
+    total, heads, width = q.shape
+    carry = torch.empty(min(total, ROWS) * heads * (width + 2), dtype=torch.float32)
     table = array("q")
     for k, v in sources:
-        table.extend((k.data_ptr(), v.data_ptr(), k.stride(1), k.stride(0), v.stride(1), v.stride(0)))
-    threads = torch.get_num_threads()
-    call = _Call(
-        carry=carry.data_ptr(),
-        q_row=q.stride(0),
-        q_head=q.stride(1),
-        out_row=out.stride(0),
-        out_head=out.stride(1),
-        heads=heads,
-        groups=len(sources[0][0]),
-        width=width,
-        before=before,
-        ahead=ahead,
-        wide=q.dtype == torch.float32,
-        scale=LOG2_E / math.sqrt(width),
-    )
+        table.extend((*_view(k.transpose(0, 1)), *_view(v.transpose(0, 1))))
+    threads, shape = torch.get_num_threads(), (heads, len(sources[0][0]), width)
+    near, far = min(before, FREE), min(ahead, FREE)
     for batch in _batches(blocks):
         first, last = batch[0][0], batch[-1][1]
-        call.q, call.out = q[first:].data_ptr(), out[first:].data_ptr()
-        call.log_total = None if log_total is None else log_total[first:].data_ptr()
-        call.queries = last - first
-        pairs = sum((b - a) * sum(_seen(run, b - a, at, before, ahead) for run in runs) for a, b, at, runs in batch)
-        call.calls = max(1, round(4 * heads * width * pairs / (PART_FLOPS * threads)))
+        pairs = sum((b - a) * sum(_seen(run, b - a, at, near, far) for run in runs) for a, b, at, runs in batch)
+        calls = max(1, round(4 * heads * width * pairs / (PART_FLOPS * threads)))
         rows, runs = array("q"), array("q")
         for a, b, at, own in batch:
-            rows.extend((a - first, b - first, at, len(runs) // 5, len(runs) // 5 + len(own)))
+            number = len(runs) // RUN_WORDS
+            rows.extend((a - first, b - first, at, number, number + len(own)))
             for run in own:
                 runs.extend(run)
-        addresses = [x.buffer_info()[0] for x in (table, rows, runs)]
-        for index in range(call.calls):
-            call.call = index
-            _loaded().attend(ctypes.byref(call), *addresses[:2], len(batch), addresses[2], threads)
+        logs = _room(None if log_total is None else log_total[first:last])
+        views = (*_view(q[first:last]), *_view(out[first:last]), *logs, *_room(carry))
+        scale = LOG2_E / math.sqrt(width)
+        tables = [
+            (x.buffer_info()[0], len(x) // words)
+            for x, words in ((table, SOURCE_WORDS), (rows, BLOCK_WORDS), (runs, RUN_WORDS))
+        ]
+        for index in range(calls):
+            call = _call(*views, last - first, *shape, near, far, index, calls, q.dtype == torch.float32, scale)
+            _done(_loaded().attend(call, *chain(*tables), threads))
             yield
 
 
@@ -301,16 +351,10 @@ class Features:
         pairs = weights if weights.dtype == torch.float32 else weights.view(-1, 2, count).transpose(1, 2)
         return cls(count, pairs.contiguous(), half, reach, limit)
 
-    def fields(self) -> dict[str, int | float | None]:
-        """What both of the kernel's calls are told of them."""
-        return {
-            "weights": None if self.words is None else self.words.data_ptr(),
-            "count": self.count,
-            "half": self.half,
-            "reach": self.reach,
-            "limit": self.limit,
-            "log_count": math.log2(self.count),
-        }
+    @property
+    def numbers(self) -> tuple[float, float, float, float]:
+        """What both of the kernel's calls are told of them last."""
+        return self.half, self.reach, self.limit, math.log2(self.count)
 
 
 def no_features(count: int) -> str:
@@ -350,38 +394,18 @@ def _features(
     """Queries and their answers, (C, H, D) each, keys and values, (C, G, D) each, or both, in calls of ROWS tokens."""
     q, out = asking or (None, None)
     k, v = adding or (None, None)
-    given = [x for x in (q, out, k, v) if x is not None]
-    (count, groups, width), threads = (len(given[0]), len(s), given[0].shape[2]), torch.get_num_threads()
-    heads = groups if q is None else q.shape[1]
-    assert all(x.stride(2) == 1 for x in given) and s.is_contiguous() and scale.is_contiguous()
-    assert near is None or near.is_contiguous()
-    scratch = _scratch(features.count, given[0].element_size(), groups, width, min(count, ROWS), adding is not None)
-    added, keys, levels, room = (torch.empty(size, dtype=torch.float32) for size in scratch)
-    call = _Features(
-        **features.fields(),
-        sums=s.data_ptr(),
-        level=scale.data_ptr(),
-        added=added.data_ptr(),
-        keys=keys.data_ptr(),
-        levels=levels.data_ptr(),
-        room=room.data_ptr(),
-        heads=heads,
-        groups=groups,
-        width=width,
-        wide=given[0].dtype == torch.float32,
-        room_words=len(room) // threads,
-        adds=adding is not None,
-        asks=asking is not None,
-    )
-    for name, x in (("q", q), ("out", out), ("k", k), ("v", v)):
-        if x is not None:
-            setattr(call, f"{name}_row", x.stride(0))
-            setattr(call, f"{name}_head", x.stride(1))
-    for first, last in spread(0, count, ROWS):
-        for name, x in (("q", q), ("out", out), ("k", k), ("v", v), ("near", near)):
-            setattr(call, name, None if x is None else x[first:].data_ptr())
-        call.tokens = last - first
-        _loaded().features(ctypes.byref(call), threads)
+    given = next(x for x in (q, k) if x is not None)
+    tokens, groups, threads = len(given), len(s), torch.get_num_threads()
+    heads, width = groups if q is None else q.shape[1], given.shape[2]
+    scratch = _scratch(features.count, given.element_size(), groups, width, min(tokens, ROWS), adding is not None)
+    rooms = [torch.empty(size, dtype=torch.float32) for size in scratch]
+    kept = [*_room(features.words), *_room(s), *_room(scale), *chain(*map(_room, rooms))]
+    rest = heads, groups, width, features.count, given.dtype == torch.float32, adding is not None, asking is not None
+    for first, last in spread(0, tokens, ROWS):
+        q_, k_, v_, out_, near_ = (None if x is None else x[first:last] for x in (q, k, v, out, near))
+        views = chain(*map(_view, (q_, k_, v_, out_)))
+        call = _many(*views, *kept, *_room(near_), last - first, *rest, *features.numbers)
+        _done(_loaded().features(call, threads))
         yield
 
 
@@ -430,31 +454,53 @@ def _features_step(
     out: Tensor,
     near: Tensor | None = None,
 ) -> None:
-    (count, heads, width), groups = q.shape, len(sums[0][0])
-    given = [x if x.stride()[1:] == (width, 1) else x.contiguous() for x in (q, *(adding or ()))]
-    room = torch.empty(count * (heads + groups) * features.count, dtype=torch.float32)
-    call = _FeaturesStep(
-        **features.fields(),
-        out=_tight(out).data_ptr(),
-        features=room.data_ptr(),
-        sequences=count,
-        heads=heads,
-        groups=groups,
-        width=width,
-        wide=q.dtype == torch.float32,
-        adds=adding is not None,
-        near=None if near is None else _tight(near).data_ptr(),
+    (sequences, heads, width), groups = q.shape, len(sums[0][0])
+    q, k, v = (x if x is None or x.stride(1) == width else x.contiguous() for x in (q, *(adding or (None, None))))
+    room = torch.empty(sequences * (heads + groups) * features.count, dtype=torch.float32)
+    call = _one(
+        *_view(q),
+        *_view(k),
+        *_view(v),
+        *_room(out),
+        *_room(features.words),
+        *_room(room),
+        *_room(near),
+        sequences,
+        heads,
+        groups,
+        width,
+        features.count,
+        q.dtype == torch.float32,
+        adding is not None,
+        *features.numbers,
     )
-    for name, x in zip(("q", "k", "v"), given, strict=False):  # without keys, only the first
-        setattr(call, name, x.data_ptr())
-        setattr(call, f"{name}_row", x.stride(0))
-    addresses = array("q", [x.data_ptr() for pair in sums for x in pair])
-    _loaded().features_step(ctypes.byref(call), addresses.buffer_info()[0], torch.get_num_threads())
+    states = array("q")
+    for s, level in sums:  # tight, as all state is
+        states.extend((s.data_ptr(), s.nbytes, level.data_ptr(), level.nbytes))
+    _done(_loaded().features_step(call, states.buffer_info()[0], len(sums), torch.get_num_threads()))
 
 
-def _tight(x: Tensor) -> Tensor:
-    assert x.is_contiguous(), "an answer of a step, and a log, must be tight"
-    return x
+def _view(x: Tensor | None) -> tuple[int, ...]:
+    """A tensor (rows, heads, width) as the kernel is told of it."""
+    return _NOTHING if x is None else (x.data_ptr(), x.itemsize, *x.shape, *x.stride())
+
+
+_NOTHING = (0,) * len(_VIEW)
+
+
+def _room(x: Tensor | None) -> tuple[int, int]:
+    """Tight memory as the kernel is told of it."""
+    if x is None:
+        return 0, 0
+    if not x.is_contiguous():
+        raise RuntimeError(f"what the kernel takes as it lies in memory must be tight, received strides {x.stride()}")
+    return x.data_ptr(), x.nbytes
+
+
+def _done(reason: bytes | None) -> None:
+    """Raise RuntimeError where the kernel refused what it was given, before it touched any of it."""
+    if reason is not None:
+        raise RuntimeError(f"the native kernel was given what it cannot take: {reason.decode()}")
 
 
 def _loaded() -> ctypes.CDLL:

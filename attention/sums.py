@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from attention import blocks
 from attention.interface import HeadShape
 
 CHUNK = 128  # tokens answered together causally: their own triangle costs CHUNK per token, their state two products a chunk
@@ -48,9 +49,14 @@ def triangle(queries: Tensor, keys: Tensor) -> Tensor:
 def scan(s: Tensor, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     """Answer a chunk over s and itself, causally, and add it to s: (G, RC, D + 1), numerator and denominator."""
     both = ask(s, queries)
-    both += torch.bmm(triangle(queries, keys), values)
+    both += blocks.weigh(triangle(queries, keys), values, lambda: _later(keys))
     add(s, keys, values)
     return both
+
+
+def _later(keys: Tensor) -> Tensor:
+    """Bool (C, C): which keys of a chunk come after each of its queries."""
+    return torch.ones(keys.shape[1], keys.shape[1], dtype=torch.bool, device=keys.device).triu_(1)
 
 
 def divide(both: Tensor, out: Tensor, first: int = 0, last: int | None = None) -> None:

@@ -2,7 +2,8 @@
 
 Seeded input at a length that brings all parts of the pattern into play, three sequences in a batch, through `attend` in each
 direction and through `extend` in uneven chunks with single steps between; a sample of rows is compared with `reference`. It
-takes a fraction of a second, so the service runs it at start-up and before every switch.
+takes a fraction of a second, so the service runs it at start-up and before every switch. No input is longer than the model's
+context, nor than `MOST`: where a pattern's edge lies beyond that, the verdict says what was not covered.
 """
 
 from __future__ import annotations
@@ -19,15 +20,17 @@ from attention.interface import AttentionBackend, Segments
 # score of 4 to 2^-7, a weight to 2^-9 and an answer of 4 to 2^-7, and errors of 3 x 2^-7 = 0.023 are seen; the others keep
 # the same distance to their epsilon. A wrong mask, a lost key or a stale state is off by 0.1 and more.
 BOUNDS = {torch.bfloat16: 6e-2, torch.float16: 1e-2, torch.float32: 2e-5, torch.float64: 1e-12}
+MOST = 16384  # tokens: a wider pattern would be checked for seconds and gigabytes, and the arithmetic is the same
 SAMPLE = 48  # rows compared per sequence, the first and last among them
 
 
 @dataclass(frozen=True)
 class Truth:
-    """The verdict: the largest error seen, the bound it is held to."""
+    """The verdict: the largest error seen, the bound it is held to, and what the input was too short for (empty: nothing)."""
 
     error: float
     bound: float
+    uncovered: str = ""
 
     @property
     def passed(self) -> bool:
@@ -36,9 +39,13 @@ class Truth:
 
 
 @torch.inference_mode()
-def check(backend: AttentionBackend, seed: int = 0) -> Truth:
-    """Compare a backend's answers with its definition's on seeded input. Changes nothing."""
-    segments = Segments((1, 17, backend.edge + blocks.ROWS + 3))
+def check(backend: AttentionBackend, seed: int = 0, max_length: int = MOST) -> Truth:
+    """Compare a backend's answers with its definition's on seeded input. Changes nothing.
+
+    max_length: tokens of the longest sequence that will be asked for; no longer input is needed.
+    """
+    longest = min(backend.edge + blocks.ROWS + 3, max_length, MOST)
+    segments = Segments((1, min(17, longest), longest))
     q, k, v = _input(backend, segments.total, seed)
     error = 0.0
     for causal in backend.directions:
@@ -47,7 +54,14 @@ def check(backend: AttentionBackend, seed: int = 0) -> Truth:
         if causal:
             answers.append(_extended(backend, q, k, v, segments))
         error = max([error, *(_distance(answer, wanted) for answer in answers)], key=_nan_last)
-    return Truth(error, BOUNDS[backend.shape.dtype])
+    return Truth(error, BOUNDS[backend.shape.dtype], _uncovered(backend, longest, max_length))
+
+
+def _uncovered(backend: AttentionBackend, checked: int, max_length: int) -> str:
+    """What an input of `checked` tokens was too short for, of what sequences up to `max_length` can show."""
+    if checked >= min(backend.edge, max_length):
+        return ""
+    return f"the pattern reaches {backend.edge} tokens, {checked} were checked: what lies beyond is unchecked"
 
 
 def _input(backend: AttentionBackend, tokens: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:

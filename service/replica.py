@@ -83,7 +83,7 @@ class Replica:
         self._loaded = in_passing_thread(lambda: checkpoint.load(_directory(config), config.dtype, config.device, config.name))
         self._started = time.time()
         self._metrics = Metrics()
-        self._switch = Switch(self._loaded.model.head_shape(), self._metrics, self._last_served)
+        self._switch = Switch(self._loaded.model.head_shape(), self._loaded.max_length, self._metrics, self._last_served)
         self._metrics.switching.set_function(lambda: float(self._switch.is_switching))
         self._traced = None if config.traces is None else _traced(self._metrics, config.traces, name)
         self._engine: Engine | None = None

@@ -53,8 +53,9 @@ class LastServed:
 class Switch:
     """The allow-list in force, the one aimed at, and how the way there went."""
 
-    def __init__(self, shape: HeadShape, metrics: Metrics, last_served: LastServed) -> None:
+    def __init__(self, shape: HeadShape, max_length: int, metrics: Metrics, last_served: LastServed) -> None:
         self._shape = shape
+        self._max_length = max_length
         self._metrics = metrics
         self._last_served = last_served
         self._in_force: AttentionConfig | None = None
@@ -156,10 +157,12 @@ class Switch:
         backend = attention.build(name, options, self._shape)
         if True not in backend.directions:
             raise ValueError(f"attention backend {name} has no causal form, and this model is causal")
-        verdict = truth.check(backend)
+        verdict = truth.check(backend, max_length=self._max_length)
         self._metrics.truth(name, verdict.error, verdict.bound)
         if not verdict.passed:
             raise ValueError(
                 f"attention backend {name} is off its definition by {verdict.error:.2g}, allowed: {verdict.bound:.2g}"
             )
+        if verdict.uncovered:
+            logger.warning("the truth check of %s: %s", name, verdict.uncovered)
         return backend

@@ -19,18 +19,24 @@ from pydantic import Field, field_validator
 from torch import Tensor
 
 from attention import blocks, implementation, native
-from attention.interface import AttentionBackend, BackendOptions, Cost, HeadShape, Parts, StateTensor
+from attention.interface import MOST_SEED, MOST_TOKENS, AttentionBackend, BackendOptions, Cost, HeadShape, Parts, StateTensor
 
 
 class BigBirdOptions(BackendOptions):
     """The pattern, in blocks."""
 
-    block: int = Field(64, ge=1, description="tokens of a block")
-    window_blocks: int = Field(3, ge=1, description="blocks of the window, the query's own in the middle: an odd number")
-    random_blocks: int = Field(3, ge=0, description="blocks drawn for each query block")
-    global_blocks: int = Field(2, ge=0, description="first blocks of a sequence, which see all and are seen by all")
-    closing_blocks: int = Field(0, ge=0, description="last blocks of a sequence that are global too; bidirectional only")
-    seed: int = Field(0, ge=0, description="of the drawn blocks")
+    block: int = Field(64, ge=1, le=MOST_TOKENS, description="tokens of a block")
+    window_blocks: int = Field(
+        3, ge=1, le=MOST_TOKENS, description="blocks of the window, the query's own in the middle: an odd number"
+    )
+    random_blocks: int = Field(3, ge=0, le=MOST_TOKENS, description="blocks drawn for each query block")
+    global_blocks: int = Field(
+        2, ge=0, le=MOST_TOKENS, description="first blocks of a sequence, which see all and are seen by all"
+    )
+    closing_blocks: int = Field(
+        0, ge=0, le=MOST_TOKENS, description="last blocks of a sequence that are global too; bidirectional only"
+    )
+    seed: int = Field(0, ge=0, le=MOST_SEED, description="of the drawn blocks")
     impl: implementation.CpuImpl = Field("auto", description="torch, native (CPU), or auto: native where it can run")
 
     @field_validator("window_blocks")
@@ -157,7 +163,7 @@ class BigBird(AttentionBackend):
     def state(self, max_tokens: int) -> dict[str, StateTensor]:
         return blocks.key_value_state(self.shape, max_tokens)
 
-    def cost(self, queries: int, keys: int, *, causal: bool) -> Cost:
+    def law(self, queries: int, keys: int, *, causal: bool) -> Cost:
         options, shape = self.options, self.shape
         window = options.window_blocks // 2 + 1 if causal else options.window_blocks
         whole = min(keys, (options.global_blocks + options.closing_blocks) * options.block)

@@ -13,13 +13,13 @@ from pydantic import Field
 from torch import Tensor
 
 from attention import blocks, implementation
-from attention.interface import AttentionBackend, BackendOptions, Cost, HeadShape, Parts, StateTensor
+from attention.interface import MOST_TOKENS, AttentionBackend, BackendOptions, Cost, HeadShape, Parts, StateTensor
 
 
 class ChunkedOptions(BackendOptions):
     """How long a chunk is."""
 
-    chunk: int = Field(1024, ge=1, description="tokens of a chunk; a token sees the tokens of its own")
+    chunk: int = Field(1024, ge=1, le=MOST_TOKENS, description="tokens of a chunk; a token sees the tokens of its own")
     impl: implementation.CpuImpl = Field("auto", description="torch, native (CPU), or auto: native where it can run")
 
 
@@ -72,7 +72,7 @@ class Chunked(AttentionBackend):
     def state(self, max_tokens: int) -> dict[str, StateTensor]:
         return blocks.key_value_state(self.shape, max_tokens, self.options.chunk)
 
-    def cost(self, queries: int, keys: int, *, causal: bool) -> Cost:
+    def law(self, queries: int, keys: int, *, causal: bool) -> Cost:
         parts = list(self._parts(keys - queries, queries))
         pairs = sum(rows * seen - (rows * (rows - 1) // 2 if causal else 0) for rows, seen in parts)
         workspace = max(self.softmax.dense_workspace_bytes(self.shape, queries, seen, asking=rows) for rows, seen in set(parts))

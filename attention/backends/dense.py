@@ -60,7 +60,7 @@ class Dense(AttentionBackend):
     def state(self, max_tokens: int) -> dict[str, StateTensor]:
         return blocks.key_value_state(self.shape, max_tokens)
 
-    def cost(self, queries: int, keys: int, *, causal: bool) -> Cost:
+    def law(self, queries: int, keys: int, *, causal: bool) -> Cost:
         pairs = queries * keys - (queries * (queries - 1) // 2 if causal else 0)
         workspace = self.softmax.dense_workspace_bytes(self.shape, queries, keys)
         return Cost(4 * self.shape.query_heads * self.shape.head_width * pairs, workspace, self.state_bytes(keys))

@@ -87,7 +87,7 @@ class Linear(AttentionBackend):
         width = self.shape.head_width
         return {"s": StateTensor((self.shape.key_value_heads, width + 1, width), self.wide, 0.0)}
 
-    def cost(self, queries: int, keys: int, *, causal: bool) -> Cost:
+    def law(self, queries: int, keys: int, *, causal: bool) -> Cost:
         width = self.shape.head_width
         if self.native is not None:
             workspace = native.features_workspace_bytes(self.shape, width, queries)

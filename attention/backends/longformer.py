@@ -11,16 +11,21 @@ from pydantic import Field
 from torch import Tensor
 
 from attention import blocks, implementation
-from attention.interface import AttentionBackend, BackendOptions, Cost, HeadShape, Parts, StateTensor
+from attention.interface import MOST_TOKENS, AttentionBackend, BackendOptions, Cost, HeadShape, Parts, StateTensor
 
 
 class LongformerOptions(BackendOptions):
     """What a token sees beside itself."""
 
     window: int = Field(
-        256, ge=1, description="tokens seen on each side, the token itself not counted; the paper's w is 2 x this"
+        256,
+        ge=1,
+        le=MOST_TOKENS,
+        description="tokens seen on each side, the token itself not counted; the paper's w is 2 x this",
     )
-    global_tokens: int = Field(1, ge=0, description="first tokens of a sequence, which see all and are seen by all")
+    global_tokens: int = Field(
+        1, ge=0, le=MOST_TOKENS, description="first tokens of a sequence, which see all and are seen by all"
+    )
     impl: implementation.CpuImpl = Field("auto", description="torch, native (CPU), or auto: native where it can run")
 
 
@@ -60,7 +65,7 @@ class Longformer(AttentionBackend):
     def state(self, max_tokens: int) -> dict[str, StateTensor]:
         return {}
 
-    def cost(self, queries: int, keys: int, *, causal: bool) -> Cost:
+    def law(self, queries: int, keys: int, *, causal: bool) -> Cost:
         shape, options, first = self.shape, self.options, min(self.options.global_tokens, keys)
         pairs = (queries - first) * min(keys, 2 * options.window + 1 + first) + first * keys
         workspace = self.softmax.band_workspace_bytes(shape, queries, keys, options.window, options.window, first)

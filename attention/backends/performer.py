@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from attention import blocks, implementation, native, sums
-from attention.interface import AttentionBackend, BackendOptions, Cost, HeadShape, Parts, StateTensor, finish
+from attention.interface import MOST_SEED, AttentionBackend, BackendOptions, Cost, HeadShape, Parts, StateTensor, finish
 
 LOG2_E = blocks.LOG2_E
 REACH = 60.0  # exponents (of 2) taken as they are; beyond, a row of features is taken relative to its largest
@@ -51,7 +51,7 @@ class PerformerOptions(BackendOptions):
     """How many random features, and which."""
 
     features: int = Field(256, ge=1, le=65536, description="random rows m; the variance of the kernel falls as 1/m")
-    seed: int = Field(0, ge=0, description="of the random rows: the same seed, the same answers")
+    seed: int = Field(0, ge=0, le=MOST_SEED, description="of the random rows: the same seed, the same answers")
     hyperbolic: bool = Field(False, description="each row also with its sign turned: twice the state, half the variance")
     local_chunk: int = Field(
         0, description="tokens of a chunk; keys of a token's own and the previous chunk weigh exactly; 0: none. Causal only"
@@ -329,9 +329,11 @@ class Performer(AttentionBackend):
         while done < len(v):
             stop = _first_above(weight, scale + REACH, done)
             if stop > done:
-                factor = torch.exp2(weight - scale)
-                factor[:, :done], factor[:, stop:] = 0.0, 0.0
-                both = sums.scan(s, queries, keys, sums.values_with_ones(v, factor))
+                values = sums.values_with_ones(v, torch.exp2(weight - scale))
+                own = keys if stop - done == len(v) else keys.clone()
+                for x in (own, values):  # not by a factor: a key that is still to come may be no number
+                    x[:, :done], x[:, stop:] = 0.0, 0.0
+                both = sums.scan(s, queries, own, values)
                 sums.divide(both, out, done, stop)
             if stop < len(v):
                 risen = weight[:, stop : stop + 1]
@@ -351,7 +353,7 @@ class Performer(AttentionBackend):
         sums_shape = (heads, self.shape.head_width + 1, self.weights.shape[1])
         return {"s": StateTensor(sums_shape, self.wide, 0.0), "scale": StateTensor((heads, 1, 1), self.wide, -math.inf)}
 
-    def cost(self, queries: int, keys: int, *, causal: bool) -> Cost:
+    def law(self, queries: int, keys: int, *, causal: bool) -> Cost:
         shape, features = self.shape, self.weights.shape[1]
         if self.options.local_chunk:
             return self._chunks_cost(queries, keys)

@@ -17,14 +17,16 @@ from pydantic import Field
 from torch import Tensor
 
 from attention import blocks, cuda, implementation
-from attention.interface import AttentionBackend, BackendOptions, Cost, HeadShape, Parts, Segments, StateTensor
+from attention.interface import MOST_TOKENS, AttentionBackend, BackendOptions, Cost, HeadShape, Parts, Segments, StateTensor
 
 
 class SlidingWindowOptions(BackendOptions):
     """What a token sees beside itself."""
 
-    window: int = Field(1024, ge=1, description="tokens seen on each visible side, the token itself not counted")
-    sinks: int = Field(4, ge=0, description="first tokens of a sequence that stay visible to all later ones")
+    window: int = Field(
+        1024, ge=1, le=MOST_TOKENS, description="tokens seen on each visible side, the token itself not counted"
+    )
+    sinks: int = Field(4, ge=0, le=MOST_TOKENS, description="first tokens of a sequence that stay visible to all later ones")
     impl: implementation.Impl = Field(
         "auto", description="torch, native (CPU), xformers (CUDA, no sinks), or auto: what can run here"
     )
@@ -105,7 +107,7 @@ class SlidingWindow(AttentionBackend):
         kept = blocks.key_value_state(self.shape, max_tokens, self.edge)
         return {"k": kept["k"], "v": replace(kept["v"], fill=0.0)}  # see blocks.append; a ring has no end to zero from
 
-    def cost(self, queries: int, keys: int, *, causal: bool) -> Cost:
+    def law(self, queries: int, keys: int, *, causal: bool) -> Cost:
         shape, options = self.shape, self.options
         sides = 1 if causal else 2
         pairs = queries * min(keys, options.window * sides + 1 + options.sinks)

@@ -13,42 +13,79 @@
  * The sums are short of 2^level. A level rises only at a key whose weight would pass 2^limit, so earlier rows are the same to
  * the bit whatever comes later; what stands at an older level is brought down where it meets a newer one.
  */
-#include <stdint.h>
+#include "given.h"
 
 typedef struct {
-    const char *q, *k, *v;   /* (C, H, D), (C, G, D), (C, G, D) by strides */
-    char *out;               /* (C, H, D) by strides */
+    View q, k, v, out; /* (C, H, D), (C, G, D), (C, G, D), (C, H, D) */
     const uint32_t *weights; /* W as words of neighbouring rows, (D, m) or (D / 2, m); null: elu(x) + 1, m = D */
-    float *sums, *level;     /* (G, D + 1, m) and (G) */
-    float *added;            /* scratch: (chunks, G, D + 1, m), what each chunk adds, then the sums before it */
-    uint32_t *keys;          /* scratch: (chunks, G, words of m, CHUNK), features of keys */
-    float *levels;           /* scratch: (G, C + 1), before the first token and behind each; then (G, C), |k'|^2 / 2 */
-    uint32_t *room;          /* scratch: `room_words` for each thread */
-    int64_t q_row, q_head, k_row, k_head, v_row, v_head, out_row, out_head;
-    int64_t tokens, heads, groups, width, count, wide, room_words;
+    int64_t weights_bytes;
+    float *sums; /* (G, D + 1, m) */
+    int64_t sums_bytes;
+    float *level; /* (G) */
+    int64_t level_bytes;
+    float *added; /* scratch: (chunks, G, D + 1, m), what each chunk adds, then the sums before it */
+    int64_t added_bytes;
+    uint32_t *keys; /* scratch: (chunks, G, words of m, CHUNK), features of keys */
+    int64_t keys_bytes;
+    float *levels; /* scratch: (G, C + 1), before the first token and behind each; then (G, C), |k'|^2 / 2 */
+    int64_t levels_bytes;
+    uint32_t *room; /* scratch: `room_words` for each thread */
+    int64_t room_bytes;
+    const float *near; /* (C, H) or null: out holds an answer over other keys already, and this is log2 of their weights' sum */
+    int64_t near_bytes;
+    int64_t tokens, heads, groups, width, count, wide; /* count: m */
     int64_t adds, asks; /* add the keys to the sums; answer the queries: over the sums alone, or, where both, causally */
-    const float *near;  /* (C, H) or null: out holds an answer over other keys already, and this is log2 of their weights' sum */
     float half, reach, limit, log_count; /* log_count: log2(m) */
 } Features;
 
 typedef struct {
-    const char *q, *k, *v; /* (B, H, D), (B, G, D), (B, G, D), heads tight */
-    char *out;             /* (B, H, D), tight */
+    View q, k, v; /* (B, H, D), (B, G, D), (B, G, D), heads tight */
+    char *out; /* (B, H, D), tight */
+    int64_t out_bytes;
     const uint32_t *weights; /* as above */
-    float *features;       /* scratch: (R + 1, m) for each sequence and key-value head */
-    int64_t q_row, k_row, v_row;
-    int64_t sequences, heads, groups, width, count, wide, adds; /* count: m */
+    int64_t weights_bytes;
+    float *features; /* scratch: (R + 1, m) for each sequence and key-value head */
+    int64_t features_bytes;
     const float *near; /* (B, H) or null */
-    float half;        /* |x|^2 times this is |x'|^2 / 2 in powers of two */
-    float reach;       /* the norm of x up to which features are taken as they are */
+    int64_t near_bytes;
+    int64_t sequences, heads, groups, width, count, wide, adds;
+    float half;  /* |x|^2 times this is |x'|^2 / 2 in powers of two */
+    float reach; /* the norm of x up to which features are taken as they are */
     float limit, log_count;
 } FeaturesStep;
+
+typedef struct { /* the sums (G, D + 1, m) of a sequence and their level (G) */
+    float *sums;
+    int64_t sums_bytes;
+    float *level;
+    int64_t level_bytes;
+} State;
+
+/* Sizes and offsets, for a caller in another language to compare with its own. */
+const int64_t features_layout[] = {
+    sizeof(View), sizeof(State),
+    sizeof(Features), FIELD(Features, q), FIELD(Features, k), FIELD(Features, v), FIELD(Features, out),
+    FIELD(Features, weights), FIELD(Features, weights_bytes), FIELD(Features, sums), FIELD(Features, sums_bytes),
+    FIELD(Features, level), FIELD(Features, level_bytes), FIELD(Features, added), FIELD(Features, added_bytes),
+    FIELD(Features, keys), FIELD(Features, keys_bytes), FIELD(Features, levels), FIELD(Features, levels_bytes),
+    FIELD(Features, room), FIELD(Features, room_bytes), FIELD(Features, near), FIELD(Features, near_bytes),
+    FIELD(Features, tokens), FIELD(Features, heads), FIELD(Features, groups), FIELD(Features, width),
+    FIELD(Features, count), FIELD(Features, wide), FIELD(Features, adds), FIELD(Features, asks),
+    FIELD(Features, half), FIELD(Features, reach), FIELD(Features, limit), FIELD(Features, log_count),
+    sizeof(FeaturesStep), FIELD(FeaturesStep, q), FIELD(FeaturesStep, k), FIELD(FeaturesStep, v),
+    FIELD(FeaturesStep, out), FIELD(FeaturesStep, out_bytes), FIELD(FeaturesStep, weights),
+    FIELD(FeaturesStep, weights_bytes), FIELD(FeaturesStep, features), FIELD(FeaturesStep, features_bytes),
+    FIELD(FeaturesStep, near), FIELD(FeaturesStep, near_bytes), FIELD(FeaturesStep, sequences),
+    FIELD(FeaturesStep, heads), FIELD(FeaturesStep, groups), FIELD(FeaturesStep, width),
+    FIELD(FeaturesStep, count), FIELD(FeaturesStep, wide), FIELD(FeaturesStep, adds), FIELD(FeaturesStep, half),
+    FIELD(FeaturesStep, reach), FIELD(FeaturesStep, limit), FIELD(FeaturesStep, log_count), -1};
 
 #if defined(__x86_64__) && defined(__GNUC__)
 #include "simd.h"
 #include <omp.h>
 
 #define WIDEST 256
+#define HEADS 128 /* H, at most */
 #define MOST 4096 /* m, at most */
 #define CHUNK 128 /* tokens */
 
@@ -70,14 +107,14 @@ INLINE void exponents(const int wide, const int64_t width, const uint32_t *weigh
             for (int64_t j = 0; j < width; j += 16) _mm512_storeu_ps(to + i * count + j, load16(wide, x + (i * row + j) * size));
         return;
     }
-    tile_products(wide, rows, count, words, (const uint32_t *)x, row * size / 4, 1, weights, count, to, count, 0);
+    tile_products(wide, rows, count, words, x, row * size, 4, weights, count, to, count, 0);
 }
 
 /* 16 features of their exponents. */
 INLINE __m512 feature(const int wide, const uint32_t *weights, __m512 x, __m512 shift) {
     if (weights) return exp2_16(wide, _mm512_sub_ps(x, shift));
     const __m512 zero = _mm512_setzero_ps(), log2_e = _mm512_set1_ps(1.44269504f);
-    return _mm512_add_ps(exp2_16(1, _mm512_mul_ps(_mm512_min_ps(x, zero), log2_e)), _mm512_max_ps(x, zero));
+    return _mm512_add_ps(exp2_16(1, _mm512_mul_ps(_mm512_min_ps(zero, x), log2_e)), _mm512_max_ps(zero, x));
 }
 
 /* x (m), exponents, become features. */
@@ -111,12 +148,12 @@ INLINE void find_levels(const int wide, const int64_t width, const Features *c, 
     float *levels = c->levels + group * (c->tokens + 1), *halves = c->levels + c->groups * (c->tokens + 1) + group * c->tokens;
     levels[0] = c->level[group];
     for (int64_t i = 0; i < c->tokens; i++) {
-        const char *k = c->k + (i * c->k_row + group * c->k_head) * size;
+        const char *k = c->k.at + (i * c->k.row + group * c->k.head) * size;
         const float length = norm(wide, width, k);
         float shift = 0.0f;
         if (!(length <= c->reach)) {
             float found[MOST];
-            exponents(wide, width, c->weights, c->count, k, c->k_row, 1, found);
+            exponents(wide, width, c->weights, c->count, k, c->k.row, 1, found);
             shift = highest(found, c->count);
         }
         halves[i] = length * length * c->half;
@@ -141,7 +178,7 @@ INLINE void add_chunk(const int wide, const int64_t width, const Features *c, in
     memset(total, 0, sizeof(float) * m);
     for (int64_t i = 0; i < n; i += TILE) {
         float e[TILE * MOST] __attribute__((aligned(64)));
-        exponents(wide, width, c->weights, m, c->k + ((first + i) * c->k_row + group * c->k_head) * size, c->k_row, least(TILE, n - i), e);
+        exponents(wide, width, c->weights, m, c->k.at + ((first + i) * c->k.row + group * c->k.head) * size, c->k.row, least(TILE, n - i), e);
         for (int64_t t = i; t < least(i + TILE, n); t++) {
             const __m512 less = _mm512_set1_ps(halves[t] + levels[t]), down = _mm512_set1_ps(bring_down(levels[t], levels[n - 1]));
             for (int64_t j = 0; j < m; j += 16) {
@@ -158,10 +195,10 @@ INLINE void add_chunk(const int wide, const int64_t width, const Features *c, in
                 char *at = (char *)(rows + i * words) + j * size;
                 store16(wide, at, _mm512_mul_ps(_mm512_set1_ps(bring_down(levels[i], levels[n - 1])), load16(wide, at)));
             }
-    pack_rows(wide, (const char *)rows, 4 * words, n, m, pairs);
-    pack_rows(wide, c->v + (first * c->v_row + group * c->v_head) * size, c->v_row * size, n, width, values);
+    pack_rows(wide, (const char *)rows, 4 * words, 0, n, whole, m, pairs);
+    pack_rows(wide, c->v.at + (first * c->v.row + group * c->v.head) * size, c->v.row * size, 0, n, whole, width, values);
     for (int64_t d = 0; d < width; d += TILE)
-        tile_products(wide, least(TILE, width - d), m, whole / packed, values + d, 1, width, pairs, m, added + d * m, m, 0);
+        tile_products(wide, least(TILE, width - d), m, whole / packed, (const char *)(values + d), 4, 4 * width, pairs, m, added + d * m, m, 0);
 }
 
 /* One row of the sums of a key-value head along the chunks: what each adds becomes what stood before it. */
@@ -193,17 +230,19 @@ INLINE void ask_chunk(const int wide, const int64_t width, const Features *c, in
     for (int64_t d = 0; d < width; d++)
         for (int64_t j = 0; j < m; j += 16) store16(wide, (char *)(rows + d * words) + j * size, _mm512_loadu_ps(sums + d * m + j));
     pack_turned((const char *)rows, 4 * words, width, words, turned, width);
-    if (c->adds) pack_rows(wide, c->v + (first * c->v_row + group * c->v_head) * size, c->v_row * size, n, width, values);
+    const char *v = c->v.at + (first * c->v.row + group * c->v.head) * size;
+    const int is_poisoned = c->adds && pack_rows(wide, v, c->v.row * size, 0, n, (n + 15) & ~15, width, values);
+    const int64_t together = is_poisoned ? 1 : TILE; /* then each row has a copy in which what it does not see is 0 */
     for (int64_t h = group * ratio; h < (group + 1) * ratio; h++)
         for (int64_t i = 0; i < n; i += TILE) {
             const int64_t count = least(TILE, n - i), seen = (i + count + 15) & ~15;
-            const char *q = c->q + ((first + i) * c->q_row + h * c->q_head) * size;
+            const char *q = c->q.at + ((first + i) * c->q.row + h * c->q.head) * size;
             float e[TILE * MOST] __attribute__((aligned(64))), both[TILE][WIDEST], s[TILE][CHUNK] __attribute__((aligned(64)));
             uint32_t phi[TILE * MOST / (wide ? 1 : 2)] __attribute__((aligned(64))), p[TILE][CHUNK / 2];
             float factors[TILE], totals[TILE], below[TILE];
-            exponents(wide, width, c->weights, m, q, c->q_row, count, e);
+            exponents(wide, width, c->weights, m, q, c->q.row, count, e);
             for (int64_t t = 0; t < count; t++) { /* what is left out here cancels in the answer */
-                const float length = norm(wide, width, q + t * c->q_row * size), shift = length <= c->reach ? 0.0f : highest(e + t * m, m);
+                const float length = norm(wide, width, q + t * c->q.row * size), shift = length <= c->reach ? 0.0f : highest(e + t * m, m);
                 below[t] = shift - length * length * c->half;
                 __m512 total = _mm512_setzero_ps();
                 for (int64_t j = 0; j < m; j += 16) {
@@ -213,8 +252,8 @@ INLINE void ask_chunk(const int wide, const int64_t width, const Features *c, in
                 }
                 totals[t] = _mm512_reduce_add_ps(total);
             }
-            tile_products(wide, count, width, words, phi, words, 1, turned, width, both[0], WIDEST, 0);
-            if (c->adds) tile_products(wide, count, seen, words, phi, words, 1, keys, CHUNK, s[0], CHUNK, 0);
+            tile_products(wide, count, width, words, (const char *)phi, 4 * words, 4, turned, width, both[0], WIDEST, 0);
+            if (c->adds) tile_products(wide, count, seen, words, (const char *)phi, 4 * words, 4, keys, CHUNK, s[0], CHUNK, 0);
             for (int64_t t = 0; t < count && c->adds; t++) {
                 const float level = levels[i + t];
                 factors[t] = bring_down(levels[-1], level);
@@ -228,12 +267,13 @@ INLINE void ask_chunk(const int wide, const int64_t width, const Features *c, in
                 }
                 totals[t] = totals[t] * factors[t] + _mm512_reduce_add_ps(sum);
             }
-            if (c->adds) {
-                const uint32_t *weights = wide ? (const uint32_t *)s[0] : p[0];
-                tile_products(wide, count, width, seen / packed, weights, CHUNK / packed, 1, values, width, both[0], WIDEST, factors);
+            for (int64_t t = 0; t < count && c->adds; t += together) {
+                const char *weights = wide ? (const char *)s[t] : (const char *)p[t];
+                if (is_poisoned) pack_rows(wide, v, c->v.row * size, 0, i + t + 1, seen, width, values);
+                tile_products(wide, least(together, count - t), width, seen / packed, weights, 4 * CHUNK / packed, 4, values, width, both[t], WIDEST, factors + t);
             }
             for (int64_t t = 0; t < count; t++) {
-                char *out = c->out + ((first + i + t) * c->out_row + h * c->out_head) * size;
+                char *out = c->out.at + ((first + i + t) * c->out.row + h * c->out.head) * size;
                 if (c->near)
                     join(wide, width, out, both[t], totals[t], c->level[group] + below[t] - c->log_count, c->near[(first + i + t) * c->heads + h]);
                 else
@@ -252,11 +292,48 @@ MANY(wide, 1, c->width)
 
 #define CHOOSE(WORK) (c->wide ? WORK##_wide : c->width == 64 ? WORK##_narrow_64 : WORK##_narrow)
 
-void features(const Features *c, int threads) {
+static const char *wrong_features(int64_t heads, int64_t groups, int64_t width, int64_t wide, const uint32_t *weights, int64_t bytes, int64_t count) {
+    REQUIRE(within(heads, 1, HEADS) && within(groups, 1, heads) && heads % groups == 0, "heads must be a multiple of groups, up to 128");
+    REQUIRE(within(width, 32, WIDEST) && width % 32 == 0, "width must be a multiple of 32, up to 256");
+    REQUIRE(within(count, 32, MOST) && count % 32 == 0, "features must be a multiple of 32, up to 4096");
+    REQUIRE(within(wide, 0, 1), "wide must be 0 or 1");
+    REQUIRE(weights ? bytes >= width * count * (wide ? 4 : 2) : count == width, "weights must hold (width, features)");
+    return 0;
+}
+
+/* 32-bit words of scratch that a thread needs. */
+static int64_t room_words(const Features *c) { return 2 * most(CHUNK, c->width) * c->count / (c->wide ? 1 : 2); }
+
+static const char *wrong_call(const Features *c, int threads) {
+    const char *reason = wrong_features(c->heads, c->groups, c->width, c->wide, c->weights, c->weights_bytes, c->count);
+    if (reason) return reason;
+    const int64_t size = c->wide ? 4 : 2, chunks = (c->tokens + CHUNK - 1) / CHUNK, each = c->groups * (c->width + 1) * c->count;
+    REQUIRE(within(c->tokens, 0, FAR) && threads >= 1, "there must be threads, and not too many tokens");
+    REQUIRE(is_room(c->sums, c->sums_bytes, each, sizeof(float)), "sums must hold (groups, width + 1, features)");
+    REQUIRE(is_room(c->level, c->level_bytes, c->groups, sizeof(float)), "level must hold (groups)");
+    REQUIRE(is_room(c->room, c->room_bytes, threads * room_words(c), sizeof(uint32_t)), "room must hold what each thread needs");
+    if (c->adds) {
+        REQUIRE(is_view(&c->k, size, c->tokens, c->groups, c->width), "k must be (tokens, groups, width)");
+        REQUIRE(is_view(&c->v, size, c->tokens, c->groups, c->width), "v must be (tokens, groups, width)");
+        REQUIRE(is_room(c->added, c->added_bytes, chunks * each, sizeof(float)), "added must hold (chunks, groups, width + 1, features)");
+        REQUIRE(is_room(c->keys, c->keys_bytes, chunks * c->groups * c->count * CHUNK, size), "keys must hold (chunks, groups, features, 128)");
+        REQUIRE(is_room(c->levels, c->levels_bytes, c->groups * (2 * c->tokens + 1), sizeof(float)), "levels must hold (groups, 2 tokens + 1)");
+    }
+    if (c->asks) {
+        REQUIRE(is_view(&c->q, size, c->tokens, c->heads, c->width), "q must be (tokens, heads, width)");
+        REQUIRE(is_view(&c->out, size, c->tokens, c->heads, c->width), "out must be (tokens, heads, width)");
+        REQUIRE(!c->near || is_room(c->near, c->near_bytes, c->tokens * c->heads, sizeof(float)), "near must hold (tokens, heads)");
+    }
+    return 0;
+}
+
+const char *features(const Features *c, int threads) {
+    const char *reason = wrong_call(c, threads);
+    if (reason) return reason;
     const int64_t chunks = (c->tokens + CHUNK - 1) / CHUNK, tasks = chunks * c->groups;
 #pragma omp parallel num_threads(threads)
     {
-        uint32_t *room = c->room + omp_get_thread_num() * c->room_words;
+        uint32_t *room = c->room + omp_get_thread_num() * room_words(c);
         if (c->adds) {
 #pragma omp for schedule(dynamic, 1)
             for (int64_t g = 0; g < c->groups; g++) CHOOSE(levels)(c, g);
@@ -270,6 +347,7 @@ void features(const Features *c, int threads) {
             for (int64_t i = 0; i < tasks; i++) CHOOSE(ask)(c, i / c->groups, i % c->groups, room);
         }
     }
+    return 0;
 }
 
 /* ---- one token of each of many sequences ----------------------------------------------------------------------------------- */
@@ -312,10 +390,10 @@ INLINE void take_key(const int wide, const int64_t width, const FeaturesStep *c,
 /* One key-value head of one sequence: its sums (D + 1, m), their level, and (R + 1, m) of scratch. */
 INLINE void step_head(const int wide, const int64_t width, const FeaturesStep *c, int64_t sequence, int64_t group, float *sums, float *level, float *features) {
     const int64_t size = wide ? 4 : 2, ratio = c->heads / c->groups, m = c->count;
-    const char *q = c->q + (sequence * c->q_row + group * ratio * width) * size;
+    const char *q = c->q.at + (sequence * c->q.row + group * ratio * width) * size;
     float *key = features + ratio * m, values[WIDEST + 16], answers[4][WIDEST + 16];
     if (c->adds)
-        take_key(wide, width, c, c->k + (sequence * c->k_row + group * width) * size, c->v + (sequence * c->v_row + group * width) * size, sums, level, key, values);
+        take_key(wide, width, c, c->k.at + (sequence * c->k.row + group * width) * size, c->v.at + (sequence * c->v.row + group * width) * size, sums, level, key, values);
     for (int64_t r = 0; r < ratio; r += TILE)
         exponents(wide, width, c->weights, m, q + r * width * size, width, least(TILE, ratio - r), features + r * m);
     for (int64_t r = 0; r < ratio; r += 4) {
@@ -350,18 +428,39 @@ HEAD(head_narrow_64, 0, 64)
 HEAD(head_narrow, 0, c->width)
 HEAD(head_wide, 1, c->width)
 
-/* states: for each sequence the addresses of its sums (G, D + 1, m) and their levels (G), both float32. */
-void features_step(const FeaturesStep *c, float *const *states, int threads) {
+static const char *wrong_step(const FeaturesStep *c, const State *states, int64_t count, int threads) {
+    const char *reason = wrong_features(c->heads, c->groups, c->width, c->wide, c->weights, c->weights_bytes, c->count);
+    if (reason) return reason;
+    const int64_t size = c->wide ? 4 : 2, rows = c->sequences * c->heads;
+    REQUIRE(within(c->sequences, 0, FAR) && count == c->sequences && threads >= 1, "there must be threads, and a state for each sequence");
+    REQUIRE(is_tight(&c->q, size, c->sequences, c->heads, c->width), "q must be (sequences, heads, width), heads side by side");
+    if (c->adds) {
+        REQUIRE(is_tight(&c->k, size, c->sequences, c->groups, c->width), "k must be (sequences, groups, width), heads side by side");
+        REQUIRE(is_tight(&c->v, size, c->sequences, c->groups, c->width), "v must be (sequences, groups, width), heads side by side");
+    }
+    REQUIRE(is_room(c->out, c->out_bytes, rows * c->width, size), "out must hold (sequences, heads, width)");
+    REQUIRE(!c->near || is_room(c->near, c->near_bytes, rows, sizeof(float)), "near must hold (sequences, heads)");
+    REQUIRE(is_room(c->features, c->features_bytes, (rows + c->sequences * c->groups) * c->count, sizeof(float)), "features must hold (sequences, heads + groups, features)");
+    for (int64_t i = 0; i < count; i++)
+        REQUIRE(is_room(states[i].sums, states[i].sums_bytes, c->groups * (c->width + 1) * c->count, sizeof(float)) && is_room(states[i].level, states[i].level_bytes, c->groups, sizeof(float)),
+                "a state must hold (groups, width + 1, features) and (groups)");
+    return 0;
+}
+
+const char *features_step(const FeaturesStep *c, const State *states, int64_t count, int threads) {
+    const char *reason = wrong_step(c, states, count, threads);
+    if (reason) return reason;
     const int64_t tasks = c->sequences * c->groups, each = (c->heads / c->groups + 1) * c->count;
 #pragma omp parallel for schedule(dynamic, 1) num_threads(tasks > 1 ? threads : 1)
     for (int64_t i = 0; i < tasks; i++) {
         const int64_t b = i / c->groups, g = i % c->groups;
-        float *sums = states[2 * b] + g * (c->width + 1) * c->count, *level = states[2 * b + 1] + g;
+        float *sums = states[b].sums + g * (c->width + 1) * c->count, *level = states[b].level + g;
         (c->wide ? head_wide : c->width == 64 ? head_narrow_64 : head_narrow)(c, b, g, sums, level, c->features + i * each);
     }
+    return 0;
 }
 
 #else
-void features(const Features *c, int threads) { (void)c, (void)threads; }
-void features_step(const FeaturesStep *c, float *const *states, int threads) { (void)c, (void)states, (void)threads; }
+const char *features(void) { return "this machine has no AVX-512"; }
+const char *features_step(void) { return "this machine has no AVX-512"; }
 #endif

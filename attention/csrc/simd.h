@@ -62,8 +62,15 @@ INLINE void store_answer(const int wide, char *to, __m512 sum, float total) {
     store16(wide, to, answer);
 }
 
-/* c (rows, 16 columns) = factors c + a b over `steps` words: a by strides, b (steps, columns). No factors: c = a b. */
-INLINE void product(const int wide, const int rows, const int columns, int64_t steps, const uint32_t *a, int64_t a_row, const int64_t a_step,
+/* A word, wherever it stands: rows of bfloat16 may begin in the middle of one. */
+INLINE int32_t word(const char *at) {
+    int32_t x;
+    memcpy(&x, at, sizeof x);
+    return x;
+}
+
+/* c (rows, 16 columns) = factors c + a b over `steps` words: a by strides in bytes, b (steps, columns). No factors: c = a b. */
+INLINE void product(const int wide, const int rows, const int columns, int64_t steps, const char *a, int64_t a_row, const int64_t a_step,
                     const uint32_t *b, int64_t b_row, float *c, int64_t c_row, const float *factors) {
     __m512 sum[TILE][4];
 #pragma GCC unroll 6
@@ -77,7 +84,7 @@ INLINE void product(const int wide, const int rows, const int columns, int64_t s
         for (int j = 0; j < columns; j++) y[j] = _mm512_loadu_si512(b + s * b_row + 16 * j);
 #pragma GCC unroll 6
         for (int i = 0; i < rows; i++) {
-            const __m512i x = _mm512_set1_epi32((int)a[i * a_row + s * a_step]);
+            const __m512i x = _mm512_set1_epi32(word(a + i * a_row + s * a_step));
 #pragma GCC unroll 4
             for (int j = 0; j < columns; j++) sum[i][j] = multiply_add(wide, x, y[j], sum[i][j]);
         }
@@ -89,7 +96,7 @@ INLINE void product(const int wide, const int rows, const int columns, int64_t s
 }
 
 /* The same over `count` columns, a multiple of 16. */
-INLINE void products(const int wide, const int rows, int64_t count, int64_t steps, const uint32_t *a, int64_t a_row, const int64_t a_step,
+INLINE void products(const int wide, const int rows, int64_t count, int64_t steps, const char *a, int64_t a_row, const int64_t a_step,
                      const uint32_t *b, int64_t b_row, float *c, int64_t c_row, const float *factors) {
     int64_t j = 0;
     for (; j + 64 <= count; j += 64) product(wide, rows, 4, steps, a, a_row, a_step, b + j, b_row, c + j, c_row, factors);
@@ -101,7 +108,7 @@ INLINE void products(const int wide, const int rows, int64_t count, int64_t step
 }
 
 /* The same over a number of rows, up to TILE, that is known at run time only. */
-INLINE void tile_products(const int wide, int64_t rows, int64_t count, int64_t steps, const uint32_t *a, int64_t a_row, const int64_t a_step,
+INLINE void tile_products(const int wide, int64_t rows, int64_t count, int64_t steps, const char *a, int64_t a_row, const int64_t a_step,
                           const uint32_t *b, int64_t b_row, float *c, int64_t c_row, const float *factors) {
 #define PRODUCTS(R) \
     case R: products(wide, R, count, steps, a, a_row, a_step, b, b_row, c, c_row, factors); break;
@@ -159,24 +166,33 @@ INLINE void pack_turned(const char *k, int64_t bytes, int64_t n, const int64_t w
         }
 }
 
-/* n rows (n, D) as a product over rows reads them: float32 as they are, bfloat16 (n / 2, D) as pairs of rows; zeros up to a
- * multiple of 16 rows. bytes: of a row's stride. */
-INLINE void pack_rows(const int wide, const char *v, int64_t bytes, int64_t n, const int64_t width, uint32_t *to) {
-    const int64_t whole = (n + 15) & ~15;
+/* Rows first..last of (last, D) as a product over rows reads them: float32 as they are, bfloat16 (whole / 2, D) as pairs of
+ * rows; the others up to `whole`, a multiple of 16, are zeros. bytes: of a row's stride. Tells whether an element is NaN or
+ * infinite: 0 times it is NaN, so a row that must not see it may not even weigh it by 0. */
+INLINE int pack_rows(const int wide, const char *v, int64_t bytes, int64_t first, int64_t last, int64_t whole, const int64_t width, uint32_t *to) {
+    const __m512i zero = _mm512_setzero_si512();
     if (wide) {
+        __mmask16 found = 0;
         for (int64_t j = 0; j < whole; j++)
-            for (int64_t d = 0; d < width; d += 16)
-                _mm512_storeu_si512(to + j * width + d, j < n ? _mm512_loadu_si512(v + j * bytes + 4 * d) : _mm512_setzero_si512());
-        return;
+            for (int64_t d = 0; d < width; d += 16) {
+                const __m512i x = first <= j && j < last ? _mm512_loadu_si512(v + j * bytes + 4 * d) : zero;
+                found |= _mm512_fpclass_ps_mask(_mm512_castsi512_ps(x), 0x99); /* either NaN, either infinity */
+                _mm512_storeu_si512(to + j * width + d, x);
+            }
+        return found != 0;
     }
+    __mmask32 found = 0;
+    const __m512i exponent = _mm512_set1_epi16(0x7f80);
     const __m512i ascending = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
-    const __m512i first = _mm512_or_si512(ascending, _mm512_slli_epi32(_mm512_add_epi32(ascending, _mm512_set1_epi32(32)), 16));
-    const __m512i second = _mm512_add_epi32(first, _mm512_set1_epi32(0x00100010)); /* elements 16.. of both rows */
+    const __m512i left = _mm512_or_si512(ascending, _mm512_slli_epi32(_mm512_add_epi32(ascending, _mm512_set1_epi32(32)), 16));
+    const __m512i right = _mm512_add_epi32(left, _mm512_set1_epi32(0x00100010)); /* elements 16.. of both rows */
     for (int64_t j = 0; j < whole; j += 2)
         for (int64_t d = 0; d < width; d += 32) {
-            const __m512i a = j < n ? _mm512_loadu_si512(v + j * bytes + 2 * d) : _mm512_setzero_si512();
-            const __m512i b = j + 1 < n ? _mm512_loadu_si512(v + (j + 1) * bytes + 2 * d) : _mm512_setzero_si512();
-            _mm512_storeu_si512(to + j / 2 * width + d, _mm512_permutex2var_epi16(a, first, b));
-            _mm512_storeu_si512(to + j / 2 * width + d + 16, _mm512_permutex2var_epi16(a, second, b));
+            const __m512i a = first <= j && j < last ? _mm512_loadu_si512(v + j * bytes + 2 * d) : zero;
+            const __m512i b = first <= j + 1 && j + 1 < last ? _mm512_loadu_si512(v + (j + 1) * bytes + 2 * d) : zero;
+            found |= _mm512_cmpeq_epi16_mask(_mm512_and_si512(a, exponent), exponent) | _mm512_cmpeq_epi16_mask(_mm512_and_si512(b, exponent), exponent);
+            _mm512_storeu_si512(to + j / 2 * width + d, _mm512_permutex2var_epi16(a, left, b));
+            _mm512_storeu_si512(to + j / 2 * width + d + 16, _mm512_permutex2var_epi16(a, right, b));
         }
+    return found != 0;
 }

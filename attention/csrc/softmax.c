@@ -1,8 +1,8 @@
 /* Softmax attention: the score of a key never leaves the core that computed it.
  *
- * The functions behind `native.py`, which checks every argument: `attend` answers blocks of queries over runs of keys,
+ * The functions behind `native.py`: `attend` answers blocks of queries over runs of keys,
  * `step` answers one query per head of many sequences over their histories. Plain C on pointers and strides, float32 or
- * bfloat16 in and out, float32 between; built at install, without a compiler at run time.
+ * bfloat16 in and out, float32 between; built at install, without a compiler at run time. What they are given is checked first.
  *
  * Source: the tiles and the running maximum of FlashAttention-2 (Dao, arXiv 2307.08691, section 3.1), the split histories of
  * Flash-Decoding (Dao et al., 2023), written for registers: six rows of queries meet 64 columns of a packed block, 24 sums in
@@ -11,11 +11,10 @@
  *
  * Letters: H query heads, G key-value heads, D width, C queries, B sequences. Words and `wide` are told in simd.h.
  */
-#include <stdint.h>
+#include "given.h"
 
-typedef struct { /* keys and values (n, G, D) by strides */
-    const char *k, *v;
-    int64_t k_row, k_head, v_row, v_head;
+typedef struct { /* keys and values (n, G, D) */
+    View k, v;
 } Source;
 
 typedef struct { /* `count` keys of a source from `first` on, that one at `position`; free: no query is too far ahead of them */
@@ -27,11 +26,11 @@ typedef struct { /* queries first..last, the first of them at `position`, and th
 } Block;
 
 typedef struct {
-    const char *q;      /* (C, H, D) by strides */
-    char *out;          /* (C, H, D) by strides */
-    float *log_total;   /* (C, H) or null: log2 of each row's sum of 2^s */
-    float *carry;       /* sums (C, H, D), tops (C, H), totals (C, H) */
-    int64_t q_row, q_head, out_row, out_head;
+    View q, out;      /* (C, H, D) */
+    float *log_total; /* (C, H) or null: log2 of each row's sum of 2^s */
+    int64_t log_total_bytes;
+    float *carry; /* sums (C, H, D), tops (C, H), totals (C, H) */
+    int64_t carry_bytes;
     int64_t queries, heads, groups, width;
     int64_t before, ahead; /* a query at p sees the keys at p - before .. p + ahead */
     int64_t call, calls;   /* of so many calls this one meets its share of the keys; the carry goes from one to the next */
@@ -39,20 +38,34 @@ typedef struct {
     float scale; /* log2(e) / sqrt(D) */
 } Call;
 
-typedef struct { /* keys and values (n, G D) of a sequence */
+typedef struct { /* `count` of the keys and values (kept, G D) of a sequence, from `first` on */
     int64_t sequence;
     const char *k, *v;
-    int64_t row, count;
+    int64_t k_row, v_row, kept, columns, first, count;
 } History;
 
 typedef struct {
-    const char *q;    /* (B, H, D), heads tight */
+    View q;           /* (B, H, D), heads tight */
     char *out;        /* (B, H, D), tight */
+    int64_t out_bytes;
     float *log_total; /* (B, H) or null */
-    float *parts;     /* for each part of each history: sums (H, D), tops (H), totals (H) */
-    int64_t q_row, heads, groups, width, wide;
+    int64_t log_total_bytes;
+    float *parts; /* for each part of each history: sums (H, D), tops (H), totals (H) */
+    int64_t parts_bytes;
+    int64_t sequences, heads, groups, width, wide;
     float scale;
 } Step;
+
+/* Sizes and offsets, for a caller in another language to compare with its own. */
+const int64_t softmax_layout[] = {
+    sizeof(View), sizeof(Source), sizeof(Run), sizeof(Block), sizeof(History),
+    sizeof(Call), FIELD(Call, q), FIELD(Call, out), FIELD(Call, log_total), FIELD(Call, log_total_bytes),
+    FIELD(Call, carry), FIELD(Call, carry_bytes), FIELD(Call, queries), FIELD(Call, heads), FIELD(Call, groups),
+    FIELD(Call, width), FIELD(Call, before), FIELD(Call, ahead), FIELD(Call, call), FIELD(Call, calls),
+    FIELD(Call, wide), FIELD(Call, scale),
+    sizeof(Step), FIELD(Step, q), FIELD(Step, out), FIELD(Step, out_bytes), FIELD(Step, log_total),
+    FIELD(Step, log_total_bytes), FIELD(Step, parts), FIELD(Step, parts_bytes), FIELD(Step, sequences),
+    FIELD(Step, heads), FIELD(Step, groups), FIELD(Step, width), FIELD(Step, wide), FIELD(Step, scale), -1};
 
 #if defined(__x86_64__) && defined(__GNUC__)
 #include "cpu.h"
@@ -60,7 +73,7 @@ typedef struct {
 
 #define KEYS 128     /* keys of a packed block */
 #define WIDEST 256   /* D, at most */
-#define HEADS 128    /* H of a step, at most */
+#define HEADS 128    /* H, at most */
 #define PART 256     /* keys of a history that one thread takes at a time */
 #define STRIDE 64    /* keys of a part whose scores exist at a time */
 
@@ -86,14 +99,14 @@ INLINE float soften(const int wide, float *scores, int64_t count, float scale, f
 /* ---- attend ------------------------------------------------------------------------------------------------------------ */
 
 /* Rows of queries of one head meet the keys low..high (multiples of 16) of a packed block; row i sees lows[i]..highs[i]. */
-INLINE void tile(const int wide, const int rows, const int64_t width, const uint32_t *q, int64_t q_row, const uint32_t *keys,
+INLINE void tile(const int wide, const int rows, const int64_t width, const char *q, int64_t q_row, const uint32_t *keys,
                  const uint32_t *values, int64_t low, int64_t high, const int64_t *lows, const int64_t *highs, float scale,
                  float *sums, int64_t sums_row, float *tops, float *totals, int64_t heads) {
     float s[TILE][KEYS] __attribute__((aligned(64)));
     uint32_t p[TILE][KEYS / 2] __attribute__((aligned(64))); /* weights as bfloat16 */
     float factors[TILE];
     const int packed = wide ? 1 : 2;
-    products(wide, rows, high - low, width / packed, q, q_row, 1, keys + low, KEYS, &s[0][low], KEYS, 0);
+    products(wide, rows, high - low, width / packed, q, q_row, 4, keys + low, KEYS, &s[0][low], KEYS, 0);
     for (int i = 0; i < rows; i++) {
         if (lows[i] > low || highs[i] < high)
             for (int64_t j = low; j < high; j += 16) hide(&s[i][j], j, lows[i], highs[i], -INFINITY);
@@ -102,8 +115,8 @@ INLINE void tile(const int wide, const int rows, const int64_t width, const uint
             for (int64_t j = low; j < high; j += 16)
                 _mm256_store_si256((__m256i *)&p[i][j / 2], (__m256i)_mm512_cvtneps_pbh(_mm512_load_ps(&s[i][j])));
     }
-    const uint32_t *weights = wide ? (const uint32_t *)&s[0][low] : &p[0][low / 2];
-    products(wide, rows, width, (high - low) / packed, weights, KEYS / packed, 1, values + low / packed * width, width, sums, sums_row, factors);
+    const char *weights = wide ? (const char *)&s[0][low] : (const char *)&p[0][low / 2];
+    products(wide, rows, width, (high - low) / packed, weights, 4 * KEYS / packed, 4, values + low / packed * width, width, sums, sums_row, factors);
 }
 
 /* The keys from..to of a run that a block's queries meet in this call. */
@@ -143,33 +156,37 @@ INLINE void attend_block(const int wide, const int64_t width, const Call *c, con
         find_share(c, block, run, &from, &to);
         for (int64_t at = from; at < to; at += KEYS) {
             const int64_t n = least(KEYS, to - at), key = run->first + at;
-            pack_turned(source->k + (group * source->k_head + key * source->k_row) * size, source->k_row * size, n, words, keys, KEYS);
-            pack_rows(wide, source->v + (group * source->v_head + key * source->v_row) * size, source->v_row * size, n, width, values);
+            const char *v = source->v.at + (group * source->v.head + key * source->v.row) * size;
+            pack_turned(source->k.at + (group * source->k.head + key * source->k.row) * size, source->k.row * size, n, words, keys, KEYS);
+            const int64_t whole = (n + 15) & ~15;
+            const int is_poisoned = pack_rows(wide, v, source->v.row * size, 0, n, whole, width, values);
+            const int64_t together = is_poisoned ? 1 : TILE; /* then each row has a copy in which what it does not see is 0 */
             const Run *next = at + KEYS < to ? run : run + 1 < runs + block->end ? run + 1 : run; /* the block of keys after this one */
             const Source *then = sources + next->source;
             int64_t first = at + KEYS, last = to;
             if (next != run) find_share(c, block, next, &first, &last);
-            const char *k = then->k + (group * then->k_head + (next->first + first) * then->k_row) * size;
-            const char *v = then->v + (group * then->v_head + (next->first + first) * then->v_row) * size;
+            const char *next_k = then->k.at + (group * then->k.head + (next->first + first) * then->k.row) * size;
+            const char *next_v = then->v.at + (group * then->v.head + (next->first + first) * then->v.row) * size;
             const int64_t coming = most(0, least(KEYS, last - first)), each = coming * TILE / (ratio * count) + 1; /* rows of it beside each tile */
             int64_t fetched = 0;
             for (int64_t h = head; h < head + ratio; h++)
-                for (int64_t i = 0; i < count; i += TILE) {
-                    const int64_t rows = least(TILE, count - i), row = block->first + i;
+                for (int64_t i = 0; i < count; i += together) {
+                    const int64_t rows = least(together, count - i), row = block->first + i;
                     int64_t lows[TILE], highs[TILE];
                     for (int64_t t = 0; t < rows; t++) {
                         lows[t] = run->free ? 0 : most(0, place + i + t - c->before - at);
                         highs[t] = least(n, place + i + t + c->ahead + 1 - at);
                     }
                     const int64_t low = lows[0] & ~15, high = (most(highs[rows - 1], 0) + 15) & ~15;
-                    prefetch(k, then->k_row * size, fetched, least(coming, fetched + each), width * size);
-                    prefetch(v, then->v_row * size, fetched, least(coming, fetched + each), width * size);
+                    prefetch(next_k, then->k.row * size, fetched, least(coming, fetched + each), width * size);
+                    prefetch(next_v, then->v.row * size, fetched, least(coming, fetched + each), width * size);
                     fetched += each;
                     if (low >= high) continue;
-                    const uint32_t *q = (const uint32_t *)(c->q + (row * c->q_row + h * c->q_head) * size);
+                    if (is_poisoned) pack_rows(wide, v, source->v.row * size, lows[0], highs[0], whole, width, values);
+                    const char *q = c->q.at + (row * c->q.row + h * c->q.head) * size;
                     float *sum = sums + row * sums_row + h * width, *top = tops + row * c->heads + h, *total = totals + row * c->heads + h;
 #define ROWS(R) \
-    case R: tile(wide, R, width, q, c->q_row * size / 4, keys, values, low, high, lows, highs, c->scale, sum, sums_row, top, total, c->heads); break;
+    case R: tile(wide, R, width, q, c->q.row * size, keys, values, low, high, lows, highs, c->scale, sum, sums_row, top, total, c->heads); break;
                     switch (rows) { ROWS(6) ROWS(5) ROWS(4) ROWS(3) ROWS(2) ROWS(1) }
                 }
         }
@@ -178,7 +195,7 @@ INLINE void attend_block(const int wide, const int64_t width, const Call *c, con
         for (int64_t h = head; h < head + ratio; h++) {
             const float total = totals[i * c->heads + h];
             for (int64_t d = 0; d < width; d += 16)
-                store_answer(wide, c->out + (i * c->out_row + h * c->out_head + d) * size, _mm512_loadu_ps(sums + i * sums_row + h * width + d), total);
+                store_answer(wide, c->out.at + (i * c->out.row + h * c->out.head + d) * size, _mm512_loadu_ps(sums + i * sums_row + h * width + d), total);
             if (c->log_total) c->log_total[i * c->heads + h] = tops[i * c->heads + h] + log2f(total);
         }
 }
@@ -190,11 +207,55 @@ ATTEND(attend_narrow, 0, c->width)
 ATTEND(attend_wide_64, 1, 64)
 ATTEND(attend_wide, 1, c->width)
 
-void attend(const Call *c, const Source *sources, const Block *blocks, int64_t count, const Run *runs, int threads) {
+static const char *wrong_heads(int64_t heads, int64_t groups, int64_t width, int64_t wide) {
+    REQUIRE(within(heads, 1, HEADS) && within(groups, 1, heads) && heads % groups == 0, "heads must be a multiple of groups, up to 128");
+    REQUIRE(within(width, 32, WIDEST) && width % 32 == 0, "width must be a multiple of 32, up to 256");
+    REQUIRE(within(wide, 0, 1), "wide must be 0 or 1");
+    return 0;
+}
+
+/* Rows of blocks, in ascending order, and the runs that they name. */
+static const char *wrong_blocks(const Call *c, const Source *sources, int64_t source_count, const Block *blocks, int64_t count, const Run *runs, int64_t run_count) {
+    for (int64_t i = 0; i < run_count; i++) {
+        const Run *run = runs + i;
+        REQUIRE(within(run->source, 0, source_count - 1), "a run must be of one of the sources");
+        REQUIRE(within(run->first, 0, FAR) && within(run->count, 0, FAR) && run->first + run->count <= sources[run->source].k.rows, "a run must lie within its source");
+        REQUIRE(within(run->position, -FAR, FAR), "a run must stand at a position");
+    }
+    for (int64_t i = 0, end = 0; i < count; end = blocks[i++].last) {
+        REQUIRE(within(blocks[i].first, end, blocks[i].last) && blocks[i].last <= c->queries, "blocks must be of the queries, in their order");
+        REQUIRE(within(blocks[i].position, -FAR, FAR), "a block must stand at a position");
+        REQUIRE(within(blocks[i].run, 0, blocks[i].end) && blocks[i].end <= run_count, "a block's runs must be among the runs");
+    }
+    return 0;
+}
+
+static const char *wrong_call(const Call *c, const Source *sources, int64_t source_count, int threads) {
+    const char *reason = wrong_heads(c->heads, c->groups, c->width, c->wide);
+    if (reason) return reason;
+    const int64_t size = c->wide ? 4 : 2, rows = c->queries * c->heads;
+    REQUIRE(within(c->queries, 0, FAR), "there are too many queries");
+    REQUIRE(is_view(&c->q, size, c->queries, c->heads, c->width), "q must be (queries, heads, width)");
+    REQUIRE(is_view(&c->out, size, c->queries, c->heads, c->width), "out must be (queries, heads, width)");
+    REQUIRE(!c->log_total || is_room(c->log_total, c->log_total_bytes, rows, sizeof(float)), "log_total must hold (queries, heads)");
+    REQUIRE(is_room(c->carry, c->carry_bytes, rows * (c->width + 2), sizeof(float)), "carry must hold (queries, heads, width + 2)");
+    REQUIRE(within(c->before, 0, FAR) && within(c->ahead, 0, FAR), "before and ahead must be distances");
+    REQUIRE(within(c->calls, 1, FAR) && within(c->call, 0, c->calls - 1) && threads >= 1, "call must be one of the calls, and there must be threads");
+    for (int64_t i = 0; i < source_count; i++)
+        REQUIRE(is_view(&sources[i].k, size, 0, c->groups, c->width) && is_view(&sources[i].v, size, sources[i].k.rows, c->groups, c->width),
+                "keys and values must be (n, groups, width)");
+    return 0;
+}
+
+const char *attend(const Call *c, const Source *sources, int64_t source_count, const Block *blocks, int64_t count, const Run *runs, int64_t run_count, int threads) {
+    const char *reason = wrong_call(c, sources, source_count, threads);
+    if (!reason) reason = wrong_blocks(c, sources, source_count, blocks, count, runs, run_count);
+    if (reason) return reason;
     void (*answer)(const Call *, const Source *, const Block *, const Run *, int64_t) =
         c->wide ? (c->width == 64 ? attend_wide_64 : attend_wide) : (c->width == 64 ? attend_narrow_64 : attend_narrow);
 #pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
     for (int64_t i = 0; i < count * c->groups; i++) answer(c, sources, blocks + i / c->groups, runs, i % c->groups);
+    return 0;
 }
 
 /* ---- step -------------------------------------------------------------------------------------------------------------- */
@@ -249,9 +310,9 @@ INLINE void gather(const int wide, const int64_t width, const float *weights, co
 }
 
 /* One sequence's query, all heads, over up to PART keys: sums (H, D), tops (H), totals (H). */
-INLINE void step_part(const int wide, const int64_t width, const Step *c, const char *q, const char *k, const char *v, int64_t row, int64_t count, float *sums) {
+INLINE void step_part(const int wide, const int64_t width, const Step *c, const char *q, const char *k, const char *v, int64_t k_bytes, int64_t v_bytes, int64_t count, float *sums) {
     float s[HEADS][STRIDE] __attribute__((aligned(64)));
-    const int64_t size = wide ? 4 : 2, ratio = c->heads / c->groups, bytes = row * size, whole = c->groups * width * size;
+    const int64_t size = wide ? 4 : 2, ratio = c->heads / c->groups, whole = c->groups * width * size;
     float *tops = sums + c->heads * width, *totals = tops + c->heads;
     memset(sums, 0, sizeof(float) * c->heads * width);
     for (int64_t h = 0; h < c->heads; h++) tops[h] = -INFINITY, totals[h] = 0.0f;
@@ -260,21 +321,21 @@ INLINE void step_part(const int wide, const int64_t width, const Step *c, const 
         for (int64_t j = 0; j < n; j += 16) {
             for (int64_t i = j; i < least(j + 16, n); i++) /* the values are wanted next, and head by head nothing is a stream */
                 for (int64_t b = 0; b < whole; b += 64) {
-                    _mm_prefetch(v + (at + i) * bytes + b, _MM_HINT_T0);
-                    _mm_prefetch(k + (at + i + 32) * bytes + b, _MM_HINT_T0);
+                    _mm_prefetch(v + (at + i) * v_bytes + b, _MM_HINT_T0);
+                    _mm_prefetch(k + (at + i + 32) * k_bytes + b, _MM_HINT_T0);
                 }
             for (int64_t h = 0; h < c->heads; h++)
-                score(wide, width * size / 4, q + h * width * size, k + (at + j) * bytes + h / ratio * width * size, bytes, n - j, &s[h][j]);
+                score(wide, width * size / 4, q + h * width * size, k + (at + j) * k_bytes + h / ratio * width * size, k_bytes, n - j, &s[h][j]);
         }
         for (int64_t h = 0; h < c->heads; h++) {
             const float factor = soften(wide, s[h], (n + 15) & ~15, c->scale, tops + h, totals + h);
-            gather(wide, width, s[h], v + at * bytes + h / ratio * width * size, bytes, n, factor, sums + h * width);
+            gather(wide, width, s[h], v + at * v_bytes + h / ratio * width * size, v_bytes, n, factor, sums + h * width);
         }
     }
 }
 
 #define STEP(NAME, WIDE, WIDTH) \
-    __attribute__((noinline)) static void NAME(const Step *c, const char *q, const char *k, const char *v, int64_t row, int64_t n, float *s) { step_part(WIDE, WIDTH, c, q, k, v, row, n, s); }
+    __attribute__((noinline)) static void NAME(const Step *c, const char *q, const char *k, const char *v, int64_t k_bytes, int64_t v_bytes, int64_t n, float *s) { step_part(WIDE, WIDTH, c, q, k, v, k_bytes, v_bytes, n, s); }
 STEP(step_narrow_64, 0, 64)
 STEP(step_narrow, 0, c->width)
 STEP(step_wide_64, 1, 64)
@@ -308,10 +369,33 @@ static void merge(const Step *c, int64_t sequence, int64_t first, int64_t last) 
     }
 }
 
+static const char *wrong_step(const Step *c, const History *histories, int64_t count, int64_t starts_bytes, int threads) {
+    const char *reason = wrong_heads(c->heads, c->groups, c->width, c->wide);
+    if (reason) return reason;
+    const int64_t size = c->wide ? 4 : 2, columns = c->groups * c->width;
+    REQUIRE(within(c->sequences, 0, FAR) && threads >= 1, "there must be threads, and not too many sequences");
+    REQUIRE(is_tight(&c->q, size, c->sequences, c->heads, c->width), "q must be (sequences, heads, width), heads side by side");
+    REQUIRE(is_room(c->out, c->out_bytes, c->sequences * c->heads * c->width, size), "out must hold (sequences, heads, width)");
+    REQUIRE(!c->log_total || is_room(c->log_total, c->log_total_bytes, c->sequences * c->heads, sizeof(float)), "log_total must hold (sequences, heads)");
+    REQUIRE(within(count, 0, FAR) && starts_bytes >= (count + 1) * (int64_t)sizeof(int64_t), "starts must hold one number more than there are histories");
+    int64_t parts = 0;
+    for (int64_t i = 0; i < count; i++) {
+        const History *x = histories + i;
+        REQUIRE(within(x->sequence, i ? x[-1].sequence : 0, c->sequences - 1), "histories must be of the sequences, in their order");
+        REQUIRE(within(x->kept, 0, FAR) && within(x->first, 0, x->kept) && within(x->count, 0, x->kept - x->first), "a history must lie within its state");
+        REQUIRE(x->columns == columns && x->k_row >= columns && x->v_row >= columns, "a state must be (kept, groups x width)");
+        parts = least(FAR, parts + (x->count + PART - 1) / PART);
+    }
+    REQUIRE(parts < FAR && is_room(c->parts, c->parts_bytes, parts * c->heads * (c->width + 2), sizeof(float)), "parts must hold (parts, heads, width + 2)");
+    return 0;
+}
+
 /* histories: in the order of their sequences. starts (count + 1) is filled with the number of each history's first part;
  * parts begin at fixed places, so that an answer does not depend on the others or on the threads. */
-void step(const Step *c, const History *histories, int64_t count, int64_t *starts, int threads) {
-    void (*answer)(const Step *, const char *, const char *, const char *, int64_t, int64_t, float *) =
+const char *step(const Step *c, const History *histories, int64_t count, int64_t *starts, int64_t starts_bytes, int threads) {
+    const char *reason = wrong_step(c, histories, count, starts_bytes, threads);
+    if (reason) return reason;
+    void (*answer)(const Step *, const char *, const char *, const char *, int64_t, int64_t, int64_t, float *) =
         c->wide ? (c->width == 64 ? step_wide_64 : step_wide) : (c->width == 64 ? step_narrow_64 : step_narrow);
     const int64_t size = c->wide ? 4 : 2;
     starts[0] = 0;
@@ -327,8 +411,8 @@ void step(const Step *c, const History *histories, int64_t count, int64_t *start
                 else high = middle;
             }
             const History *x = histories + low;
-            const int64_t at = (p - starts[low]) * PART, offset = at * x->row * size;
-            answer(c, c->q + x->sequence * c->q_row * size, x->k + offset, x->v + offset, x->row, least(PART, x->count - at),
+            const int64_t at = (p - starts[low]) * PART, k_bytes = x->k_row * size, v_bytes = x->v_row * size;
+            answer(c, c->q.at + x->sequence * c->q.row * size, x->k + (x->first + at) * k_bytes, x->v + (x->first + at) * v_bytes, k_bytes, v_bytes, least(PART, x->count - at),
                    c->parts + p * c->heads * (c->width + 2));
         }
 #pragma omp for schedule(static)
@@ -339,10 +423,11 @@ void step(const Step *c, const History *histories, int64_t count, int64_t *start
             merge(c, histories[i].sequence, starts[i], starts[end]);
         }
     }
+    return 0;
 }
 
 #else
 int supported(void) { return 0; }
-void attend(const Call *c, const Source *sources, const Block *blocks, int64_t count, const Run *runs, int threads) { (void)c, (void)sources, (void)blocks, (void)count, (void)runs, (void)threads; }
-void step(const Step *c, const History *histories, int64_t count, int64_t *starts, int threads) { (void)c, (void)histories, (void)count, (void)starts, (void)threads; }
+const char *attend(void) { return "this machine has no AVX-512"; }
+const char *step(void) { return "this machine has no AVX-512"; }
 #endif

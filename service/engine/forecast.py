@@ -74,7 +74,12 @@ def measure_attention(backend: AttentionBackend, max_length: int) -> Line:
     def run(count: int, past: int) -> Callable[[], Tensor]:
         sizes = (shape.query_heads, shape.key_value_heads, shape.key_value_heads)
         q, k, v = (torch.randn(count, n, shape.head_width, device=shape.device).to(shape.dtype) for n in sizes)
-        return lambda: backend.extend(q, k, v, Segments((count,), (past,)), pool, 0, (slot,))
+
+        def extend() -> Tensor:
+            pool.pretend(slot, past)
+            return backend.extend(q, k, v, Segments((count,), (past,)), pool, 0, (slot,))
+
+        return extend
 
     points = [(1, 0), (tokens, history)]
     low, high = ((backend.cost(n, n + past, causal=True).flops, _seconds(run(n, past))) for n, past in points)

@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import ctypes
 import importlib.machinery
+import struct
 from functools import cache
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+VIEW_WORDS = 8  # a tensor, as in given.h
+_pack = struct.Struct(f"{VIEW_WORDS}q").pack
 WORDS = {torch.float32: 1, torch.bfloat16: 2}  # the dtypes, by the bits with which cpu.h names them
 
 
@@ -24,11 +27,14 @@ def library() -> ctypes.CDLL | None:
     if found is None:
         return None
     loaded, pointer, number = ctypes.CDLL(str(found)), ctypes.c_void_p, ctypes.c_int64
-    some, last = (pointer, pointer, number, number), (pointer, ctypes.c_int, ctypes.c_int)
-    loaded.norm.argtypes, loaded.norm.restype = (*some, ctypes.c_float, *last), None
-    turning = (pointer, number, pointer, number, number, number, ctypes.c_float, pointer, pointer, number)
-    loaded.turn.argtypes, loaded.turn.restype = (*turning, *last), None
-    loaded.gate.argtypes, loaded.gate.restype = (pointer, number, number, *last), None
+    if not hasattr(loaded, "layer_layout") or number.in_dll(loaded, "layer_layout").value != 8 * VIEW_WORDS:
+        raise RuntimeError(f"{found} was built from other sources than these: install the package again")
+    room, last = (pointer, number), (pointer, number, ctypes.c_int, ctypes.c_int)
+    loaded.norm.argtypes = (pointer, *room, ctypes.c_float, *last)
+    loaded.turn.argtypes = (pointer, *room, number, number, ctypes.c_float, pointer, pointer, *last)
+    loaded.gate.argtypes = (pointer, *last)
+    for function in (loaded.norm, loaded.turn, loaded.gate):
+        function.restype = ctypes.c_char_p  # null, or what was wrong
     return loaded
 
 
@@ -41,10 +47,8 @@ def suits(dtype: torch.dtype, device: torch.device, hidden_size: int, intermedia
 
 def norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     """RMSNorm of x (T, C)."""
-    out = torch.empty_like(x)
-    rows, width = x.shape
-    assert x.is_contiguous() and weight.is_contiguous()
-    _loaded().norm(x.data_ptr(), weight.data_ptr(), rows, width, epsilon, out.data_ptr(), *_how(x))
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    _done(_loaded().norm(_view(x), *_room(weight, x), epsilon, *_last(out)))
     return out
 
 
@@ -54,24 +58,41 @@ def turn(x: Tensor, weights: Tensor | None, heads: int, depth: int, epsilon: flo
     cos, sin: (T, 1, D), as of `Transformer.rotation`.
     """
     out = x.new_empty(len(x), heads, depth)
-    assert x.stride(1) == cos.stride(2) == sin.stride(2) == 1 and cos.stride(0) == sin.stride(0)
-    angles = (cos.data_ptr(), sin.data_ptr(), cos.stride(0))
-    scales = None if weights is None else weights.data_ptr()
-    _loaded().turn(x.data_ptr(), x.stride(0), scales, len(x), heads, depth, epsilon, *angles, out.data_ptr(), *_how(x))
+    _done(_loaded().turn(_view(x), *_room(weights, x), heads, depth, epsilon, _view(cos), _view(sin), *_last(out)))
     return out
 
 
 def gate(x: Tensor) -> Tensor:
     """silu(gate) up of x (T, 2 F), gate and up side by side: (T, F)."""
-    rows, width = x.shape[0], x.shape[1] // 2
-    out = x.new_empty(rows, width)
-    assert x.is_contiguous()
-    _loaded().gate(x.data_ptr(), rows, width, out.data_ptr(), *_how(x))
+    out = x.new_empty(x.shape[0], x.shape[1] // 2)
+    _done(_loaded().gate(_view(x), *_last(out)))
     return out
 
 
-def _how(x: Tensor) -> tuple[bool, int]:
-    return x.dtype == torch.float32, torch.get_num_threads()
+def _view(x: Tensor) -> bytes:
+    """A tensor (T, width) or (T, 1, width) as given.h describes it."""
+    (rows, *_, width), (row, *_, element) = x.shape, x.stride()
+    return _pack(x.data_ptr(), x.itemsize, rows, x.numel() // (rows * width or 1), width, row, 0, element)
+
+
+def _room(x: Tensor | None, like: Tensor) -> tuple[int | None, int]:
+    """Tight memory, and its bytes."""
+    if x is None:
+        return None, 0
+    if not x.is_contiguous() or x.dtype != like.dtype:
+        raise RuntimeError(f"weights must be tight and {like.dtype}, received {x.dtype} of strides {x.stride()}")
+    return x.data_ptr(), x.nbytes
+
+
+def _last(out: Tensor) -> tuple[int, int, bool, int]:
+    """What all three are told last: where the answer goes, whether it is float32, and the threads."""
+    return out.data_ptr(), out.nbytes, out.dtype == torch.float32, torch.get_num_threads()
+
+
+def _done(reason: bytes | None) -> None:
+    """Raise RuntimeError where the kernel refused what it was given, before it touched any of it."""
+    if reason is not None:
+        raise RuntimeError(f"the layer's kernel was given what it cannot take: {reason.decode()}")
 
 
 def _loaded() -> ctypes.CDLL:

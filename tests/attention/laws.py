@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Sequence
 from typing import Any, ClassVar
@@ -10,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from attention import AttentionBackend, HeadShape, PoolExhausted, Segments, build, reference
+from attention import AttentionBackend, HeadShape, PoolExhausted, Segments, backend_class, build, reference
 from attention.truth import BOUNDS, check
 
 HEADS = ((2, 2), (4, 2), (3, 1))  # query heads, key-value heads
@@ -176,6 +177,47 @@ class Laws:
                     after = backend.attend(later_q, later_k, later_v, Segments((count,)), causal=True)
                     assert torch.equal(after[:first], before[:first]), (backend.options, first, scale)
 
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    @pytest.mark.parametrize("poison", [float("nan"), float("inf"), -float("inf")])
+    def test_a_token_that_is_no_number_reaches_no_row_that_does_not_see_it(self, dtype: torch.dtype, poison: float) -> None:
+        for backend in self.backends(dtype):
+            count = min(backend.edge, 400) + 300
+            for causal in backend.directions:
+                if not (causal or backend.exact):
+                    continue  # all rows see all keys
+                for at in (2, 150, count - 70, count - 2):
+                    q, k, v = tokens(backend.shape, count)
+                    before = backend.attend(q, k, v, Segments((count,)), causal=causal)
+                    seen = reference.visible(backend, torch.arange(count), count, causal)[:, at]
+                    for x in (v, k, q):  # one after the other: the last time all three are poisoned
+                        x[at] = poison
+                        after = backend.attend(q, k, v, Segments((count,)), causal=causal)
+                        assert torch.equal(after[~seen], before[~seen]), (backend.options, causal, at)
+                        assert after[at].isnan().all() or not math.isnan(poison)
+
+    def test_a_later_token_that_is_no_number_leaves_the_rows_of_its_chunk_alone(self) -> None:
+        for backend in self.causal_backends():
+            q, k, v = tokens(backend.shape, 400)
+            before = extend_in(backend, q, k, v, [230, 170])
+            k[390], v[391] = float("nan"), float("inf")
+            after = extend_in(backend, q, k, v, [230, 170])
+            assert torch.equal(after[:390], before[:390])
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_a_sequence_of_one_token_beside_a_longer_one_is_the_same_to_the_bit_alone(self, dtype: torch.dtype) -> None:
+        for backend in self.causal_backends(dtype):
+            pool = backend.new_pool(1, 1 << 30)
+            past, lengths = (300, 40, 700), (1, 90, 1)
+            slots = [pool.allocate(count + 90) for count in past]
+            for slot, count in zip(slots, past, strict=True):
+                backend.extend(*tokens(backend.shape, count), Segments((count,)), pool, 0, [slot])
+            copies = [pool.copy(slot) for slot in slots]
+            q, k, v = tokens(backend.shape, 92)
+            together = backend.extend(q, k, v, Segments(lengths, past), pool, 0, slots)
+            for n, (a, b, _) in enumerate(Segments(lengths).spans()):
+                step = Segments(lengths[n : n + 1], past[n : n + 1])
+                assert torch.equal(backend.extend(q[a:b], k[a:b], v[a:b], step, pool, 0, [copies[n]]), together[a:b])
+
     def test_the_inputs_are_left_as_they_were(self) -> None:
         for backend in self.backends():
             for count in (1, 150):
@@ -239,10 +281,92 @@ class Laws:
                 (q, k[:, :1], good, rf"k must have shape \(8, 2, {d}\), received \(8, 1, {d}\)"),
                 (q[..., :8], k, good, r"q must have shape"),
                 (q.double(), k, good, r"q must be torch.float32 on cpu, received torch.float64 on cpu"),
+                (q.repeat(1, 1, 2)[..., ::2], k, good, r"the elements of a head of q must lie side by side, received strides"),
+                (q, k.mT.contiguous().mT, good, r"the elements of a head of k must lie side by side, received strides"),
                 (q, k, Segments((8,), (3,)), r"attend takes whole sequences, received past \(3,\)"),
             ):
                 with pytest.raises(ValueError, match=message):
                     backend.attend(wrong_q, wrong_k, v, segments, causal=causal)
+
+    def test_a_tensor_that_asks_for_gradients_is_refused_unless_none_are_taken(self) -> None:
+        for backend in self.backends():
+            causal = backend.directions[0]
+            with torch.inference_mode(False):
+                q, k, v = tokens(backend.shape, 8)
+                k.requires_grad_()
+                with pytest.raises(ValueError, match="attention here has no gradients, and k asks for them"):
+                    backend.attend(q, k, v, Segments((8,)), causal=causal)
+                with torch.no_grad():
+                    assert backend.attend(q, k, v, Segments((8,)), causal=causal).isfinite().all()
+
+    def test_a_pool_that_is_not_the_backends_own_is_refused(self) -> None:
+        for backend in self.causal_backends():
+            q, k, v = tokens(backend.shape, 8)
+            shape = HeadShape(2, 1, self.width)
+            others = [build("dense", None, backend.shape), build(self.name, backend.options, shape)]
+            for other in [*others, build(self.name, backend.options, HeadShape(4, 2, self.width, torch.bfloat16))]:
+                pool = other.new_pool(1, 1 << 30)
+                with pytest.raises(ValueError, match="the pool must be of this backend"):
+                    backend.extend(q, k, v, Segments((8,)), pool, 0, [pool.allocate(8)])
+
+    def test_a_past_that_is_not_what_the_slot_holds_at_that_layer_is_refused(self) -> None:
+        for backend in self.causal_backends():
+            q, k, v = tokens(backend.shape, 8)
+            pool = backend.new_pool(2, 1 << 30)
+            slot = pool.allocate(600)
+            backend.extend(q, k, v, Segments((8,)), pool, 0, [slot])
+            for layer, past, held in ((0, 0, 8), (0, 7, 8), (0, 500, 8), (1, 8, 0)):
+                with pytest.raises(
+                    ValueError, match=f"past of slot {slot} must be the {held} tokens .* layer {layer}, .* {past}"
+                ):
+                    backend.extend(q, k, v, Segments((8,), (past,)), pool, layer, [slot])
+            copy = pool.copy(slot)
+            assert torch.equal(
+                backend.extend(q, k, v, Segments((8,), (8,)), pool, 0, [slot]),
+                backend.extend(q, k, v, Segments((8,), (8,)), pool, 0, [copy]),
+            )
+            for layer in (-1, 2):
+                with pytest.raises(ValueError, match=f"the pool has layers 0 to 1, received {layer}"):
+                    backend.extend(q, k, v, Segments((8,), (16,)), pool, layer, [slot])
+            pool.release(slot)
+            with pytest.raises(ValueError, match=f"slot {slot} is not in use"):
+                backend.extend(q, k, v, Segments((8,), (16,)), pool, 0, [slot])
+
+    def test_an_extend_that_was_given_up_leaves_a_slot_that_is_refused(self) -> None:
+        for backend in self.causal_backends():
+            q, k, v = tokens(backend.shape, 700)
+            pool = backend.new_pool(1, 1 << 30)
+            slot = pool.allocate(1400)
+            for _ in backend.extending(q, k, v, Segments((700,)), pool, 0, [slot], torch.empty_like(q)):
+                break
+            for past in (0, 700):
+                with pytest.raises(ValueError, match=f"slot {slot} is being extended .* its state is undefined"):
+                    backend.extend(q, k, v, Segments((700,), (past,)), pool, 0, [slot])
+
+    def test_an_answer_is_written_into_nothing_that_does_not_fit_it(self) -> None:
+        for backend in self.causal_backends():
+            q, k, v = tokens(backend.shape, 8)
+            pool = backend.new_pool(1, 1 << 30)
+            for wrong in (q[:7], q.double(), torch.empty(8, 4, 2 * self.width)[..., : self.width], q[:1].expand(8, -1, -1)):
+                with pytest.raises(ValueError, match="out must be tight"):
+                    next(backend.extending(q, k, v, Segments((8,)), pool, 0, [pool.allocate(8)], wrong))
+
+    @pytest.mark.parametrize("count", [-5, 0, 1 << 63])
+    def test_a_slot_or_a_cost_of_no_tokens_or_of_more_than_there_can_be_is_refused(self, count: int) -> None:
+        for backend in self.backends():
+            causal = backend.directions[0]
+            with pytest.raises(ValueError, match=f"received {count}"):
+                backend.new_pool(1, 1 << 30).allocate(count)
+            for queries, keys in ((count, 5), (3, count)):
+                with pytest.raises(ValueError, match=f"received {queries} of {keys}"):
+                    backend.cost(queries, keys, causal=causal)
+
+    @pytest.mark.parametrize("number", [1 << 63, 1 << 70])
+    def test_a_number_that_no_machine_word_holds_is_refused_by_the_name_of_its_option(self, number: int) -> None:
+        for name, field in backend_class(self.name).Options.model_fields.items():
+            if field.annotation is int:
+                with pytest.raises(ValueError, match=name):
+                    build(self.name, {name: number - number % 2 + 1}, HeadShape(2, 2, self.width))
 
     def test_a_direction_without_a_definition_is_refused(self) -> None:
         for backend in self.backends():

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +15,7 @@ from attention import AttentionBackend, HeadShape, Segments, build, native, refe
 from attention.backends.performer import projection
 from attention.blocks import Band, Piece, Room, heads_first, softmax
 from attention.interface import finish
+from attention.memory import peak_bytes
 from attention.truth import BOUNDS
 from tests.attention import test_bigbird, test_chunked, test_dense, test_linear, test_longformer, test_sliding_window
 from tests.attention.laws import Laws, extend_in, largest, tokens
@@ -162,6 +166,112 @@ def test_what_no_query_sees_may_be_no_number_and_a_row_that_sees_nothing_is_zero
     assert out[:12].count_nonzero() > 0 and out[12:].count_nonzero() == 0
 
 
+@needs_native
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("options", [{"block": 513}, {"block": 1024, "window_blocks": 1, "random_blocks": 1}])
+def test_a_block_of_more_queries_than_share_a_call_is_answered_like_others(dtype: torch.dtype, options: dict[str, int]) -> None:
+    backend = build("bigbird", {"impl": "native", **options}, HeadShape(4, 2, 64, dtype))
+    q, k, v = tokens(backend.shape, 2500)
+    for causal in (True, False):
+        answer = backend.attend(q, k, v, Segments((2500,)), causal=causal)
+        assert largest(answer.double() - reference.answer(backend, q, k, v, causal=causal)) <= BOUNDS[dtype]
+    law = backend.cost(2500, 2500, causal=True).workspace_bytes
+    assert abs(peak_bytes(lambda: backend.attend(q, k, v, Segments((2500,)), causal=True)) - law) <= 1 << 20
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("offset", "row", "head"), [(1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 3, 5)])
+@pytest.mark.parametrize("heads", [(4, 2), (1, 1)])
+@pytest.mark.parametrize("name", ["dense", "sliding_window", "bigbird", "performer", "linear"])
+def test_tensors_at_odd_places_with_odd_strides_are_answered_to_the_bit_like_tight_ones(
+    name: str, dtype: torch.dtype, offset: int, row: int, head: int, heads: tuple[int, int]
+) -> None:
+    backend = build(name, {"impl": "native"}, HeadShape(*heads, 64, dtype))
+
+    def moved(x: Tensor) -> Tensor:
+        count, heads, width = x.shape
+        strides = (heads * (width + head) + row, width + head, 1)
+        return torch.zeros(offset + count * strides[0], dtype=dtype).as_strided(x.shape, strides, offset).copy_(x)
+
+    for count in (1, 300):
+        given = tokens(backend.shape, count)
+        odd = [moved(x) for x in given]
+        for causal in (True, False):
+            tight = backend.attend(*given, Segments((count,)), causal=causal)
+            assert torch.equal(backend.attend(*odd, Segments((count,)), causal=causal), tight)
+        assert torch.equal(extend_in(backend, *odd, [count]), extend_in(backend, *given, [count]))
+
+
+class Meddler:
+    """The compiled kernel, with one field of what it is told changed on the way."""
+
+    def __init__(self, field: str, change: Callable[[int], int]) -> None:
+        self.field, self.change, self.met = field, change, 0
+        self.kernel = native.library()
+
+    def __getattr__(self, function: str) -> Callable[..., bytes | None]:
+        def call(packed: bytes, *rest: Any) -> bytes | None:
+            told = STRUCTS[function].from_buffer_copy(packed)
+            value = getattr(told, self.field, None)
+            is_given = value or not self.field.endswith(PARTS)  # what is null has no size
+            if value is not None and is_given and self.change(value) != value:
+                self.met += 1
+                setattr(told, self.field, self.change(value))
+            return getattr(self.kernel, function)(bytes(told), *rest)
+
+        return call
+
+
+def changes(field: str) -> list[Callable[[int], int]]:
+    """What makes a field wrong."""
+    if field.endswith(("_bytes", "_rows")):
+        return [lambda x: x - 1, lambda x: -x]
+    if field.endswith(PARTS) or field in (
+        "sequences",
+        "tokens",
+        "queries",
+        "heads",
+        "groups",
+        "width",
+        "count",
+        "wide",
+    ):
+        return [lambda x: x + 1, lambda x: -x, lambda x: x + (1 << 62)]
+    return [lambda x: -1, lambda x: x + (1 << 62)] if field in ("call", "calls", "before", "ahead") else []
+
+
+PARTS = ("_bytes", "_rows", "_heads", "_width", "_size", "_element")
+STRUCTS = {"attend": native._Call, "step": native._Step, "features": native._Features, "features_step": native._FeaturesStep}
+TOLD = [
+    (field, change)
+    for field in sorted({name for s in STRUCTS.values() for name, *_ in s._fields_})
+    for change in changes(field)
+]
+
+
+@needs_native
+@pytest.mark.parametrize(("field", "change"), TOLD, ids=[f"{field}-{n}" for n, (field, _) in enumerate(TOLD)])
+def test_the_kernel_refuses_what_does_not_fit_before_it_touches_it(
+    monkeypatch: pytest.MonkeyPatch, field: str, change: Callable[[int], int]
+) -> None:
+    meddler = Meddler(field, change)
+    monkeypatch.setattr(native, "_loaded", lambda: meddler)
+    for name, options in (("bigbird", {"block": 16}), ("linear", {}), ("performer", {"features": 64, "local_chunk": 64})):
+        backend = build(name, {"impl": "native", **options}, HeadShape(4, 2, 32))
+        q, k, v = tokens(backend.shape, 200)
+        for chunks in ([200], [199, 1]):
+            met = meddler.met
+            try:
+                extend_in(backend, q, k, v, chunks)
+            except RuntimeError as error:
+                assert "what it cannot take" in str(error)
+                assert meddler.met > met
+            else:
+                assert meddler.met == met, (name, chunks)
+    assert meddler.met
+
+
 @pytest.mark.parametrize(
     ("shape", "reason"),
     [
@@ -219,6 +329,25 @@ def test_a_package_that_was_installed_without_a_compiler_says_so_and_answers_by_
     assert backend.impl == "torch"
     q, k, v = tokens(shape, 10)
     assert backend.attend(q, k, v, Segments((10,)), causal=True).isfinite().all()
+
+
+@needs_native
+@pytest.mark.parametrize("name", list(native._LAYOUTS))
+def test_a_kernel_whose_structs_are_not_those_of_its_caller_is_refused(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    tables, structs = native._LAYOUTS[name]
+    assert len(structs) == 2
+
+    class Longer(structs[0]):
+        _fields_ = (("one_more", ctypes.c_int64),)
+
+    for wrong in (((*tables[:-1], tables[-1] + 1), structs), (tables, structs[:1]), (tables, (Longer, structs[1]))):
+        monkeypatch.setitem(native._LAYOUTS, name, wrong)
+        native.library.cache_clear()
+        with pytest.raises(RuntimeError, match="was built from other sources than these: install the package again"):
+            native.library()
+    monkeypatch.undo()
+    native.library.cache_clear()
+    assert native.library() is not None
 
 
 @needs_native

@@ -89,7 +89,7 @@ async def test_a_target_that_is_no_config_leaves_the_old_in_force(service: Clien
 
 async def test_a_backend_that_answers_wrongly_never_serves(service: Client, monkeypatch: pytest.MonkeyPatch) -> None:
     honest = truth.check
-    monkeypatch.setattr(truth, "check", lambda backend: truth.Truth(error=1.0, bound=0.1))
+    monkeypatch.setattr(truth, "check", lambda backend, **_: truth.Truth(error=1.0, bound=0.1))
     service.replica.retarget(to("performer"))
     state = await settled(service)
     assert "performer is off its definition by 1, allowed: 0.1" in state["degraded"]
@@ -152,7 +152,7 @@ async def test_four_replicas_of_a_machine_promise_no_more_memory_than_one() -> N
 
 
 async def test_a_replica_with_a_wrong_backend_does_not_start(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(truth, "check", lambda backend: truth.Truth(error=float("nan"), bound=0.1))
+    monkeypatch.setattr(truth, "check", lambda backend, **_: truth.Truth(error=float("nan"), bound=0.1))
     replica = Replica(ServiceConfig(threads=1))
     with pytest.raises(ValueError, match="dense is off its definition"):
         await replica.start(UserConfig(attention=AttentionConfig()))

@@ -3,13 +3,14 @@
  * For one token these are a dozen operators of torch a layer, each some microseconds of dispatch for a few hundred numbers.
  * Float32 between, rounded once at the end; `layer` in transformer.py is the slow reading. Rows are independent.
  */
-#include <stdint.h>
+#include "given.h"
 
 #if defined(__x86_64__) && defined(__GNUC__)
 #include "cpu.h"
 #include "simd.h"
 
 #define WIDEST 256
+#define MOST (1 << 20) /* elements of a row, at most */
 #define ALONE 32 /* rows up to which other threads are not worth waking */
 
 INLINE __m512 scaled(const int wide, __m512 x, __m512 by, const char *weight, int64_t j) {
@@ -55,45 +56,65 @@ INLINE void gate_row(const int wide, const char *x, int64_t width, char *out) {
     }
 }
 
-/* RMSNorm of rows (T, C). */
-void norm(const char *x, const char *weight, int64_t rows, int64_t width, float epsilon, char *out, int wide, int threads) {
+/* RMSNorm of x (T, C) by weight (C) into out (T, C), the last two tight. */
+const char *norm(const View *x, const char *weight, int64_t weight_bytes, float epsilon, char *out, int64_t out_bytes, int wide, int threads) {
+    const int64_t size = wide ? 4 : 2, rows = x->rows, width = x->width;
+    REQUIRE(is_view(x, size, 0, 1, width) && within(width, 16, MOST) && width % 16 == 0 && threads >= 1, "x must be rows of a multiple of 16 elements");
+    REQUIRE(is_room(weight, weight_bytes, width, size) && is_room(out, out_bytes, rows * width, size), "weight must hold a row, out all of them");
 #pragma omp parallel for schedule(static) num_threads(rows > ALONE ? threads : 1)
     for (int64_t i = 0; i < rows; i++) {
-        const int64_t at = i * width * (wide ? 4 : 2);
-        if (wide) norm_row(1, x + at, weight, width, epsilon, out + at);
-        else norm_row(0, x + at, weight, width, epsilon, out + at);
+        const char *from = x->at + i * x->row * size;
+        char *to = out + i * width * size;
+        if (wide) norm_row(1, from, weight, width, epsilon, to);
+        else norm_row(0, from, weight, width, epsilon, to);
     }
+    return 0;
 }
 
-/* Queries and keys (T, heads, D) out of projected rows, `row` elements apart; weights (heads, D) or null; cos and sin (D) of
- * each token, `turn` elements apart. */
-void turn(const char *x, int64_t row, const char *weights, int64_t rows, int64_t heads, int64_t width, float epsilon, const char *cos,
-          const char *sin, int64_t turn, char *out, int wide, int threads) {
-    const int64_t size = wide ? 4 : 2;
+/* Queries and keys (T, heads, D), tight, out of projected rows x (T, any); weights (heads, D), tight, or null; cos and sin
+ * (T, 1, D). */
+const char *turn(const View *x, const char *weights, int64_t weights_bytes, int64_t heads, int64_t width, float epsilon, const View *cos, const View *sin,
+                 char *out, int64_t out_bytes, int wide, int threads) {
+    const int64_t size = wide ? 4 : 2, rows = x->rows;
+    REQUIRE(within(width, 32, WIDEST) && width % 32 == 0 && within(heads, 1, MOST / width), "width must be a multiple of 32, up to 256");
+    REQUIRE(is_view(x, size, 0, 1, x->width) && within(x->width, heads * width, MOST) && threads >= 1, "x must be rows of all heads or more");
+    REQUIRE(is_view(cos, size, rows, 1, width) && is_view(sin, size, rows, 1, width), "cos and sin must be (tokens, 1, width)");
+    REQUIRE(!weights || is_room(weights, weights_bytes, heads * width, size), "weights must hold (heads, width)");
+    REQUIRE(is_room(out, out_bytes, rows * heads * width, size), "out must hold (tokens, heads, width)");
 #pragma omp parallel for schedule(static) num_threads(rows > ALONE ? threads : 1)
     for (int64_t i = 0; i < rows; i++)
         for (int64_t h = 0; h < heads; h++) {
-            const char *from = x + (i * row + h * width) * size, *weight = weights ? weights + h * width * size : 0;
-            const char *c = cos + i * turn * size, *s = sin + i * turn * size;
+            const char *from = x->at + (i * x->row + h * width) * size, *weight = weights ? weights + h * width * size : 0;
+            const char *c = cos->at + i * cos->row * size, *s = sin->at + i * sin->row * size;
             char *to = out + (i * heads + h) * width * size;
             if (wide) turn_head(1, from, weight, width, epsilon, c, s, to);
             else turn_head(0, from, weight, width, epsilon, c, s, to);
         }
+    return 0;
 }
 
-/* silu(gate) up of rows (T, 2 F) to (T, F). */
-void gate(const char *x, int64_t rows, int64_t width, char *out, int wide, int threads) {
-    const int64_t size = wide ? 4 : 2;
+/* silu(gate) up of x (T, 2 F) into out (T, F), tight. */
+const char *gate(const View *x, char *out, int64_t out_bytes, int wide, int threads) {
+    const int64_t size = wide ? 4 : 2, rows = x->rows, width = x->width / 2;
+    REQUIRE(is_view(x, size, 0, 1, 2 * width) && within(width, 16, MOST) && width % 16 == 0 && threads >= 1, "x must be rows of twice a multiple of 16 elements");
+    REQUIRE(is_room(out, out_bytes, rows * width, size), "out must hold (tokens, half a row)");
 #pragma omp parallel for schedule(static) num_threads(rows > ALONE ? threads : 1)
     for (int64_t i = 0; i < rows; i++) {
-        if (wide) gate_row(1, x + 2 * i * width * size, width, out + i * width * size);
-        else gate_row(0, x + 2 * i * width * size, width, out + i * width * size);
+        const char *from = x->at + i * x->row * size;
+        char *to = out + i * width * size;
+        if (wide) gate_row(1, from, width, to);
+        else gate_row(0, from, width, to);
     }
+    return 0;
 }
+
+/* For a caller in another language to compare with its own. */
+const int64_t layer_layout[] = {sizeof(View), -1};
 
 #else
 int supported(void) { return 0; }
-void norm(void) {}
-void turn(void) {}
-void gate(void) {}
+const char *norm(void) { return "this machine has no AVX-512"; }
+const char *turn(void) { return "this machine has no AVX-512"; }
+const char *gate(void) { return "this machine has no AVX-512"; }
+const int64_t layer_layout[] = {sizeof(View), -1};
 #endif

@@ -1,0 +1,257 @@
+"""Generated calls of the compiled kernels through their Python faces, at the edges of shapes, strides, options and pasts.
+
+Each is answered as by the reading in torch, or refused. Run by `test_memory_safety.py` in a process of its own with
+the kernels built under sanitizers; as `pytest tests/fuzz.py`, with the ones installed.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn import functional
+
+from attention import AttentionBackend, HeadShape, Segments, build, names, native
+from attention.truth import BOUNDS
+from service.model import native as layer
+from service.model.transformer import rotate
+
+SANITIZED = os.environ.get("SANITIZED")
+if SANITIZED:  # both look for their library beside themselves
+    native.__file__, layer.__file__ = (f"{SANITIZED}/{name}/native.py" for name in ("attention", "model"))
+CASE = Path(SANITIZED or ".pytest_cache") / f"case-{os.getppid()}"  # the call under way, for a process that does not survive it
+CALLS = os.environ.get("LONGSERVE_FUZZ_CALLS")
+
+
+def generated(share: float) -> Any:
+    """So many of the generated calls; the same ones each time unless another number is asked for."""
+    return settings(
+        max_examples=int(share * int(CALLS or 600)),
+        derandomize=CALLS is None,
+        deadline=None,
+        database=None,
+        suppress_health_check=list(HealthCheck),
+    )
+
+
+EDGES = (1, 2, 15, 16, 17, 63, 65, 127, 128, 129, 200, 256, 511, 512, 513, 700)
+HUGE = (1 << 31, (1 << 63) - 1, 1 << 63, 1 << 70)
+OPTIONS: dict[str, dict[str, tuple[Any, ...]]] = {
+    "dense": {},
+    "sliding_window": {"window": (1, 15, 16, 127, 300, 1000, *HUGE), "sinks": (0, 1, 4, 17, 130, *HUGE)},
+    "longformer": {"window": (1, 16, 127, 1000, *HUGE), "global_tokens": (0, 1, 17, 140, *HUGE)},
+    "bigbird": {
+        "block": (5, 16, 64, 511, 512, 513, 600, 1024, *HUGE),
+        "window_blocks": (1, 3, (1 << 31) - 1, *HUGE),
+        "random_blocks": (0, 1, 3, *HUGE),
+        "global_blocks": (0, 1, 2, *HUGE),
+        "closing_blocks": (0, 0, 1, *HUGE),
+        "seed": (0, 3, *HUGE),
+    },
+    "chunked": {"chunk": (1, 16, 127, 128, 129, 513, 1024, *HUGE)},
+    "performer": {
+        "features": (32, 64, 96),
+        "hyperbolic": (False, True),
+        "local_chunk": (0, 64, 70, 129),
+        "seed": (0, 3, *HUGE),
+    },
+    "linear": {},
+}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where a tensor's elements lie: elements before it, and between its rows and its heads, and from one to the next."""
+
+    offset: int = 0
+    row: int = 0
+    head: int = 0
+    element: int = 1
+
+    def of(self, x: Tensor) -> Tensor:
+        _, heads, width = x.shape
+        head = width * self.element + self.head
+        strides = (heads * head + self.row, head, self.element)
+        length = self.offset + sum((n - 1) * stride for n, stride in zip(x.shape, strides, strict=True)) + 1
+        return torch.zeros(length, dtype=x.dtype).as_strided(x.shape, strides, self.offset).copy_(x)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A backend, sequences, and how they are asked about: whole, or in chunks, one list of them for each sequence."""
+
+    name: str
+    options: dict[str, Any]
+    shape: HeadShape
+    layouts: tuple[Layout, Layout, Layout]
+    chunks: tuple[tuple[int, ...], ...]
+    how: str  # attend, both (sides), extend; or extend with a wrong pool, past, slot, layer or out
+    poison: str  # of one token: none, q, k, v
+    seed: int
+
+
+@st.composite
+def cases(draw: Any) -> Case:
+    name = draw(st.sampled_from(names()))
+    options = {option: draw(st.sampled_from(values)) for option, values in OPTIONS[name].items() if draw(st.booleans())}
+    heads = draw(st.sampled_from(((1, 1), (2, 1), (4, 2), (6, 2), (7, 1), (3, 3))))
+    shape = HeadShape(*heads, draw(st.sampled_from((32, 64, 96, 256))), draw(st.sampled_from((torch.float32, torch.bfloat16))))
+    small = st.sampled_from((0, 0, 1, 2, 3, 8))
+    layout = st.builds(Layout, small, small, small, st.sampled_from((1, 1, 1, 1, 2)))
+    tight = draw(st.booleans())
+    layouts = tuple(Layout() if tight else draw(layout) for _ in range(3))
+    chunks = draw(st.lists(st.lists(st.sampled_from(EDGES), min_size=1, max_size=3).map(tuple), min_size=1, max_size=3))
+    how = draw(st.sampled_from(("attend", "both", "extend", "extend", "extend", "pool", "past", "slot", "layer", "out")))
+    poison = draw(st.sampled_from(("none", "none", "none", "q", "k", "v")))
+    return Case(name, options, shape, layouts, tuple(chunks), how, poison, draw(st.integers(0, 999)))  # type: ignore[arg-type]
+
+
+def inputs(case: Case) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k, v of all sequences, packed, tight."""
+    shape, generator = case.shape, torch.Generator().manual_seed(case.seed)
+    total = sum(map(sum, case.chunks))
+    drawn = [
+        torch.randn(total, heads, shape.head_width, generator=generator) * scale
+        for heads, scale in ((shape.query_heads, 0.5), (shape.key_value_heads, 0.7), (shape.key_value_heads, 1.0))
+    ]
+    if case.poison != "none":
+        drawn["qkv".index(case.poison)][case.seed % total] = float("nan")
+    q, k, v = (x.to(shape.dtype) for x in drawn)
+    return q, k, v
+
+
+def laid(case: Case, qkv: Sequence[Tensor]) -> list[Tensor]:
+    """The same, each in its layout."""
+    return [layout.of(x) for layout, x in zip(case.layouts, qkv, strict=True)]
+
+
+def answer(backend: AttentionBackend, case: Case, qkv: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+    """What the case asks for."""
+    lengths = tuple(map(sum, case.chunks))
+    if case.how in ("attend", "both"):
+        return backend.attend(*laid(case, qkv), Segments(lengths), causal=case.how == "attend")
+    pool, layers = backend.new_pool(2, 1 << 40), 1
+    slots = [pool.allocate(length) for length in lengths]
+    starts, past = [start for start, _, _ in Segments(lengths).spans()], [0] * len(lengths)
+    found = qkv[0].new_empty(qkv[0].shape)
+    for turn in range(max(map(len, case.chunks))):
+        live = [n for n, chunks in enumerate(case.chunks) if turn < len(chunks)]
+        take = {n: case.chunks[n][turn] for n in live}
+        spans = [slice(starts[n] + past[n], starts[n] + past[n] + take[n]) for n in live]
+        parts = laid(case, [torch.cat([x[span] for span in spans]) for x in qkv])
+        segments = Segments(tuple(take[n] for n in live), tuple(past[n] for n in live))
+        told = backend.extend(*parts, segments, pool, layers, [slots[n] for n in live])
+        for span, rows in zip(spans, told.split(segments.lengths), strict=True):
+            found[span] = rows
+        past = [done + take.get(n, 0) for n, done in enumerate(past)]
+    return found
+
+
+def ask_wrongly(backend: AttentionBackend, case: Case, qkv: tuple[Tensor, Tensor, Tensor]) -> None:
+    """A call that has no answer, since one thing about it is wrong."""
+    shape, count = backend.shape, len(qkv[0])
+    pool = backend.new_pool(1, 1 << 40)
+    slot, out = pool.allocate(2 * count), qkv[0].new_empty(qkv[0].shape)
+    segments, layers, slots = Segments((count,), (0,)), 0, [slot]
+    if case.how == "pool":
+        other = HeadShape(1, 1, 32, torch.float32 if case.seed % 2 else shape.dtype)
+        pool = build(names()[case.seed % len(names())], {}, other).new_pool(1, 1 << 40)
+        slots = [pool.allocate(2 * count)]
+    if case.how == "past":
+        segments = Segments((count,), (min(count, 1 + case.seed),))
+    if case.how == "slot":
+        slots = [slot + 1]
+    if case.how == "layer":
+        layers = -1 if case.seed % 2 else 1
+    if case.how == "out":
+        out = (out[: count // 2], out[..., :16], out.double(), out[:1].expand(out.shape) if count > 1 else out[:0])[
+            case.seed % 4
+        ]
+    for _ in backend.extending(*laid(case, qkv), segments, pool, layers, slots, out):
+        pass
+
+
+def note(case: object) -> None:
+    CASE.parent.mkdir(exist_ok=True)
+    CASE.write_text(repr(case))
+
+
+@generated(0.75)
+@given(cases())
+@torch.inference_mode()
+def test_attention_answers_like_its_slow_reading_or_refuses(case: Case) -> None:
+    note(case)
+    try:
+        ours, slow = (build(case.name, {**case.options, "impl": impl}, case.shape) for impl in ("native", "torch"))
+    except ValueError:
+        return
+    causal, qkv = case.how != "both", inputs(case)
+    is_wrong = case.how not in ("attend", "both", "extend") or any(layout.element > 1 for layout in case.layouts)
+    if is_wrong or causal not in ours.directions:
+        with pytest.raises((ValueError, KeyError)):
+            (answer if case.how in ("attend", "both", "extend") else ask_wrongly)(ours, case, qkv)
+        return
+    tight = replace(case, layouts=(Layout(), Layout(), Layout()))
+    found, wanted = answer(ours, case, qkv).double(), answer(slow, tight, qkv).double()
+    assert torch.equal(found.isfinite(), wanted.isfinite())
+    apart = (found - wanted).abs().nan_to_num(0.0).amax()
+    assert apart <= 2 * BOUNDS[case.shape.dtype], float(apart)
+
+
+layouts = st.builds(Layout, st.sampled_from((0, 1, 3)), st.sampled_from((0, 1, 2, 5)))
+
+
+@generated(0.25)
+@given(
+    st.sampled_from((torch.float32, torch.bfloat16)),
+    st.sampled_from((1, 2, 32, 33, 100)),
+    st.sampled_from((1, 2, 3, 5)),
+    st.sampled_from((16, 32, 64, 96, 128, 256, 272, 288)),
+    st.lists(layouts, min_size=3, max_size=3),
+    st.booleans(),
+    st.sampled_from((0, 0, 0, 1, -1)),
+)
+@torch.inference_mode()
+def test_a_layer_answers_like_its_slow_reading_or_refuses(
+    dtype: torch.dtype, rows: int, heads: int, depth: int, where: list[Layout], is_normed: bool, off: int
+) -> None:
+    note((dtype, rows, heads, depth, where, is_normed, off))
+    generator = torch.Generator().manual_seed(rows + depth)
+
+    def drawn(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(dtype)
+
+    x = where[0].of(drawn(rows, 1, (heads + 1) * depth))[:, 0]
+    cos, sin = (place.of(drawn(rows + off, 1, depth)) if rows + off else drawn(0, 1, depth) for place in where[1:])
+    weights = drawn(heads, depth) if is_normed else None
+    bound = {torch.float32: 2e-5, torch.bfloat16: 2**-5}[dtype]
+
+    def near(found: Tensor, wanted: Tensor) -> bool:
+        return float(((found.double() - wanted).abs() / wanted.abs().clamp_min(1.0)).max()) <= bound
+
+    wide, weight = x.double(), drawn(x.shape[1] + 16 * off if x.shape[1] > 16 else 16)
+    if weight.numel() < x.shape[1]:
+        with pytest.raises(RuntimeError, match="weight must hold a row"):
+            layer.norm(x, weight, 1e-6)
+    else:
+        wanted = functional.rms_norm(wide, (x.shape[1],), weight[: x.shape[1]].double(), 1e-6)
+        assert near(layer.norm(x, weight, 1e-6), wanted)
+    if (x.shape[1] // 2) % 16 == 0 and x.shape[1] % 2 == 0:
+        gate, up = wide.chunk(2, dim=1)
+        assert near(layer.gate(x), functional.silu(gate) * up)
+    if depth % 32 or depth > 256 or off < 0:
+        with pytest.raises(RuntimeError, match="the layer's kernel was given what it cannot take"):
+            layer.turn(x, weights, heads, depth, 1e-6, cos, sin)
+        return
+    qk = wide[:, : heads * depth].unflatten(1, (heads, depth))
+    if weights is not None:
+        qk = functional.rms_norm(qk, (depth,), None, 1e-6) * weights.double()
+    assert near(layer.turn(x, weights, heads, depth, 1e-6, cos, sin), rotate(qk, cos[:rows].double(), sin[:rows].double()))
