@@ -189,9 +189,10 @@ class Laws:
                     q, k, v = tokens(backend.shape, count)
                     before = backend.attend(q, k, v, Segments((count,)), causal=causal)
                     seen = reference.visible(backend, torch.arange(count), count, causal)[:, at]
-                    for x in (v, k, q):  # one after the other: the last time all three are poisoned
-                        x[at] = poison
-                        after = backend.attend(q, k, v, Segments((count,)), causal=causal)
+                    for n in range(3):  # its query, its key, its value
+                        poisoned = [q.clone(), k.clone(), v.clone()]
+                        poisoned[n][at] = poison
+                        after = backend.attend(*poisoned, Segments((count,)), causal=causal)
                         assert torch.equal(after[~seen], before[~seen]), (backend.options, causal, at)
                         assert after[at].isnan().all() or not math.isnan(poison)
 
