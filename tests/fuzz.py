@@ -34,7 +34,7 @@ CALLS = os.environ.get("LONGSERVE_FUZZ_CALLS")
 def generated(share: float) -> Any:
     """So many of the generated calls; the same ones each time unless another number is asked for."""
     return settings(
-        max_examples=int(share * int(CALLS or 600)),
+        max_examples=int(share * int(CALLS or 500)),
         derandomize=CALLS is None,
         deadline=None,
         database=None,

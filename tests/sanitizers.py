@@ -69,6 +69,7 @@ def run(built: Path, arguments: list[str], timeout_seconds: float) -> subprocess
         "LD_PRELOAD": " ".join(runtime()),
         "ASAN_OPTIONS": options,
         "UBSAN_OPTIONS": "print_stacktrace=1",
+        "OMP_WAIT_POLICY": "passive",  # beside other processes, waiting threads would take most of the time
         "SANITIZED": str(built),
     }
     command = [sys.executable, *arguments]

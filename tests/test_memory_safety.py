@@ -21,7 +21,7 @@ REASON = native.obstacle(HeadShape(4, 2, 64)) or native.obstacle(HeadShape(4, 2,
 def test_generated_calls_of_the_kernels_touch_no_byte_that_is_not_theirs(pytestconfig: pytest.Config) -> None:
     assert pytestconfig.cache is not None
     built = sanitizers.build(pytestconfig.cache.mkdir("sanitized"))
-    calls = int(os.environ.get("LONGSERVE_FUZZ_CALLS", 600))
+    calls = int(os.environ.get("LONGSERVE_FUZZ_CALLS", 500))
     ran = sanitizers.run(
         built, ["-m", "pytest", "-q", "-x", "--capture=sys", "-p", "no:cacheprovider", "tests/fuzz.py"], 300 + calls
     )
