@@ -59,7 +59,7 @@ PLACES: list[Place] = [
     (scheduler_module, "_next_end", own),
     (Scheduler, "has_other_work", own),
     (StatePool, "allocate", lambda pool, tokens: tokens == LENGTH),
-    (StatePool, "copy", lambda pool, slot: pool.max_tokens(slot) == LENGTH),
+    (StatePool, "copy", lambda pool, slot: pool._slots[slot].max_tokens == LENGTH),
     (Sequence, "number", own),
     (Sequence, "tokens", own),
     (Job, "spell", own),

@@ -68,10 +68,10 @@ async def test_metrics_answer_while_the_queue_is_full_and_while_it_drains() -> N
 async def test_metrics_answer_and_say_so_while_a_switch_is_under_way(monkeypatch: pytest.MonkeyPatch) -> None:
     check, checking, checked = truth.check, threading.Event(), threading.Event()
 
-    def slow(backend: Any) -> truth.Truth:
+    def slow(backend: Any, **kwargs: Any) -> truth.Truth:
         checking.set()
         checked.wait(30)
-        return check(backend)
+        return check(backend, **kwargs)
 
     replica = Replica(ServiceConfig(threads=1))
     async with listening(replica, USER) as url:
