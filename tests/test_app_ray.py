@@ -58,7 +58,7 @@ def test_a_long_text_is_answered_under_every_backend_without_a_square_of_memory(
 def test_a_callers_fault_is_a_4xx_through_the_proxy_too(service: Service) -> None:
     name = service.get("/v1/models").json["data"][0]["id"]
     for body, status, word in (
-        (b"{", 400, "no JSON"),
+        (b"{", 400, "not JSON"),
         ({"prompt": ""}, 400, "empty"),
         ({"prompt": "a", "attention": "sparse"}, 400, "dense, sliding_window, performer"),
         ({"prompt": "a", "model": "gpt-4"}, 404, name),

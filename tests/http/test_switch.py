@@ -198,9 +198,9 @@ async def test_what_a_switch_leaves_as_it_is_is_neither_built_nor_timed_again(
     engine, checked, honest = service.replica.engine, [], truth.check
     before, routes = dict(engine.backends.by_name), dict(engine._routes)
 
-    def noted(backend: AttentionBackend, *rest: Any) -> truth.Truth:
+    def noted(backend: AttentionBackend, **rest: Any) -> truth.Truth:
         checked.append(backend.name)
-        return honest(backend, *rest)
+        return honest(backend, **rest)
 
     monkeypatch.setattr(truth, "check", noted)
     service.replica.retarget(to("performer", performer={}, sliding_window={"sinks": 4, "window": 100}, dense={}))
