@@ -111,15 +111,15 @@ INLINE void exponents(const int wide, const int64_t width, const uint32_t *weigh
     tile_products(wide, rows, count, words, x, row * size, 4, weights, count, to, count, 0);
 }
 
-/* The exponents of 16 features, of 16 products with W or, without, of 16 elements. */
+/* The exponents of 16 features, of 16 products with W or, without, of 16 elements. NaN stays NaN where it stands second. */
 INLINE __m512 exponent(const uint32_t *weights, __m512 x) {
-    return weights ? x : _mm512_mul_ps(_mm512_min_ps(x, _mm512_setzero_ps()), _mm512_set1_ps(1.44269504f));
+    return weights ? x : _mm512_mul_ps(_mm512_min_ps(_mm512_setzero_ps(), x), _mm512_set1_ps(1.44269504f));
 }
 
 /* 16 features, short of 2^less; 2^(min(x, 0) log2 e) + max(x, 0) without W. Where that lifts, -less is no more than the limit. */
 INLINE __m512 feature(const int wide, const uint32_t *weights, __m512 x, __m512 less) {
     if (weights) return exp2_16(wide, _mm512_sub_ps(x, less));
-    const __m512 lift = _mm512_max_ps(x, _mm512_setzero_ps()), by = _mm512_min_ps(_mm512_sub_ps(_mm512_setzero_ps(), less), _mm512_set1_ps(64.0f));
+    const __m512 lift = _mm512_max_ps(_mm512_setzero_ps(), x), by = _mm512_min_ps(_mm512_sub_ps(_mm512_setzero_ps(), less), _mm512_set1_ps(64.0f));
     return _mm512_fmadd_ps(lift, exp2_16(1, by), exp2_16(1, _mm512_sub_ps(exponent(weights, x), less)));
 }
 
