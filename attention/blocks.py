@@ -190,6 +190,7 @@ def _unshifted(rows: Tensor, count: int, pieces: Sequence[Piece], room: Room) ->
         more, more_total = _piece(rows, count, piece, room)
         sums += more
         total += more_total
+        del more, more_total  # or they stand beside the next
         yield
     return sums, total
 
@@ -475,6 +476,15 @@ def dense_workspace_bytes(shape: HeadShape, queries: int, keys: int, asking: int
     return _workspace_bytes(shape, queries, DENSE_ROWS, keys, asking=asking)
 
 
+def step_workspace_bytes(shape: HeadShape, keys: int, runs: int = 1, logs: bool = False) -> int:
+    """Peak temporaries of `step` of one sequence that looks at `keys` keys in several runs, the answer included."""
+    heads, size, width = shape.query_heads, shape.itemsize, shape.key_value_heads * shape.head_width
+    scores = heads * keys * (2 * size + (8 if logs else 0))
+    stack = keys * width * size if runs > 1 else 0
+    scratch = 0 if size >= 4 else max(100 * width, min(256 * keys, 3 << 16))  # oneDNN's, about
+    return heads * (2 * width + shape.head_width) * size + scores + stack + scratch
+
+
 def _workspace_bytes(
     shape: HeadShape,
     queries: int,
@@ -483,12 +493,13 @@ def _workspace_bytes(
     *,
     gathered: bool = False,
     together: int = 1,
+    free: int = 0,
     asking: int | None = None,
 ) -> int:
     """Peak temporaries of `softmax` over blocks of `rows` queries that see `seen` keys, the answer to all queries included.
 
     `gathered`: the backend puts the keys and values of its blocks together before it asks, of `together` blocks at a time.
-    `asking`: how many of the queries go this way; None: all.
+    `free`: columns that no band binds. `asking`: how many of the queries go this way; None: all.
     """
     size, width, groups = shape.itemsize, shape.head_width, shape.key_value_heads
     block = shape.query_heads * min(queries if asking is None else asking, rows) * together
@@ -496,10 +507,16 @@ def _workspace_bytes(
     whole = widest == seen
     tight = 0 if gathered and whole else groups * widest * width * size
     gather = 2 * groups * seen * width * size * together if gathered else 0
-    part = block * (width + 1) * size
-    parts = 2 * tight + (2 * part if size < 4 or not whole else part)  # oneDNN needs scratch
-    totals = 0 if whole else block * (width + 1) * max(size, 4) + (part if size < 4 else 0)
-    return queries * shape.query_heads * width * size + block * (widest + width) * size + gather + parts + totals
+    part = block * max((width + 1) * size, min(free, widest) * size)  # sums, or weights that are kept from being cleared
+    totals = 0 if whole else block * (width + 1) * max(size, 4)
+    part = max(part, totals if size < 4 else 0)  # their quotient before it is narrow
+    answer = queries * shape.query_heads * width * size
+    return answer + block * (widest + width) * size + gather + 2 * tight + part + totals + scratch_bytes(shape)
+
+
+def scratch_bytes(shape: HeadShape) -> int:
+    """About what oneDNN takes beside, which multiplies what is narrower than float32."""
+    return 0 if shape.itemsize >= 4 else 3 << 17
 
 
 def band_workspace_bytes(shape: HeadShape, queries: int, keys: int, before: int, ahead: int, free: int) -> int:
@@ -509,4 +526,4 @@ def band_workspace_bytes(shape: HeadShape, queries: int, keys: int, before: int,
     fitting = columns(shape.query_heads, shape.itemsize) // (wide + free)
     early = max(0, before + free - (keys - queries)) + ROWS - 1  # queries of blocks that reach before the first key
     whole = (queries - early // ROWS * ROWS - ahead) // ROWS  # blocks whose keys all lie within the sequence
-    return _workspace_bytes(shape, queries, ROWS, seen, gathered=True, together=max(1, min(fitting, whole)))
+    return _workspace_bytes(shape, queries, ROWS, seen, gathered=True, together=max(1, min(fitting, whole)), free=free)

@@ -10,14 +10,16 @@ with the reason. Nothing changes over later.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal, Protocol, cast
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, Protocol, cast
 
 from torch import Tensor
 
 from attention import blocks, cuda, native
+from attention import sums as features_by_torch
 from attention.blocks import Pair, Runs
 from attention.interface import HeadShape, Parts
+from attention.sums import State
 
 Impl = Literal["auto", "torch", "native", "xformers"]
 CpuImpl = Literal["auto", "torch", "native"]
@@ -43,9 +45,35 @@ class Softmax(Protocol):
         runs: Sequence[Runs] | None = None,
     ) -> None: ...
 
+    def step_workspace_bytes(self, shape: HeadShape, keys: int, runs: int = 1, logs: bool = False) -> int: ...
+
     def dense_workspace_bytes(self, shape: HeadShape, queries: int, keys: int, asking: int | None = None) -> int: ...
 
     def band_workspace_bytes(self, shape: HeadShape, queries: int, keys: int, before: int, ahead: int, free: int) -> int: ...
+
+
+class Sums(Protocol):
+    """Attention through features: what `sums` and `native` both answer. Shapes and meaning are told in `sums`."""
+
+    Features: Callable[[Tensor | None, float, HeadShape], Any]
+
+    def scan(self, features: Any, q: Tensor, k: Tensor, v: Tensor, s: Tensor, level: Tensor, out: Tensor) -> Parts: ...
+
+    def both_sides(self, features: Any, q: Tensor, k: Tensor, v: Tensor, s: Tensor, level: Tensor, out: Tensor) -> Parts: ...
+
+    def absorb(self, features: Any, k: Tensor, v: Tensor, s: Tensor, level: Tensor) -> Parts: ...
+
+    def join(self, features: Any, q: Tensor, s: Tensor, level: Tensor, near: Tensor, out: Tensor) -> Parts: ...
+
+    def features_step(self, features: Any, q: Tensor, k: Tensor, v: Tensor, sums: Sequence[State], out: Tensor) -> None: ...
+
+    def join_step(self, features: Any, q: Tensor, sums: Sequence[State], near: Tensor, out: Tensor) -> None: ...
+
+    def features_workspace_bytes(self, features: Any, queries: int, causal: bool) -> int: ...
+
+    def absorb_workspace_bytes(self, features: Any, tokens: int) -> int: ...
+
+    def join_workspace_bytes(self, features: Any, tokens: int) -> int: ...
 
 
 def settle(impl: Impl, shape: HeadShape, no_xformers: str = "xformers has no such mask", no_native: str = "") -> str:
@@ -66,3 +94,8 @@ def settle(impl: Impl, shape: HeadShape, no_xformers: str = "xformers has no suc
 def softmax(impl: str) -> Softmax:
     """The softmax of an implementation; what xformers does not answer (chunks and steps) is torch's."""
     return cast(Softmax, native if impl == "native" else blocks)
+
+
+def sums(impl: str) -> Sums:
+    """Attention through features, of an implementation."""
+    return cast(Sums, native if impl == "native" else features_by_torch)

@@ -2,7 +2,8 @@
 
 `csrc` computes, built at install; here is what it needs to be told. A score never leaves the core that computed it and keys
 are read where they lie, so attention runs near the rate at which the cores multiply, and a decode step near the rate at which
-memory is read. `dense`, `band` and `step` are those of `implementation.Softmax`; `blocks.py` is their slow reading.
+memory is read. `dense`, `band` and `step` are those of `implementation.Softmax`, `scan` and what follows those of
+`implementation.Sums`; `blocks.py` and `sums.py` are their slow reading.
 
 What a step or a block answers depends on its own keys alone: not on the batch, the threads, or how keys were cut into calls.
 """
@@ -14,7 +15,6 @@ import importlib.machinery
 import math
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import cache
 from itertools import chain, count, takewhile
 from pathlib import Path
@@ -25,6 +25,7 @@ from torch import Tensor
 
 from attention.blocks import LOG2_E, Pair, Runs, spread
 from attention.interface import HeadShape, Parts
+from attention.sums import LIMIT, State
 
 ROWS = 512  # queries that share a call, and a carry
 BLOCK = 256  # at most so many of them are one thread's task; their keys are packed once
@@ -78,9 +79,9 @@ class _Step(ctypes.Structure):
 class _Features(ctypes.Structure):
     _fields_ = [
         *_views("q", "k", "v", "out"),
-        *_rooms("weights", "sums", "level", "added", "keys", "levels", "room", "near"),
+        *_rooms("weights", "sums", "level", "added", "keys", "room", "near"),
         *_counts("tokens", "heads", "groups", "width", "count", "wide", "adds", "asks"),
-        *((name, ctypes.c_float) for name in ("half", "reach", "limit", "log_count")),
+        *((name, ctypes.c_float) for name in ("half", "limit", "log_count")),
     ]
 
 
@@ -89,7 +90,7 @@ class _FeaturesStep(ctypes.Structure):
         *_views("q", "k", "v"),
         *_rooms("out", "weights", "features", "near"),
         *_counts("sequences", "heads", "groups", "width", "count", "wide", "adds"),
-        *((name, ctypes.c_float) for name in ("half", "reach", "limit", "log_count")),
+        *((name, ctypes.c_float) for name in ("half", "limit", "log_count")),
     ]
 
 
@@ -247,13 +248,19 @@ def step(
 
 
 def dense_workspace_bytes(shape: HeadShape, queries: int, keys: int, asking: int | None = None) -> int:
-    """Peak temporaries of `dense`, of `pattern`, and of `step` over `keys` keys, the answer to all queries included.
+    """Peak temporaries of `dense` and of `pattern` over `keys` keys, the answer to all queries included.
 
     asking: how many of the queries go this way; None: all. A thread's own scratch is on its stack.
     """
     heads, width = shape.query_heads, shape.head_width
-    rows = -(-keys // PART) if queries == 1 else min(queries if asking is None else asking, ROWS)
+    rows = min(queries if asking is None else asking, ROWS)
     return queries * heads * width * shape.itemsize + rows * heads * (width + 2) * 4
+
+
+def step_workspace_bytes(shape: HeadShape, keys: int, runs: int = 1, logs: bool = False) -> int:
+    """Peak temporaries of `step` of one sequence that looks at `keys` keys in several runs, the answer included."""
+    heads, width, parts = shape.query_heads, shape.head_width, -(-keys // PART) + runs - 1
+    return heads * width * shape.itemsize + parts * heads * (width + 2) * 4
 
 
 def band_workspace_bytes(shape: HeadShape, queries: int, keys: int, before: int, ahead: int, free: int) -> int:
@@ -326,35 +333,22 @@ def _batches(blocks: Iterable[_Block]) -> Iterator[list[_Block]]:
         yield batch
 
 
-@dataclass(frozen=True)
 class Features:
-    """Features as the kernel reads them; the names are those of `Performer`, which is the slow reading of what follows.
+    """Features as the kernel reads them: `sums.Features`, which is the slow reading of what follows."""
 
-    Attributes:
-        count: m, a multiple of 32.
-        words: the random rows (D, m); of bfloat16, neighbouring rows side by side, (D / 2, m, 2). None: elu(x) + 1.
-        half: |x|^2 times this is |x'|^2 / 2 in powers of two.
-        reach: the norm of x up to which features are taken as they are; beyond, relative to their largest.
-        limit: a key whose weight would pass 2^limit raises the level of the sums.
-    """
-
-    count: int
-    words: Tensor | None = None
-    half: float = 0.0
-    reach: float = math.inf
-    limit: float = math.inf
-
-    @classmethod
-    def of(cls, weights: Tensor, half: float, reach: float, limit: float) -> Features:
-        """Of random rows (D, m), float32 or bfloat16."""
-        count = weights.shape[1]
-        pairs = weights if weights.dtype == torch.float32 else weights.view(-1, 2, count).transpose(1, 2)
-        return cls(count, pairs.contiguous(), half, reach, limit)
+    def __init__(self, weights: Tensor | None, half: float, shape: HeadShape) -> None:
+        self.shape = shape
+        self.count = shape.head_width if weights is None else weights.shape[1]
+        # the random rows (D, m); of bfloat16, neighbouring rows side by side, (D / 2, m, 2)
+        self.words = weights
+        if weights is not None and weights.dtype == torch.bfloat16:
+            self.words = weights.view(-1, 2, self.count).transpose(1, 2).contiguous()
+        self._half = half
 
     @property
-    def numbers(self) -> tuple[float, float, float, float]:
+    def numbers(self) -> tuple[float, float, float]:
         """What both of the kernel's calls are told of them last."""
-        return self.half, self.reach, self.limit, math.log2(self.count)
+        return self._half, LIMIT, math.log2(self.count)
 
 
 def no_features(count: int) -> str:
@@ -364,32 +358,32 @@ def no_features(count: int) -> str:
     return f"the native kernel takes a multiple of 32 features up to {MOST_FEATURES}; these are {count}"
 
 
-def scan(features: Features, q: Tensor, k: Tensor, v: Tensor, s: Tensor, scale: Tensor, out: Tensor) -> Parts:
+def scan(features: Features, q: Tensor, k: Tensor, v: Tensor, s: Tensor, level: Tensor, out: Tensor) -> Parts:
     """Continue the sums over tokens in order, and answer each over those before it and itself.
 
-    q, out: (C, H, D). k, v: (C, G, D). s: (G, D + 1, m) and scale: (G, 1, 1), float32 and tight, both changed.
+    q, out: (C, H, D). k, v: (C, G, D). s: (G, D + 1, m) and level: (G, 1, m), float32 and tight, both changed.
     """
-    yield from _features(features, (q, out), (k, v), s, scale)
+    yield from _features(features, (q, out), (k, v), s, level)
 
 
-def both_sides(features: Features, q: Tensor, k: Tensor, v: Tensor, s: Tensor, scale: Tensor, out: Tensor) -> Parts:
+def both_sides(features: Features, q: Tensor, k: Tensor, v: Tensor, s: Tensor, level: Tensor, out: Tensor) -> Parts:
     """The same with all keys in the sums before the first query asks."""
-    yield from absorb(features, k, v, s, scale)
-    yield from _features(features, (q, out), None, s, scale)
+    yield from absorb(features, k, v, s, level)
+    yield from _features(features, (q, out), None, s, level)
 
 
-def absorb(features: Features, k: Tensor, v: Tensor, s: Tensor, scale: Tensor) -> Parts:
+def absorb(features: Features, k: Tensor, v: Tensor, s: Tensor, level: Tensor) -> Parts:
     """Add tokens to the sums: k, v (C, G, D)."""
-    yield from _features(features, None, (k, v), s, scale)
+    yield from _features(features, None, (k, v), s, level)
 
 
-def join(features: Features, q: Tensor, s: Tensor, scale: Tensor, near: Tensor, out: Tensor) -> Parts:
+def join(features: Features, q: Tensor, s: Tensor, level: Tensor, near: Tensor, out: Tensor) -> Parts:
     """Add the keys in the sums to answers out (C, H, D) over other keys, whose weights sum to 2^near, float32 (C, H, 1)."""
-    yield from _features(features, (q, out), None, s, scale, near)
+    yield from _features(features, (q, out), None, s, level, near)
 
 
 def _features(
-    features: Features, asking: Pair | None, adding: Pair | None, s: Tensor, scale: Tensor, near: Tensor | None = None
+    features: Features, asking: Pair | None, adding: Pair | None, s: Tensor, level: Tensor, near: Tensor | None = None
 ) -> Parts:
     """Queries and their answers, (C, H, D) each, keys and values, (C, G, D) each, or both, in calls of ROWS tokens."""
     q, out = asking or (None, None)
@@ -399,7 +393,7 @@ def _features(
     heads, width = groups if q is None else q.shape[1], given.shape[2]
     scratch = _scratch(features.count, given.element_size(), groups, width, min(tokens, ROWS), adding is not None)
     rooms = [torch.empty(size, dtype=torch.float32) for size in scratch]
-    kept = [*_room(features.words), *_room(s), *_room(scale), *chain(*map(_room, rooms))]
+    kept = [*_room(features.words), *_room(s), *_room(level), *chain(*map(_room, rooms))]
     rest = heads, groups, width, features.count, given.dtype == torch.float32, adding is not None, asking is not None
     for first, last in spread(0, tokens, ROWS):
         q_, k_, v_, out_, near_ = (None if x is None else x[first:last] for x in (q, k, v, out, near))
@@ -409,39 +403,44 @@ def _features(
         yield
 
 
-def _scratch(count: int, itemsize: int, groups: int, width: int, tokens: int, adds: bool) -> tuple[int, int, int, int]:
-    """Words of scratch for `tokens` tokens: what chunks add, their keys' features, levels, and room of all threads."""
+def _scratch(count: int, itemsize: int, groups: int, width: int, tokens: int, adds: bool) -> tuple[int, int, int]:
+    """Words of scratch for `tokens` tokens: what chunks add, their keys' features, and room of all threads."""
     chunks, words = -(-tokens // CHUNK) if adds else 0, count * itemsize // 4
     room = 2 * max(CHUNK, width) * words * torch.get_num_threads()
-    return chunks * groups * (width + 1) * count, chunks * groups * words * CHUNK, groups * (2 * tokens + 1), room
+    return chunks * groups * (width + 1) * count, chunks * groups * words * CHUNK, room
 
 
-def features_workspace_bytes(shape: HeadShape, count: int, queries: int) -> int:
-    """Peak temporaries of `scan` and `both_sides`, with the answer to all queries and fresh sums."""
-    heads, groups, width = shape.query_heads, shape.key_value_heads, shape.head_width
-    answer = queries * heads * width * shape.itemsize + groups * (width + 1) * count * 4
-    return answer + features_scratch_bytes(shape, count, queries, adds=True)
+def features_workspace_bytes(features: Features, queries: int, causal: bool) -> int:
+    """Peak temporaries of `scan` and `both_sides`, and for one query of `features_step`, the answer included."""
+    shape = features.shape
+    answer = queries * shape.query_heads * shape.head_width * shape.itemsize
+    step = 4 * (shape.query_heads + shape.key_value_heads) * features.count
+    return answer + (step if queries == 1 else absorb_workspace_bytes(features, queries))
 
 
-def features_scratch_bytes(shape: HeadShape, count: int, tokens: int, *, adds: bool) -> int:
-    """Peak temporaries of `absorb` or, where nothing is added, of `join`; of a step for one token."""
-    heads, groups = shape.query_heads, shape.key_value_heads
+def absorb_workspace_bytes(features: Features, tokens: int) -> int:
+    """Peak temporaries of `absorb`."""
+    shape = features.shape
+    return 4 * sum(_scratch(features.count, shape.itemsize, shape.key_value_heads, shape.head_width, min(tokens, ROWS), True))
+
+
+def join_workspace_bytes(features: Features, tokens: int) -> int:
+    """Peak temporaries of `join`, for one token of `join_step`."""
+    shape = features.shape
     if tokens == 1:
-        return 4 * (heads + groups) * count
-    return 4 * sum(_scratch(count, shape.itemsize, groups, shape.head_width, min(tokens, ROWS), adds))
+        return 4 * (shape.query_heads + shape.key_value_heads) * features.count
+    return 4 * sum(_scratch(features.count, shape.itemsize, shape.key_value_heads, shape.head_width, min(tokens, ROWS), False))
 
 
-def features_step(
-    features: Features, q: Tensor, k: Tensor, v: Tensor, sums: Sequence[tuple[Tensor, Tensor]], out: Tensor
-) -> None:
+def features_step(features: Features, q: Tensor, k: Tensor, v: Tensor, sums: Sequence[State], out: Tensor) -> None:
     """Add one token of each of B sequences to its sums and ask them.
 
-    q, out: (B, H, D). k, v: (B, G, D). sums: of each sequence s (G, D + 1, m) and scale (G, 1, 1), float32, both changed.
+    q, out: (B, H, D). k, v: (B, G, D). sums: of each sequence s (G, D + 1, m) and level (G, 1, m), float32, both changed.
     """
     _features_step(features, q, (k, v), sums, out)
 
 
-def join_step(features: Features, q: Tensor, sums: Sequence[tuple[Tensor, Tensor]], near: Tensor, out: Tensor) -> None:
+def join_step(features: Features, q: Tensor, sums: Sequence[State], near: Tensor, out: Tensor) -> None:
     """`join` of one token of each of B sequences: q, out (B, H, D), near (B, H, 1)."""
     _features_step(features, q, None, sums, out, near)
 
@@ -450,7 +449,7 @@ def _features_step(
     features: Features,
     q: Tensor,
     adding: Pair | None,
-    sums: Sequence[tuple[Tensor, Tensor]],
+    sums: Sequence[State],
     out: Tensor,
     near: Tensor | None = None,
 ) -> None:

@@ -169,7 +169,10 @@ class BigBird(AttentionBackend):
         whole = min(keys, (options.global_blocks + options.closing_blocks) * options.block)
         seen = min(keys, whole + (window + options.random_blocks) * options.block)
         pairs = queries * seen + min(whole, queries) * (0 if causal else keys - seen)
-        if self.impl == "native":
+        if queries == 1 and causal:
+            runs = self._runs(keys - 1, blocks.rounded(keys, keys + blocks.STEP))
+            workspace = self.softmax.step_workspace_bytes(shape, sum(b - a for a, b in runs), len(runs))
+        elif self.impl == "native":
             workspace = self.softmax.dense_workspace_bytes(shape, queries, seen)
         else:
             workspace = queries * shape.query_heads * shape.head_width * shape.itemsize + self._room(queries, keys, causal)
@@ -187,8 +190,8 @@ class BigBird(AttentionBackend):
             copied = max(copied, 2 * piece * entry if _is_run(seen) or piece < tokens else 0)
             scores = max(scores, rows * piece * shape.itemsize)
             wide = max(shape.itemsize, 4) if piece < tokens else 0  # of sums over several pieces
-            sums = max(sums, rows * ((3 * shape.head_width + 2) * shape.itemsize + (shape.head_width + 1) * wide))
-        return gathered + copied + scores + sums
+            sums = max(sums, rows * ((2 * shape.head_width + 1) * shape.itemsize + (shape.head_width + 1) * wide))
+        return gathered + copied + scores + sums + blocks.scratch_bytes(shape)
 
 
 @lru_cache(maxsize=1 << 16)

@@ -75,5 +75,8 @@ class Chunked(AttentionBackend):
     def law(self, queries: int, keys: int, *, causal: bool) -> Cost:
         parts = list(self._parts(keys - queries, queries))
         pairs = sum(rows * seen - (rows * (rows - 1) // 2 if causal else 0) for rows, seen in parts)
-        workspace = max(self.softmax.dense_workspace_bytes(self.shape, queries, seen, asking=rows) for rows, seen in set(parts))
+        step, chunk = self.softmax.step_workspace_bytes, self.softmax.dense_workspace_bytes
+        chunks = (chunk(self.shape, queries, seen, asking=rows) for rows, seen in set(parts))
+        looked_at = blocks.rounded(parts[0][1], self.options.chunk)
+        workspace = step(self.shape, looked_at) if queries == 1 else max(chunks)
         return Cost(4 * self.shape.query_heads * self.shape.head_width * pairs, workspace, self.state_bytes(keys))

@@ -62,5 +62,8 @@ class Dense(AttentionBackend):
 
     def law(self, queries: int, keys: int, *, causal: bool) -> Cost:
         pairs = queries * keys - (queries * (queries - 1) // 2 if causal else 0)
-        workspace = self.softmax.dense_workspace_bytes(self.shape, queries, keys)
+        step, chunk = self.softmax.step_workspace_bytes, self.softmax.dense_workspace_bytes
+        workspace = (
+            step(self.shape, blocks.rounded(keys, keys + blocks.STEP)) if queries == 1 else chunk(self.shape, queries, keys)
+        )
         return Cost(4 * self.shape.query_heads * self.shape.head_width * pairs, workspace, self.state_bytes(keys))

@@ -68,7 +68,8 @@ class Longformer(AttentionBackend):
     def law(self, queries: int, keys: int, *, causal: bool) -> Cost:
         shape, options, first = self.shape, self.options, min(self.options.global_tokens, keys)
         pairs = (queries - first) * min(keys, 2 * options.window + 1 + first) + first * keys
-        workspace = self.softmax.band_workspace_bytes(shape, queries, keys, options.window, options.window, first)
-        if first:
-            workspace = max(workspace, self.softmax.dense_workspace_bytes(shape, queries, keys, asking=first))
+        workspace = self.softmax.dense_workspace_bytes(shape, queries, keys, asking=first) if first else 0
+        if others := queries - first:
+            band = self.softmax.band_workspace_bytes(shape, others, keys, options.window, options.window, first)
+            workspace = max(workspace, band + first * shape.query_heads * shape.head_width * shape.itemsize)
         return Cost(4 * shape.query_heads * shape.head_width * pairs, workspace, 0)

@@ -79,7 +79,8 @@ class SlidingWindow(AttentionBackend):
     def _in_order(self, ring: Tensor, new: Tensor, base: int, past: int) -> Tensor:
         """Positions `base` and on, (G, n, D): those before `past` from the ring (N, G D), then the new tokens (C, G, D)."""
         old = [ring[at : at + count].view(count, *new.shape[1:]) for at, _, count in self._runs(base, past)]
-        return blocks.heads_first(torch.cat([*old, new[max(base - past, 0) :]]))
+        new = new[max(base - past, 0) :]
+        return blocks.heads_first(torch.cat([*old, new]) if old else new)
 
     def _write(self, state: dict[str, Tensor], k: Tensor, v: Tensor, past: int) -> None:
         """Put new tokens (C, G, D) at positions `past` and on into the state: the sinks, and the last that fit the ring."""
@@ -111,8 +112,16 @@ class SlidingWindow(AttentionBackend):
         shape, options = self.shape, self.options
         sides = 1 if causal else 2
         pairs = queries * min(keys, options.window * sides + 1 + options.sinks)
+        return Cost(
+            4 * shape.query_heads * shape.head_width * pairs, self._workspace(queries, keys, causal), self.state_bytes(keys)
+        )
+
+    def _workspace(self, queries: int, keys: int, causal: bool) -> int:
+        shape, options = self.shape, self.options
+        if queries == 1:
+            return self.softmax.step_workspace_bytes(shape, blocks.rounded(keys, self.edge))
         ahead = 0 if causal else options.window
         workspace = self.softmax.band_workspace_bytes(shape, queries, keys, options.window, ahead, options.sinks)
-        history = min(keys - queries, options.window) + queries if keys > queries else 0  # a chunk behind a past, in order
-        workspace += 2 * history * shape.key_value_heads * shape.head_width * shape.itemsize
-        return Cost(4 * shape.query_heads * shape.head_width * pairs, workspace, self.state_bytes(keys))
+        old = min(max(0, keys - queries - options.sinks), options.window)
+        history = old + queries if old else 0  # a chunk behind a past, in order
+        return workspace + 2 * history * shape.key_value_heads * shape.head_width * shape.itemsize

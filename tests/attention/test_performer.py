@@ -10,7 +10,8 @@ from torch import Tensor
 
 from attention import HeadShape, Segments, build
 from attention.backends.performer import Performer, projection
-from attention.truth import BOUNDS
+from attention.sums import LIMIT
+from attention.truth import BOUNDS, check
 from tests.attention.laws import Laws, extend_in, largest, tokens
 
 WIDTH, FEATURES, DRAWS = 16, 64, 4000
@@ -149,11 +150,18 @@ class TestPerformer(Laws):
         assert isinstance(backend, Performer)
         q, k, v = tokens(backend.shape, 30)
         longest = projection(64, 32, 0)
-        k[20] = longest[longest.norm(dim=1).argmax()] * 32**0.25 * 1.5  # its features are taken relative to the largest
-        assert float(k[20].norm()) > backend.reach
+        k[20] = longest[longest.norm(dim=1).argmax()] * 32**0.25 * 1.5
+        k[0] = -k[20]
+        assert float(((k[20, 0] - k[0, 0]) @ backend.weights).amax()) > LIMIT  # it raises a level: the two are of one norm
         whole = backend.attend(q, k, v, Segments((30,)), causal=True)
         assert largest(extend_in(backend, q, k, v, [1] * 30) - whole) <= BOUNDS[torch.float32]
         assert largest(whole[21:].amax(0) - whole[21:].amin(0)) <= 0.5  # all rows behind it hear little else
+
+    @pytest.mark.parametrize("width", [96, 128, 256])
+    def test_the_served_truth_holds_for_wide_heads(self, width: int) -> None:
+        for seed in range(3):
+            truth = check(build("performer", {"impl": "torch"}, HeadShape(8, 2, width, torch.bfloat16)), seed)
+            assert truth.passed, truth
 
     def test_the_rows_are_those_of_the_seed_whatever_was_drawn_before(self) -> None:
         first = projection(48, WIDTH, 11)
@@ -169,9 +177,9 @@ class TestPerformer(Laws):
 
     def test_the_state_is_the_same_at_1k_and_at_64k_tokens(self) -> None:
         backend = build("performer", {"features": 256}, HeadShape(4, 2, 64, torch.bfloat16))
-        assert backend.state_bytes(1024) == backend.state_bytes(65536) == 2 * (256 * 65 + 1) * 4
+        assert backend.state_bytes(1024) == backend.state_bytes(65536) == 2 * 256 * 66 * 4
         backend = build("performer", {"local_chunk": 256}, HeadShape(4, 2, 64, torch.bfloat16))
-        assert backend.state_bytes(1024) == backend.state_bytes(65536) == 2 * (256 * 65 + 1) * 4 + 2 * 2 * 512 * 64 * 2
+        assert backend.state_bytes(1024) == backend.state_bytes(65536) == 2 * 256 * 66 * 4 + 2 * 2 * 512 * 64 * 2
 
     @pytest.mark.parametrize(
         "options", [{"features": 0}, {"features": 10**6}, {"seed": -1}, {"local_chunk": 63}, {"local_chunk": -64}]
