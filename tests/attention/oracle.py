@@ -1,13 +1,14 @@
-"""Attention from the definitions alone, in float64 and plain loops: what DESIGN section 3 and the papers say, nothing of ours.
+"""Attention from the definitions alone, in float64 and plain loops: what each backend and its paper say, none of our code.
 
 Of a backend only its options and, for performer, the rows that it drew are taken. All weights are kept as logarithms, so no
-norm is too large. Cost O(n^2) Python-side rows: for sequences of some hundred tokens.
+norm is too large. Cost O(n^2) steps of Python: for sequences of some hundred tokens.
 """
 
 from __future__ import annotations
 
 import math
 import random
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -50,6 +51,7 @@ def sees(backend: AttentionBackend, i: int, j: int, length: int, causal: bool) -
     return True
 
 
+@cache
 def bigbird_blocks(options: Any, block: int, count: int) -> set[int]:
     """The blocks that a query block sees: globals, neighbours, and of the others as many as are drawn."""
     everywhere = set(range(min(options.global_blocks, count))) | set(range(max(0, count - options.closing_blocks), count))

@@ -35,7 +35,7 @@ CASES = [
     for impl, dtypes in (("torch", DTYPES), ("native", DTYPES[:2]))
     for dtype in dtypes
 ]
-COUNT = 150
+COUNT = 140
 
 
 def built(name: str, options: dict[str, Any], dtype: torch.dtype) -> AttentionBackend:
@@ -96,6 +96,8 @@ def test_a_row_that_sees_keys_is_answered_whatever_the_norms(
     name: str, options: dict[str, Any], dtype: torch.dtype, case: Any
 ) -> None:
     backend = built(name, options, dtype)
+    if backend.exact and case in (negative, longest):
+        pytest.skip("a softmax of scores knows nothing of features")
     plain = tuple((key, value) for key, value in options.items() if key != "impl")
     for norm in NORMS:
         q, k, v = given(backend.shape, case, norm)
