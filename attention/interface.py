@@ -170,12 +170,10 @@ class _Slot:
     max_tokens: int
     tensors: dict[str, Tensor]  # (layers, ...)
     views: list[dict[str, Tensor]]  # of each layer, made once, since a decode step asks for many
-    held: list[
-        int
-    ]  # tokens in the state of each layer; UNDEFINED while an extend is under way, and after one that was given up
+    held: list[int]  # tokens in the state of each layer, or UNDEFINED
 
 
-UNDEFINED = -1
+UNDEFINED = -1  # in the place of a count: while an extend is under way, and after one that was given up
 
 
 class PoolExhausted(Exception):

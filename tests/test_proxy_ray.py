@@ -6,56 +6,32 @@ A real `longserve serve` under a prefix, so that the proxy itself answers what l
 from __future__ import annotations
 
 import json
-import signal
 import socket
-import subprocess
-import sys
-import threading
 import time
 from collections.abc import Iterator
-from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
-import yaml
 
 from tests.http.client import Client, Reply, eventually
+from tests.serving import serving
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
-LOCAL = Path(__file__).parent.parent / "deploy" / "local.yaml"
 PREFIX = "/lm"
-START_SECONDS = 120
 
 
 @pytest.fixture(scope="module")
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
-    file, data = tmp_path_factory.mktemp("serve") / "prefixed.yaml", yaml.safe_load(LOCAL.read_text())
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    data["http_options"]["port"] = port
-    application = data["applications"][0]
-    application["route_prefix"] = PREFIX
-    application["args"]["threads"] = 1
-    application["args"]["http"] |= {"body_timeout_seconds": 1, "line": {"head_timeout_seconds": 1, "max_head_bytes": 8192}}
-    file.write_text(yaml.safe_dump(data))
-    command = [sys.executable, "-m", "service.cli", "serve", str(file)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
-    lines: list[str] = []
-    reader = threading.Thread(target=lambda: lines.extend(process.stdout or ()))
-    reader.start()
-    try:
-        assert eventually(lambda: any("curl" in line for line in lines) or process.poll() is not None, START_SECONDS)
-        assert process.poll() is None, "".join(lines)
-        yield Client(f"http://127.0.0.1:{port}", None, 60)
-    finally:
-        process.send_signal(signal.SIGINT)
-        try:
-            process.wait(60)
-        except subprocess.TimeoutExpired:
-            process.kill()
-        reader.join()
+    def prefixed(data: Any) -> None:
+        application = data["applications"][0]
+        application["route_prefix"] = PREFIX
+        application["args"]["threads"] = 1
+        application["args"]["http"] |= {"body_timeout_seconds": 1, "line": {"head_timeout_seconds": 1, "max_head_bytes": 8192}}
+
+    with serving(tmp_path_factory.mktemp("serve") / "prefixed.yaml", prefixed) as service:
+        yield service
 
 
 def raw(service: Client, sent: bytes) -> Reply:

@@ -169,7 +169,7 @@ class Engine:
     def submit(self, request: Request) -> Answer:
         """Accept a request, or raise its refusal here and now.
 
-        The engine keeps the request, and turns its tokens into a compact array.
+        The engine keeps the request, and of its tokens a compact array.
 
         Raises:
             InvalidRequest, UnknownBackend, ContextTooLong, NeverFits: it can never run.

@@ -1,8 +1,8 @@
 """What the engine tells whoever watches it: the calls that metrics and logs need. No metric object is here.
 
 Every call is made on the event loop, never on the model thread, and must return quickly; one that raises is logged and
-harms nobody. Levels (queue depth, bytes in
-use) are read from `Engine.snapshot()` when somebody asks, so that no gauge can go stale; events are told here.
+harms nobody. Levels (queue depth, bytes in use) are read from `Engine.snapshot()` when somebody asks, so that no gauge can
+go stale; events are told here.
 """
 
 from __future__ import annotations

@@ -81,7 +81,7 @@ async def _awaited(call: Call, work: Coroutine[Any, Any, T]) -> T:
     Raises:
         ClientGone, DeadlineExceeded: nobody waits any more; the work is cancelled.
     """
-    task, leaving = asyncio.create_task(work), asyncio.create_task(_left(call.caller))
+    task, leaving = asyncio.create_task(work), asyncio.create_task(left(call.caller))
     try:
         patience = max(0.0, call.deadline - time.monotonic())
         await asyncio.wait((task, leaving), timeout=patience, return_when=asyncio.FIRST_COMPLETED)
@@ -94,6 +94,7 @@ async def _awaited(call: Call, work: Coroutine[Any, Any, T]) -> T:
         await asyncio.gather(task, leaving, return_exceptions=True)
 
 
-async def _left(caller: HttpRequest) -> None:
+async def left(caller: HttpRequest) -> None:
+    """Returns when the caller has hung up."""
     while (await caller.receive())["type"] != "http.disconnect":
         pass

@@ -20,6 +20,7 @@ from service.http import answers
 from service.http.answers import Completion
 from service.http.errors import ClientGone, InternalError, body_of
 from service.http.face import Host
+from service.http.reader import left
 from service.http.schemas import StreamOptions
 
 Item = tuple[int, Delta | Embedding]
@@ -87,8 +88,7 @@ async def _move(index: int, answer: AsyncIterator[Delta | Embedding], queue: asy
 
 
 async def _watch(caller: HttpRequest, queue: asyncio.Queue[Item | Signal | Exception]) -> None:
-    while (await caller.receive())["type"] != "http.disconnect":
-        pass
+    await left(caller)
     await queue.put(ClientGone("the caller hung up"))
 
 
