@@ -2,7 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
+import pytest
+import torch
 from hypothesis import settings
 
 settings.register_profile("untimed", deadline=None)
 settings.load_profile("untimed")
+
+THREADS = torch.get_num_threads()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def threads_as_found() -> Iterator[None]:
+    """A replica in this process sets torch's threads; what the next module forecasts depends on how many there are."""
+    yield
+    torch.set_num_threads(THREADS)
