@@ -7,19 +7,21 @@ moment the schedule meant it to be sent, which is what a caller of a busy servic
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import time
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
-import aiohttp
-
 from loadtests.scenario import STREAMED, Api
+from loadtests.wire import Answer, CutOff, Unreachable, Wire
 from loadtests.workload import PATHS
 
 MAX_ANSWER_BYTES = 64 * 2**20
 MAX_TOLD = 200  # characters of a server's own words
+MAX_LINE_BYTES = 2**22  # of one event of a stream
+END_SECONDS = 0.1  # that a stream's body has to end behind its [DONE]
 
 
 class Outcome(StrEnum):
@@ -99,17 +101,11 @@ class Client:
     """Sends requests to one server over connections that are kept and reused."""
 
     def __init__(self, url: str, headers: dict[str, str], timeout_seconds: float) -> None:
-        self._url = url
+        self._wire = Wire(url, {"content-type": "application/json", **headers})
         self._timeout = timeout_seconds
-        # Idle connections are left before a server's usual five seconds: a request into a closing one would be lost.
-        connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=2)
-        sent = {"content-type": "application/json", **headers}
-        self._session = aiohttp.ClientSession(
-            connector=connector, headers=sent, timeout=aiohttp.ClientTimeout(total=None), auto_decompress=True
-        )
 
-    async def close(self) -> None:
-        await self._session.close()
+    def close(self) -> None:
+        self._wire.close()
 
     async def send(self, ask: Ask, record: Record) -> None:
         """Send one request now and write down what becomes of it. Raises nothing of the server's doing."""
@@ -123,49 +119,67 @@ class Client:
         except Exception as error:  # the edge: whatever a server does ends as a named outcome
             record.outcome, record.told = _failure(error), f"{type(error).__name__}: {error}"[:MAX_TOLD]
         finally:
-            record.done = time.monotonic()
+            record.done = record.done or time.monotonic()
 
     async def _exchange(self, ask: Ask, record: Record) -> None:
-        async with self._session.post(self._url + PATHS[ask.api], data=ask.body) as response:
-            record.status = response.status
-            if response.status != 200:
-                record.outcome = _outcome_of(response.status)
-                told = (await _body(response, record)).decode(errors="replace")
-                record.told = f"{response.status}: {_message(told)}"[:MAX_TOLD]
+        answer = await self._wire.post(PATHS[ask.api], ask.body)
+        try:
+            record.status = answer.status
+            if answer.status != 200:
+                record.outcome = _outcome_of(answer.status)
+                told = (await _body(answer, record)).decode(errors="replace")
+                record.told = f"{answer.status}: {_message(told)}"[:MAX_TOLD]
                 return
             if ask.api in STREAMED:
-                await self._stream(response, ask, record)
+                await _take_stream(answer, record)
             else:
-                _take_whole(_parse(await _body(response, record)), ask, record)
-            record.receipt = record.receipt or _receipt_headers(response.headers)
+                _take_whole(_parse(await _body(answer, record)), ask, record)
+            record.receipt = record.receipt or _receipt_headers(answer.headers)
             record.outcome, record.told = Outcome.OK, ""
+        finally:
+            self._wire.release(answer)
 
-    async def _stream(self, response: aiohttp.ClientResponse, ask: Ask, record: Record) -> None:
-        """Server-sent events until [DONE]. Raises NotAnAnswer for a stream without a finished choice or without its end."""
-        if "event-stream" not in response.headers.get("content-type", ""):
-            raise NotAnAnswer(f"a stream was asked for, received {response.headers.get('content-type', 'no type')}")
-        finished = False
-        async for line in response.content:
-            record.received_bytes += len(line)
-            data = line.decode(errors="replace").strip()
-            if not data.startswith("data:"):
+
+async def _take_stream(answer: Answer, record: Record) -> None:
+    """Server-sent events until [DONE]. Raises NotAnAnswer for a stream without a finished choice or without its end."""
+    if "event-stream" not in answer.headers.get("content-type", ""):
+        raise NotAnAnswer(f"a stream was asked for, received {answer.headers.get('content-type', 'no type')}")
+    finished, rest = False, b""
+    while part := await answer.part():
+        record.received_bytes += len(part)
+        *lines, rest = (rest + part).split(b"\n")
+        if len(rest) > MAX_LINE_BYTES:
+            raise NotAnAnswer(f"a line of more than {MAX_LINE_BYTES} bytes")
+        for line in lines:
+            field, _, data = line.partition(b":")
+            if field != b"data":
                 continue
-            data = data[5:].strip()
-            if data == "[DONE]":
+            if data.strip() == b"[DONE]":
                 if not finished:
                     raise NotAnAnswer("the stream ended without a finish_reason")
+                record.done = answer.arrived
+                await _rest(answer)
                 return
-            finished = _take_chunk(_parse(data.encode()), record) or finished
-        raise aiohttp.ClientPayloadError("the stream ended without [DONE]")
+            finished = _take_chunk(_parse(data), answer.arrived, record) or finished
+    raise CutOff("the stream ended without [DONE]")
 
 
-async def _body(response: aiohttp.ClientResponse, record: Record) -> bytes:
+async def _rest(answer: Answer) -> None:
+    """Read what comes behind [DONE], the end of the body, so that the connection can be used again."""
+    with contextlib.suppress(TimeoutError, CutOff):
+        async with asyncio.timeout(END_SECONDS):
+            while await answer.part():
+                pass
+
+
+async def _body(answer: Answer, record: Record) -> bytes:
     parts = []
-    async for part in response.content.iter_any():
+    while part := await answer.part():
         record.received_bytes += len(part)
         parts.append(part)
         if record.received_bytes > MAX_ANSWER_BYTES:
             raise NotAnAnswer(f"an answer of more than {MAX_ANSWER_BYTES} bytes")
+    record.done = answer.ended
     return b"".join(parts)
 
 
@@ -181,15 +195,14 @@ def _parse(raw: bytes) -> dict[str, Any]:
     return data
 
 
-def _take_chunk(data: dict[str, Any], record: Record) -> bool:
+def _take_chunk(data: dict[str, Any], arrived: float, record: Record) -> bool:
     """Take in one event of a stream; whether a choice has finished with it."""
-    now = time.monotonic()
     finished = False
     for choice in data.get("choices") or ():
         text = choice.get("text") or (choice.get("delta") or {}).get("content")
         if text or choice.get("finish_reason"):
-            record.first = record.first or now
-            record.chunk_times.append(now)
+            record.first = record.first or arrived
+            record.chunk_times.append(arrived)
         finished = finished or choice.get("finish_reason") is not None
     _take_account(data, record)
     return finished
@@ -217,14 +230,10 @@ def _take_account(data: dict[str, Any], record: Record) -> None:
         record.receipt = data["longserve"]
 
 
-def _receipt_headers(headers: Any) -> dict[str, Any]:
+def _receipt_headers(headers: dict[str, str]) -> dict[str, Any]:
     """Facts of `x-longserve-*` headers, numbers as numbers."""
     prefix = "x-longserve-"
-    found = {
-        name.lower()[len(prefix) :].replace("-", "_"): value
-        for name, value in headers.items()
-        if name.lower().startswith(prefix)
-    }
+    found = {name[len(prefix) :].replace("-", "_"): value for name, value in headers.items() if name.startswith(prefix)}
     return {name: _number(value) for name, value in found.items()}
 
 
@@ -244,11 +253,9 @@ def _outcome_of(status: int) -> Outcome:
 
 
 def _failure(error: Exception) -> Outcome:
-    if isinstance(error, aiohttp.ClientConnectorError):
+    if isinstance(error, Unreachable):
         return Outcome.UNREACHABLE
-    if isinstance(error, (aiohttp.ServerDisconnectedError, aiohttp.ClientPayloadError, aiohttp.ClientOSError, OSError)):
-        return Outcome.CUT_OFF
-    return Outcome.GARBAGE
+    return Outcome.CUT_OFF if isinstance(error, (CutOff, OSError)) else Outcome.GARBAGE
 
 
 def _message(text: str) -> str:

@@ -149,7 +149,7 @@ async def send(load: Load, start: float, interrupt: Interrupt, progress: Callabl
     finally:
         for task in (watch, stop):
             task.cancel()
-        await client.close()
+        client.close()
     return Sent(flight.records, lags, bool(interrupt))
 
 

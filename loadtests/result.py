@@ -17,7 +17,7 @@ from loadtests.measures import Distribution, Gate, Kept, StreamMeasures
 from loadtests.scrape import ServerView
 
 VERSION = 1
-LIBRARIES = ("aiohttp", "numpy", "scipy", "hdrhistogram")
+LIBRARIES = ("httptools", "numpy", "scipy", "hdrhistogram")
 
 
 class Cell(Kept):

@@ -128,7 +128,7 @@ class Session:
                         await client.send(ask, found[-1])
             return found
         finally:
-            await client.close()
+            client.close()
 
     @asynccontextmanager
     async def _scraping(self) -> AsyncIterator[Scraper | None]:

@@ -1,18 +1,22 @@
 """python -m tests.loadtests.overhead: what the generator itself adds to a latency that is known.
 
-A stub in a process of its own answers after a constant time; what is measured beyond it is the generator's, the sockets'
-and the stub's. Printed for each rate: the median of the errors, their 95th percentile, the delay of the
-sends, and what the gates say. Then the exponent that a quadratic law is given.
+A server in a process of its own answers after a constant time; what is measured beyond it is the generator's and the
+sockets'. A bare socket, written to and waited for by a thread that does nothing else, shows what is the sockets'. Printed for
+each rate: the median of the errors, their 95th percentile, the delay of the sends, and what the gates say. Then the exponent
+that a quadratic law is given.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import socket
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import numpy as np
 import yaml
@@ -47,6 +51,25 @@ async def trial(url: str, rate: float, processes: int) -> None:
     )
 
 
+def bare(url: str, rate: float) -> None:
+    """The same error of a blocking socket."""
+    address = urlsplit(url)
+    raw = body("completions", MODEL, "x" * 400, 8)
+    request = b"POST /v1/completions HTTP/1.1\r\ncontent-length: %d\r\n\r\n" % len(raw) + raw
+    late = []
+    with socket.create_connection((address.hostname, address.port)) as connection:
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        for _ in range(100):
+            time.sleep(1 / rate - SECONDS)
+            sent = time.monotonic()
+            connection.sendall(request)
+            connection.recv(2**16)
+            late.append((time.monotonic() - sent - SECONDS) * 1e3)
+    print(
+        f"   {rate:.0f} requests/s, a bare socket: error median {np.median(late):.2f} ms, p95 {np.quantile(late, 0.95):.2f} ms"
+    )
+
+
 def exponent() -> None:
     """A sweep of a stub whose latency is quadratic in the length."""
     lengths = {"kind": "list", "tokens": [2000, 4000, 8000]}
@@ -65,11 +88,13 @@ def exponent() -> None:
 
 
 def main() -> None:
-    command = [sys.executable, "-m", "tests.loadtests.stub", "--seconds", str(SECONDS)]
+    command = [sys.executable, "-m", "tests.loadtests.constant", "--seconds", str(SECONDS)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as stub:
         assert stub.stdout is not None, "a pipe was asked for"
         url = stub.stdout.readline().strip()
         try:
+            bare(url, 10)
+            bare(url, 40)
             for rate in RATES:
                 asyncio.run(trial(url, rate, 1))
             asyncio.run(trial(url, RATES[-1], 2))

@@ -6,7 +6,6 @@ Four characters are a token. Its metrics are those of a Longserve replica, as fa
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import threading
 import time
@@ -220,17 +219,3 @@ def serving(stub: Stub) -> Iterator[str]:
         loop.call_soon_threadsafe(loop.stop)
         thread.join()
         loop.close()
-
-
-async def _serve_for_ever(stub: Stub, port: int) -> None:
-    _, url = await serve(stub, port)
-    print(url, flush=True)
-    await asyncio.Event().wait()
-
-
-if __name__ == "__main__":  # in a process of its own: python -m tests.loadtests.stub --seconds 0.02
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--seconds", type=float, default=0.02)
-    parser.add_argument("--port", type=int, default=0)
-    options = parser.parse_args()
-    asyncio.run(_serve_for_ever(Stub(seconds={"": lambda _: options.seconds}), options.port))
