@@ -43,7 +43,7 @@ from service.engine.request import (
     Request,
     RequestError,
 )
-from service.engine.runner import Runner, row_multiple
+from service.engine.runner import LOGIT_ROWS, Runner, row_multiple
 from service.engine.sampling import Drawn
 from service.engine.scheduler import Scheduler, Work
 from service.engine.team import give_team_its_cpus
@@ -123,6 +123,8 @@ class Engine:
         threads = torch.get_num_threads()
         give = partial(give_team_its_cpus, threads, self._cpus)
         self._thread = ThreadPoolExecutor(1, "longserve-model", initializer=give)
+        rows, sequences = self._config.chunk_tokens, self._config.max_sequences
+        await self._on_model_thread(lambda: self._model.warm_up(max(rows, sequences), max(LOGIT_ROWS, sequences)))
         self._pace = await self._on_model_thread(lambda: forecast.measure_model(self._model))
         self._rows = await self._on_model_thread(lambda: row_multiple(self._model))
         self._routes = await self._built(self._backends)

@@ -30,7 +30,7 @@ class Runner:
 
         Args:
             unknown: int64 (U,), ids that are no tokens. None of them is drawn or told as an alternative.
-            row_multiple: packed rows are padded to a multiple of it (see `row_multiple` below).
+            row_multiple: packed rows are padded to a multiple of it (see `row_multiple` below) that the model has a height for.
             sample_share: of the time, for measuring what steps take in memory.
         """
         self._model = model
@@ -93,12 +93,12 @@ class Runner:
             self._draw(work, segments, hidden)
 
     def _packed(self, work: Work) -> tuple[Tensor, Segments]:
-        """Tokens of all members, padded to the row multiple, and where each member stands."""
+        """Tokens of all members, padded to a height of the model's, and where each member stands."""
         ids = array("i")
         for member in work.members:
             ids += member.sequence.tokens(member.start, member.end)
         segments = Segments(tuple(m.end - m.start for m in work.members), tuple(m.start for m in work.members))
-        ids += array("i", [0] * (-len(ids) % self._row_multiple))
+        ids += array("i", [0] * (self._height(len(ids)) - len(ids)))
         return torch.tensor(ids, dtype=torch.long, device=self._model.device), segments
 
     def _hidden(self, work: Work, segments: Segments, stages: Stages) -> Generator[None, None, Tensor]:
@@ -144,7 +144,14 @@ class Runner:
 
     def _logits(self, hidden: Tensor) -> Tensor:
         """Logits of hidden states (N, C), those of ids that are no tokens at -inf: float32 (N, V)."""
-        return self._model.logits(hidden).index_fill_(1, self._unknown, -torch.inf)
+        rows = len(hidden)
+        if (missing := self._height(rows) - rows) > 0:
+            hidden = torch.nn.functional.pad(hidden, (0, 0, 0, missing))
+        return self._model.logits(hidden)[:rows].index_fill_(1, self._unknown, -torch.inf)
+
+    def _height(self, rows: int) -> int:
+        """How many rows so many are padded to."""
+        return -(-self._model.height(rows) // self._row_multiple) * self._row_multiple
 
     def _draw(self, work: Work, segments: Segments, hidden: Tensor) -> None:
         """Draw the next token of every member that has none left to process, and of the samples that waited for it."""
@@ -153,8 +160,7 @@ class Runner:
         if not ready:
             return
         last = [row for _, row in ready]
-        last += last[:1] * (-len(last) % self._row_multiple)
-        logits = self._logits(hidden[last])[: len(ready)]
+        logits = self._logits(hidden[last])
         sequences, rows = [], []
         for index, (member, _) in enumerate(ready):
             drawing = [member.sequence, *member.sequence.job.siblings]

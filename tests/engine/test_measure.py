@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import time
 import weakref
@@ -162,14 +163,21 @@ async def test_law_counter_and_profiler_agree_on_every_step_of_a_long_prompt(
 ) -> None:
     counted = await _steps(backend)
     audited: list[int] = []
-    run = runner_module.Runner.run
+    run, loop = runner_module.Runner.run, asyncio.get_running_loop()
 
     def profiled(self: Any, work: Any, gives_way: Any) -> bool:
         runner_module._allocate(work)  # states are no part of a step's peak
-        gc.collect()  # what the step before leaves is freed now, by the loop's thread too, and not while this one is watched
-        time.sleep(0.02)
+        for _ in range(
+            5
+        ):  # what the step before leaves is freed now, by the loop's thread too, and not while this one is watched
+            asyncio.run_coroutine_threadsafe(asyncio.sleep(0), loop).result()
+        gc.collect()
+        gc.disable()
         ended: list[bool] = []
-        audited.append(peak_bytes(lambda: ended.append(run(self, work, gives_way))))
+        try:
+            audited.append(peak_bytes(lambda: ended.append(run(self, work, gives_way))))
+        finally:
+            gc.enable()
         return ended[0]
 
     monkeypatch.setattr(runner_module.Runner, "run", profiled)
