@@ -35,7 +35,7 @@ bench: $(VENV)/.bench-installed  ## attention against its peers
 	$(BIN)/python -m attention.benchmark
 
 engine-bench: $(VENV)/.dev-installed  ## the engine alone, then over HTTP
-	$(BIN)/python -m service.engine.benchmark
+	$(BIN)/python -m service.benchmark
 
 loadtest: $(VENV)/.loadtest-installed  ## starts a service of its own, sweeps backends and lengths, writes a report to results/
 	$(BIN)/python -m loadtests sweep --serve $(CONFIG) --quality service/model/embedded/README.md

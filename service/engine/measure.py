@@ -21,8 +21,6 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from service.engine.observer import StepKind
-
 TRIALS = 9  # of the measurement of what counting costs
 
 
@@ -104,13 +102,14 @@ class Sampler:
         self._device = device
         self._share = share
         self._operator_seconds = operator_seconds
-        self._credit: dict[StepKind, float] = defaultdict(float)  # seconds that may be spent; below 0: spent ahead
+        self._credit: dict[str, float] = defaultdict(float)  # seconds that may be spent; below 0: spent ahead
         self._seen: weakref.WeakKeyDictionary[object, set[Hashable]] = weakref.WeakKeyDictionary()  # by whose steps they are
 
-    def gauge(self, kind: StepKind, owner: object, size: Hashable, is_worth: Callable[[], bool]) -> Gauge | None:
+    def gauge(self, kind: str, owner: object, size: Hashable, is_worth: Callable[[], bool]) -> Gauge | None:
         """A measure for a step, or None.
 
         Args:
+            kind: of its step; the time of each kind pays for its own measurements.
             owner: whose step it is, a backend's route: it goes with a switch, and what is known of it goes with it.
             size: the step's class; the first of each of an owner is measured whatever it costs.
             is_worth: whether another measurement would tell anything; asked only when there is time for one.
@@ -123,7 +122,7 @@ class Sampler:
         seen.add(size)
         return StorageCounter()
 
-    def account(self, kind: StepKind, seconds: float, gauge: Gauge | None) -> None:
+    def account(self, kind: str, seconds: float, gauge: Gauge | None) -> None:
         """Book a step that has ended: its time earns credit, its measurement spends it."""
         cost = 0.0 if gauge is None else gauge.operators * self._operator_seconds
         self.seconds += cost

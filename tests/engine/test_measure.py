@@ -166,10 +166,8 @@ async def test_law_counter_and_profiler_agree_on_every_step_of_a_long_prompt(
     run, loop = runner_module.Runner.run, asyncio.get_running_loop()
 
     def profiled(self: Any, work: Any, gives_way: Any) -> bool:
-        runner_module._allocate(work)  # states are no part of a step's peak
-        for _ in range(
-            5
-        ):  # what the step before leaves is freed now, by the loop's thread too, and not while this one is watched
+        work.allocate()  # states are no part of a step's peak
+        for _ in range(5):  # what the step before leaves is freed now, by the loop's thread too, not while this one is watched
             asyncio.run_coroutine_threadsafe(asyncio.sleep(0), loop).result()
         gc.collect()
         gc.disable()

@@ -9,8 +9,8 @@ from contextlib import aclosing
 
 import pytest
 
-from service.engine.benchmark import resident_bytes
-from service.engine.memory import trim
+from service.benchmark import resident_bytes
+from service.machine import trim
 from tests.engine import world
 from tests.engine.world import completion, embedding, is_empty, prompt, running, until
 

@@ -1,4 +1,4 @@
-"""python -m service.engine.benchmark: the bare model, then the engine alone, then the service over HTTP, in one run.
+"""python -m service.benchmark: the bare model, then the engine alone, then the service over HTTP, in one run.
 
 What the engine is compared with is the bare model: the same chunks through `Transformer.hidden` with nothing around them,
 measured in turn with it. Prints a table for people, the machine beneath, and one last line of JSON for programs. About five
@@ -36,11 +36,11 @@ import attention
 from attention import AttentionBackend, Segments
 from service.config import EngineConfig
 from service.engine.engine import Backends, Engine
-from service.engine.memory import BESIDE_BUDGET_BYTES
 from service.engine.request import Delta, ModelFailed, Request, RequestError, Sampling
-from service.machine import Place, dealt_cpus, in_passing_thread
+from service.machine import BESIDE_BUDGET_BYTES, Place, dealt_cpus
 from service.model.checkpoint import EMBEDDED, Checkpoint, choose_dtype, load
 from service.model.transformer import ModelConfig, Transformer
+from service.threads import in_passing_thread
 
 PARTS = ("bare", "engine", "memory", "http")
 BACKENDS: dict[str, dict[str, Any]] = {
@@ -377,7 +377,7 @@ def measure_http(lengths: Sequence[int], repeats: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m service.engine.benchmark", description=(__doc__ or "").split("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m service.benchmark", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="one repeat, up to 16k tokens, by default without HTTP")
     parser.add_argument("--parts", nargs="+", choices=PARTS, help="which parts to run")
     options = parser.parse_args()
