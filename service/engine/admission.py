@@ -18,7 +18,7 @@ from typing import Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from service.engine.allowlist import Route
+from service.engine.allowlist import Lane
 from service.engine.request import (
     AUTO,
     ContextTooLong,
@@ -75,8 +75,8 @@ class Plan:
 class Offer:
     """What a request would run under, and what it would hold."""
 
-    route: Route
-    why: str  # this route: "request", "default", or what `auto` measured
+    lane: Lane
+    why: str  # this lane: "request", "default", or what `auto` measured
     need: Need
     prompt: array[int]
 
@@ -123,11 +123,11 @@ class Ledger:
 
 
 class Admission:
-    """The door: which requests come in, under which route, for how many bytes. Reserves nothing; the scheduler does."""
+    """The door: which requests come in, under which lane, for how many bytes. Reserves nothing; the scheduler does."""
 
     def __init__(self, known: NDArray[np.bool_], max_length: int, max_sequences: int, ledger: Ledger, queue: Queue) -> None:
         """`known`: for each id of the model's vocabulary whether it is a token (V,)."""
-        self.routes: Mapping[str, Route] = {}  # the allow-list in force
+        self.lanes: Mapping[str, Lane] = {}  # the allow-list in force
         self.default = AUTO
         self.is_closed = False  # nothing more is let in
         self._known = known
@@ -156,16 +156,16 @@ class Admission:
 
     def _offer(self, request: Request) -> Offer:
         prompt = check(request, self._known, self._max_length, self._max_sequences)
-        return Offer(*choose(request, self.routes, self.default, self._ledger.budget), prompt)
+        return Offer(*choose(request, self.lanes, self.default, self._ledger.budget), prompt)
 
     def _planned(self, request: Request, offer: Offer) -> Plan:
-        route, needed, budget = offer.route, offer.need.total, self._ledger.budget
+        lane, needed, budget = offer.lane, offer.need.total, self._ledger.budget
         reason = NeverFits.code if needed > budget else Draining.code if self.is_closed else None
         reason = reason or (QueueFull.code if self._queue.why_full(len(offer.prompt)) else None)
         runs = self._ledger.fits(needed) and not self._queue.is_waiting
-        prefill = route.course.seconds(len(offer.prompt))
+        prefill = lane.course.seconds(len(offer.prompt))
         return Plan(
-            backend=route.name,
+            backend=lane.name,
             why=offer.why,
             prompt_tokens=len(offer.prompt),
             total_tokens=request.total_tokens,
@@ -175,12 +175,12 @@ class Admission:
             free_bytes=self._ledger.free,
             verdict="refused" if reason else "runs" if runs else "queues",
             reason=reason,
-            longest_tokens=longest_tokens(request, route, budget, self._max_length),
-            backends_that_fit=fitting(request, self.routes.values(), budget),
+            longest_tokens=longest_tokens(request, lane, budget, self._max_length),
+            backends_that_fit=fitting(request, self.lanes.values(), budget),
             predicted_seconds={
                 "queue": self._queue.seconds_in_front(),
                 "prefill": prefill,
-                "decode": predicted_seconds(request, route) - prefill,
+                "decode": predicted_seconds(request, lane) - prefill,
             },
         )
 
@@ -235,66 +235,66 @@ def _checked_ids(request: Request, known: NDArray[np.bool_]) -> array[int]:
     return prompt
 
 
-def choose(request: Request, routes: Mapping[str, Route], default: str, budget: int) -> tuple[Route, str, Need]:
-    """The route a request runs under, why, and what it needs there. Raises UnknownBackend."""
+def choose(request: Request, lanes: Mapping[str, Lane], default: str, budget: int) -> tuple[Lane, str, Need]:
+    """The lane a request runs under, why, and what it needs there. Raises UnknownBackend."""
     asked = request.backend or default
     if asked == AUTO:
-        return _fastest(request, routes, budget)
-    if asked not in routes:
-        raise UnknownBackend(asked, (*routes, AUTO))
-    return routes[asked], "request" if request.backend else "default", need(request, routes[asked])
+        return _fastest(request, lanes, budget)
+    if asked not in lanes:
+        raise UnknownBackend(asked, (*lanes, AUTO))
+    return lanes[asked], "request" if request.backend else "default", need(request, lanes[asked])
 
 
-def _fastest(request: Request, routes: Mapping[str, Route], budget: int) -> tuple[Route, str, Need]:
-    """The route of the least predicted seconds among those whose bytes fit the budget (among all, when none does)."""
-    needs = {name: need(request, route) for name, route in routes.items()}
-    fits = [name for name in routes if needs[name].total <= budget]
-    seconds = {name: predicted_seconds(request, routes[name]) for name in fits or routes}
+def _fastest(request: Request, lanes: Mapping[str, Lane], budget: int) -> tuple[Lane, str, Need]:
+    """The lane of the least predicted seconds among those whose bytes fit the budget (among all, when none does)."""
+    needs = {name: need(request, lane) for name, lane in lanes.items()}
+    fits = [name for name in lanes if needs[name].total <= budget]
+    seconds = {name: predicted_seconds(request, lanes[name]) for name in fits or lanes}
     best = min(seconds, key=lambda name: seconds[name])
     told = ", ".join(f"{name} {value:.3g} s" for name, value in seconds.items())
-    return routes[best], f"auto: predicted {told}", needs[best]
+    return lanes[best], f"auto: predicted {told}", needs[best]
 
 
-def predicted_seconds(request: Request, route: Route) -> float:
+def predicted_seconds(request: Request, lane: Lane) -> float:
     """Seconds of the request on an idle engine."""
     decode = 0 if request.kind == "embedding" else request.sampling.max_tokens
-    return route.course.seconds(len(request.tokens)) + decode * route.course.decode_seconds(request.total_tokens)
+    return lane.course.seconds(len(request.tokens)) + decode * lane.course.decode_seconds(request.total_tokens)
 
 
-def need(request: Request, route: Route, prompt_tokens: int | None = None) -> Need:
+def need(request: Request, lane: Lane, prompt_tokens: int | None = None) -> Need:
     """Bytes the request holds under a backend; of a prompt of another length when `prompt_tokens` is given."""
     sampling, prompt = request.sampling, len(request.tokens) if prompt_tokens is None else prompt_tokens
     if request.kind == "embedding":
-        return Need({"state": route.state_bytes(prompt), "step": route.course.prefill_bytes(prompt)})
+        return Need({"state": lane.state_bytes(prompt), "step": lane.course.prefill_bytes(prompt)})
     total = prompt + sampling.max_tokens
     is_scored = sampling.echo and sampling.logprobs is not None
     scored = request.n * sampling.max_tokens + (prompt if is_scored else 0)
     terms = {
-        "state": request.n * route.state_bytes(total),
-        "step": max(route.course.prefill_bytes(total), request.n * route.course.step_bytes(total - 1, total)),
-        "logits": route.course.vocab_size * max(request.n * bytes_per_logit(sampling), SCORE_BYTES if is_scored else 0),
+        "state": request.n * lane.state_bytes(total),
+        "step": max(lane.course.prefill_bytes(total), request.n * lane.course.step_bytes(total - 1, total)),
+        "logits": lane.course.vocab_size * max(request.n * bytes_per_logit(sampling), SCORE_BYTES if is_scored else 0),
         "answer": request.n * (sampling.max_tokens * TOKEN_BYTES + (prompt * ECHO_BYTES if sampling.echo else 0)),
         "logprobs": 0 if sampling.logprobs is None else scored * LOGPROB_BYTES * (1 + sampling.logprobs),
     }
     return Need(terms)
 
 
-def longest_tokens(request: Request, route: Route, budget: int, max_length: int) -> int:
+def longest_tokens(request: Request, lane: Lane, budget: int, max_length: int) -> int:
     """The longest total, prompt and max_tokens, that the budget holds under a backend; 0 when none does."""
     answer = request.total_tokens - len(request.tokens)
     low, high = 0, max(0, max_length - answer)  # prompt lengths: low fits (or is 0), above high is not asked
     while low < high:
         middle = (low + high + 1) // 2
-        if need(request, route, middle).total <= budget:
+        if need(request, lane, middle).total <= budget:
             low = middle
         else:
             high = middle - 1
     return low + answer if low else 0
 
 
-def fitting(request: Request, routes: Iterable[Route], budget: int) -> tuple[str, ...]:
+def fitting(request: Request, lanes: Iterable[Lane], budget: int) -> tuple[str, ...]:
     """Names of the backends under which the request fits the whole budget."""
-    return tuple(route.name for route in routes if need(request, route).total <= budget)
+    return tuple(lane.name for lane in lanes if need(request, lane).total <= budget)
 
 
 def refuse(plan: Plan, param: str) -> NeverFits:

@@ -1,6 +1,6 @@
 """The allow-list: the backends that requests may run under, and what each needs in order to serve.
 
-A `Route` is all that the engine knows of a backend: how it answers a layer's question, what it keeps of a sequence, what both
+A `Lane` is all that the engine knows of a backend: how it answers a layer's question, what it keeps of a sequence, what both
 cost. Which backend answers which layer, causally or both ways, and where its states lie, is settled here and in `Course`.
 """
 
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from attention import AttentionBackend, Segments, StatePool
-from service.engine.forecast import Course, Line, Pace, measure_attention
+from service.engine.forecast import Course, Pace, Ramp, measure_attention
 from service.engine.request import AUTO
 from service.model.transformer import Transformer
 
@@ -45,7 +45,7 @@ class Backends:
 
 
 @dataclass(frozen=True, eq=False)
-class Route:
+class Lane:
     """One backend in force, ready to serve: its forecast and the pool of its states."""
 
     name: str
@@ -91,8 +91,8 @@ class Route:
         return len(self.pool)
 
 
-def route_to(name: str, backend: AttentionBackend, model: Transformer, pace: Line, chunk: int, budget: int) -> Route:
+def lane_for(name: str, backend: AttentionBackend, model: Transformer, pace: Ramp, chunk: int, budget: int) -> Lane:
     """Make a backend ready to serve: measure its pace beside the model's, and make room for states of `budget` bytes."""
     layers, longest = model.config.num_hidden_layers, model.config.max_position_embeddings
     course = Course(model, Pace(layers, pace, measure_attention(backend, longest), backend), longest, chunk)
-    return Route(name, backend, course, backend.new_pool(layers, budget))
+    return Lane(name, backend, course, backend.new_pool(layers, budget))

@@ -93,7 +93,7 @@ class Delivery:
         attempt(partial(self._observer.finished, job.request, outcome))
 
     def _book(self, work: Work, now: float) -> None:
-        """Tell the sampler and the observer of a finished step, as it ran."""
+        """Tell the metering and the observer of a finished step, as it ran."""
         self._runner.measured(work)
         self._observer.stepped(_told(work, [now - s.spoke_at for s, _ in work.drawn if s.spoke_at is not None]))
 
@@ -170,16 +170,16 @@ def _emit(sequence: Sequence, settled: Settled, reason: FinishReason | None) -> 
 
 
 def _told(work: Work, gaps: list[float]) -> Step:
-    gauge = work.gauge
+    meter = work.meter
     return Step(
         kind=work.kind,
-        backend=work.route.name,
+        backend=work.lane.name,
         tokens=work.tokens,
         sequences=len(work.members),
         seconds=work.seconds,
         predicted_seconds=work.predicted_seconds,
         predicted_bytes=work.predicted_bytes,
-        measured_bytes=None if gauge is None else gauge.peak_bytes,
-        method="dispatch" if gauge is None else gauge.method,
+        measured_bytes=None if meter is None else meter.peak_bytes,
+        method="dispatch" if meter is None else meter.method,
         token_gaps=tuple(gaps),
     )

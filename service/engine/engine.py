@@ -22,7 +22,7 @@ import torch
 
 from service.config import EngineConfig
 from service.engine.admission import Admission, Ledger, Plan
-from service.engine.allowlist import Backends, Route, route_to
+from service.engine.allowlist import Backends, Lane, lane_for
 from service.engine.answer import Answer
 from service.engine.delivery import Delivery, attempt
 from service.engine.departures import Departures
@@ -127,19 +127,19 @@ class Engine:
 
     async def swap(self, backends: Backends) -> None:
         """Put another allow-list in force for new requests. Requests in flight keep their backend."""
-        self._admission.routes = await self._routed(backends)
+        self._admission.lanes = await self._opened(backends)
         self._admission.default = backends.default
         self._backends = backends
         self._wake.set()  # at rest, what the former ones leave free goes back to the system
 
-    async def _routed(self, backends: Backends) -> dict[str, Route]:
-        """A route for every backend; those that serve already keep theirs."""
-        routes, budget, chunk = dict(self._admission.routes), self._ledger.budget, self._config.chunk_tokens
+    async def _opened(self, backends: Backends) -> dict[str, Lane]:
+        """A lane for every backend; those that serve already keep theirs."""
+        lanes, budget, chunk = dict(self._admission.lanes), self._ledger.budget, self._config.chunk_tokens
         for name, backend in backends.by_name.items():
-            if name not in routes or routes[name].backend is not backend:
-                make = partial(route_to, name, backend, self._model, self._pace, chunk, budget)
-                routes[name] = await self._on_model_thread(make)
-        return {name: routes[name] for name in backends.names}
+            if name not in lanes or lanes[name].backend is not backend:
+                make = partial(lane_for, name, backend, self._model, self._pace, chunk, budget)
+                lanes[name] = await self._on_model_thread(make)
+        return {name: lanes[name] for name in backends.names}
 
     # ---- requests ---------------------------------------------------------------------------------------------------
 
@@ -176,8 +176,8 @@ class Engine:
     def snapshot(self) -> Snapshot:
         """The levels now. Safe from any thread."""
         running, waiting = list(self._scheduler.running), list(self._scheduler.waiting)
-        routes = {*self._admission.routes.values(), *(job.route for job in running)}
-        names, now = sorted({route.name for route in routes}), time.monotonic()
+        lanes = {*self._admission.lanes.values(), *(job.lane for job in running)}
+        names, now = sorted({lane.name for lane in lanes}), time.monotonic()
         return Snapshot(
             running=sum(sequence.slot is not None for job in running for sequence in job.sequences),
             waiting=len(waiting),
@@ -186,8 +186,8 @@ class Engine:
             promised_tokens=sum(job.request.n * job.max_length for job in running),
             bytes_in_use=self._ledger.in_use,
             budget_bytes=self._ledger.budget,
-            pool_bytes={name: sum(r.bytes_in_use for r in routes if r.name == name) for name in names},
-            pool_slots={name: sum(r.num_slots for r in routes if r.name == name) for name in names},
+            pool_bytes={name: sum(each.bytes_in_use for each in lanes if each.name == name) for name in names},
+            pool_slots={name: sum(each.num_slots for each in lanes if each.name == name) for name in names},
             draining=self._admission.is_closed,
             row_multiple=self._rows,
             busy_seconds=self._runner.busy_seconds,

@@ -22,7 +22,7 @@ PROBE_ROWS, PROBE_HISTORY = 256, 4096  # tokens of the measured call: enough for
 
 
 @dataclass(frozen=True)
-class Line:
+class Ramp:
     """seconds = fixed + slope * amount, neither below zero."""
 
     fixed: float
@@ -32,7 +32,7 @@ class Line:
         return self.fixed + self.slope * amount
 
     @classmethod
-    def through(cls, low: tuple[float, float], high: tuple[float, float]) -> Line:
+    def through(cls, low: tuple[float, float], high: tuple[float, float]) -> Ramp:
         """The line through two (amount, seconds) measurements."""
         slope = max(0.0, (high[1] - low[1]) / (high[0] - low[0]))
         return cls(max(0.0, low[1] - slope * low[0]), slope)
@@ -43,8 +43,8 @@ class Pace:
     """Seconds of one model call under one backend."""
 
     layers: int
-    model: Line  # over tokens, attention left out
-    attention: Line  # over flops, one layer
+    model: Ramp  # over tokens, attention left out
+    attention: Ramp  # over flops, one layer
     backend: AttentionBackend
 
     def attention_seconds(self, queries: int, keys: int) -> float:
@@ -52,17 +52,17 @@ class Pace:
         return self.layers * self.attention(self.backend.cost(queries, keys, causal=True).flops)
 
 
-def measure_model(model: Transformer, tokens: int = 256) -> Line:
+def measure_model(model: Transformer, tokens: int = 256) -> Ramp:
     """Time the model with attention left out, on 1 and on `tokens` tokens."""
 
     def run(count: int) -> Callable[[], Tensor]:
         ids = torch.zeros(count, dtype=torch.long, device=model.device)
         return lambda: model.hidden(ids, ids, lambda layer, q, k, v: q)
 
-    return Line.through((1, _seconds(run(1))), (tokens, _seconds(run(tokens))))
+    return Ramp.through((1, _seconds(run(1))), (tokens, _seconds(run(tokens))))
 
 
-def measure_attention(backend: AttentionBackend, max_length: int) -> Line:
+def measure_attention(backend: AttentionBackend, max_length: int) -> Ramp:
     """Time one layer's `extend` for one token without history and for a probe at the end of a long sequence."""
     shape = backend.shape
     tokens = min(PROBE_ROWS, max_length)
@@ -84,7 +84,7 @@ def measure_attention(backend: AttentionBackend, max_length: int) -> Line:
 
     points = [(1, 0), (tokens, history)]
     low, high = ((backend.cost(n, n + past, causal=True).flops, _seconds(run(n, past))) for n, past in points)
-    return Line.through(low, high)
+    return Ramp.through(low, high)
 
 
 def row_multiple(model: Transformer, rows: int = 512) -> int | None:

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from service.engine.admission import Need, Offer
-from service.engine.allowlist import Route
+from service.engine.allowlist import Lane
 from service.engine.answer import Answer
 from service.engine.request import Request, TokenLogprob
 from service.engine.sampling import uniform
@@ -58,7 +58,7 @@ class Sequence:
 
     def next_end(self) -> int:
         """Where the piece of it ends that comes next."""
-        return min(self.length, self.job.route.course.next_end(self.past))
+        return min(self.length, self.job.lane.course.next_end(self.past))
 
     def number(self) -> float:
         """The number by which its next token is drawn."""
@@ -68,13 +68,13 @@ class Sequence:
         """Give the state back."""
         slot, self.slot = self.slot, None
         if slot is not None:
-            self.job.route.release(slot)
+            self.job.lane.release(slot)
 
     def branch(self) -> None:
         """Give each sample that waits for this one's prompt a copy of its state."""
         for sibling in self.job.siblings:
             assert self.slot is not None, "a processed prompt without a state"
-            sibling.slot, sibling.past = self.job.route.copy(self.slot), len(self.job.prompt)
+            sibling.slot, sibling.past = self.job.lane.copy(self.slot), len(self.job.prompt)
 
     def rewind(self) -> None:
         """Forget the state, and copies of it, so that all tokens are processed again, alone."""
@@ -88,7 +88,7 @@ class Job:
     """One request on its way. Samples beyond the first join when the prompt that they share is processed."""
 
     request: Request
-    route: Route
+    lane: Lane
     need: Need
     prompt: array[int]
     answer: Answer
@@ -106,14 +106,14 @@ class Job:
     @classmethod
     def create(cls, request: Request, offer: Offer, answer: Answer, tokenizer: Tokenizer) -> Job:
         """A job that has done nothing yet, its stopwatch started. Draws the seed of a request that brings none."""
-        route, prompt, timings = offer.route, offer.prompt, request.timings
-        seconds = route.course.seconds(len(prompt))
+        lane, prompt, timings = offer.lane, offer.prompt, request.timings
+        seconds = lane.course.seconds(len(prompt))
         seed = random.getrandbits(32) if request.sampling.seed is None else request.sampling.seed
         deadline = math.inf if request.deadline is None else request.deadline
-        job = cls(request, route, offer.need, prompt, answer, seed, deadline, seconds, echoed=request.leading)
+        job = cls(request, lane, offer.need, prompt, answer, seed, deadline, seconds, echoed=request.leading)
         samples = [Sequence(job, index, TextStream(tokenizer, request.sampling.stop)) for index in range(request.n)]
         job.sequences, job.siblings = samples[:1], samples[1:]
-        timings.queued_at, timings.backend, timings.why = time.monotonic(), route.name, offer.why
+        timings.queued_at, timings.backend, timings.why = time.monotonic(), lane.name, offer.why
         timings.prompt_tokens, timings.reserved_bytes = len(prompt), offer.need.total
         return job
 
@@ -149,13 +149,13 @@ class Job:
     def held_bytes(self) -> int:
         """Bytes of the states that its samples hold."""
         slots = (each.slot for each in (*self.sequences, *self.siblings))
-        return self.route.held_bytes(slot for slot in slots if slot is not None)
+        return self.lane.held_bytes(slot for slot in slots if slot is not None)
 
     @property
     def remaining_seconds(self) -> float:
         """Predicted prefill seconds still to come."""
         past = min(self.sequences[0].past, len(self.prompt))
-        return self.service_seconds - self.route.course.seconds(past)
+        return self.service_seconds - self.lane.course.seconds(past)
 
     @property
     def remaining_tokens(self) -> int:

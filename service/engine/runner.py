@@ -13,7 +13,7 @@ from torch import Tensor
 
 from attention import Segments
 from service.engine.job import Job
-from service.engine.measure import Gauge, Sampler, counting_seconds
+from service.engine.meter import Meter, Metering, counting_seconds
 from service.engine.request import TokenLogprob
 from service.engine.sampling import draw, logprobs
 from service.engine.work import Member, Work
@@ -36,13 +36,13 @@ class Runner:
         self._model = model
         self._unknown = unknown.to(model.device)
         self._row_multiple = row_multiple or 1
-        self._sampler = Sampler(model.device, sample_share, _counting_seconds(model))
+        self._metering = Metering(model.device, sample_share, _counting_seconds(model))
         self.busy_seconds = 0.0  # spent on steps so far
 
     @property
     def measuring_seconds(self) -> float:
         """What of it went into measuring memory."""
-        return self._sampler.seconds
+        return self._metering.seconds
 
     def run(self, work: Work, gives_way: Callable[[], bool]) -> bool:
         """Run a step to its end, or to the pause at which `gives_way()` holds. Returns whether it has ended.
@@ -55,8 +55,8 @@ class Runner:
             with torch.inference_mode():
                 if work.stages is None:
                     work.allocate()
-                    work.stages, work.gauge = self._stages(work), self._gauge(work)
-                with work.gauge or nullcontext():
+                    work.stages, work.meter = self._stages(work), self._meter(work)
+                with work.meter or nullcontext():
                     if any(gives_way() for _ in work.stages):
                         return False
                 _branch(work)
@@ -67,19 +67,19 @@ class Runner:
             self.busy_seconds += seconds
 
     def measured(self, work: Work) -> None:
-        """Book what a step that has ended took in memory, with the sampler and with its members' requests."""
-        self._sampler.account(work.kind, work.seconds, work.gauge)
-        if work.gauge is not None or work.kind != "decode":  # a decode step changes no state's size
+        """Book what a step that has ended took in memory, with the metering and with its members' requests."""
+        self._metering.account(work.kind, work.seconds, work.meter)
+        if work.meter is not None or work.kind != "decode":  # a decode step changes no state's size
             _tell_bytes(work)
 
-    def _gauge(self, work: Work) -> Gauge | None:
-        """A measure of this step's memory, where one is due: see `Sampler`."""
+    def _meter(self, work: Work) -> Meter | None:
+        """A measure of this step's memory, where one is due: see `Metering`."""
         size = (work.kind, work.tokens.bit_length(), max(m.end for m in work.members).bit_length())
 
         def is_worth() -> bool:
             return work.kind == "decode" or any(map(_is_unmeasured, work.members))
 
-        return self._sampler.gauge(work.kind, work.route, size, is_worth)
+        return self._metering.meter(work.kind, work.lane, size, is_worth)
 
     def _stages(self, work: Work) -> Generator[None, None, None]:
         """The computation of a step, pausing within layers."""
@@ -173,7 +173,7 @@ def _branch(work: Work) -> None:
     for member in work.members:
         if member.is_last:
             timings, prompt = member.job.request.timings, len(member.job.prompt)
-            timings.seen_tokens = timings.seen_tokens or work.route.course.seen_tokens(prompt)
+            timings.seen_tokens = timings.seen_tokens or work.lane.course.seen_tokens(prompt)
             member.sequence.branch()
 
 
@@ -185,7 +185,7 @@ def _counting_seconds(model: Transformer) -> float:
 
 def _is_widest(member: Member) -> bool:
     """Whether no other chunk of the prompt takes more memory, by the laws of cost."""
-    course = member.job.route.course
+    course = member.job.lane.course
     return course.step_bytes(member.start, member.end) >= course.prefill_bytes(len(member.job.prompt))
 
 
@@ -202,13 +202,13 @@ def _tell_bytes(work: Work) -> None:
     for member in work.members:
         job = member.job
         tokens[job] = tokens.get(job, 0) + member.end - member.start
-    is_measured_prompt = work.gauge is not None and work.kind != "decode"
+    is_measured_prompt = work.meter is not None and work.kind != "decode"
     widest = {member.job for member in work.members if is_measured_prompt and _is_widest(member)}
     for job, count in tokens.items():
         timings = job.request.timings
         timings.state_bytes = max(timings.state_bytes, job.held_bytes)
-        if work.gauge is not None and (job in widest or timings.step_bytes is not None):
-            timings.step_bytes = max(timings.step_bytes or 0, work.gauge.peak_bytes * count // work.tokens)
+        if work.meter is not None and (job in widest or timings.step_bytes is not None):
+            timings.step_bytes = max(timings.step_bytes or 0, work.meter.peak_bytes * count // work.tokens)
 
 
 def _add_sums(work: Work, segments: Segments, hidden: Tensor) -> None:

@@ -12,7 +12,7 @@ from weakref import WeakKeyDictionary
 
 from service.config import EngineConfig
 from service.engine.admission import Ledger
-from service.engine.allowlist import Route
+from service.engine.allowlist import Lane
 from service.engine.job import Job, Sequence
 from service.engine.work import Member, StepKind, Work
 
@@ -30,7 +30,7 @@ class Scheduler:
         self._ledger = ledger
         self._can_pack = can_pack
         self._owed = 0.0  # seconds that streams are owed for prefill that went before them
-        self._served: WeakKeyDictionary[Route, int] = WeakKeyDictionary()  # decode steps are dealt in turn among routes
+        self._served: WeakKeyDictionary[Lane, int] = WeakKeyDictionary()  # decode steps are dealt in turn among lanes
         self._turn = 0
 
     # ---- the queue --------------------------------------------------------------------------------------------------
@@ -64,7 +64,7 @@ class Scheduler:
         """Predicted seconds until all that runs or waits is done: prefills one by one, decodes side by side."""
         jobs = self.jobs
         prefill = sum(job.remaining_seconds for job in jobs)
-        decode = max((job.remaining_tokens * job.route.course.decode_seconds(len(job.prompt)) for job in jobs), default=0.0)
+        decode = max((job.remaining_tokens * job.lane.course.decode_seconds(len(job.prompt)) for job in jobs), default=0.0)
         return prefill + decode
 
     def remove(self, job: Job) -> None:
@@ -102,30 +102,30 @@ class Scheduler:
         held = work.jobs
         return bool(self.waiting) or any(job not in held for job in self.running)
 
-    def _streams(self) -> dict[Route, list[Sequence]]:
-        """Sequences that can decode, by route; one that must run alone replaces its route's batch."""
-        streams: dict[Route, list[Sequence]] = {}
+    def _streams(self) -> dict[Lane, list[Sequence]]:
+        """Sequences that can decode, by lane; one that must run alone replaces its lane's batch."""
+        streams: dict[Lane, list[Sequence]] = {}
         for job in self.running:
             self.suspect = job
             for sequence in job.sequences:
                 if sequence.is_decoding and not sequence.is_done and not sequence.is_held:
-                    streams.setdefault(job.route, []).append(sequence)
+                    streams.setdefault(job.lane, []).append(sequence)
         return streams
 
-    def _decode(self, streams: dict[Route, list[Sequence]]) -> Work:
-        """The streams of the route whose turn it is; its step that is paused comes before another of it."""
-        paused = {work.route: work for work in self.paused if work.kind == "decode"}
-        route = min((*paused, *streams), key=lambda route: self._served.get(route, 0))
+    def _decode(self, streams: dict[Lane, list[Sequence]]) -> Work:
+        """The streams of the lane whose turn it is; its step that is paused comes before another of it."""
+        paused = {work.lane: work for work in self.paused if work.kind == "decode"}
+        lane = min((*paused, *streams), key=lambda lane: self._served.get(lane, 0))
         self._turn += 1
-        self._served[route] = self._turn
-        if route in paused:
-            self.paused.remove(paused[route])
-            return paused[route]
-        alone = [sequence for sequence in streams[route] if sequence.is_alone]
-        return self._hold("decode", route, alone[:1] or streams[route])
+        self._served[lane] = self._turn
+        if lane in paused:
+            self.paused.remove(paused[lane])
+            return paused[lane]
+        alone = [sequence for sequence in streams[lane] if sequence.is_alone]
+        return self._hold("decode", lane, alone[:1] or streams[lane])
 
     def _prefill(self, now: float) -> Work | None:
-        """The most urgent prompt that can go on, with others of its route when they fit beside it."""
+        """The most urgent prompt that can go on, with others of its lane when they fit beside it."""
         prompts = [work for work in self.paused if work.kind != "decode"]
         paused = max(prompts, key=lambda work: self._pressure(work, now), default=None)
         candidates = self._candidates(now)
@@ -137,7 +137,7 @@ class Scheduler:
             return None
         pack = self._pack(first, candidates)
         self._let_in(pack)
-        return self._hold("embed" if first.job.is_embedding else "prefill", first.job.route, pack)
+        return self._hold("embed" if first.job.is_embedding else "prefill", first.job.lane, pack)
 
     def _pressure(self, work: Work, now: float) -> float:
         return max(self._urgency(member.job, now) for member in work.members)
@@ -173,7 +173,7 @@ class Scheduler:
         if first.is_alone or not (self._can_pack or first.job.is_embedding):
             return pack
         for other in others:
-            if other.job.route is not first.job.route or other.job.is_embedding != first.job.is_embedding or other.is_alone:
+            if other.job.lane is not first.job.lane or other.job.is_embedding != first.job.is_embedding or other.is_alone:
                 continue
             tokens += other.next_end() - other.past
             if tokens > self._config.chunk_tokens:
@@ -193,7 +193,7 @@ class Scheduler:
         self.waiting.remove(job)
         self.running.append(job)
 
-    def _hold(self, kind: StepKind, route: Route, sequences: list[Sequence]) -> Work:
+    def _hold(self, kind: StepKind, lane: Lane, sequences: list[Sequence]) -> Work:
         """The next step of these sequences. They are marked when nothing more can go wrong."""
         members = []
         for sequence in sequences:
@@ -201,7 +201,7 @@ class Scheduler:
             members.append(Member(sequence, sequence.past, sequence.next_end()))
         for sequence in sequences:
             sequence.is_held = True
-        return Work(kind, route, tuple(members))
+        return Work(kind, lane, tuple(members))
 
 
 def _unprocessed(job: Job) -> list[Sequence]:

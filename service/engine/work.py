@@ -1,4 +1,4 @@
-"""What runs: a step of work is one call of the model for sequences under one route.
+"""What runs: a step of work is one call of the model for sequences under one lane.
 
 Of three kinds: `prefill` and `embed` process pieces of prompts, `decode` the latest token of each stream.
 """
@@ -12,9 +12,9 @@ from typing import Literal
 from torch import Tensor
 
 from attention import Segments
-from service.engine.allowlist import Route
+from service.engine.allowlist import Lane
 from service.engine.job import Job, Sequence
-from service.engine.measure import Gauge
+from service.engine.meter import Meter
 from service.engine.sampling import Drawn, bytes_per_logit
 
 StepKind = Literal["prefill", "decode", "embed"]
@@ -43,10 +43,10 @@ class Work:
     """One step: its members, and where its computation stands. May pause within the layers of the model."""
 
     kind: StepKind
-    route: Route
+    lane: Lane
     members: tuple[Member, ...]
     stages: Generator[None, None, None] | None = None
-    gauge: Gauge | None = None  # measures this step's peak; None when it is not sampled
+    meter: Meter | None = None  # measures this step's peak; None when it is not sampled
     begun_at: float | None = None  # time.monotonic() of its first slice
     seconds: float = 0.0
     drawn: list[tuple[Sequence, Drawn]] = field(default_factory=list)
@@ -66,14 +66,14 @@ class Work:
 
     @property
     def predicted_seconds(self) -> float:
-        course, mates = self.route.course, len(self.members) - 1
+        course, mates = self.lane.course, len(self.members) - 1
         return self._summed(course.step_seconds) - mates * course.pace.model.fixed  # which is paid once
 
     @property
     def predicted_bytes(self) -> int:
         drawing = [member.job.request for member in self.members if member.is_last and self.kind != "embed"]
-        logits = self.route.course.vocab_size * sum(bytes_per_logit(request.sampling) for request in drawing)
-        return max(int(self._summed(self.route.course.step_bytes)), logits)
+        logits = self.lane.course.vocab_size * sum(bytes_per_logit(request.sampling) for request in drawing)
+        return max(int(self._summed(self.lane.course.step_bytes)), logits)
 
     def begin(self, now: float) -> None:
         """Note when its first slice began, and its members' first step."""
@@ -86,12 +86,12 @@ class Work:
         """A slot for every member that has none. Raises PoolExhausted."""
         for member in self.members:
             if member.sequence.slot is None:
-                member.sequence.slot = self.route.allocate(member.job.max_length)
+                member.sequence.slot = self.lane.allocate(member.job.max_length)
 
     def answering(self, layer: int, question: tuple[Tensor, Tensor, Tensor], segments: Segments, out: Tensor) -> Iterator[None]:
-        """Answer a layer's question for all members, see `Route.answering`."""
+        """Answer a layer's question for all members, see `Lane.answering`."""
         slots = [member.sequence.slot for member in self.members if member.sequence.slot is not None]
-        return self.route.answering(layer, question, segments, slots, out)
+        return self.lane.answering(layer, question, segments, slots, out)
 
     def _summed(self, law: Callable[[int, int], float]) -> float:
         """A law of (start, end) over all members; for streams, many and of nearly straight laws, that of their mean."""

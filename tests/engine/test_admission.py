@@ -9,10 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import attention
 from service.engine import admission
 from service.engine.admission import Ledger
-from service.engine.allowlist import Backends
 from service.engine.request import NeverFits, QueueFull
 from tests.engine import world
 from tests.engine.world import complete, completion, embed, embedding, is_empty, prompt, running, tokens_of
@@ -151,17 +149,6 @@ async def test_the_engine_holds_what_is_configured_or_a_share_of_what_is_left() 
     with pytest.raises(ValueError, match="memory_budget_bytes must be at most"):
         async with running(memory_budget_bytes=2**60):
             pass
-
-
-def test_an_allow_list_names_a_default_it_has_and_only_causal_backends() -> None:
-    model = world.make_model()
-    with pytest.raises(ValueError, match="dense"):
-        world.make_backends(model, "performer", dense={})
-    with pytest.raises(ValueError, match="at least one"):
-        Backends({}, "auto")
-    encoder = attention.build("longformer", None, model.head_shape())
-    with pytest.raises(ValueError, match="bidirectional only: longformer"):
-        Backends({"longformer": encoder}, "longformer")
 
 
 @given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 100)), max_size=40))

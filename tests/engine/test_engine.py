@@ -221,8 +221,8 @@ async def test_an_old_backend_dies_with_its_last_request() -> None:
 
     async with running(model) as engine:
         await engine.swap(observed())
-        gone.extend(weakref.ref(route) for route in engine._admission.routes.values())
-        gone.extend(weakref.ref(route.pool) for route in engine._admission.routes.values())
+        gone.extend(weakref.ref(lane) for lane in engine._admission.lanes.values())
+        gone.extend(weakref.ref(lane.pool) for lane in engine._admission.lanes.values())
         stream = engine.submit(completion(prompt(30), max_tokens=400))
         await anext(stream)
         await tokens_of(engine, completion(prompt(30), "performer"))

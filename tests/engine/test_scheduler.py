@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 
 from service.config import EngineConfig
 from service.engine.admission import Ledger, Need, Offer
-from service.engine.allowlist import Route
+from service.engine.allowlist import Lane
 from service.engine.answer import Answer
-from service.engine.forecast import Course, Line, Pace
+from service.engine.forecast import Course, Pace, Ramp
 from service.engine.job import Job
 from service.engine.request import Request, Sampling
 from service.engine.scheduler import Scheduler
@@ -22,13 +22,13 @@ from tests.engine import world
 MODEL = world.make_model()
 TOKENIZER = world.make_tokenizer()
 DENSE = world.make_backends(MODEL).by_name["dense"]
-PACE = Pace(2, Line(0.001, 1e-5), Line(0.0, 1e-9), DENSE)
+PACE = Pace(2, Ramp(0.001, 1e-5), Ramp(0.0, 1e-9), DENSE)
 BUDGET = 10_000
 
 
 CHUNK = 128
 COURSE = Course(MODEL, PACE, world.MAX_LENGTH, CHUNK)
-ROUTE = Route("dense", DENSE, COURSE, DENSE.new_pool(2, BUDGET))
+LANE = Lane("dense", DENSE, COURSE, DENSE.new_pool(2, BUDGET))
 
 
 def make_scheduler(can_pack: bool = False, **config: object) -> Scheduler:
@@ -37,7 +37,7 @@ def make_scheduler(can_pack: bool = False, **config: object) -> Scheduler:
 
 def make_job(length: int, arrival: float = 0.0, needed: int = 100, max_tokens: int = 4, kind: str = "completion") -> Job:
     request = Request("r", kind, [1] * length, sampling=Sampling(max_tokens=max_tokens), arrival=arrival)  # type: ignore[arg-type]
-    offer = Offer(ROUTE, "default", Need({"state": needed}), array("i", request.tokens))
+    offer = Offer(LANE, "default", Need({"state": needed}), array("i", request.tokens))
     return Job.create(request, offer, Answer(lambda: None), TOKENIZER)
 
 
@@ -148,9 +148,9 @@ def test_a_decode_step_that_has_paused_keeps_the_share_of_the_streams() -> None:
 
 def test_a_paused_decode_step_takes_turns_with_the_streams_of_other_backends() -> None:
     scheduler = make_scheduler()
-    other = Route("other", DENSE, COURSE, ROUTE.pool)
+    other = Lane("other", DENSE, COURSE, LANE.pool)
     scheduler.waiting = [make_job(10), make_job(10)]
-    scheduler.waiting[1].route = other
+    scheduler.waiting[1].lane = other
     for _ in range(2):
         finish(scheduler.next(0.0), scheduler)  # type: ignore[arg-type]
     served = []
@@ -160,7 +160,7 @@ def test_a_paused_decode_step_takes_turns_with_the_streams_of_other_backends() -
         scheduler.pause(paused)
         work = scheduler.next(0.0)
         assert work is not None
-        served.append(work.route.name)
+        served.append(work.lane.name)
         if work is not paused:
             for member in work.members:  # as a step that ends, of a stream that never does
                 member.sequence.is_held = False

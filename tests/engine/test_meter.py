@@ -16,7 +16,7 @@ from attention.memory import peak_bytes
 from service.config import EngineConfig
 from service.engine import runner as runner_module
 from service.engine.engine import Backends, Engine
-from service.engine.measure import Sampler, StorageCounter, counting_seconds
+from service.engine.meter import Metering, StorageCounter, counting_seconds
 from service.engine.observer import Step
 from service.engine.sampling import bytes_per_logit
 from service.model import checkpoint
@@ -69,25 +69,25 @@ def test_a_counter_is_gone_after_its_step_though_what_it_saw_stays() -> None:
 
 @pytest.mark.parametrize("cost", [0.0, 0.001, 0.5])
 def test_measuring_takes_its_share_of_the_time_and_no_more(cost: float) -> None:
-    step, sampler = 0.002, Sampler(CPU, 0.01, operator_seconds=cost)
+    step, metering = 0.002, Metering(CPU, 0.01, operator_seconds=cost)
     for _ in range(10_000):
-        gauge = sampler.gauge("decode", OWNER, "size", lambda: True)
-        if gauge is not None:
-            assert isinstance(gauge, StorageCounter)
-            gauge.operators = 1
-        sampler.account("decode", step, gauge)
-    assert sampler.seconds <= 0.01 * 10_000 * step + cost  # one that is spent ahead
-    assert sampler.seconds >= 0.9 * min(0.01 * 10_000 * step, 10_000 * cost)
+        meter = metering.meter("decode", OWNER, "size", lambda: True)
+        if meter is not None:
+            assert isinstance(meter, StorageCounter)
+            meter.operators = 1
+        metering.account("decode", step, meter)
+    assert metering.seconds <= 0.01 * 10_000 * step + cost  # one that is spent ahead
+    assert metering.seconds >= 0.9 * min(0.01 * 10_000 * step, 10_000 * cost)
 
 
 def test_the_first_step_of_a_size_is_measured_and_one_that_tells_nothing_is_not() -> None:
-    sampler = Sampler(CPU, 0.01, operator_seconds=1.0)
-    first = sampler.gauge("prefill", OWNER, "small", lambda: False)
+    metering = Metering(CPU, 0.01, operator_seconds=1.0)
+    first = metering.meter("prefill", OWNER, "small", lambda: False)
     assert first is not None
-    sampler.account("prefill", 1000.0, first)
-    assert sampler.gauge("prefill", OWNER, "small", lambda: False) is None
-    assert sampler.gauge("prefill", OWNER, "large", lambda: False) is not None
-    assert sampler.gauge("prefill", OWNER, "small", lambda: True) is not None
+    metering.account("prefill", 1000.0, first)
+    assert metering.meter("prefill", OWNER, "small", lambda: False) is None
+    assert metering.meter("prefill", OWNER, "large", lambda: False) is not None
+    assert metering.meter("prefill", OWNER, "small", lambda: True) is not None
 
 
 def test_the_cost_of_counting_is_what_a_counted_call_takes_longer() -> None:
@@ -179,7 +179,7 @@ async def test_law_counter_and_profiler_agree_on_every_step_of_a_long_prompt(
         return ended[0]
 
     monkeypatch.setattr(runner_module.Runner, "run", profiled)
-    monkeypatch.setattr(runner_module.Runner, "_gauge", lambda self, work: None)  # both at once would count twice
+    monkeypatch.setattr(runner_module.Runner, "_meter", lambda self, work: None)  # both at once would count twice
     real = await _steps(backend)
     assert [(step.kind, step.tokens) for step in counted] == [(step.kind, step.tokens) for step in real]
     for step, truth in zip(counted, audited, strict=True):

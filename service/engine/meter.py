@@ -1,7 +1,7 @@
 """How many bytes a step really took, measured while it serves, within a set share of the time.
 
 On CPU a `StorageCounter` counts the tensor storages that dispatched operators make, as torch's own memory tracker does; it
-costs some 13 microseconds an operator, which doubles a decode step. So a `Sampler` measures the first step of each kind and
+costs some 13 microseconds an operator, which doubles a decode step. So a `Metering` measures the first step of each kind and
 size and, for the rest, as many as a share of the time of their kind pays for. On CUDA the allocator knows the peak, at no
 cost, and every step is measured. `attention.memory` has the profiler's peak, to which tests hold both.
 """
@@ -90,10 +90,10 @@ class AllocatorPeak:
         self._held = torch.cuda.memory_allocated(self._device) - self._before
 
 
-Gauge = StorageCounter | AllocatorPeak
+Meter = StorageCounter | AllocatorPeak
 
 
-class Sampler:
+class Metering:
     """Which steps are measured, so that measuring takes no more than `share` of the time of each kind of step."""
 
     def __init__(self, device: torch.device, share: float, operator_seconds: float) -> None:
@@ -105,12 +105,12 @@ class Sampler:
         self._credit: dict[str, float] = defaultdict(float)  # seconds that may be spent; below 0: spent ahead
         self._seen: weakref.WeakKeyDictionary[object, set[Hashable]] = weakref.WeakKeyDictionary()  # by whose steps they are
 
-    def gauge(self, kind: str, owner: object, size: Hashable, is_worth: Callable[[], bool]) -> Gauge | None:
+    def meter(self, kind: str, owner: object, size: Hashable, is_worth: Callable[[], bool]) -> Meter | None:
         """A measure for a step, or None.
 
         Args:
             kind: of its step; the time of each kind pays for its own measurements.
-            owner: whose step it is, a backend's route: it goes with a switch, and what is known of it goes with it.
+            owner: whose step it is, a backend's lane: it goes with a switch, and what is known of it goes with it.
             size: the step's class; the first of each of an owner is measured whatever it costs.
             is_worth: whether another measurement would tell anything; asked only when there is time for one.
         """
@@ -122,9 +122,9 @@ class Sampler:
         seen.add(size)
         return StorageCounter()
 
-    def account(self, kind: str, seconds: float, gauge: Gauge | None) -> None:
+    def account(self, kind: str, seconds: float, meter: Meter | None) -> None:
         """Book a step that has ended: its time earns credit, its measurement spends it."""
-        cost = 0.0 if gauge is None else gauge.operators * self._operator_seconds
+        cost = 0.0 if meter is None else meter.operators * self._operator_seconds
         self.seconds += cost
         self._credit[kind] += self._share * seconds - cost
 
@@ -135,16 +135,16 @@ def counting_seconds(call: Callable[[], object]) -> float:
     By this thread's own time on a CPU: what else runs on the machine is no part of it.
     """
 
-    def timed(gauge: StorageCounter | None) -> float:
+    def timed(meter: StorageCounter | None) -> float:
         start = time.thread_time()
-        with gauge or nullcontext():
+        with meter or nullcontext():
             call()
         return time.thread_time() - start
 
     with torch.inference_mode():
-        timed(gauge := StorageCounter())
+        timed(meter := StorageCounter())
         pairs = [(timed(None), timed(StorageCounter())) for _ in range(TRIALS)]
-    return max(0.0, median(counted - plain for plain, counted in pairs)) / max(1, gauge.operators)
+    return max(0.0, median(counted - plain for plain, counted in pairs)) / max(1, meter.operators)
 
 
 @cache
