@@ -131,6 +131,11 @@ def _lines(path: Path) -> list[str]:
     return path.read_text().splitlines() if path.is_file() else []
 
 
+def resident_bytes() -> int:
+    """Bytes of this process that lie in memory."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
 def trim() -> None:
     """Give the C library's free heap back to the system. Does nothing where there is no glibc."""
     release = getattr(ctypes.CDLL(None), "malloc_trim", None)
