@@ -1,4 +1,4 @@
-"""CONTRIBUTING tells the truth: its tree has every file of the service, its ways are functions that are called in that order."""
+"""CONTRIBUTING tells the truth: its tree has every file of the service, its ways are functions, called in that order."""
 
 from __future__ import annotations
 
