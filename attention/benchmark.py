@@ -29,8 +29,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from attention import AttentionBackend, HeadShape, Segments, build
-from attention.interface import finish
 from attention.memory import peak_bytes
+from attention.parts import finish
 
 HEADS, WIDTH = 8, 64
 REPEATS = 5
