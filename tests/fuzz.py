@@ -105,7 +105,7 @@ class Case:
 @st.composite
 def cases(draw: Any) -> Case:
     name = draw(st.sampled_from(names()))
-    options = {option: draw(st.sampled_from(values)) for option, values in OPTIONS[name].items() if draw(st.booleans())}
+    options = {option: draw(st.sampled_from(values)) for option, values in OPTIONS.get(name, {}).items() if draw(st.booleans())}
     heads = draw(st.sampled_from(((1, 1), (2, 1), (4, 2), (6, 2), (7, 1), (3, 3))))
     shape = HeadShape(*heads, draw(st.sampled_from((32, 64, 96, 256))), draw(st.sampled_from(DTYPES)))
     small = st.sampled_from((0, 0, 1, 2, 3, 8))

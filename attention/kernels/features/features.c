@@ -1,5 +1,5 @@
-/* Attention through positive features: the functions behind `native.scan`, `both_sides` and
- * `features_step`. `sums.py` is their slow reading.
+/* Attention through positive features: the functions behind `native.py`. `torch.py` is their
+ * slow reading.
  *
  * A token adds phi(k) [v, 1] to the sums S (D + 1, m) of its key-value head, and each of its
  * queries asks them: phi(q) S, numerator and denominator. With random rows W, phi(x) is 2^(x W -
@@ -13,9 +13,9 @@
  * is 66 KB a head.
  *
  * Feature r of the sums is short of 2^level_r, which a key sets that would pass it by 2^limit; a
- * first key passes -inf. Why no row's total is then below 1 is told in sums.py. Levels stand still
- * while chunks run: they go up to the first token that would raise one (or that is no number: 0 x
- * NaN is NaN), and on from there. So earlier rows are the same to the bit whatever comes later.
+ * first key passes -inf. Why no row's total is then below 1 is told in __init__.py. Levels stand
+ * still while chunks run: they go up to the first token that would raise one (or that is no number:
+ * 0 x NaN is NaN), and on from there. So earlier rows are the same to the bit whatever comes later.
  */
 #include "given.h"
 
