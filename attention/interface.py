@@ -3,7 +3,7 @@
 Read this file and you can write a backend. No attention is computed here; that is `backends/<name>.py`, by `kernels`.
 The words it uses are told in `shapes` (what a call is given), `parts` (a computation that pauses) and `pool` (states).
 
-Legend of shapes, used at line ends throughout `attention` and `service.model`:
+Legend of shapes, used at line ends throughout `attention` and, but for C, `service.model`:
 
     T   packed tokens: the new tokens of all sequences of a batch, one behind the other, never padded
     C   new tokens of one sequence, or of a block of it
