@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attention.backends.performer import projection
+from attention.projection import projection
 from service.model.transformer import Attend
 
 KEYS = 1024  # keys at a time where tiles are streamed: a tile of scores stays in the cache

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from attention import HeadShape, Segments, build
-from attention.backends.performer import Performer, projection
-from attention.sums import LIMIT
+from attention.backends.performer import Performer
+from attention.kernels.features import LIMIT
+from attention.projection import projection
 from attention.truth import BOUNDS, check
 from tests.attention.laws import Laws, extend_in, largest, tokens
 

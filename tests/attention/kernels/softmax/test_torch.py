@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from attention import blocks
-from attention.interface import finish
+from attention import history
+from attention.kernels.softmax import decode, streaming
+from attention.parts import finish
 from attention.truth import BOUNDS
 from tests.attention.laws import largest
 
@@ -30,26 +31,26 @@ def drawn(count: int, keys: int, dtype: torch.dtype = torch.float32) -> tuple[Te
 
 
 BANDS = [
-    blocks.Band(),
-    blocks.Band(high=0),
-    blocks.Band(low=-3),
-    blocks.Band(-2, 5),
-    blocks.Band(4, 9, free=3),
-    blocks.Band(40, 50),
+    streaming.Band(),
+    streaming.Band(high=0),
+    streaming.Band(low=-3),
+    streaming.Band(-2, 5),
+    streaming.Band(4, 9, free=3),
+    streaming.Band(40, 50),
 ]
 
 
 @pytest.mark.parametrize("band", BANDS)
 @pytest.mark.parametrize("most", [1, 7, 30, 100])
-def test_pieces_of_any_size_answer_as_the_whole(band: blocks.Band, most: int) -> None:
+def test_pieces_of_any_size_answer_as_the_whole(band: streaming.Band, most: int) -> None:
     q, k, v = drawn(20, 30)
     out = torch.empty_like(q)
-    finish(blocks.softmax(q, blocks.split(blocks.Piece(k, v, band), most), out, blocks.Room(q)))
+    finish(streaming.answer(q, streaming.split(streaming.Piece(k, v, band), most), out, streaming.Room(q)))
     assert largest(out - plain(q, k, v, band.hidden(20, 30, q.device))) <= BOUNDS[torch.float32]
 
 
 @pytest.mark.parametrize("band", BANDS)
-def test_clearing_a_band_zeroes_what_the_band_hides_and_nothing_else(band: blocks.Band) -> None:
+def test_clearing_a_band_zeroes_what_the_band_hides_and_nothing_else(band: streaming.Band) -> None:
     weights = torch.ones(2, 3, 20, 30)
     band.clear(weights)
     assert torch.equal(weights == 0, band.hidden(20, 30, weights.device).expand(2, 3, 20, 30))
@@ -58,10 +59,10 @@ def test_clearing_a_band_zeroes_what_the_band_hides_and_nothing_else(band: block
 def test_a_row_that_sees_nothing_is_zeros_and_its_neighbours_are_right() -> None:
     q, k, v = drawn(20, 30)
     out = torch.empty_like(q)
-    piece = blocks.Piece(k, v, blocks.Band(low=20))  # row i sees columns from i + 20: the last ten none
-    finish(blocks.softmax(q, [piece], out, blocks.Room(q)))
+    piece = streaming.Piece(k, v, streaming.Band(low=20))  # row i sees columns from i + 20: the last ten none
+    finish(streaming.answer(q, [piece], out, streaming.Room(q)))
     assert (out[10:] == 0).all() and (out[:10] != 0).all()
-    assert largest(out - plain(q, k, v, blocks.Band(low=20).hidden(20, 30, q.device))) <= BOUNDS[torch.float32]
+    assert largest(out - plain(q, k, v, streaming.Band(low=20).hidden(20, 30, q.device))) <= BOUNDS[torch.float32]
 
 
 @pytest.mark.parametrize("shift", [-400.0, -80.0, 80.0, 400.0])
@@ -72,16 +73,16 @@ def test_scores_that_are_all_huge_or_all_tiny_are_answered_like_others(shift: fl
         math.copysign(math.sqrt(abs(shift) * 4), shift),
     )  # adds shift to each score
     out = torch.empty_like(q)
-    finish(blocks.softmax(q, [blocks.Piece(k, v)], out, blocks.Room(q)))
+    finish(streaming.answer(q, [streaming.Piece(k, v)], out, streaming.Room(q)))
     assert largest(out - plain(q, k, v, torch.zeros(20, 30, dtype=torch.bool))) <= 400 * 2**-20  # a score's own rounding
 
 
 def test_one_row_out_of_range_changes_no_other_row_by_a_bit() -> None:
     q, k, v = drawn(20, 30)
     before, after = torch.empty_like(q), torch.empty_like(q)
-    finish(blocks.softmax(q, [blocks.Piece(k, v)], before, blocks.Room(q)))
+    finish(streaming.answer(q, [streaming.Piece(k, v)], before, streaming.Room(q)))
     q[7] *= 1000
-    finish(blocks.softmax(q, [blocks.Piece(k, v)], after, blocks.Room(q)))
+    finish(streaming.answer(q, [streaming.Piece(k, v)], after, streaming.Room(q)))
     others = torch.arange(20) != 7
     assert torch.equal(before[others], after[others]) and not torch.equal(before[7], after[7])
 
@@ -90,7 +91,7 @@ def test_float16_is_never_trusted_unshifted() -> None:
     q, k, v = drawn(20, 30, torch.float16)
     q[..., 0], k[..., 0] = 9.0, -9.0  # scores near -20: 2^s is below the smallest normal float16
     out = torch.empty_like(q)
-    finish(blocks.softmax(q, [blocks.Piece(k, v)], out, blocks.Room(q)))
+    finish(streaming.answer(q, [streaming.Piece(k, v)], out, streaming.Room(q)))
     assert largest(out - plain(q, k, v, torch.zeros(20, 30, dtype=torch.bool))) <= 4 * BOUNDS[torch.float16]  # scores of 20
 
 
@@ -101,9 +102,9 @@ def test_histories_that_step_together_answer_as_plain_softmax(counts: tuple[int,
     for mode in (True, False, True):  # memory that is kept from step to step serves both
         with torch.inference_mode(mode):
             out = torch.empty_like(q)
-            blocks.step(q, states, counts, 2, out)
+            decode.step(q, states, counts, 2, out)
         for row, state, count in zip(range(len(counts)), states, counts, strict=True):
-            k, v = blocks.history(state, count, 2)
+            k, v = (x.transpose(0, 1) for x in history.read(state, count, 2))
             assert largest(out[row : row + 1] - plain(q[row : row + 1], k, v, torch.zeros(1, count).bool())) < 1e-5
 
 
@@ -116,7 +117,7 @@ def test_threads_that_step_at_once_do_not_meet() -> None:
     def answer(seed: int) -> Tensor:
         q = drawn(8, 2000 + seed)[0]
         out = torch.empty_like(q)
-        blocks.step(q, states, counts, 2, out)
+        decode.step(q, states, counts, 2, out)
         return out
 
     wanted = [answer(seed) for seed in range(4)]
