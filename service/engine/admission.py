@@ -32,7 +32,7 @@ from service.engine.request import (
 )
 from service.engine.sampling import bytes_per_logit
 
-# Of Python objects, measured with tracemalloc and rounded up, see tests/engine/test_admission.py:
+# Of Python objects, measured with tracemalloc and rounded up, see tests/engine/test_answer.py:
 LOGPROB_BYTES = 256  # per token with log-probability and per alternative, of prompt and answer
 TOKEN_BYTES = 128  # per token of an answer that waits to be read: its id, and text of up to 24 characters at four bytes
 ECHO_BYTES = 64  # per token of a prompt that is given back with an answer, copies on the way included
