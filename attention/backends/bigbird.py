@@ -105,18 +105,19 @@ class BigBird(AttentionBackend):
     def _runs(self, position: int, kept: int) -> Runs:
         """The blocks that a token sees behind its past as runs of a state of `kept` keys; the last ends with its own block."""
         block = position // self.options.block
-        return self._seen_runs(block, block + 1, history.rounded(position + 1, kept))
+        return self._cut_runs(block, block + 1, history.rounded(position + 1, kept))
 
-    def _seen_runs(self, block: int, count: int, end: int) -> Runs:
+    def _cut_runs(self, block: int, count: int, end: int) -> Runs:
         """What a query block sees in a sequence of `count` blocks as runs of keys, none behind `end`."""
-        *found, (first, last) = _joined(self.seen(block, count), self.options.block)
-        return [*found, (first, min(last, end))]
+        found = _seen_runs(self.options, block, count)
+        first, last = found[-1]
+        return (*found[:-1], (first, min(last, end)))
 
     def _shown(self, past: int, total: int, causal: bool) -> Iterator[tuple[int, Runs]]:
         """For each query block of positions past..total, where it ends among the queries and the runs of keys it sees."""
         size = self.options.block
         for block in range(past // size, -(-total // size)):
-            runs = self._seen_runs(block, block + 1 if causal else -(-total // size), total)
+            runs = self._cut_runs(block, block + 1 if causal else -(-total // size), total)
             yield min(total, (block + 1) * size) - past, runs
 
     def state(self, max_tokens: int) -> dict[str, StateTensor]:
@@ -162,10 +163,12 @@ def _others(taken: set[int], ranks: list[int]) -> Iterator[int]:
         yield block
 
 
-def _joined(seen: tuple[int, ...], size: int) -> list[tuple[int, int]]:
-    """Blocks as runs of keys, neighbours as one."""
+@lru_cache(maxsize=1 << 16)
+def _seen_runs(options: BigBirdOptions, block: int, count: int) -> tuple[tuple[int, int], ...]:
+    """What `_seen` names as runs of keys, neighbours as one."""
     found: list[tuple[int, int]] = []
-    for block in seen:
-        first = found.pop()[0] if found and found[-1][1] == block * size else block * size
-        found.append((first, (block + 1) * size))
-    return found
+    for seen in _seen(options, block, count):
+        start = seen * options.block
+        first = found.pop()[0] if found and found[-1][1] == start else start
+        found.append((first, start + options.block))
+    return tuple(found)

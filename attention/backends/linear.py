@@ -48,7 +48,7 @@ class Linear(AttentionBackend):
     def step(
         self, q: Tensor, k: Tensor, v: Tensor, past: Sequence[int], states: Sequence[dict[str, Tensor]], out: Tensor
     ) -> None:
-        self.features.step(q, k, v, [Sums.of(state) for state in states], out)
+        self.features.step(q, k, v, states, out)
 
     def state(self, max_tokens: int) -> dict[str, StateTensor]:
         return features.state(self.shape, self.shape.head_width)

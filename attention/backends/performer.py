@@ -111,7 +111,7 @@ class Performer(AttentionBackend):
         if self.options.local_chunk:
             self._step_chunks(q, k, v, past, states, out)
         else:
-            self.features.step(q, k, v, [Sums.of(state) for state in states], out)
+            self.features.step(q, k, v, states, out)
 
     def _attend_chunks(self, q: Tensor, k: Tensor, v: Tensor, sums: Sums, out: Tensor) -> Parts:
         """A whole sequence with its near keys exactly; the sums begin empty."""
@@ -148,7 +148,7 @@ class Performer(AttentionBackend):
             return
         everyone = len(old) == len(q)
         queries, near, answers = (x if everyone else x[old] for x in (q, near, out))
-        self.features.join_step(queries, [Sums.of(states[i]) for i in old], near, answers)
+        self.features.join_step(queries, [states[i] for i in old], near, answers)
         if not everyone:
             out[old] = answers
 

@@ -110,7 +110,7 @@ class Kernel:
         self.functions = functions
         self.tables = tables
         self.structs = structs
-        self._opened: dict[Path, ctypes.CDLL | None] = {}
+        self._opened: tuple[Path, ctypes.CDLL | None] | None = None
 
     def library(self) -> ctypes.CDLL | None:
         """The compiled functions, None where the package was installed without a C compiler.
@@ -118,9 +118,9 @@ class Kernel:
         Raises:
             RuntimeError: they were built from other sources than these.
         """
-        if self.home not in self._opened:
-            self._opened[self.home] = self._open()
-        return self._opened[self.home]
+        if self._opened is None or self._opened[0] is not self.home:
+            self._opened = self.home, self._open()
+        return self._opened[1]
 
     def obstacle(self, dtype: torch.dtype, device: torch.device, limits: str = "") -> str | None:
         """Why they cannot be called with tensors like these here; None when they can. limits: what else speaks against it."""

@@ -81,10 +81,10 @@ class Features(Protocol):
     def join(self, q: Tensor, sums: Sums, near: Tensor, out: Tensor) -> Parts:
         """Add the keys in the sums to answers out over other keys, whose weights sum to 2^near, (C, H, 1)."""
 
-    def step(self, q: Tensor, k: Tensor, v: Tensor, sums: Sequence[Sums], out: Tensor) -> None:
-        """Add one token of each of B sequences to its sums and ask them. q, out: (B, H, D). k, v: (B, G, D)."""
+    def step(self, q: Tensor, k: Tensor, v: Tensor, states: Sequence[dict[str, Tensor]], out: Tensor) -> None:
+        """Add one token of each of B sequences to the sums in its state and ask them. q, out: (B, H, D). k, v: (B, G, D)."""
 
-    def join_step(self, q: Tensor, sums: Sequence[Sums], near: Tensor, out: Tensor) -> None:
+    def join_step(self, q: Tensor, states: Sequence[dict[str, Tensor]], near: Tensor, out: Tensor) -> None:
         """`join` of one token of each of B sequences: q, out (B, H, D), near (B, H, 1)."""
 
     def attend_bytes(self, queries: int, causal: bool) -> int:

@@ -102,11 +102,11 @@ class Features:
     def join(self, q: Tensor, sums: Sums, near: Tensor, out: Tensor) -> Parts:
         return self._many((q, out), None, sums, near)
 
-    def step(self, q: Tensor, k: Tensor, v: Tensor, sums: Sequence[Sums], out: Tensor) -> None:
-        self._one(q, (k, v), sums, out)
+    def step(self, q: Tensor, k: Tensor, v: Tensor, states: Sequence[dict[str, Tensor]], out: Tensor) -> None:
+        self._one(q, (k, v), states, out)
 
-    def join_step(self, q: Tensor, sums: Sequence[Sums], near: Tensor, out: Tensor) -> None:
-        self._one(q, None, sums, out, near)
+    def join_step(self, q: Tensor, states: Sequence[dict[str, Tensor]], near: Tensor, out: Tensor) -> None:
+        self._one(q, None, states, out, near)
 
     def attend_bytes(self, queries: int, causal: bool) -> int:
         shape = self.shape
@@ -149,9 +149,11 @@ class Features:
             2 * max(CHUNK, width) * words * threads(),
         )
 
-    def _one(self, q: Tensor, adding: Pair | None, sums: Sequence[Sums], out: Tensor, near: Tensor | None = None) -> None:
+    def _one(
+        self, q: Tensor, adding: Pair | None, states: Sequence[dict[str, Tensor]], out: Tensor, near: Tensor | None = None
+    ) -> None:
         """One query of each of B sequences, (B, H, D), and keys and values where they are added, (B, G, D)."""
-        (sequences, heads, width), groups = q.shape, len(sums[0].s)
+        (sequences, heads, width), groups = q.shape, len(states[0]["s"])
         q, k, v = (x if x is None or x.stride(1) == width else x.contiguous() for x in (q, *(adding or (None, None))))
         scratch = torch.empty(sequences * (heads + groups) * self.count, dtype=torch.float32)
         call = _step(
@@ -171,7 +173,8 @@ class Features:
             adding is not None,
             *self._told_last,
         )
-        states = array("q")
-        for s, level in sums:  # tight, as all state is
-            states.extend((s.data_ptr(), s.nbytes, level.data_ptr(), level.nbytes))
-        KERNEL.call("features_step", call, states.buffer_info()[0], len(sums), threads())
+        sums = array("q")
+        for state in states:
+            s, level = state["s"], state["level"]  # tight, as all state is
+            sums.extend((s.data_ptr(), s.nbytes, level.data_ptr(), level.nbytes))
+        KERNEL.call("features_step", call, sums.buffer_info()[0], len(states), threads())

@@ -81,7 +81,8 @@ class Features:
             self._join(q[a:b], sums, near[a:b], out[a:b])
             yield
 
-    def step(self, q: Tensor, k: Tensor, v: Tensor, sums: Sequence[Sums], out: Tensor) -> None:
+    def step(self, q: Tensor, k: Tensor, v: Tensor, states: Sequence[dict[str, Tensor]], out: Tensor) -> None:
+        sums = [Sums.of(state) for state in states]
         wide, heads, groups = self.wide, q.shape[1], k.shape[1]
         found = self.tokens(torch.cat((q, k), dim=1))  # all features of all sequences at once
         queries, keys = _part(found, slice(heads), groups), _part(found, slice(heads, None), groups)
@@ -99,7 +100,8 @@ class Features:
             torch.bmm(query, s.transpose(1, 2), out=answer)
         _divide_step(both, out)
 
-    def join_step(self, q: Tensor, sums: Sequence[Sums], near: Tensor, out: Tensor) -> None:
+    def join_step(self, q: Tensor, states: Sequence[dict[str, Tensor]], near: Tensor, out: Tensor) -> None:
+        sums = [Sums.of(state) for state in states]
         queries = _part(self.tokens(q), slice(None), len(sums[0].s))
         asking, top = queries.asking(self.levels(sums))
         asking = asking[..., : self.count]
