@@ -89,9 +89,12 @@ class ServiceConfig(Settings):
 
 
 class AttentionConfig(Settings):
-    """The switch: the allow-list of backends with their options, in order, and which one serves when none is asked for."""
+    """The switch: the allow-list of backends with their options, in order, and which one serves when none is asked for.
 
-    default: str = "dense"
+    A checkpoint with windows of its own is always offered under them, as `native`, see `for_windows`.
+    """
+
+    default: str | None = None  # None: the checkpoint's own, which is native where it has windows, else dense
     backends: dict[str, dict[str, Any] | None] = Field(default={"dense": {}}, min_length=1)
 
     @field_validator("backends")
@@ -112,9 +115,27 @@ class AttentionConfig(Settings):
 
     @model_validator(mode="after")
     def _default_is_allowed(self) -> AttentionConfig:
-        if self.default not in (*self.backends, "auto"):
-            raise ValueError(f"default must be auto or one of backends ({', '.join(self.backends)}), received {self.default!r}")
+        if (self.default or "dense") not in (*self.backends, "auto", "native"):
+            wanted = f"default must be auto, native or one of backends ({', '.join(self.backends)})"
+            raise ValueError(f"{wanted}, received {self.default or 'none, which is dense'!r}")
         return self
+
+    def for_windows(self, windows: Sequence[int | None]) -> AttentionConfig:
+        """The switch as it serves a checkpoint that has these windows, by layer: its default named, `native` filled in.
+
+        Raises:
+            ValueError: it names `native`, and no layer has a window; or it says the windows, which are the checkpoint's to say.
+        """
+        is_windowed = any(window is not None for window in windows)
+        backends = dict(self.backends)
+        if not is_windowed and "native" in (self.default, *backends):
+            raise ValueError("native: this checkpoint sees everything in every layer, which is dense")
+        if is_windowed:
+            options = backends.pop("native", None) or {}
+            if tuple(options.get("windows") or windows) != tuple(windows):
+                raise ValueError(f"native.windows: they are the checkpoint's to say, {list(windows)}")
+            backends = {"native": {**options, "windows": tuple(windows)}, **backends}
+        return AttentionConfig(default=self.default or ("native" if is_windowed else "dense"), backends=backends)
 
 
 class UserConfig(Settings):

@@ -39,8 +39,9 @@ from service.engine.engine import Backends, Engine
 from service.engine.memory import BESIDE_BUDGET_BYTES
 from service.engine.request import Delta, ModelFailed, Request, RequestError, Sampling
 from service.machine import Place, dealt_cpus, in_passing_thread
+from service.model import families
 from service.model.checkpoint import EMBEDDED, Checkpoint, choose_dtype, load
-from service.model.transformer import ModelConfig, Transformer
+from service.model.transformer import Transformer
 
 PARTS = ("bare", "engine", "memory", "http")
 BACKENDS: dict[str, dict[str, Any]] = {
@@ -67,7 +68,7 @@ def bare_model(groups: int) -> Transformer:
     config = json.loads((EMBEDDED / "config.json").read_text()) | {"num_key_value_heads": groups}
     torch.manual_seed(0)
     dtype, _ = choose_dtype("auto", "cpu")
-    model = Transformer(ModelConfig.from_dict(config)).to(dtype).requires_grad_(False).eval()
+    model = Transformer(families.read(config)).to(dtype).requires_grad_(False).eval()
     model.pack()
     return model
 

@@ -1,19 +1,19 @@
 """What a computation will take, before it runs: seconds by a pace measured at start, bytes by the laws of cost.
 
-`Pace` is this machine's speed: two straight lines, one for the model without attention, one per backend for a layer's
+`Pace` is this machine's speed: straight lines, one for the model without attention, one per backend for a layer's
 attention over its flops. `Course` cuts a prefill into chunks by position. Measuring costs tenths of a second.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from attention import AttentionBackend, Segments
+from attention import AttentionBackend, Segments, shares
 from service.model.transformer import Transformer
 
 REPEATS = 7
@@ -43,12 +43,13 @@ class Pace:
 
     layers: int
     model: Line  # over tokens, attention left out
-    attention: Line  # over flops, one layer
+    attention: Mapping[AttentionBackend, Line]  # over flops, one layer of each kind that the backend has
     backend: AttentionBackend
 
     def attention_seconds(self, queries: int, keys: int) -> float:
-        """Predicted seconds of one layer's attention for `queries` tokens at the end of a sequence of `keys`."""
-        return self.attention(self.backend.cost(queries, keys, causal=True).flops)
+        """Predicted seconds of a layer's attention, on average, for `queries` tokens at the end of a sequence of `keys`."""
+        kinds = shares(self.backend).items()
+        return sum(share * self.attention[kind](kind.cost(queries, keys, causal=True).flops) for kind, share in kinds)
 
 
 def measure_model(model: Transformer, tokens: int = 256) -> Line:
@@ -61,7 +62,12 @@ def measure_model(model: Transformer, tokens: int = 256) -> Line:
     return Line.through((1, _seconds(run(1))), (tokens, _seconds(run(tokens))))
 
 
-def measure_attention(backend: AttentionBackend, max_length: int) -> Line:
+def measure_attention(backend: AttentionBackend, max_length: int) -> dict[AttentionBackend, Line]:
+    """Time one layer of each kind that a backend has."""
+    return {kind: _measure_layer(kind, max_length) for kind in shares(backend)}
+
+
+def _measure_layer(backend: AttentionBackend, max_length: int) -> Line:
     """Time one layer's `extend` for one token without history and for a probe at the end of a long sequence."""
     shape = backend.shape
     tokens = min(PROBE_ROWS, max_length)

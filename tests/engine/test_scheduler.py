@@ -20,7 +20,7 @@ from tests.engine import world
 MODEL = world.make_model()
 TOKENIZER = world.make_tokenizer()
 DENSE = world.make_backends(MODEL).by_name["dense"]
-PACE = Pace(2, Line(0.001, 1e-5), Line(0.0, 1e-9), DENSE)
+PACE = Pace(2, Line(0.001, 1e-5), {DENSE: Line(0.0, 1e-9)}, DENSE)
 BUDGET = 10_000
 
 
