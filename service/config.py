@@ -134,7 +134,7 @@ class AttentionConfig(Settings):
             options = backends.pop("native", None) or {}
             if tuple(options.get("windows") or windows) != tuple(windows):
                 raise ValueError(f"native.windows: they are the checkpoint's to say, {list(windows)}")
-            backends = {"native": {**options, "windows": tuple(windows)}, **backends}
+            backends = {"native": {**options, "windows": list(windows)}, **backends}
         return AttentionConfig(default=self.default or ("native" if is_windowed else "dense"), backends=backends)
 
 

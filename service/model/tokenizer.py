@@ -214,9 +214,8 @@ def _stripped(token: str, step: dict[str, Any], is_first: bool) -> str:
 
 def _word_marked(token: str, step: dict[str, Any], is_first: bool) -> str:
     mark = step["replacement"]
-    if is_first and step.get("prepend_scheme", "always") != "never":
-        return token.removeprefix(mark).replace(mark, " ")
-    return token.replace(mark, " ")
+    is_dropped = is_first and step.get("prepend_scheme", "always") != "never"
+    return token.replace(mark, "" if is_dropped else " ")
 
 
 def _word_piece(token: str, step: dict[str, Any], is_first: bool) -> str:

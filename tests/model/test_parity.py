@@ -1,4 +1,4 @@
-"""Every family answers as transformers does: logits of short and long texts, and greedy answers, bare and through the engine."""
+"""Every family answers as transformers does: logits of short and long texts, greedy answers, bare and through the engine."""
 
 from __future__ import annotations
 
