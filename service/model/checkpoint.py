@@ -59,18 +59,32 @@ def load(directory: str | Path = EMBEDDED, dtype: str = "auto", device: str = "c
         ValueError: a file that is damaged, or a config or tensor that this service cannot serve, named.
     """
     directory = files.find(Path(directory))
-    config = read_config(directory)
-    tensors = Tensors(directory, families.of(config.model_type).PREFIX)
-    config = _with_head(config, tensors)
-    layout = list(families.of(config.model_type).weights(config))
-    check(layout, tensors)
+    config, tensors = read_layout(directory)
     chosen, reason = choose_dtype(dtype, device)
-    with torch.device("meta"):
-        model = Transformer(config)
-    fill(model, layout, tensors, chosen, device)
+    model = outline(config)
+    fill(model, families.of(config.model_type).weights(config), tensors, chosen, device)
     model.eval().pack()
     tokenizer = Tokenizer.load(directory, config.eos_token_id, config.vocab_size)
     return Checkpoint(name or id_of(directory), model, tokenizer, reason)
+
+
+def outline(config: ModelConfig) -> Transformer:
+    """A model whose parameters have shapes and no memory."""
+    with torch.device("meta"):
+        return Transformer(config)
+
+
+def read_layout(directory: Path) -> tuple[ModelConfig, Tensors]:
+    """What the directory's config says and where the tensors it asks for are, all of them there in the right shape.
+
+    Raises:
+        FileNotFoundError, ValueError: as `load`.
+    """
+    config = read_config(directory)
+    tensors = Tensors(directory, families.of(config.model_type).PREFIX)
+    config = _with_head(config, tensors)
+    check(list(families.of(config.model_type).weights(config)), tensors)
+    return config, tensors
 
 
 def read_config(directory: Path) -> ModelConfig:

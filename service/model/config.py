@@ -75,7 +75,7 @@ class ModelConfig:
         """Why answers under a backend are not those the checkpoint was trained to give; None: they are, as far as it tells."""
         if not self.is_windowed or backend == NATIVE:
             return None
-        return f"the checkpoint was trained with windows of its own, which native keeps and {backend} need not"
+        return f"the checkpoint was trained with windows of its own, which native keeps and {backend} does not"
 
     @property
     def eos_token_id(self) -> int | None:
