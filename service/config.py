@@ -75,6 +75,7 @@ class ServiceConfig(Settings):
 
     model: str = "embedded"  # `embedded`, or a directory in Hugging Face format (relative to the file that names it)
     name: str | None = None  # the id under /v1/models; None: the checkpoint's own
+    max_length: int | None = Field(default=None, gt=0)  # tokens of a sequence, at most; None: the checkpoint's context
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     device: str = "cpu"
     threads: int | None = Field(default=None, gt=0)  # torch threads; None: this replica's part of the CPUs

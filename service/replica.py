@@ -34,6 +34,7 @@ from service.logs import LOGGERS
 from service.machine import Place, dealt_cpus, dealt_threads, in_passing_thread
 from service.metrics import Metrics
 from service.model import checkpoint
+from service.model.checkpoint import Checkpoint
 from service.model.tokenizer import Tokenizer
 from service.switch import LastServed, Switch, parse
 
@@ -80,7 +81,7 @@ class Replica:
         self._last_served = last_served or LastServed()
         self._facts = facts or {}
         self._page = Page(gather or self._only_mine)
-        self._loaded = in_passing_thread(lambda: checkpoint.load(_directory(config), config.dtype, config.device, config.name))
+        self._loaded = in_passing_thread(lambda: _load(config))
         self._started = time.time()
         self._metrics = Metrics()
         model = self._loaded.model
@@ -234,6 +235,10 @@ def _traced(metrics: Metrics, endpoint: str, name: str) -> Traced:
     from service import tracing  # a tenth of a second of imports that only traces need
 
     return tracing.Traced(metrics, tracing.exporter(endpoint), name)
+
+
+def _load(config: ServiceConfig) -> Checkpoint:
+    return checkpoint.load(_directory(config), config.dtype, config.device, config.name, config.max_length)
 
 
 def _directory(config: ServiceConfig) -> str:

@@ -9,7 +9,7 @@ import attention
 from attention import AttentionBackend, shares
 from service.config import AttentionConfig, ServiceConfig
 from service.engine.forecast import Course, Line, Pace
-from service.model import checkpoint, files
+from service.model import checkpoint, files, rotary
 from service.model.config import ModelConfig
 from service.model.tokenizer import Tokenizer
 from service.model.transformer import Transformer
@@ -25,7 +25,7 @@ def survey(directory: Path, args: ServiceConfig, switch: AttentionConfig) -> Ite
         FileNotFoundError, ValueError: what `checkpoint.load` refuses, but for numbers in the weights that are none.
     """
     directory = files.find(directory)
-    config, _ = checkpoint.read_layout(directory)
+    config = checkpoint.read_layout(directory)[0].up_to(args.max_length)
     tokenizer = Tokenizer.load(directory, config.eos_token_id, config.vocab_size)
     dtype, reason = checkpoint.choose_dtype(args.dtype, args.device)
     model = checkpoint.outline(config).to(dtype)
@@ -33,7 +33,7 @@ def survey(directory: Path, args: ServiceConfig, switch: AttentionConfig) -> Ite
     name = str(dtype).removeprefix("torch.")
     yield f"{args.name or checkpoint.id_of(directory)}: {config.model_type}, {count / 1e6:.1f} million parameters"
     yield f"dtype       {name}, {_mib(count * dtype.itemsize)} MiB of weights ({reason})"
-    yield f"context     {config.max_position_embeddings} tokens, vocabulary {len(tokenizer.ids)}"
+    yield f"context     {config.max_length} tokens, vocabulary {len(tokenizer.ids)}{_positions(config)}"
     yield f"ends        {', '.join(map(str, config.eos_token_ids)) or 'none: answers end by max_tokens alone'}"
     yield f"sampling    {_sampling(directory)}"
     yield f"attends     {_own(config)}"
@@ -49,6 +49,14 @@ def _sampling(directory: Path) -> str:
     return f"the file suggests {', '.join(suggested)}: callers say theirs, these are not taken"
 
 
+def _positions(config: ModelConfig) -> str:
+    """What LongRoPE, whose factors are the served length's here and the text's in transformers, does to shorter texts."""
+    trained = [limit for rope in config.ropes if (limit := rotary.stretched_beyond(rope, config.max_length))]
+    if not trained:
+        return ""
+    return f"; texts up to {trained[0]} tokens are answered as in transformers under max_length: {trained[0]} only"
+
+
 def _own(config: ModelConfig) -> str:
     if not config.is_windowed:
         return "to everything in every layer: under any backend but dense answers are others than transformers'"
@@ -59,7 +67,7 @@ def _own(config: ModelConfig) -> str:
 
 def _table(config: ModelConfig, model: Transformer, args: ServiceConfig, switch: AttentionConfig) -> Iterator[str]:
     """A row per backend: MiB of one request by length."""
-    longest = config.max_position_embeddings
+    longest = config.max_length
     lengths = [*(length for length in LENGTHS if length < longest), longest]
     yield f"{'MiB of a request of so many tokens':40}" + "".join(f"{length:>10}" for length in lengths)
     shape = config.head_shape(model.dtype, args.device)
@@ -77,7 +85,7 @@ def _course(model: Transformer, backend: AttentionBackend, chunk: int) -> Course
     """The course of a prefill, of which only the bytes are asked: no pace was measured."""
     none = Line(0.0, 0.0)
     pace = Pace(model.config.num_hidden_layers, none, dict.fromkeys(shares(backend), none), backend)
-    return Course(model, pace, model.config.max_position_embeddings, chunk)
+    return Course(model, pace, model.config.max_length, chunk)
 
 
 def _mib(size: int) -> str:

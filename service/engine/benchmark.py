@@ -110,7 +110,7 @@ def measure_bare(lengths: Sequence[int]) -> None:
         for name in BACKENDS:
             backend = build(model, name)
             for tokens in lengths:
-                tokens = min(tokens, model.config.max_position_embeddings - STEPS)
+                tokens = min(tokens, model.config.max_length - STEPS)
                 bare(model, backend, tokens)  # compiles the kernels of these shapes
                 prefill, step = bare(model, backend, tokens, steps=STEPS)
                 told = f"{tokens / prefill:8.0f} tokens/s, decode step {step * 1e3:.2f} ms"

@@ -250,7 +250,7 @@ class Engine:
 
     @property
     def _max_length(self) -> int:
-        return self._model.config.max_position_embeddings
+        return self._model.config.max_length
 
     def _admit(self, request: Request) -> tuple[Route, str]:
         """The request's backend and why, or its refusal."""

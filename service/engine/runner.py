@@ -241,7 +241,7 @@ def row_multiple(model: Transformer, rows: int = 512) -> int | None:
     Returns:
         1, 4, 8 or 16; None when none of them helps, and answers may differ in the last bits by what shares the batch.
     """
-    ids = torch.arange(rows, device=model.device) % model.config.vocab_size
+    ids = torch.arange(rows, device=model.device) % min(model.config.vocab_size, model.config.max_length)  # positions, too
 
     def compute(count: int) -> tuple[Tensor, Tensor]:
         hidden = model.hidden(ids[:count], ids[:count], lambda layer, q, k, v: q)

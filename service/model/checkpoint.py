@@ -44,14 +44,21 @@ class Checkpoint:
     @property
     def max_length(self) -> int:
         """Most tokens a sequence may have, prompt and answer together."""
-        return self.model.config.max_position_embeddings
+        return self.model.config.max_length
 
 
-def load(directory: str | Path = EMBEDDED, dtype: str = "auto", device: str = "cpu", name: str | None = None) -> Checkpoint:
+def load(
+    directory: str | Path = EMBEDDED,
+    dtype: str = "auto",
+    device: str = "cpu",
+    name: str | None = None,
+    max_length: int | None = None,
+) -> Checkpoint:
     """Load a checkpoint directory.
 
     Args:
         dtype: `auto` takes bfloat16 where this machine multiplies it faster than float32 (measured now), else float32.
+        max_length: tokens of the longest sequence that will be served; by default the checkpoint's context.
         name: the id it is served under; by default the directory's name, or the repository's in a hub's cache.
 
     Raises:
@@ -61,7 +68,7 @@ def load(directory: str | Path = EMBEDDED, dtype: str = "auto", device: str = "c
     directory = files.find(Path(directory))
     config, tensors = read_layout(directory)
     chosen, reason = choose_dtype(dtype, device)
-    model = outline(config)
+    model = outline(config.up_to(max_length))
     fill(model, families.of(config.model_type).weights(config), tensors, chosen, device)
     model.eval().pack()
     tokenizer = Tokenizer.load(directory, config.eos_token_id, config.vocab_size)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -65,6 +65,18 @@ class ModelConfig:
     query_scale: float = 1.0  # beside attention's own 1 / sqrt(D)
     embed_scale: float = 1.0
     logit_cap: float | None = None  # logits x become cap tanh(x / cap)
+    served_length: int | None = None  # tokens of the longest sequence that is served, where that is less than the context
+
+    @property
+    def max_length(self) -> int:
+        """Most tokens a sequence may have, prompt and answer together."""
+        return self.served_length or self.max_position_embeddings
+
+    def up_to(self, length: int | None) -> ModelConfig:
+        """The same, serving sequences of up to `length` tokens; None: as long as the context. Raises ValueError beyond that."""
+        if length is not None and length > self.max_position_embeddings:
+            raise ValueError(f"max_length is {length}, the checkpoint's context {self.max_position_embeddings} tokens")
+        return replace(self, served_length=length)
 
     @property
     def is_windowed(self) -> bool:

@@ -116,6 +116,13 @@ def attention_factor(rope: Rope) -> float:
     return _mscale(factor, over) / _mscale(factor, under) if over and under else _mscale(factor, 1)
 
 
+def stretched_beyond(rope: Rope, longest: int) -> int | None:
+    """The trained length, where serving up to `longest` tokens takes LongRoPE's long factors for shorter texts, too."""
+    stated = dict(rope)
+    trained = int(stated.get("original_max_position_embeddings", longest))
+    return trained if stated["rope_type"] == "longrope" and longest > trained else None
+
+
 def _mscale(factor: float, scale: float) -> float:
     return 1.0 if factor <= 1 else 0.1 * scale * math.log(factor) + 1.0
 
@@ -149,7 +156,10 @@ def _yarn(inverse: Tensor, stated: Mapping[str, Any], longest: int) -> Tensor:
 
 def _longrope(inverse: Tensor, stated: Mapping[str, Any], longest: int) -> Tensor:
     is_long = longest > stated["original_max_position_embeddings"]
-    return inverse / torch.tensor(stated["long_factor" if is_long else "short_factor"], dtype=torch.float32)
+    factors = stated["long_factor" if is_long else "short_factor"]
+    if len(factors) != len(inverse):
+        raise ValueError(f"longrope needs {len(inverse)} factors, the checkpoint has {len(factors)}")
+    return inverse / torch.tensor(factors, dtype=torch.float32)
 
 
 def _default(inverse: Tensor, stated: Mapping[str, Any], longest: int) -> Tensor:

@@ -344,7 +344,7 @@ class Transformer(nn.Module):
     @torch.inference_mode(False)  # training may use a table that an evaluation made
     def _table(self) -> Tensor:
         """Turns of all positions, of each kind, (R, P, 1, 2 D). In float32: in bfloat16 angles would be whole turns off."""
-        longest, depth = self.config.max_position_embeddings, self.config.head_dim
+        longest, depth = self.config.max_length, self.config.head_dim
         return torch.stack([_turns(rope, depth, longest).to(self.device, self.dtype) for rope in self._ropes])
 
 

@@ -77,6 +77,14 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "short_factor": [1.0, 1.1, 1.2, 1.3, 1.4, 1.5],
+    "long_factor": [1.0, 2.0, 4.0, 8.0, 16.0, 32.0],
+}
+
+
 @pytest.fixture(scope="module", params=CASES)
 def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     family, changes = CASES[request.param]
@@ -103,3 +111,21 @@ async def test_the_engine_gives_the_greedy_answer_transformers_gives(checkpoint:
     async with world.running(loaded.model, backends, tokenizer=loaded.tokenizer, chunk_tokens=32) as engine:
         ours = await world.tokens_of(engine, world.completion(prompt.tolist(), max_tokens=64))
     assert ours == their_answer(checkpoint, prompt, 64)
+
+
+@pytest.mark.parametrize(("length", "max_length"), [(60, 128), (300, None)], ids=["short", "long"])
+async def test_longrope_takes_the_factors_of_the_served_length(tmp_path: Path, length: int, max_length: int | None) -> None:
+    """transformers takes those of each text: the short ones up to the trained length, else the long ones."""
+    write(tmp_path, "phi3", head_dim=12, rope_parameters=LONGROPE, original_max_position_embeddings=128)
+    loaded, tokens = load(tmp_path, dtype="float32", max_length=max_length), draw(length)
+    assert loaded.max_length == (max_length or 512)
+    torch.testing.assert_close(our_logits(loaded.model, tokens, 61), their_logits(tmp_path, tokens), rtol=0, atol=1e-4)
+    backends = Backends({"own": own_backend(loaded.model)}, "own")
+    async with world.running(loaded.model, backends, tokenizer=loaded.tokenizer, chunk_tokens=32) as engine:
+        ours = await world.tokens_of(engine, world.completion(tokens.tolist(), max_tokens=64))
+    assert ours == their_answer(tmp_path, tokens, 64)
+
+
+def test_a_length_beyond_the_context_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="max_length is 513, the checkpoint's context 512"):
+        load(write(tmp_path, "llama"), max_length=513)
