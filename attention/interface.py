@@ -309,11 +309,13 @@ class AttentionBackend(ABC):
         Options: the backend's own options.
         impl: the implementation in force, see `implementation`.
         exact: True when the backend is a softmax over the keys that `visible` names; False for kernels of their own.
+        score_cap: where it is set, a score s is weighed as cap tanh(s / cap).
     """
 
     Options: ClassVar[type[BackendOptions]]
     exact: ClassVar[bool] = True
     impl: str = "torch"
+    score_cap: float | None = None
 
     def __init__(self, options: BackendOptions, shape: HeadShape) -> None:
         self.options = options

@@ -1,8 +1,9 @@
 """A backend per layer: the windows that a checkpoint was trained with, layer by layer, as one backend, `native`.
 
 Mistral 7B sees a window in every layer, Qwen2 in its last ones, Gemma 3 everything in every sixth layer only. A layer without a
-window is dense, one with a window is a sliding window without sinks; layers of one kind share a backend and a pool. A cost
-is that of a layer on average, with the workspace of the widest, so that a model's is `layers` times one's, as everywhere.
+window is dense, one with a window is a sliding window without sinks; layers of one kind share a backend and a pool. Scores may
+have a cap, as Gemma 2's (`capped`). A cost is that of a layer on average, with the workspace of the widest, so that `layers`
+times one is the model's, as everywhere.
 """
 
 from __future__ import annotations
@@ -17,17 +18,19 @@ from torch import Tensor
 from attention import implementation
 from attention.backends.dense import Dense, DenseOptions
 from attention.backends.sliding_window import SlidingWindow, SlidingWindowOptions
+from attention.capped import Capped
 from attention.interface import AttentionBackend, BackendOptions, Cost, HeadShape, Parts, Segments, StatePool, StateTensor
 
 NAME = "native"
 
 
 class LayeredOptions(BackendOptions):
-    """The windows, layer by layer, and who computes them."""
+    """The windows, layer by layer, the cap of scores, and who computes them."""
 
     windows: tuple[int | None, ...] = Field(
         (), description="of each layer: earlier tokens that a token sees, null for all of them; the checkpoint says it"
     )
+    score_cap: float | None = Field(None, gt=0, description="a score s is weighed as cap tanh(s / cap); the checkpoint says it")
     impl: implementation.Impl = Field("auto", description="torch, native (CPU), xformers (CUDA), or auto: what can run here")
 
 
@@ -45,7 +48,7 @@ class Layered(AttentionBackend):
         super().__init__(options, shape)
         if not options.windows:
             raise ValueError(f"{NAME} is the pattern of a checkpoint with windows of its own, and there is none")
-        kinds = {window: _build(window, options.impl, shape) for window in dict.fromkeys(options.windows)}
+        kinds = {window: _build(window, options, shape) for window in dict.fromkeys(options.windows)}
         self.layers = tuple(kinds[window] for window in options.windows)
         self.counts: Mapping[AttentionBackend, int] = Counter(self.layers)
         self._place = [self.layers[:layer].count(kind) for layer, kind in enumerate(self.layers)]  # among those of its kind
@@ -171,10 +174,20 @@ class LayeredPool(StatePool):
         self.bytes_in_use = sum(pool.bytes_in_use for pool in self.of.values())
 
 
-def _build(window: int | None, impl: implementation.Impl, shape: HeadShape) -> AttentionBackend:
+def _build(window: int | None, options: LayeredOptions, shape: HeadShape) -> AttentionBackend:
+    cap, impl = options.score_cap, options.impl
+    if cap is not None:
+        if impl not in ("auto", "torch"):
+            raise ValueError(f"impl is {impl!r}, but capped scores are computed by torch alone; allowed here: 'auto', 'torch'")
+        impl = "torch"
+    built: Dense | SlidingWindow
     if window is None:
-        return Dense(DenseOptions(impl=impl), shape)
-    return SlidingWindow(SlidingWindowOptions(window=window, sinks=0, impl=impl), shape)
+        built = Dense(DenseOptions(impl=impl), shape)
+    else:
+        built = SlidingWindow(SlidingWindowOptions(window=window, sinks=0, impl=impl), shape)
+    if cap is not None:
+        built.softmax, built.score_cap = Capped(cap), cap
+    return built
 
 
 def shares(backend: AttentionBackend) -> Mapping[AttentionBackend, float]:

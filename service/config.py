@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ipaddress
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -92,7 +92,7 @@ class ServiceConfig(Settings):
 class AttentionConfig(Settings):
     """The switch: the allow-list of backends with their options, in order, and which one serves when none is asked for.
 
-    A checkpoint with windows of its own is always offered under them, as `native`, see `for_windows`.
+    A checkpoint with windows of its own is always offered under them, as `native`, see `for_checkpoint`.
     """
 
     default: str | None = None  # None: the checkpoint's own, which is native where it has windows, else dense
@@ -121,22 +121,23 @@ class AttentionConfig(Settings):
             raise ValueError(f"{wanted}, received {self.default or 'none, which is dense'!r}")
         return self
 
-    def for_windows(self, windows: Sequence[int | None]) -> AttentionConfig:
-        """The switch as it serves a checkpoint that has these windows, by layer: its default named, `native` filled in.
+    def for_checkpoint(self, native: Mapping[str, Any] | None) -> AttentionConfig:
+        """The switch as it serves a checkpoint: its default named, the checkpoint's own backend `native` filled in.
+
+        native: the options of `native` that the checkpoint says, None where its own backend is dense.
 
         Raises:
-            ValueError: it names `native`, and no layer has a window; or it says the windows, which are the checkpoint's to say.
+            ValueError: it names `native` where that is dense; or it says of `native` what is the checkpoint's to say.
         """
-        is_windowed = any(window is not None for window in windows)
         backends = dict(self.backends)
-        if not is_windowed and "native" in (self.default, *backends):
-            raise ValueError("native: this checkpoint sees everything in every layer, which is dense")
-        if is_windowed:
-            options = backends.pop("native", None) or {}
-            if tuple(options.get("windows") or windows) != tuple(windows):
-                raise ValueError(f"native.windows: they are the checkpoint's to say, {list(windows)}")
-            backends = {"native": {**options, "windows": list(windows)}, **backends}
-        return AttentionConfig(default=self.default or ("native" if is_windowed else "dense"), backends=backends)
+        if native is None:
+            if "native" in (self.default, *backends):
+                raise ValueError("native: this checkpoint sees everything in every layer, which is dense")
+            return AttentionConfig(default=self.default or "dense", backends=backends)
+        options = backends.pop("native", None) or {}
+        if strange := [name for name in native if options.get(name, native[name]) != native[name]]:
+            raise ValueError(f"native.{strange[0]}: that is the checkpoint's to say, {native[strange[0]]}")
+        return AttentionConfig(default=self.default or "native", backends={"native": {**options, **native}, **backends})
 
 
 class UserConfig(Settings):

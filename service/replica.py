@@ -86,7 +86,7 @@ class Replica:
         self._metrics = Metrics()
         model = self._loaded.model
         self._switch = Switch(
-            model.head_shape(), model.config.windows, self._loaded.max_length, self._metrics, self._last_served
+            model.head_shape(), model.config.native, self._loaded.max_length, self._metrics, self._last_served
         )
         self._metrics.switching.set_function(lambda: float(self._switch.is_switching))
         self._traced = None if config.traces is None else _traced(self._metrics, config.traces, name)

@@ -37,7 +37,7 @@ def survey(directory: Path, args: ServiceConfig, switch: AttentionConfig) -> Ite
     yield f"ends        {', '.join(map(str, config.eos_token_ids)) or 'none: answers end by max_tokens alone'}"
     yield f"sampling    {_sampling(directory)}"
     yield f"attends     {_own(config)}"
-    yield from _table(config, model, args, switch.for_windows(config.windows))
+    yield from _table(config, model, args, switch.for_checkpoint(config.native))
 
 
 def _sampling(directory: Path) -> str:
@@ -58,11 +58,14 @@ def _positions(config: ModelConfig) -> str:
 
 
 def _own(config: ModelConfig) -> str:
-    if not config.is_windowed:
+    if config.native is None:
         return "to everything in every layer: under any backend but dense answers are others than transformers'"
     layers = sum(window is not None for window in config.windows)
     seen = sorted({window + 1 for window in config.windows if window is not None})
-    return f"to the last {' or '.join(map(str, seen))} tokens in {layers} of {len(config.windows)} layers, as backend native"
+    cap = "" if config.score_cap is None else f", scores capped at {config.score_cap:g}"
+    return (
+        f"to the last {' or '.join(map(str, seen))} tokens in {layers} of {len(config.windows)} layers{cap}, as backend native"
+    )
 
 
 def _table(config: ModelConfig, model: Transformer, args: ServiceConfig, switch: AttentionConfig) -> Iterator[str]:
@@ -77,7 +80,7 @@ def _table(config: ModelConfig, model: Transformer, args: ServiceConfig, switch:
         sizes = [pool.slot_bytes(length) + course.prefill_bytes(length) for length in lengths]
         marks = [name, *(["default"] if name == switch.default else []), *(["lossy"] if config.lossy(name) else [])]
         yield f"  {', '.join(marks):38}" + "".join(f"{_mib(size):>10}" for size in sizes)
-    if config.is_windowed:
+    if config.native is not None:
         yield f"lossy: {config.lossy('the backend')}"
 
 

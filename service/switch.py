@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 from pydantic import ValidationError
@@ -54,11 +54,11 @@ class Switch:
     """The allow-list in force, the one aimed at, and how the way there went."""
 
     def __init__(
-        self, shape: HeadShape, windows: Sequence[int | None], max_length: int, metrics: Metrics, last_served: LastServed
+        self, shape: HeadShape, native: Mapping[str, Any] | None, max_length: int, metrics: Metrics, last_served: LastServed
     ) -> None:
-        """`windows`: the checkpoint's own, by layer."""
+        """`native`: the options of the checkpoint's own backend, None where that is dense."""
         self._shape = shape
-        self._windows = windows
+        self._native = native
         self._max_length = max_length
         self._metrics = metrics
         self._last_served = last_served
@@ -72,11 +72,11 @@ class Switch:
     async def build(self, config: AttentionConfig) -> Backends:
         """Build and check the backends to start with. Raises ValueError for one that cannot serve."""
         self._asked = self._asked or config
-        return await self._checked(config.for_windows(self._windows))
+        return await self._checked(config.for_checkpoint(self._native))
 
     async def put_in_force(self, config: AttentionConfig, backends: Backends) -> None:
         """Note that the engine serves `config` with `backends` now."""
-        config = config.for_windows(self._windows)
+        config = config.for_checkpoint(self._native)
         self._in_force, self._serving = config, backends.by_name
         self._forget_failure()
         shape = self._shape
@@ -124,7 +124,7 @@ class Switch:
     async def _switch_to(self, target: AttentionConfig, engine: Swappable) -> None:
         start = time.monotonic()
         try:
-            target = target.for_windows(self._windows)
+            target = target.for_checkpoint(self._native)
             if target == self._in_force:
                 self._forget_failure()  # of another target, which nobody asks for any more
                 return
@@ -153,7 +153,7 @@ class Switch:
         def build() -> dict[str, AttentionBackend]:
             return in_passing_thread(lambda: {name: self._build(name, options) for name, options in config.backends.items()})
 
-        assert config.default is not None, "`for_windows` names it"
+        assert config.default is not None, "`for_checkpoint` names it"
         return Backends(await asyncio.to_thread(build), config.default)
 
     def _build(self, name: str, options: Mapping[str, Any] | None) -> AttentionBackend:

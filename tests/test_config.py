@@ -139,29 +139,29 @@ def test_keys_that_are_asked_for_must_be_there(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_without_a_user_config_dense_serves() -> None:
-    assert UserConfig().attention.for_windows((None, None)).default == "dense"
+    assert UserConfig().attention.for_checkpoint(None).default == "dense"
 
 
 def test_a_checkpoint_with_windows_is_served_under_them_unless_the_file_says_otherwise() -> None:
-    windows = (None, 31)
-    served = UserConfig().attention.for_windows(windows)
+    own = {"windows": [None, 31]}
+    served = UserConfig().attention.for_checkpoint(own)
     assert (served.default, list(served.backends)) == ("native", ["native", "dense"])
-    assert served.backends["native"] == {"windows": list(windows)}
-    assert served.for_windows(windows) == served == AttentionConfig.model_validate_json(served.model_dump_json())
-    other = AttentionConfig(default="dense", backends={"dense": {}, "native": {"impl": "torch"}}).for_windows(windows)
-    assert other.default == "dense" and other.backends["native"] == {"impl": "torch", "windows": list(windows)}
+    assert served.backends["native"] == own
+    assert served.for_checkpoint(own) == served == AttentionConfig.model_validate_json(served.model_dump_json())
+    other = AttentionConfig(default="dense", backends={"dense": {}, "native": {"impl": "torch"}}).for_checkpoint(own)
+    assert other.default == "dense" and other.backends["native"] == {"impl": "torch", **own}
 
 
 @pytest.mark.parametrize(
-    ("attention", "windows", "says"),
+    ("attention", "own", "says"),
     [
-        ({"default": "native"}, (None, None), "sees everything in every layer"),
-        ({"backends": {"dense": {}, "native": {}}}, (None, None), "sees everything in every layer"),
-        ({"backends": {"dense": {}, "native": {"windows": [5, 5]}}}, (None, 31), "the checkpoint's to say"),
+        ({"default": "native"}, None, "sees everything in every layer"),
+        ({"backends": {"dense": {}, "native": {}}}, None, "sees everything in every layer"),
+        ({"backends": {"dense": {}, "native": {"windows": [5, 5]}}}, {"windows": [None, 31]}, "native.windows: that is the"),
     ],
 )
-def test_a_switch_that_contradicts_the_checkpoints_windows_is_refused(
-    attention: dict[str, Any], windows: tuple[int | None, ...], says: str
+def test_a_switch_that_contradicts_the_checkpoint_is_refused(
+    attention: dict[str, Any], own: dict[str, Any] | None, says: str
 ) -> None:
     with pytest.raises(ValueError, match=says):
-        AttentionConfig.model_validate(attention).for_windows(windows)
+        AttentionConfig.model_validate(attention).for_checkpoint(own)

@@ -64,6 +64,7 @@ class ModelConfig:
     has_position_table: bool = False  # learned positions are added to the embeddings
     query_scale: float = 1.0  # beside attention's own 1 / sqrt(D)
     embed_scale: float = 1.0
+    score_cap: float | None = None  # attention's scores s are weighed as cap tanh(s / cap)
     logit_cap: float | None = None  # logits x become cap tanh(x / cap)
     served_length: int | None = None  # tokens of the longest sequence that is served, where that is less than the context
 
@@ -79,15 +80,18 @@ class ModelConfig:
         return replace(self, served_length=length)
 
     @property
-    def is_windowed(self) -> bool:
-        """Whether a layer was trained to see less than everything: then `native` is the checkpoint's own backend."""
-        return any(window is not None for window in self.windows)
+    def native(self) -> dict[str, Any] | None:
+        """The options of `native`, the checkpoint's own backend; None where it was trained to attend as `dense` does."""
+        if self.score_cap is None and all(window is None for window in self.windows):
+            return None
+        return {"windows": list(self.windows)} | ({} if self.score_cap is None else {"score_cap": self.score_cap})
 
     def lossy(self, backend: str) -> str | None:
         """Why answers under a backend are not those the checkpoint was trained to give; None: they are, as far as it tells."""
-        if not self.is_windowed or backend == NATIVE:
+        if self.native is None or backend == NATIVE:
             return None
-        return f"the checkpoint was trained with windows of its own, which native keeps and {backend} does not"
+        own = "windows of its own" if self.score_cap is None else "windows and capped scores of its own"
+        return f"the checkpoint was trained with {own}, which native keeps and {backend} does not"
 
     @property
     def eos_token_id(self) -> int | None:

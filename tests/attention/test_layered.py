@@ -11,7 +11,9 @@ from torch import Tensor
 import attention
 from attention import NATIVE, AttentionBackend, Cost, HeadShape, PoolExhausted, Segments, StatePool, build, reference, shares
 from attention.layered import Layered
-from tests.attention.laws import largest, tokens
+from attention.truth import BOUNDS, check
+from tests.attention.laws import extend_in, largest, tokens
+from tests.attention.test_cost import extending, near
 
 WINDOWS = (7, None, 30, 7)
 SHAPE = HeadShape(4, 2, 16)
@@ -153,3 +155,40 @@ def test_what_it_is_cannot_be_asked_wrongly() -> None:
     pool = backend.new_pool(4, 2**20)
     with pytest.raises(ValueError, match="layers 0 to 3"):
         backend.extend(q, k, v, Segments((3,)), pool, 4, [pool.allocate(3)])
+
+
+CAP = 1.5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_capped_layers_answer_by_their_definition_in_any_chunking(dtype: torch.dtype) -> None:
+    shape = HeadShape(4, 2, 16, dtype)
+    for kind in shares(build(NATIVE, {"windows": (7, None, 100), "score_cap": CAP}, shape)):
+        assert kind.impl == "torch" and kind.score_cap == CAP
+        assert check(kind).passed
+        q, k, v = tokens(shape, 300, scale=3.0)  # scores far beyond the cap
+        wanted = reference.answer(kind, q, k, v, causal=True)
+        assert largest(wanted - reference.answer(build("dense", None, shape), q, k, v, causal=True)) > 0.1
+        assert largest(extend_in(kind, q, k, v, (1, 130, 1, 1, 167)) - wanted) <= BOUNDS[dtype]
+
+
+def test_capped_layers_do_not_feel_what_they_cannot_see() -> None:
+    for kind in shares(build(NATIVE, {"windows": (7, None), "score_cap": CAP}, SHAPE)):
+        q, k, v = tokens(SHAPE, 200)
+        clean = extend_in(kind, q, k, v, (200,))
+        k[150], v[150] = float("nan"), float("nan")
+        assert torch.equal(extend_in(kind, q, k, v, (200,))[:150], clean[:150])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("past", "count"), [(0, 512), (3000, 512), (3000, 1)])
+def test_capped_layers_take_the_workspace_that_their_cost_states(dtype: torch.dtype, past: int, count: int) -> None:
+    for kind in shares(build(NATIVE, {"windows": (1000, None), "score_cap": CAP}, HeadShape(8, 4, 64, dtype))):
+        peak, _ = extending(kind, past, count)
+        law = kind.cost(count, past + count, causal=True).workspace_bytes
+        assert near(law, peak), f"{kind.name} {law} {peak}"
+
+
+def test_capped_scores_are_left_to_torch() -> None:
+    with pytest.raises(ValueError, match="torch alone"):
+        build(NATIVE, {"windows": (7,), "score_cap": CAP, "impl": "native"}, SHAPE)

@@ -67,10 +67,8 @@ def draw(count: int, seed: int = 1) -> Tensor:
 
 def own_backend(model: Transformer) -> AttentionBackend:
     """The backend that a checkpoint is served under unless somebody asks for another."""
-    config = model.config
-    if config.is_windowed:
-        return attention.build("native", {"windows": config.windows}, model.head_shape())
-    return attention.build("dense", None, model.head_shape())
+    native = model.config.native
+    return attention.build("dense" if native is None else "native", native, model.head_shape())
 
 
 def our_logits(model: Transformer, tokens: Tensor, chunk: int | None = None, backend: AttentionBackend | None = None) -> Tensor:

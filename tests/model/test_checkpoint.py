@@ -81,7 +81,7 @@ def answers_like_transformers(directory: Path) -> bool:
         ("mistral", {"sliding_window": 0}, "sliding_window must be a whole number above 1"),
         ("qwen2", {"layer_types": ["full_attention", "linear_attention"]}, "layer_types must say"),
         ("qwen2", {"layer_types": ["sliding_attention"] * 2, "use_sliding_window": False}, "sliding_window must be"),
-        ("gemma2", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping"),
+        ("gemma3_text", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping must be None"),
         ("gemma3_text", {"use_bidirectional_attention": True}, "use_bidirectional_attention must be False"),
         ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx must be False"),
     ],
@@ -122,8 +122,7 @@ def test_a_config_in_any_of_its_forms_means_what_transformers_takes_it_for(
 def test_an_absent_field_has_the_default_transformers_gives_it(family: str) -> None:
     transformers = pytest.importorskip("transformers")
     theirs = transformers.AutoConfig.for_model(family)
-    stated = {"attn_logit_softcapping": None} if family == "gemma2" else {}
-    ours = families.read({"model_type": family} | stated)
+    ours = families.read({"model_type": family})
     pairs = {
         "vocab_size": "vocab_size",
         "hidden_size": "hidden_size",
@@ -138,17 +137,19 @@ def test_an_absent_field_has_the_default_transformers_gives_it(family: str) -> N
         width = getattr(theirs, "head_dim", None) or theirs.hidden_size // theirs.num_attention_heads
         found = (ours.head_dim, ours.num_key_value_heads, ours.intermediate_size, ours.eos_token_id)
         assert found == (width, theirs.num_key_value_heads, theirs.intermediate_size, theirs.eos_token_id)
+        if family == "gemma2":
+            assert (ours.score_cap, ours.logit_cap) == (theirs.attn_logit_softcapping, theirs.final_logit_softcapping)
         window = getattr(theirs, "sliding_window", None)
         kinds = getattr(theirs, "layer_types", None) or ["sliding_attention" if window else "full_attention"] * 32
         assert ours.windows == tuple(window - 1 if kind == "sliding_attention" else None for kind in kinds)[: len(ours.windows)]
 
 
-def test_only_the_windows_of_a_checkpoint_make_another_backend_lossy(tmp_path: Path) -> None:
-    windowed, full = (
-        load(write(tmp_path / str(window), "mistral", sliding_window=window)).model.config for window in (32, None)
-    )
-    assert windowed.is_windowed and windowed.lossy("native") is None and "windows of its own" in (windowed.lossy("dense") or "")
-    assert not full.is_windowed and full.lossy("dense") is None
+def test_only_a_checkpoint_with_windows_of_its_own_makes_other_backends_lossy(tmp_path: Path) -> None:
+    directories = (write(tmp_path / str(window), "mistral", sliding_window=window) for window in (32, None))
+    windowed, full = (load(directory).model.config for directory in directories)
+    assert windowed.native == {"windows": [31, 31]} and windowed.lossy("native") is None
+    assert "windows of its own" in (windowed.lossy("dense") or "")
+    assert full.native is None and full.lossy("dense") is None
 
 
 def test_the_ends_of_text_are_those_of_the_generation_config_where_it_names_some(tmp_path: Path) -> None:

@@ -63,6 +63,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             },
         },
     ),
+    "gemma2": ("gemma2", {"sliding_window": 20, "attn_logit_softcapping": 1.5, "query_pre_attn_scalar": 11, **DEEP}),
+    "gemma2 without windows": ("gemma2", {"sliding_window": 512, "attn_logit_softcapping": 0.5}),
     "gemma2 uncapped scores": (
         "gemma2",
         {"sliding_window": 20, "attn_logit_softcapping": None, "final_logit_softcapping": 3.0},

@@ -1,4 +1,4 @@
-"""Gemma 2 (arXiv 2408.00118): windows in every other layer, norms on both sides of its parts, capped logits."""
+"""Gemma 2 (arXiv 2408.00118): windows in every other layer, norms on both sides of its parts, capped scores and logits."""
 
 from __future__ import annotations
 
@@ -26,13 +26,16 @@ def stated_alike(fields: Fields, **defaults: Any) -> dict[str, Any]:
     return shape(fields, tied=True, eos=1, **widths, **defaults)
 
 
-def block(fields: Fields, stated: dict[str, Any], cap: float | None) -> dict[str, Any]:
-    """How Gemma 2 and 3 compute. cap: of the logits, where the file does not say it."""
+def _cap(fields: Fields, name: str, default: float | None) -> float | None:
+    return None if fields.get(name, default) is None else fields.number(name, default or 0.0)
+
+
+def block(fields: Fields, stated: dict[str, Any], score_cap: float | None, logit_cap: float | None) -> dict[str, Any]:
+    """How Gemma 2 and 3 compute. The caps are those where the file says none."""
     fields.is_one("hidden_activation", "gelu_pytorch_tanh")
     fields.get("hidden_act")  # older files have it, wrong, beside the other
     fields.is_one("use_bidirectional_attention", False, None)
     bias, scalar = fields.flag("attention_bias"), fields.number("query_pre_attn_scalar", 256)
-    is_capped = fields.get("final_logit_softcapping", cap) is not None
     return {
         "attention_bias": bias,
         "output_bias": bias,
@@ -41,19 +44,18 @@ def block(fields: Fields, stated: dict[str, Any], cap: float | None) -> dict[str
         "activation": "gelu_tanh",
         "query_scale": (stated["head_dim"] / scalar) ** 0.5,
         "embed_scale": stated["hidden_size"] ** 0.5,
-        "logit_cap": fields.number("final_logit_softcapping", cap or 0.0) if is_capped else None,
+        "score_cap": _cap(fields, "attn_logit_softcapping", score_cap),
+        "logit_cap": _cap(fields, "final_logit_softcapping", logit_cap),
     }
 
 
 def read(fields: Fields) -> ModelConfig:
-    if fields.get("attn_logit_softcapping", 50.0) is not None:
-        raise ValueError("attn_logit_softcapping: attention here does not cap its scores; without the cap answers differ")
     stated = stated_alike(fields, longest=8192, vocabulary=256000)
     layers, longest = stated["num_hidden_layers"], stated["max_position_embeddings"]
     kinds = ["sliding_attention" if (i + 1) % 2 else "full_attention" for i in range(layers)]
     stated["windows"] = windows(fields, layers, fields.get("sliding_window", 4096), kinds, longest)
     stated["ropes"] = (rotary.read(fields, 10000.0, longest),) * layers
-    return ModelConfig(model_type="gemma2", **stated, **block(fields, stated, cap=30.0))
+    return ModelConfig(model_type="gemma2", **stated, **block(fields, stated, score_cap=50.0, logit_cap=30.0))
 
 
 def weights(config: ModelConfig) -> Iterator[Weight]:

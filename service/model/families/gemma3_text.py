@@ -15,7 +15,7 @@ PREFIX = "model."
 
 
 def read(fields: Fields) -> ModelConfig:
-    fields.is_one("attn_logit_softcapping", None)
+    fields.is_one("attn_logit_softcapping", None)  # transformers never applies it here
     stated = stated_alike(fields, longest=131_072, vocabulary=262_208)
     layers, longest = stated["num_hidden_layers"], stated["max_position_embeddings"]
     every = fields.get("sliding_window_pattern", fields.get("_sliding_window_pattern", 6))
@@ -23,7 +23,9 @@ def read(fields: Fields) -> ModelConfig:
     stated["windows"] = windows(fields, layers, fields.get("sliding_window", 4096), kinds, longest)
     turns = {kind: _rope(fields, kind, longest) for kind in ("full_attention", "sliding_attention")}
     stated["ropes"] = tuple(turns[kind] for kind in fields.get("layer_types") or kinds)
-    return ModelConfig(model_type="gemma3_text", **stated, **block(fields, stated, cap=None), qk_norm=True)
+    return ModelConfig(
+        model_type="gemma3_text", **stated, **block(fields, stated, score_cap=None, logit_cap=None), qk_norm=True
+    )
 
 
 def _rope(fields: Fields, kind: str, longest: int) -> Rope:
