@@ -63,9 +63,10 @@ def _own(config: ModelConfig) -> str:
     layers = sum(window is not None for window in config.windows)
     seen = sorted({window + 1 for window in config.windows if window is not None})
     cap = "" if config.score_cap is None else f", scores capped at {config.score_cap:g}"
-    return (
-        f"to the last {' or '.join(map(str, seen))} tokens in {layers} of {len(config.windows)} layers{cap}, as backend native"
+    last = (
+        f"the last {' or '.join(map(str, seen))} tokens in {layers} of {len(config.windows)} layers" if seen else "everything"
     )
+    return f"to {last}{cap}, as backend native"
 
 
 def _table(config: ModelConfig, model: Transformer, args: ServiceConfig, switch: AttentionConfig) -> Iterator[str]:

@@ -330,7 +330,8 @@ class Transformer(nn.Module):
         turning = stream + config.hidden_size + qkv + (1 if is_native else 4) * qk + (2 * qk if is_wide else 0)
         turning += heads * depth if config.query_scale != 1 else 0
         attending = stream + qkv + qk + (heads * depth if config.query_scale != 1 else 0)
-        feeding = stream + 2 * config.hidden_size + heads * depth + (3 if is_native else 4) * config.intermediate_size
+        inner = 3 if is_native else 4 if config.is_gated else 2  # gate and up, and what becomes of them
+        feeding = stream + 2 * config.hidden_size + heads * depth + inner * config.intermediate_size
         width = tokens * self.dtype.itemsize
         return max(width * (turning + wide), width * attending + attention, width * (feeding + wide))
 
