@@ -313,7 +313,8 @@ class Transformer(nn.Module):
         layer = self.decoder[0]
         for height in sorted({self.height(n) for n in range(1, rows + 1)}):
             x = torch.zeros(height, self.config.hidden_size, dtype=self.dtype, device=self.device)
-            q, _, _ = layer.question(x, *self.rotation(torch.zeros(height, dtype=torch.long, device=self.device)))
+            turns = self.rotation(torch.zeros(height, dtype=torch.long, device=self.device))
+            q, _, _ = layer.question(x, *turns[0])
             layer.output(x, q)
             if height <= self.height(logit_rows):
                 self.logits(x)
