@@ -20,7 +20,8 @@ Rope = tuple[tuple[str, Any], ...]
 
 HARMLESS = frozenset(
     """
-    _attn_implementation _attn_implementation_autoset _commit_hash _flash_attn_2_enabled _name_or_path architectures
+    _attn_implementation _attn_implementation_autoset _attn_implementation_internal _commit_hash _flash_attn_2_enabled
+    _name_or_path _num_labels architectures is_llama_config max_sequence_length
     attention_dropout attn_implementation attn_pdrop bos_token_id chunk_size_feed_forward dtype embd_pdrop finetuning_task
     gradient_checkpointing hidden_dropout id2label initializer_factor initializer_range is_decoder label2id model_type n_ctx
     name_or_path num_labels output_attentions output_hidden_states pad_token_id prefix pretraining_tp problem_type

@@ -35,14 +35,14 @@ _ALLOWED = {
 }
 
 
-def read(fields: Fields, theta: float, longest: int, renamed: Mapping[str, str] | None = None) -> Rope:
+def read(fields: Fields, theta: float, longest: int, **family: Any) -> Rope:
     """A config's rotary positions, in any of the forms that files have.
 
     Where both are there, `rope_scaling` counts and `rope_parameters` does not, as in transformers.
 
     Args:
         theta: the family's `rope_theta` where the file has none. longest: the file's max_position_embeddings.
-        renamed: kinds that the family calls otherwise.
+        family: what `normal` takes beside these.
 
     Raises:
         ValueError: a kind or a field that is not computed here, or two statements that cannot both hold.
@@ -54,13 +54,30 @@ def read(fields: Fields, theta: float, longest: int, renamed: Mapping[str, str] 
             "rope_scaling takes the place of rope_parameters, which alone says rope_theta here: say it in rope_scaling, too"
         )
     given = {"rope_theta": theta if base is None else base} | dict(scaling or parameters or {})
-    return normal(given, fields.get("partial_rotary_factor"), longest, renamed or {})
+    given = {"partial_rotary_factor": fields.get("partial_rotary_factor")} | given
+    return normal(given, longest, **family)
 
 
-def normal(given: Mapping[str, Any], partial: float | None, longest: int, renamed: Mapping[str, str]) -> Rope:
-    """One statement of rotary positions, checked, with what it leaves out filled in. Raises ValueError."""
+def normal(
+    given: Mapping[str, Any],
+    longest: int,
+    renamed: Mapping[str, str] | None = None,
+    trained: int | None = None,
+    is_partial: bool = False,
+) -> Rope:
+    """One statement of rotary positions, checked, with what it leaves out filled in.
+
+    Args:
+        longest: the file's max_position_embeddings. trained: the trained length, where the family says it elsewhere.
+        renamed: kinds that the family calls otherwise. is_partial: whether the family lays out heads that turn in part.
+
+    Raises:
+        ValueError: a kind or a field that is not computed here.
+    """
+    if not is_partial and given.get("partial_rotary_factor") not in (None, 1):
+        raise ValueError(f"partial_rotary_factor must be 1 here, the checkpoint says {given['partial_rotary_factor']!r}")
     kind = given.get("rope_type") or given.get("type") or "default"
-    kind = renamed.get(kind, kind)
+    kind = (renamed or {}).get(kind, kind)
     if kind not in _NEEDED:
         raise ValueError(f"rope_type must be one of {tuple(_NEEDED)}, the checkpoint says {kind!r}")
     known = _ALWAYS | set(_NEEDED[kind]) | _ALLOWED.get(kind, set())
@@ -69,10 +86,9 @@ def normal(given: Mapping[str, Any], partial: float | None, longest: int, rename
     if missing := [name for name in _NEEDED[kind] if given.get(name) is None]:
         raise ValueError(f"rotary positions of kind {kind} need {', '.join(missing)}, the checkpoint has none")
     rope = {name: _frozen(value) for name, value in given.items() if name != "type" and value is not None} | {"rope_type": kind}
-    if partial is not None:
-        rope.setdefault("partial_rotary_factor", partial)
     if kind in _ALLOWED:
-        rope.setdefault("original_max_position_embeddings", longest)
+        stated = rope.get("original_max_position_embeddings", longest)
+        rope["original_max_position_embeddings"] = stated if trained is None else trained
     if kind == "longrope":
         rope.setdefault("factor", longest / rope["original_max_position_embeddings"])
     return tuple(sorted(rope.items()))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from service.model import families
+from service.model import families, rotary
 from service.model.checkpoint import EMBEDDED, choose_dtype, id_of, load, save
 from service.model.config import ModelConfig
 from service.model.transformer import Transformer, can_pack
@@ -69,6 +70,7 @@ def answers_like_transformers(directory: Path) -> bool:
         ),
         ("qwen3", {"rope_scaling": {"rope_type": "llama3", "factor": 2.0}, "rope_theta": 1e4}, "low_freq_factor"),
         ("qwen3", {"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_theta"),
+        ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor must be 1"),
         ("llama", {"is_causal": False}, "is_causal must be True"),
         ("llama", {"quantization_config": {"quant_method": "gptq"}}, "quantized .gptq.*take the files that are not"),
         ("llama", {"auto_map": {"AutoModelForCausalLM": "modeling_odd.OddForCausalLM"}}, "code of its own .*OddForCausalLM"),
@@ -142,6 +144,65 @@ def test_an_absent_field_has_the_default_transformers_gives_it(family: str) -> N
         window = getattr(theirs, "sliding_window", None)
         kinds = getattr(theirs, "layer_types", None) or ["sliding_attention" if window else "full_attention"] * 32
         assert ours.windows == tuple(window - 1 if kind == "sliding_attention" else None for kind in kinds)[: len(ours.windows)]
+
+
+PUBLISHED: dict[str, dict[str, Any]] = {
+    "Qwen2.5-7B-Instruct": {
+        **{"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "hidden_size": 3584, "num_attention_heads": 28},
+        **{"num_key_value_heads": 4, "max_window_layers": 28, "sliding_window": 131072, "use_sliding_window": False},
+        **{"use_mrope": False, "rope_theta": 1e6, "rms_norm_eps": 1e-6, "torch_dtype": "bfloat16", "bos_token_id": 151643},
+    },
+    "SmolLM2-135M": {
+        **{"model_type": "llama", "architectures": ["LlamaForCausalLM"], "is_llama_config": True, "rope_interleaved": False},
+        **{"hidden_size": 576, "num_attention_heads": 9, "num_key_value_heads": 3, "transformers.js_config": {"dtype": {}}},
+        **{"pretraining_tp": 1, "mlp_bias": False, "rope_scaling": None, "rope_theta": 100000, "tie_word_embeddings": True},
+    },
+    "SmolLM3-3B": {
+        **{"model_type": "smollm3", "max_window_layers": 28, "no_rope_layer_interval": 4, "pretraining_tp": 2},
+        **{"no_rope_layers": [1, 1, 1, 0] * 9, "layer_types": ["full_attention"] * 36, "sliding_window": None},
+        **{"use_sliding_window": False, "rope_theta": 5e6, "attention_bias": False, "mlp_bias": False},
+    },
+    "gemma-2-9b": {
+        **{"model_type": "gemma2", "hidden_size": 3584, "num_attention_heads": 16, "cache_implementation": "hybrid"},
+        **{"hidden_act": "gelu_pytorch_tanh", "sliding_window": 4096, "sliding_window_size": 4096, "rope_theta": 10000.0},
+    },
+    "gemma-3-1b-it": {
+        **{"model_type": "gemma3_text", "eos_token_id": [1, 106], "rope_local_base_freq": 10000, "rope_scaling": None},
+        **{"rope_theta": 1000000, "sliding_window": 512, "sliding_window_pattern": 6, "cache_implementation": "hybrid"},
+    },
+    "Phi-4-mini-instruct": {
+        **{"model_type": "phi3", "partial_rotary_factor": 0.75, "interpolate_factor": 1, "full_attn_mod": 1},
+        **{"lm_head_bias": False, "mlp_bias": False, "max_position_embeddings": 131072, "sliding_window": 262144},
+        **{
+            "auto_map": {"AutoConfig": "configuration_phi3.Phi3Config", "AutoModelForCausalLM": "modeling_phi3.Phi3ForCausalLM"}
+        },
+        **{"original_max_position_embeddings": 4096, "tie_word_embeddings": True, "resid_pdrop": 0.0, "embd_pdrop": 0.0},
+        **{"hidden_size": 3072, "num_attention_heads": 24, "num_key_value_heads": 8},
+        "rope_scaling": {"type": "longrope", "short_factor": [1.0] * 48, "long_factor": [1.5] * 48},
+    },
+    "distilgpt2": {
+        **{"model_type": "gpt2", "_num_labels": 1, "n_ctx": 1024, "n_layer": 6, "id2label": {"0": "LABEL_0"}},
+        **{"summary_type": "cls_index", "task_specific_params": {"text-generation": {"max_length": 50}}, "attn_pdrop": 0.1},
+    },
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_config_as_it_is_published_is_read(name: str) -> None:
+    config = families.read(PUBLISHED[name])
+    assert (config.native is not None) == (name in ("gemma-2-9b", "gemma-3-1b-it"))
+    frequencies = [rotary.frequencies(rope, config.head_dim, config.max_length) for rope in config.ropes]
+    assert all(each.isfinite().all() for each in frequencies)
+
+
+def test_longrope_keeps_a_factor_that_a_file_states() -> None:
+    stated = {**PUBLISHED["Phi-4-mini-instruct"]["rope_scaling"], "factor": 2.0}
+    ropes = [families.read(PUBLISHED["Phi-4-mini-instruct"] | {"rope_scaling": each}).ropes[0] for each in (stated, None)]
+    derived = families.read(PUBLISHED["Phi-4-mini-instruct"]).ropes[0]
+    trained = math.log(4096)
+    assert rotary.attention_factor(ropes[0]) == pytest.approx(math.sqrt(1 + math.log(2) / trained))
+    assert rotary.attention_factor(derived) == pytest.approx(math.sqrt(1 + math.log(32) / trained))
+    assert rotary.attention_factor(ropes[1]) == 1
 
 
 def test_only_a_checkpoint_with_windows_of_its_own_makes_other_backends_lossy(tmp_path: Path) -> None:

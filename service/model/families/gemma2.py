@@ -52,6 +52,7 @@ def block(fields: Fields, stated: dict[str, Any], score_cap: float | None, logit
 def read(fields: Fields) -> ModelConfig:
     stated = stated_alike(fields, longest=8192, vocabulary=256000)
     layers, longest = stated["num_hidden_layers"], stated["max_position_embeddings"]
+    fields.is_one("sliding_window_size", None, fields.get("sliding_window", 4096))  # some files say it twice
     kinds = ["sliding_attention" if (i + 1) % 2 else "full_attention" for i in range(layers)]
     stated["windows"] = windows(fields, layers, fields.get("sliding_window", 4096), kinds, longest)
     stated["ropes"] = (rotary.read(fields, 10000.0, longest),) * layers

@@ -38,7 +38,7 @@ def _rope(fields: Fields, kind: str, longest: int) -> Rope:
     given: dict[str, Any] = {"rope_theta": base} | (both.get(kind) or {})
     if is_full:
         given |= fields.get("rope_scaling") or {}
-    return rotary.normal(given, None, longest, {})
+    return rotary.normal(given, longest)
 
 
 def weights(config: ModelConfig) -> Iterator[Weight]:

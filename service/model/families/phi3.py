@@ -25,17 +25,16 @@ _OLD_NAMES = {"su": "longrope", "yarn": "longrope"}
 def read(fields: Fields) -> ModelConfig:
     fields.is_one("hidden_act", "silu")
     fields.is_one("attention_bias", False, None)
+    for unused in ("interpolate_factor", "full_attn_mod"):  # of Phi-4-mini's own code, which transformers' does not read
+        fields.is_one(unused, 1, None)
     defaults = {"hidden": 3072, "eps": 1e-5, "eos": 32000}
     stated = shape(fields, longest=4096, vocabulary=32064, intermediate=8192, **defaults)
     layers, longest, window = stated["num_hidden_layers"], stated["max_position_embeddings"], fields.get("sliding_window")
     kind = "full_attention" if window is None else "sliding_attention"
     stated["windows"] = windows(fields, layers, window, (kind,) * layers, longest)
     trained = fields.count("original_max_position_embeddings", 4096)
-    rope = dict(rotary.read(fields, 10000.0, longest, _OLD_NAMES))
-    if rope["rope_type"] == "longrope":
-        rope["original_max_position_embeddings"] = trained
-        rope["factor"] = longest / trained
-    return ModelConfig(model_type="phi3", **stated, ropes=(tuple(sorted(rope.items())),) * layers)
+    rope = rotary.read(fields, 10000.0, longest, renamed=_OLD_NAMES, trained=trained, is_partial=True)
+    return ModelConfig(model_type="phi3", **stated, ropes=(rope,) * layers)
 
 
 def weights(config: ModelConfig) -> Iterator[Weight]:

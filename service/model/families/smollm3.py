@@ -16,6 +16,7 @@ def read(fields: Fields) -> ModelConfig:
     widths = {"hidden": 2048, "layers": 36, "heads": 16, "groups": 4}
     stated = shape(fields, longest=32768, vocabulary=128256, intermediate=11008, tied=True, eos=128001, **widths)
     layers, longest = stated["num_hidden_layers"], stated["max_position_embeddings"]
+    fields.get("max_window_layers")  # files have it from Qwen2, nothing reads it
     interval = fields.count("no_rope_layer_interval", 4)
     turns = fields.get("no_rope_layers") or [(i + 1) % interval for i in range(layers)]  # 0: this layer does not
     if len(turns) < layers:
