@@ -153,7 +153,7 @@ def test_a_model_that_cannot_be_served_is_told_as_the_reason(service: Service, t
 
     refused = service.cli("serve", str(service.rewrite(change, tmp_path / "wrong.yaml")))
     assert refused.returncode == 1
-    assert "the service did not start: ValueError: model_type must be one of" in refused.stderr
+    assert f"the service did not start: ValueError: {tmp_path / 'config.json'}: model_type must be one of" in refused.stderr
     assert "Traceback" not in refused.stderr
 
 
