@@ -3,6 +3,7 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 CONFIG ?= deploy/local.yaml
+KERNELS := $(wildcard attention/kernels/*.h attention/kernels/*/*.c service/model/csrc/*.c)
 
 .PHONY: serve watch test prometheus soak check format bench engine-bench evaluate loadtest clean
 
@@ -25,17 +26,19 @@ prometheus: $(BIN)/prometheus  ## Prometheus and promtool into .venv, from Debia
 check: $(VENV)/.dev-installed  ## lint, formatting and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $(KERNELS)
 	$(BIN)/mypy
 
 format: $(VENV)/.dev-installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(KERNELS)
 
 bench: $(VENV)/.bench-installed  ## attention against its peers
 	$(BIN)/python -m attention.benchmark
 
 engine-bench: $(VENV)/.dev-installed  ## the engine alone, then over HTTP
-	$(BIN)/python -m service.engine.benchmark
+	$(BIN)/python -m service.benchmark
 
 loadtest: $(VENV)/.loadtest-installed  ## starts a service of its own, sweeps backends and lengths, writes a report to results/
 	$(BIN)/python -m loadtests sweep --serve $(CONFIG) --quality service/model/embedded/README.md
@@ -49,11 +52,11 @@ $(BIN)/python:
 $(BIN)/prometheus: | $(BIN)/python
 	PATH="$(abspath $(BIN)):$$PATH" deploy/prometheus/install.sh $(abspath $(BIN))
 
-$(VENV)/.serve-installed: pyproject.toml $(wildcard attention/csrc/* service/model/csrc/*) | $(BIN)/python
+$(VENV)/.serve-installed: pyproject.toml $(KERNELS) | $(BIN)/python
 	$(BIN)/pip install --quiet --disable-pip-version-check -e .
 	touch $@
 
-$(VENV)/.dev-installed: pyproject.toml $(wildcard attention/csrc/* service/model/csrc/*) | $(BIN)/python
+$(VENV)/.dev-installed: pyproject.toml $(KERNELS) | $(BIN)/python
 	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[dev]'
 	touch $@ $(VENV)/.serve-installed $(VENV)/.loadtest-installed
 
@@ -66,4 +69,4 @@ $(VENV)/.bench-installed: $(VENV)/.dev-installed
 	touch $@
 
 clean:
-	rm -rf $(VENV) build *.egg-info attention/*.so service/model/*.so
+	rm -rf $(VENV) build *.egg-info attention/kernels/*.so service/model/*.so

@@ -1,7 +1,8 @@
 """Efficient attention for inference: dense, sparse and linear backends behind one interface.
 
-The face of the library: `names()` lists the backends, `build()` makes one, the rest are the words of `interface`.
-A backend is one file in `backends/`; nothing registers it. `native`, beside them, is one of them per layer (`layered`).
+The face of the library: `names()` lists the backends, `build()` makes one, the rest are the words of `interface`, `shapes` and
+`pool`. A backend is one file in `backends/`; nothing registers it. `native`, beside
+them, is one of them per layer (`layered`).
 """
 
 from __future__ import annotations
@@ -13,18 +14,11 @@ from functools import cache
 from typing import Any
 
 from attention import backends
-from attention.interface import (
-    AttentionBackend,
-    BackendOptions,
-    Cost,
-    HeadShape,
-    PoolExhausted,
-    Segments,
-    StatePool,
-    StateTensor,
-)
+from attention.interface import AttentionBackend, BackendOptions
 from attention.layered import NAME as NATIVE
 from attention.layered import Layered, shares
+from attention.pool import PoolExhausted, StatePool, StateTensor
+from attention.shapes import Cost, HeadShape, Segments
 
 __all__ = [
     "NATIVE",

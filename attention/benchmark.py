@@ -5,8 +5,8 @@ compile time of compiled peers). A peer is timed in each dtype it can do and the
 out, so that attention meets attention. `off by` is the largest difference between the two answers where both claim the same
 function. Theory stands beside measurement: flops and peak bytes by the cost law, peak bytes by the profiler.
 
-For people a table, growth and decode; then one line of JSON. Peers are the extra `bench`; one that is missing is named and left
-out. Cost: some minutes at 16,384 tokens; `--quick` (4,096 tokens) stays below three.
+For people a table, growth and decode; then one line of JSON. Peers (`peers.py`) are the extra `bench`; one that is missing is
+named and left out. Cost: some minutes at 16,384 tokens; `--quick` (4,096 tokens) stays below three.
 """
 
 from __future__ import annotations
@@ -25,116 +25,36 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional
+from torch import Tensor
 
 from attention import AttentionBackend, HeadShape, Segments, build
-from attention.interface import finish
 from attention.memory import peak_bytes
+from attention.parts import finish
+from attention.peers import (
+    BLOCK,
+    CHUNK,
+    FEATURES,
+    GLOBALS,
+    HEADS,
+    WIDTH,
+    WINDOW,
+    Call,
+    Peer,
+    flex,
+    linear_attention_transformer,
+    local_attention,
+    performer_pytorch,
+    sdpa,
+    sdpa_by_chunk,
+    transformers_bigbird,
+    transformers_longformer,
+)
 
-HEADS, WIDTH = 8, 64
 REPEATS = 5
 STEPS = 21  # of a decode measurement, the first to warm up
 GROWTH_REPEATS = 15  # an exponent is read to 0.01, a disturbed median of 5 moves it by 0.1
 LONG = 1.0  # seconds: a first run this long is warm enough to judge a dtype by, but for one that compiles
-WINDOW, GLOBALS, BLOCK, CHUNK, FEATURES = 256, 64, 64, 512, 256
 DTYPES = (torch.bfloat16, torch.float32)
-Call = Callable[[], Tensor]
-Peer = Callable[[Tensor, Tensor, Tensor, bool], Call]  # (T, H, D) three times and causal, to a call that answers
-
-
-def batched(x: Tensor) -> Tensor:
-    """(T, H, D) to (1, H, T, D), tight: the layout that the peers want, made before the clock runs."""
-    return x.transpose(0, 1)[None].contiguous()
-
-
-def sdpa(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Call:
-    q, k, v = batched(q), batched(k), batched(v)
-    return lambda: functional.scaled_dot_product_attention(q, k, v, is_causal=causal)
-
-
-def sdpa_by_chunk(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Call:
-    q, k, v = (x.view(-1, CHUNK, HEADS, WIDTH).transpose(1, 2).contiguous() for x in (q, k, v))
-    return lambda: functional.scaled_dot_product_attention(q, k, v, is_causal=causal)
-
-
-def flex(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Call:
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-
-    def near(batch: Tensor, head: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        return (i - j).abs() <= WINDOW
-
-    mask = create_block_mask(near, None, None, len(q), len(q), device="cpu")
-    compiled = torch.compile(flex_attention)
-    q, k, v = batched(q), batched(k), batched(v)
-    return lambda: compiled(q, k, v, block_mask=mask)
-
-
-def local_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Call:
-    from local_attention import LocalAttention
-
-    module = LocalAttention(WINDOW, causal=causal, exact_windowsize=True, use_rotary_pos_emb=False, autopad=True)
-    everywhere = torch.ones(1, len(q), dtype=torch.bool)  # without a mask its padding is attended to
-    q, k, v = batched(q), batched(k), batched(v)
-    return lambda: module(q, k, v, mask=everywhere)
-
-
-class Given(nn.Module):
-    """Stands in for a projection: answers with what it holds (a copy, for callers that scale in place)."""
-
-    def __init__(self, x: Tensor) -> None:
-        super().__init__()
-        self.x = x
-
-    def forward(self, _: Tensor) -> Tensor:
-        return self.x.clone()
-
-
-def transformers_longformer(q: Tensor, k: Tensor, v: Tensor, causal: bool, global_tokens: int = 0) -> Call:
-    from transformers.models.longformer.modeling_longformer import LongformerConfig, LongformerSelfAttention
-
-    width = HEADS * WIDTH
-    config = LongformerConfig(hidden_size=width, num_attention_heads=HEADS, attention_window=[2 * WINDOW])
-    module = LongformerSelfAttention(config, 0).eval()
-    for name, x in (("query", q), ("key", k), ("value", v)):
-        projected = x.reshape(len(x), 1, width)
-        setattr(module, name, Given(projected))
-        setattr(module, f"{name}_global", Given(projected[:global_tokens] if name == "query" else projected))
-    hidden = q.reshape(1, len(q), width)
-    mask = torch.zeros(1, len(q), dtype=q.dtype)
-    mask[:, :global_tokens] = 1
-    flags = {"is_index_masked": mask < 0, "is_index_global_attn": mask > 0, "is_global_attn": global_tokens > 0}
-    return lambda: module(hidden, attention_mask=mask, **flags)[0]
-
-
-def transformers_bigbird(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Call:
-    from transformers.models.big_bird.modeling_big_bird import BigBirdBlockSparseAttention, BigBirdConfig, BigBirdModel
-
-    width = HEADS * WIDTH
-    config = BigBirdConfig(hidden_size=width, num_attention_heads=HEADS, block_size=BLOCK, num_random_blocks=3)
-    module = BigBirdBlockSparseAttention(config).eval()
-    for name, x in (("query", q), ("key", k), ("value", v)):
-        setattr(module, name, Given(x.reshape(1, len(x), width)))
-    hidden = q.reshape(1, len(q), width)
-    masks = BigBirdModel.create_masks_for_block_sparse_attn(torch.ones(1, len(q), dtype=q.dtype), BLOCK)
-    blocked, band, rows, columns = masks
-    given = {"from_blocked_mask": blocked, "to_blocked_mask": blocked, "band_mask": band, "from_mask": rows, "to_mask": columns}
-    return lambda: module(hidden, **given)[0]
-
-
-def performer_pytorch(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Call:
-    from performer_pytorch import FastAttention
-
-    module = FastAttention(WIDTH, FEATURES, causal=causal).to(q.dtype).eval()
-    q, k, v = batched(q), batched(k), batched(v)
-    return lambda: module(q, k, v)
-
-
-def linear_attention_transformer(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Call:
-    from linear_attention_transformer.linear_attention_transformer import causal_linear_attn, linear_attn
-
-    q, k, v = batched(q), batched(k), batched(v)
-    return (lambda: causal_linear_attn(q, k, v, bucket_size=64)) if causal else (lambda: linear_attn(q, k, v))
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Dense and windowed attention on CUDA through xformers (0.0.35), over the packed batch as it is.
 
-`implementation.py` chooses it. xformers has no CPU operator, so it is imported on CUDA only. The masks are tested on CPU
-against our own definitions; the kernels themselves have been run on no GPU yet (the tests marked `gpu` await one).
+`kernels/implementation.py` chooses it. xformers has no CPU operator, so it is imported on CUDA only. The masks are tested on
+CPU against our own definitions; the kernels themselves have been run on no GPU yet (the tests marked `gpu` await one).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attention.interface import HeadShape, Segments
+from attention.shapes import HeadShape, Segments
 
 
 def obstacle(shape: HeadShape) -> str | None:

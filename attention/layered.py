@@ -1,25 +1,28 @@
 """A backend per layer: the windows that a checkpoint was trained with, layer by layer, as one backend, `native`.
 
 Mistral 7B sees a window in every layer, Qwen2 in its last ones, Gemma 3 everything in every sixth layer only. A layer without a
-window is dense, one with a window is a sliding window without sinks; layers of one kind share a backend and a pool. Scores may
-have a cap, as Gemma 2's (`capped`). A cost is that of a layer on average, with the workspace of the widest, so that `layers`
-times one is the model's, as everywhere.
+window is dense, one with a window is a sliding window without sinks; layers of one kind share a backend. Scores may have a cap,
+as Gemma 2's (`kernels/softmax/capped.py`). A cost is that of a layer on average, with the workspace of the widest, so that
+`layers` times one is the model's, as everywhere.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from attention import implementation
 from attention.backends.dense import Dense, DenseOptions
 from attention.backends.sliding_window import SlidingWindow, SlidingWindowOptions
-from attention.capped import Capped
-from attention.interface import AttentionBackend, BackendOptions, Cost, HeadShape, Parts, Segments, StatePool, StateTensor
+from attention.interface import AttentionBackend, BackendOptions
+from attention.kernels import implementation
+from attention.kernels.softmax.capped import Capped
+from attention.parts import Parts
+from attention.pool import StatePool, StateTensor
+from attention.shapes import Cost, HeadShape, Segments
 
 NAME = "native"
 
@@ -31,11 +34,11 @@ class LayeredOptions(BackendOptions):
         (), description="of each layer: earlier tokens that a token sees, null for all of them; the checkpoint says it"
     )
     score_cap: float | None = Field(None, gt=0, description="a score s is weighed as cap tanh(s / cap); the checkpoint says it")
-    impl: implementation.Impl = Field("auto", description="torch, native (CPU), xformers (CUDA), or auto: what can run here")
+    impl: implementation.Impl = "auto"
 
 
 class Layered(AttentionBackend):
-    """Dense and windowed layers. `layers` holds each layer's backend.
+    """Dense and windowed layers. `layers` holds each layer's backend, `counts` how many layers each has.
 
     Raises:
         ValueError: no layer, or a window below one.
@@ -51,7 +54,6 @@ class Layered(AttentionBackend):
         kinds = {window: _build(window, options, shape) for window in dict.fromkeys(options.windows)}
         self.layers = tuple(kinds[window] for window in options.windows)
         self.counts: Mapping[AttentionBackend, int] = Counter(self.layers)
-        self._place = [self.layers[:layer].count(kind) for layer, kind in enumerate(self.layers)]  # among those of its kind
         self.impl = "+".join(sorted({kind.impl for kind in self.counts}))
 
     @property
@@ -71,8 +73,10 @@ class Layered(AttentionBackend):
         seen = [kind.visible(i, j, length) for kind in self.counts]
         return torch.stack(torch.broadcast_tensors(*seen)).any(0)
 
-    def new_pool(self, layers: int, max_bytes: int) -> LayeredPool:
-        return LayeredPool(self, layers, max_bytes)
+    def new_pool(self, layers: int, max_bytes: int) -> StatePool:
+        if layers != len(self.layers):
+            raise ValueError(f"{NAME} was built for {len(self.layers)} layers, received {layers}")
+        return StatePool(self.layers, max_bytes)
 
     def extending(
         self,
@@ -85,17 +89,15 @@ class Layered(AttentionBackend):
         slots: Sequence[int],
         out: Tensor,
     ) -> Parts:
-        self.check_extend(q, k, v, segments, pool, out)
-        assert isinstance(pool, LayeredPool), "`new_pool` makes no other"
-        if not 0 <= layer < len(self.layers):
-            raise ValueError(f"the pool has layers 0 to {len(self.layers) - 1}, received {layer}")
-        kind = self.layers[layer]
-        yield from kind.extending(q, k, v, segments, pool.of[kind], self._place[layer], pool.slots_of(kind, slots), out)
+        if pool.backends != self.layers:
+            raise ValueError(f"the pool must be of this backend (its `new_pool`), received one of {len(pool.backends)} layers")
+        yield from pool.backend(layer).extending(q, k, v, segments, pool, layer, slots, out)
 
     def law(self, queries: int, keys: int, *, causal: bool) -> Cost:
         costs = {kind: kind.law(queries, keys, causal=causal) for kind in self.counts}
         flops = sum(count * costs[kind].flops for kind, count in self.counts.items())
-        return Cost(flops // len(self.layers), max(cost.workspace_bytes for cost in costs.values()), self.state_bytes(keys))
+        workspace = max(cost.workspace_bytes for cost in costs.values())
+        return Cost(flops // len(self.layers), workspace, self.state_bytes(keys))
 
     def state_bytes(self, max_tokens: int) -> int:
         total = sum(count * kind.state_bytes(max_tokens) for kind, count in self.counts.items())
@@ -112,66 +114,6 @@ class Layered(AttentionBackend):
 
     def state(self, max_tokens: int) -> dict[str, StateTensor]:
         raise AssertionError("a layer's own backend knows it")
-
-
-class LayeredPool(StatePool):
-    """A pool per kind of layer behind one limit; a slot is one in each of them."""
-
-    def __init__(self, backend: Layered, layers: int, max_bytes: int) -> None:
-        if layers != len(backend.layers):
-            raise ValueError(f"{NAME} was built for {len(backend.layers)} layers, received {layers}")
-        super().__init__(backend, layers, max_bytes)
-        self.of = {kind: kind.new_pool(count, max_bytes) for kind, count in backend.counts.items()}
-        self._inner: dict[int, tuple[int, dict[AttentionBackend, int]]] = {}  # by slot: its tokens, its slot in each pool
-
-    def slots_of(self, kind: AttentionBackend, slots: Sequence[int]) -> list[int]:
-        """The slots in one of the pools; one that is not in use is -1, which no pool has."""
-        return [self._inner[slot][1][kind] if slot in self._inner else -1 for slot in slots]
-
-    def slot_bytes(self, max_tokens: int) -> int:
-        return sum(pool.slot_bytes(max_tokens) for pool in self.of.values())
-
-    def allocate(self, max_tokens: int) -> int:
-        self._need(self.slot_bytes(max_tokens))
-        return self._hold(max_tokens, lambda kind: self.of[kind].allocate(max_tokens))
-
-    def copy(self, slot: int) -> int:
-        max_tokens, inner = self._inner[slot]
-        self._need(self.slot_bytes(max_tokens))
-        return self._hold(max_tokens, lambda kind: self.of[kind].copy(inner[kind]))
-
-    def release(self, slot: int) -> None:
-        _, inner = self._inner.pop(slot)
-        self._give_back(inner)
-
-    def tensors(self, slot: int) -> dict[str, Tensor]:
-        raise AssertionError("states differ by layer: ask the pools in `of`")
-
-    def pretend(self, slot: int, tokens: int) -> None:
-        for kind, inner in self._inner[slot][1].items():
-            self.of[kind].pretend(inner, tokens)
-
-    def __len__(self) -> int:
-        return len(self._inner)
-
-    def _hold(self, max_tokens: int, take: Callable[[AttentionBackend], int]) -> int:
-        """A slot in every pool, or in none where one of them fails."""
-        taken: dict[AttentionBackend, int] = {}
-        try:
-            for kind in self.of:
-                taken[kind] = take(kind)
-        except BaseException:
-            self._give_back(taken)
-            raise
-        slot, self._next = self._next, self._next + 1
-        self._inner[slot] = max_tokens, taken
-        self.bytes_in_use = sum(pool.bytes_in_use for pool in self.of.values())
-        return slot
-
-    def _give_back(self, inner: Mapping[AttentionBackend, int]) -> None:
-        for kind, slot in inner.items():
-            self.of[kind].release(slot)
-        self.bytes_in_use = sum(pool.bytes_in_use for pool in self.of.values())
 
 
 def _build(window: int | None, options: LayeredOptions, shape: HeadShape) -> AttentionBackend:

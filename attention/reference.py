@@ -23,13 +23,19 @@ def answer(backend: AttentionBackend, q: Tensor, k: Tensor, v: Tensor, *, causal
     Returns:
         float64 (rows, H, D). A row that sees nothing is zeros.
     """
-    rows = torch.arange(len(q)) if rows is None else rows
-    queries, keys, values = (x.double().transpose(0, 1) for x in (q[rows], k, v))
-    keys, values = (x.repeat_interleave(backend.shape.group, 0) for x in (keys, values))  # (H, n, D)
-    weights = torch.where(visible(backend, rows, len(q), causal), _weights(backend, queries, keys, rows), 0.0)
-    total = weights.sum(-1, keepdim=True)
-    answers: Tensor = (weights @ values) / torch.where(total == 0, 1.0, total)
+    found = weights(backend, q, k, causal=causal, rows=rows)
+    answers: Tensor = found @ v.double().transpose(0, 1).repeat_interleave(backend.shape.group, 0)
     return answers.transpose(0, 1)
+
+
+def weights(backend: AttentionBackend, q: Tensor, k: Tensor, *, causal: bool, rows: Tensor | None = None) -> Tensor:
+    """What each key weighs in each answer of `answer`, float64 (H, rows, n): a row sums to 1, or 0 if it sees nothing."""
+    rows = torch.arange(len(q)) if rows is None else rows
+    queries, keys = (x.double().transpose(0, 1) for x in (q[rows], k))
+    keys = keys.repeat_interleave(backend.shape.group, 0)  # (H, n, D)
+    found = torch.where(visible(backend, rows, len(q), causal), _weights(backend, queries, keys, rows), 0.0)
+    total = found.sum(-1, keepdim=True)
+    return found / torch.where(total == 0, 1.0, total)
 
 
 def visible(backend: AttentionBackend, rows: Tensor, length: int, causal: bool) -> Tensor:

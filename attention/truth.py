@@ -13,14 +13,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from attention import blocks, reference
-from attention.interface import AttentionBackend, Segments
+from attention import reference
+from attention.interface import AttentionBackend
+from attention.shapes import Segments
 
 # Largest error allowed on values drawn from N(0, 1), with scores of standard deviation 1 (largest about 5). bfloat16 rounds a
 # score of 4 to 2^-7, a weight to 2^-9 and an answer of 4 to 2^-7, and errors of 3 x 2^-7 = 0.023 are seen; the others keep
 # the same distance to their epsilon. A wrong mask, a lost key or a stale state is off by 0.1 and more.
 BOUNDS = {torch.bfloat16: 6e-2, torch.float16: 1e-2, torch.float32: 2e-5, torch.float64: 1e-12}
 MOST = 16384  # tokens: a wider pattern would be checked for seconds and gigabytes, and the arithmetic is the same
+BEYOND = 131  # tokens behind the pattern's edge: more than a kernel's block of rows, and no multiple of it
 SAMPLE = 48  # rows compared per sequence, the first and last among them
 
 
@@ -44,7 +46,7 @@ def check(backend: AttentionBackend, seed: int = 0, max_length: int = MOST) -> T
 
     max_length: tokens of the longest sequence that will be asked for; no longer input is needed.
     """
-    longest = min(backend.edge + blocks.ROWS + 3, max_length, MOST)
+    longest = min(backend.edge + BEYOND, max_length, MOST)
     segments = Segments((1, min(17, longest), longest))
     q, k, v = _input(backend, segments.total, seed)
     error = 0.0

@@ -22,10 +22,10 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from service.child import heeded, run_in_own_session
 from service.config import ApplicationSection, AttentionConfig, ConfigError, ServeFile, UserConfig, api_keys, read
 from service.machine import available_cpus
 from service.model import files
-from service.session import heeded, run_in_own_session
 
 READY_SECONDS = 5.0  # how long an application that runs may take to answer through the proxy
 SAME_SIGNAL_SECONDS = 0.5  # a terminal and a wrapper may both pass on one Ctrl-C

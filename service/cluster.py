@@ -36,9 +36,9 @@ import ray  # noqa: E402
 from ray import serve  # noqa: E402
 from ray.serve.schema import ServeDeploySchema  # noqa: E402
 
+from service.child import end_session  # noqa: E402
 from service.config import DEPLOYMENT, ApplicationSection, ServeFile  # noqa: E402
 from service.http.proxy import LIMITS  # noqa: E402
-from service.session import end_session  # noqa: E402
 
 OBJECT_STORE_BYTES = 100 * 2**20  # requests and answers do not pass through it; Ray's default takes 30 % of the memory
 POLL_SECONDS = 0.1

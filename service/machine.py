@@ -1,19 +1,27 @@
-"""What the operating system lets this process use. Memory is the engine's affair (`service/engine/memory.py`)."""
+"""What the operating system lets this process use: CPUs, and memory. Threads are `service/threads.py`.
+
+Memory: what the container (cgroup v2 or v1) or the machine has left, or the accelerator's free memory.
+"""
 
 from __future__ import annotations
 
+import ctypes
 import math
 import os
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING
 
-T = TypeVar("T")
+if TYPE_CHECKING:
+    import torch
 
 CGROUP_V2 = Path("/sys/fs/cgroup/cpu.max")
 CGROUP_V1 = Path("/sys/fs/cgroup/cpu")
+
+# What a warm process may take beside weights, runtime and budget: slack of the allocator, kernels that the matrix library
+# compiles and the scratch inside them. `python -m service.benchmark` measures it under four times the budget.
+BESIDE_BUDGET_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -61,12 +69,75 @@ def _quota() -> float | None:
     return None if limit in ("max", "-1") else int(limit) / int(period)
 
 
-def in_passing_thread(call: Callable[[], T]) -> T:
-    """What `call()` returns or raises, from a thread that ends with it. For every torch call outside the model thread.
+def available_bytes(device: torch.device, root: Path = Path("/")) -> int:
+    """Bytes that may still be taken: the least of what the machine and each enclosing cgroup leave; on CUDA the free ones."""
+    if device.type == "cuda":
+        import torch  # here, for the command line asks for CPUs only
 
-    OpenMP keeps a team of workers for each thread that ever ran a parallel region, as long as that thread lives. Once a
-    process has more workers than CPUs, GNU's libgomp no longer spins at a barrier but sleeps, and a model of many small
-    operations runs at half its speed, for good (a dense prefill of 16,000 tokens: 7.5 s against 3.2 s on 2 cores).
+        return int(torch.cuda.mem_get_info(device)[0])
+    return min([_machine_bytes(root), *_cgroup_bytes(root)])
+
+
+def budget_bytes(configured: int | None, share: float, available: int) -> int:
+    """The bytes that requests may hold together.
+
+    Raises:
+        ValueError: a configured budget beyond what is available, or nothing available.
     """
-    with ThreadPoolExecutor(1) as passing:
-        return passing.submit(call).result()
+    free = available - BESIDE_BUDGET_BYTES
+    if configured is not None and configured > free:
+        raise ValueError(f"engine.memory_budget_bytes must be at most the {free} bytes left here, received {configured}")
+    budget = configured if configured is not None else int(share * free)
+    if budget <= 0:
+        raise ValueError(f"no memory left for requests: {available} bytes available after the weights")
+    return budget
+
+
+def _machine_bytes(root: Path) -> int:
+    for line in (root / "proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    raise AssertionError("/proc/meminfo names no MemAvailable")
+
+
+def _cgroup_bytes(root: Path) -> Iterator[int]:
+    """What each limited cgroup around this process leaves: its limit minus its use, reclaimable cache not counted as use."""
+    for line in _lines(root / "proc/self/cgroup"):
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            base, limit, usage, cache = root / "sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"
+        elif "memory" in controllers.split(","):
+            base, limit, usage = root / "sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
+            cache = "total_inactive_file"
+        else:
+            continue
+        for folder in _upwards(base, path):
+            bound = _lines(folder / limit)
+            if bound and bound[0] != "max":
+                stat = dict(entry.split() for entry in _lines(folder / "memory.stat"))
+                yield max(0, int(bound[0]) - int(_lines(folder / usage)[0]) + int(stat.get(cache, 0)))
+
+
+def _upwards(base: Path, path: str) -> Iterator[Path]:
+    """The cgroup's folder and its parents. Inside a container the path may lie outside what is mounted: the mount is it."""
+    folder = base / path.lstrip("/")
+    while folder != base:
+        yield folder
+        folder = folder.parent
+    yield base
+
+
+def _lines(path: Path) -> list[str]:
+    return path.read_text().splitlines() if path.is_file() else []
+
+
+def resident_bytes() -> int:
+    """Bytes of this process that lie in memory."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def trim() -> None:
+    """Give the C library's free heap back to the system. Does nothing where there is no glibc."""
+    release = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if release is not None:
+        release(0)

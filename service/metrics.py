@@ -15,18 +15,15 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import product
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, Summary
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from service.engine.observer import Outcome, Step
+from service.engine.observer import Outcome, Snapshot, Step
 from service.engine.request import DeadlineExceeded, Draining, InvalidRequest, QueueFull, Request, RequestError
 from service.timing import receipt
-
-if TYPE_CHECKING:
-    from service.engine.engine import Snapshot
 
 logger = logging.getLogger("longserve.request")
 

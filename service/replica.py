@@ -31,12 +31,13 @@ from service.http.reader import Reader
 from service.http.routes import create_app
 from service.http.workers import Workers
 from service.logs import LOGGERS
-from service.machine import Place, dealt_cpus, dealt_threads, in_passing_thread
+from service.machine import Place, dealt_cpus, dealt_threads
 from service.metrics import Metrics
 from service.model import checkpoint
 from service.model.checkpoint import Checkpoint
 from service.model.tokenizer import Tokenizer
 from service.switch import LastServed, Switch, parse
+from service.threads import in_passing_thread
 
 if TYPE_CHECKING:
     from service.tracing import Traced

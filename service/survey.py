@@ -8,7 +8,7 @@ from pathlib import Path
 import attention
 from attention import AttentionBackend, shares
 from service.config import AttentionConfig, ServiceConfig
-from service.engine.forecast import Course, Line, Pace
+from service.engine.forecast import Course, Pace, Ramp
 from service.model import checkpoint, files, rotary
 from service.model.config import ModelConfig
 from service.model.tokenizer import Tokenizer
@@ -87,7 +87,7 @@ def _table(config: ModelConfig, model: Transformer, args: ServiceConfig, switch:
 
 def _course(model: Transformer, backend: AttentionBackend, chunk: int) -> Course:
     """The course of a prefill, of which only the bytes are asked: no pace was measured."""
-    none = Line(0.0, 0.0)
+    none = Ramp(0.0, 0.0)
     pace = Pace(model.config.num_hidden_layers, none, dict.fromkeys(shares(backend), none), backend)
     return Course(model, pace, model.config.max_length, chunk)
 

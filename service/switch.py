@@ -19,8 +19,8 @@ import attention
 from attention import AttentionBackend, HeadShape, truth
 from service.config import AttentionConfig, UserConfig, explain
 from service.engine.engine import Backends
-from service.machine import in_passing_thread
 from service.metrics import Metrics
+from service.threads import in_passing_thread
 
 logger = logging.getLogger("longserve.switch")
 

@@ -14,9 +14,9 @@ import sysconfig
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-HEADERS = ROOT / "attention/csrc"
+HEADERS = ROOT / "attention/kernels"
 LIBRARIES = {  # folder in the build: sources
-    "attention": ("attention/csrc/softmax.c", "attention/csrc/features.c"),
+    "attention": ("attention/kernels/softmax/softmax.c", "attention/kernels/features/features.c"),
     "model": ("service/model/csrc/layer.c",),
 }
 FLAGS = [

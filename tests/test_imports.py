@@ -8,36 +8,104 @@ from pathlib import Path
 
 import pytest
 
+import attention
+
 ROOT = Path(__file__).parent.parent
 OURS = ("attention", "service", "loadtests")
 
 ALLOWED: dict[str, tuple[str, ...]] = {
     "attention": ("attention",),
-    "service.model": ("attention", "service.model"),
-    "service.engine": ("attention", "service.model", "service.engine", "service.config", "service.timing"),
-    "service.http": ("service.engine.request", "service.http", "service.config", "service.exposition", "service.timing"),
-    "service.http.worker": ("service.engine.request", "service.http", "service.model.tokenizer"),  # a process of its own
-    "service.timing": (),
-    "service.machine": (),
-    "service.config": ("attention",),
+    "loadtests": ("loadtests",),
+    "service": (),  # what has no line of its own imports nothing of ours
+    "service.child": (),
     "service.exposition": (),
     "service.logs": (),
+    "service.machine": (),
+    "service.threads": (),
+    "service.timing": (),
+    "service.config": ("attention",),
+    "service.model": ("attention", "service.model"),
+    "service.engine": (
+        "attention",
+        "service.model",
+        "service.engine",
+        "service.config",
+        "service.machine",
+        "service.threads",
+        "service.timing",
+    ),
+    "service.http": ("service.engine.request", "service.http", "service.config", "service.exposition", "service.timing"),
+    "service.http.worker": ("service.engine.request", "service.http", "service.model.tokenizer"),  # a process of its own
     "service.metrics": ("service.engine.observer", "service.engine.request", "service.timing"),
     "service.tracing": ("service.engine.observer", "service.engine.request"),
-    "loadtests": ("loadtests",),
+    "service.switch": ("attention", "service.engine.engine", "service.config", "service.metrics", "service.threads"),
+    "service.replica": (
+        "service.engine.engine",
+        "service.http",
+        "service.model",
+        "service.config",
+        "service.exposition",
+        "service.logs",
+        "service.machine",
+        "service.metrics",
+        "service.switch",
+        "service.threads",
+        "service.tracing",
+    ),
+    "service.plain": ("service.config", "service.http.line", "service.replica"),
+    "service.app": (
+        "service.config",
+        "service.exposition",
+        "service.logs",
+        "service.machine",
+        "service.replica",
+        "service.switch",
+    ),
+    "service.cluster": ("service.child", "service.config", "service.http.proxy"),
+    "service.cli": (
+        "service.child",
+        "service.cluster",
+        "service.config",
+        "service.machine",
+        "service.model.files",
+        "service.survey",
+    ),
+    "service.survey": ("attention", "service.engine.forecast", "service.model", "service.config"),
+    "service.training": ("attention", "service.model", "service.training", "service.config"),
+    "service.benchmark": (
+        "attention",
+        "service.model",
+        "service.engine",
+        "service.benchmark",
+        "service.config",
+        "service.machine",
+        "service.threads",
+    ),
 }
-"""What of ours a package may import at run time."""
+"""What of ours a package may import at run time; the longest name that fits is the one that counts."""
 
 FOREIGN: dict[str, tuple[str, ...]] = {
     "ray": ("service.app", "service.cluster"),
-    "torch": ("attention", "service.model", "service.engine", "service.training", "service.replica"),
+    "torch": (
+        "attention",
+        "service.model",
+        "service.engine",
+        "service.training",
+        "service.benchmark",
+        "service.replica",
+        "service.machine",
+        "service.threads",
+    ),
     "fastapi": ("service.http",),
     "starlette": ("service.http", "service.replica", "service.app"),
 }
 """Where a library of others may be imported."""
 
-EXEMPT = {
-    "service.engine.benchmark": "measures the engine over HTTP too, so it stands above the engine",
+FACE = {f"attention.{name}" for name in (*attention.__all__, "truth")}
+"""What others take from attention: its face, and the check of what is served."""
+
+PAST_THE_FACE = {
+    ("service.training.gradients", "attention.backends.performer.projection"): "trains with the rows that the backend draws",
 }
 
 
@@ -86,8 +154,44 @@ def breaches(module: str, path: Path) -> list[str]:
     return found
 
 
+def past_the_face(module: str, path: Path) -> list[str]:
+    """What a module outside attention takes from behind its face, but for what is told above."""
+    taken = [name for name in imports(path) if is_within(name, "attention") and name not in {"attention", *FACE}]
+    return [name for name in taken if (module, name) not in PAST_THE_FACE]
+
+
+def graph() -> dict[str, set[str]]:
+    """Which module imports which at run time."""
+    known = dict(modules())
+
+    def module_of(name: str) -> str | None:
+        while name and name not in known:
+            name = name.rpartition(".")[0]
+        return name or None
+
+    return {module: {found for name in imports(path) if (found := module_of(name))} for module, path in known.items()}
+
+
+def test_nobody_outside_attention_reaches_past_its_face() -> None:
+    outside = [(module, path) for module, path in modules() if not is_within(module, "attention")]
+    assert {module: found for module, path in outside if (found := past_the_face(module, path))} == {}
+
+
+def test_what_may_reach_past_the_face_of_attention_still_does() -> None:
+    paths = dict(modules())
+    assert [(module, name) for module, name in PAST_THE_FACE if name not in imports(paths[module])] == []
+
+
+def test_imports_run_in_no_circle() -> None:
+    left = {module: needs - {module} for module, needs in graph().items() if is_within(module, "service")}
+    while ready := [module for module, needs in left.items() if not needs & left.keys()]:
+        for module in ready:
+            del left[module]
+    assert left == {}
+
+
 def test_every_import_runs_the_one_way() -> None:
-    assert [breach for module, path in modules() if module not in EXEMPT for breach in breaches(module, path)] == []
+    assert [breach for module, path in modules() for breach in breaches(module, path)] == []
 
 
 def test_there_are_modules_to_judge() -> None:
@@ -105,6 +209,11 @@ def test_there_are_modules_to_judge() -> None:
         ("service.http.routes", "def f():\n    import torch"),
         ("service.http.routes", "from service.engine.engine import Engine"),
         ("service.replica", "from ray import serve"),
+        ("service.switch", "from service.http.routes import create_app"),
+        ("service.cli", "from service.replica import Replica"),
+        ("service.plain", "from service.engine.engine import Engine"),
+        ("service.training.train", "from service.engine.engine import Engine"),
+        ("service.anything_new", "from service.config import ServeFile"),
         ("loadtests.client", "from service.config import ServeFile"),
     ],
 )
@@ -112,3 +221,12 @@ def test_a_breach_is_found(module: str, source: str, tmp_path: Path) -> None:
     path = tmp_path / "breach.py"
     path.write_text(source)
     assert breaches(module, path)
+
+
+@pytest.mark.parametrize(
+    "source", ["import attention.backends.dense", "from attention.interface import Parts", "from attention import blocks"]
+)
+def test_a_look_behind_the_face_of_attention_is_found(source: str, tmp_path: Path) -> None:
+    path = tmp_path / "breach.py"
+    path.write_text(f"import attention\nfrom attention import AttentionBackend, truth\n{source}")
+    assert len(past_the_face("service.engine.runner", path)) == 1

@@ -46,7 +46,7 @@ def test_it_tells_the_model_its_ends_and_which_backends_are_lossy(told: tuple[Pa
 async def test_its_bytes_are_those_that_the_engine_reserves(told: tuple[Path, list[str]]) -> None:
     directory, lines = told
     loaded = load(directory, dtype="float32")
-    from service.engine.admission import Backends
+    from service.engine.allowlist import Backends
 
     backends = {
         "native": own_backend(loaded.model),

@@ -7,20 +7,24 @@ state is one chunk of keys and values, position j at index j % chunk.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from pydantic import Field
 from torch import Tensor
 
-from attention import blocks, implementation
-from attention.interface import MOST_TOKENS, AttentionBackend, BackendOptions, Cost, HeadShape, Parts, StateTensor
+from attention import history
+from attention.interface import AttentionBackend, BackendOptions
+from attention.kernels import implementation
+from attention.parts import Parts, spread
+from attention.pool import StateTensor
+from attention.shapes import MOST_TOKENS, Cost, HeadShape
 
 
 class ChunkedOptions(BackendOptions):
     """How long a chunk is."""
 
     chunk: int = Field(1024, ge=1, le=MOST_TOKENS, description="tokens of a chunk; a token sees the tokens of its own")
-    impl: implementation.CpuImpl = Field("auto", description="torch, native (CPU), or auto: native where it can run")
+    impl: implementation.CpuImpl = "auto"
 
 
 class Chunked(AttentionBackend):
@@ -31,8 +35,8 @@ class Chunked(AttentionBackend):
 
     def __init__(self, options: ChunkedOptions, shape: HeadShape) -> None:
         super().__init__(options, shape)
-        self.impl = implementation.settle(options.impl, shape)
-        self.softmax = implementation.softmax(self.impl)
+        self.impl, self.softmax = implementation.softmax(options.impl, shape)
+        self.ring = history.Ring(0, options.chunk)
 
     @property
     def edge(self) -> int:
@@ -42,41 +46,31 @@ class Chunked(AttentionBackend):
         return i // self.options.chunk == j // self.options.chunk
 
     def attend_sequence(self, q: Tensor, k: Tensor, v: Tensor, causal: bool, out: Tensor) -> Parts:
-        for a, b in blocks.spread(0, len(q), self.options.chunk):
-            keys, values = blocks.heads_first(k[a:b]), blocks.heads_first(v[a:b])
-            yield from self.softmax.dense(q[a:b], keys, values, 0, causal, out[a:b])
+        for a, b in spread(0, len(q), self.options.chunk):
+            yield from self.softmax.dense(q[a:b], k[a:b], v[a:b], 0, causal, out[a:b])
 
     def extend_sequence(self, q: Tensor, k: Tensor, v: Tensor, past: int, state: dict[str, Tensor], out: Tensor) -> Parts:
-        done = 0
-        for rows, seen in self._parts(past, len(q)):
-            part = slice(done, done + rows)
-            keys, values = blocks.append(state, k[part], v[part], seen - rows)
-            yield from self.softmax.dense(q[part], keys, values, seen - rows, True, out[part])
-            done += rows
+        for held, position, count in self.ring.runs(past, past + len(q)):
+            part = slice(position - past, position - past + count)
+            keys, values = history.append(state, k[part], v[part], held)
+            yield from self.softmax.dense(q[part], keys, values, held, True, out[part])
 
     def step(
         self, q: Tensor, k: Tensor, v: Tensor, past: Sequence[int], states: Sequence[dict[str, Tensor]], out: Tensor
     ) -> None:
-        places = [at % self.options.chunk for at in past]
-        blocks.put_step(states, k, v, places)
+        places = [self.ring.place(at) for at in past]
+        history.append_step(states, k, v, places)
         self.softmax.step(q, states, [at + 1 for at in places], k.shape[1], out)
 
-    def _parts(self, past: int, count: int) -> Iterator[tuple[int, int]]:
-        """(new tokens, tokens of the chunk up to the last of them) for each chunk that `count` tokens behind `past` touch."""
-        while count:
-            within = past % self.options.chunk
-            rows = min(count, self.options.chunk - within)
-            yield rows, within + rows
-            past, count = past + rows, count - rows
-
     def state(self, max_tokens: int) -> dict[str, StateTensor]:
-        return blocks.key_value_state(self.shape, max_tokens, self.options.chunk)
+        return history.keys_and_values(self.shape, max_tokens, self.options.chunk)
 
     def law(self, queries: int, keys: int, *, causal: bool) -> Cost:
-        parts = list(self._parts(keys - queries, queries))
+        shape = self.shape
+        parts = [(count, held + count) for held, _, count in self.ring.runs(keys - queries, keys)]
         pairs = sum(rows * seen - (rows * (rows - 1) // 2 if causal else 0) for rows, seen in parts)
-        step, chunk = self.softmax.step_workspace_bytes, self.softmax.dense_workspace_bytes
-        chunks = (chunk(self.shape, queries, seen, asking=rows) for rows, seen in set(parts))
-        looked_at = blocks.rounded(parts[0][1], self.options.chunk)
-        workspace = step(self.shape, looked_at) if queries == 1 else max(chunks)
-        return Cost(4 * self.shape.query_heads * self.shape.head_width * pairs, workspace, self.state_bytes(keys))
+        if queries == 1:
+            workspace = self.softmax.step_bytes(shape, history.rounded(parts[0][1], self.options.chunk))
+        else:
+            workspace = max(self.softmax.dense_bytes(shape, queries, seen, asking=rows) for rows, seen in set(parts))
+        return Cost(4 * shape.query_heads * shape.head_width * pairs, workspace, self.state_bytes(keys))

@@ -10,8 +10,11 @@ from __future__ import annotations
 from pydantic import Field
 from torch import Tensor
 
-from attention import blocks, implementation
-from attention.interface import MOST_TOKENS, AttentionBackend, BackendOptions, Cost, HeadShape, Parts, StateTensor
+from attention.interface import AttentionBackend, BackendOptions
+from attention.kernels import implementation
+from attention.parts import Parts
+from attention.pool import StateTensor
+from attention.shapes import MOST_TOKENS, Cost, HeadShape
 
 
 class LongformerOptions(BackendOptions):
@@ -26,7 +29,7 @@ class LongformerOptions(BackendOptions):
     global_tokens: int = Field(
         1, ge=0, le=MOST_TOKENS, description="first tokens of a sequence, which see all and are seen by all"
     )
-    impl: implementation.CpuImpl = Field("auto", description="torch, native (CPU), or auto: native where it can run")
+    impl: implementation.CpuImpl = "auto"
 
 
 class Longformer(AttentionBackend):
@@ -37,8 +40,7 @@ class Longformer(AttentionBackend):
 
     def __init__(self, options: LongformerOptions, shape: HeadShape) -> None:
         super().__init__(options, shape)
-        self.impl = implementation.settle(options.impl, shape)
-        self.softmax = implementation.softmax(self.impl)
+        self.impl, self.softmax = implementation.softmax(options.impl, shape)
 
     @property
     def directions(self) -> tuple[bool, ...]:
@@ -53,11 +55,11 @@ class Longformer(AttentionBackend):
         return ((i - j).abs() <= self.options.window) | (i < first) | (j < first)
 
     def attend_sequence(self, q: Tensor, k: Tensor, v: Tensor, causal: bool, out: Tensor) -> Parts:
-        keys, values, first = blocks.heads_first(k), blocks.heads_first(v), min(self.options.global_tokens, len(q))
+        first, window = min(self.options.global_tokens, len(q)), self.options.window
         if first:
-            yield from self.softmax.dense(q[:first], keys, values, 0, False, out[:first])
-        near, free = (keys[:, first:], values[:, first:]), (keys[:, :first], values[:, :first])
-        yield from self.softmax.band(q[first:], near, free, 0, self.options.window, self.options.window, out[first:])
+            yield from self.softmax.dense(q[:first], k, v, 0, False, out[:first])
+        near, free = (k[first:], v[first:]), (k[:first], v[:first])
+        yield from self.softmax.band(q[first:], near, free, 0, window, window, out[first:])
 
     def extend_sequence(self, q: Tensor, k: Tensor, v: Tensor, past: int, state: dict[str, Tensor], out: Tensor) -> Parts:
         raise AssertionError("check_extend refuses a backend without a causal form")
@@ -68,8 +70,8 @@ class Longformer(AttentionBackend):
     def law(self, queries: int, keys: int, *, causal: bool) -> Cost:
         shape, options, first = self.shape, self.options, min(self.options.global_tokens, keys)
         pairs = (queries - first) * min(keys, 2 * options.window + 1 + first) + first * keys
-        workspace = self.softmax.dense_workspace_bytes(shape, queries, keys, asking=first) if first else 0
+        workspace = self.softmax.dense_bytes(shape, queries, keys, asking=first) if first else 0
         if others := queries - first:
-            band = self.softmax.band_workspace_bytes(shape, others, keys, options.window, options.window, first)
+            band = self.softmax.band_bytes(shape, others, keys, options.window, options.window, first)
             workspace = max(workspace, band + first * shape.query_heads * shape.head_width * shape.itemsize)
         return Cost(4 * shape.query_heads * shape.head_width * pairs, workspace, 0)

@@ -22,27 +22,14 @@ import torch
 from pydantic import Field, field_validator
 from torch import Tensor
 
-from attention import blocks, implementation, native, sums
-from attention.interface import MOST_SEED, AttentionBackend, BackendOptions, Cost, HeadShape, Parts, StateTensor, finish
-
-LOG2_E = blocks.LOG2_E
-
-
-def projection(features: int, width: int, seed: int) -> Tensor:
-    """The random rows W of FAVOR+: blocks of Haar-orthogonal rows with chi-distributed norms, float32 (m, D).
-
-    Computed in float64 from `seed` alone, so every replica and every rerun has the same features. LAPACK's QR fixes the
-    sign of its first reflection, which biases the rows; the columns are multiplied by sign(diag R) to make them Haar
-    (Mezzadri, math-ph/0609050). Row norms are those of independent Gaussian rows.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    orthogonal = []
-    for _ in range(-(-features // width)):
-        q, r = torch.linalg.qr(torch.randn(width, width, generator=generator, dtype=torch.float64))
-        orthogonal.append((q * r.diagonal().sign()).T)
-    norms = torch.randn(features, width, generator=generator, dtype=torch.float64).norm(dim=1)
-    rows: Tensor = torch.cat(orthogonal)[:features] * norms[:, None]
-    return rows.float()
+from attention import history
+from attention.interface import MOST_SEED, AttentionBackend, BackendOptions
+from attention.kernels import LOG2_E, features, implementation
+from attention.kernels.features import Sums
+from attention.parts import Parts, finish, spread
+from attention.pool import StateTensor
+from attention.projection import projection
+from attention.shapes import Cost, HeadShape
 
 
 class PerformerOptions(BackendOptions):
@@ -54,7 +41,7 @@ class PerformerOptions(BackendOptions):
     local_chunk: int = Field(
         0, description="tokens of a chunk; keys of a token's own and the previous chunk weigh exactly; 0: none. Causal only"
     )
-    impl: implementation.CpuImpl = Field("auto", description="torch, native (CPU), or auto: native where it can run")
+    impl: implementation.CpuImpl = "auto"
 
     @field_validator("local_chunk")
     @classmethod
@@ -78,10 +65,9 @@ class Performer(AttentionBackend):
         scaled = (rows.double() * (LOG2_E / shape.head_width**0.25)).to(shape.dtype)
         self.weights = scaled.T.contiguous().to(shape.device)  # (D, m): 2^(x W) is exp(W x')
         half = LOG2_E / (2 * math.sqrt(shape.head_width))  # |x|^2 times this is |x'|^2 / 2 in powers of two
-        self.impl = implementation.settle(options.impl, shape, no_native=native.no_features(scaled.shape[0]))
-        self.softmax = implementation.softmax(self.impl)  # how near keys are answered
-        self.sums = implementation.sums(self.impl)
-        self.features = self.sums.Features(self.weights, half, shape)
+        self.impl, self.features = implementation.features(options.impl, self.weights, half, shape)
+        self.softmax = implementation.SOFTMAX[self.impl]  # how near keys are answered
+        self.ring = history.Ring(options.local_chunk, options.local_chunk)  # a full one is turned: see `_turn`
 
     @property
     def directions(self) -> tuple[bool, ...]:
@@ -109,47 +95,42 @@ class Performer(AttentionBackend):
         return (logs - top).clamp_max(0).exp2()  # of keys behind the query, whose weights the causal answer leaves out, any
 
     def attend_sequence(self, q: Tensor, k: Tensor, v: Tensor, causal: bool, out: Tensor) -> Parts:
-        fresh = {name: spec.new(q.device) for name, spec in sums.state(self.shape, self.weights.shape[1]).items()}
+        fresh = Sums.fresh(self.shape, self.weights.shape[1])
         if self.options.local_chunk:
-            return self._attend_chunks(q, k, v, fresh["s"], fresh["level"], out)
-        return (self.sums.scan if causal else self.sums.both_sides)(self.features, q, k, v, fresh["s"], fresh["level"], out)
+            return self._attend_chunks(q, k, v, fresh, out)
+        return (self.features.scan if causal else self.features.both_sides)(q, k, v, fresh, out)
 
     def extend_sequence(self, q: Tensor, k: Tensor, v: Tensor, past: int, state: dict[str, Tensor], out: Tensor) -> Parts:
         if self.options.local_chunk:
             return self._extend_chunks(q, k, v, past, state, out)
-        return self.sums.scan(self.features, q, k, v, state["s"], state["level"], out)
+        return self.features.scan(q, k, v, Sums.of(state), out)
 
     def step(
         self, q: Tensor, k: Tensor, v: Tensor, past: Sequence[int], states: Sequence[dict[str, Tensor]], out: Tensor
     ) -> None:
         if self.options.local_chunk:
             self._step_chunks(q, k, v, past, states, out)
-            return
-        self.sums.features_step(self.features, q, k, v, [(state["s"], state["level"]) for state in states], out)
+        else:
+            self.features.step(q, k, v, [Sums.of(state) for state in states], out)
 
-    def _attend_chunks(self, q: Tensor, k: Tensor, v: Tensor, s: Tensor, level: Tensor, out: Tensor) -> Parts:
-        """A whole sequence with its near keys exactly; s and level begin empty."""
+    def _attend_chunks(self, q: Tensor, k: Tensor, v: Tensor, sums: Sums, out: Tensor) -> Parts:
+        """A whole sequence with its near keys exactly; the sums begin empty."""
         chunk = self.options.local_chunk
-        for a, b in blocks.spread(0, len(q), chunk):
+        for a, b in spread(0, len(q), chunk):
             first = max(0, a - chunk)  # of the near keys
             if first:
-                yield from self.sums.absorb(self.features, k[first - chunk : first], v[first - chunk : first], s, level)
-            keys, values = blocks.heads_first(k[first:b]), blocks.heads_first(v[first:b])
-            yield from self._near_and_far(q[a:b], keys, values, a - first, (s, level) if first else None, out[a:b])
+                yield from self.features.absorb(k[first - chunk : first], v[first - chunk : first], sums)
+            yield from self._near_and_far(q[a:b], k[first:b], v[first:b], a - first, sums if first else None, out[a:b])
 
     def _extend_chunks(self, q: Tensor, k: Tensor, v: Tensor, past: int, state: dict[str, Tensor], out: Tensor) -> Parts:
         """The same behind `past` tokens. The state keeps two chunks of keys and values and the sums of all before them."""
-        done = 0
-        while done < len(q):
-            at = past + done
-            part = slice(done, done + min(len(q) - done, self.options.local_chunk - at % self.options.local_chunk))
+        for held, at, count in self.ring.runs(past, past + len(q)):
+            part = slice(at - past, at - past + count)
             if self._is_full(at):
                 yield from self._turn(state)
-            held = self._held(at)
-            keys, values = blocks.append(state, k[part], v[part], held)
-            far = None if held == at else (state["s"], state["level"])
+            keys, values = history.append(state, k[part], v[part], held)
+            far = None if held == at else Sums.of(state)
             yield from self._near_and_far(q[part], keys, values, held, far, out[part])
-            done = part.stop
 
     def _step_chunks(
         self, q: Tensor, k: Tensor, v: Tensor, past: Sequence[int], states: Sequence[dict[str, Tensor]], out: Tensor
@@ -158,17 +139,16 @@ class Performer(AttentionBackend):
         for state, at in zip(states, past, strict=True):
             if self._is_full(at):
                 finish(self._turn(state))
-        held = [self._held(at) for at in past]
+        held = [self.ring.place(at) for at in past]
         old = [i for i, at in enumerate(past) if held[i] != at]  # sequences that have far keys
         near = torch.empty(*q.shape[:2], 1, dtype=self._wide, device=q.device) if old else None
-        blocks.put_step(states, k, v, held)
+        history.append_step(states, k, v, held)
         self.softmax.step(q, states, [at + 1 for at in held], k.shape[1], out, near)
         if near is None:
             return
         everyone = len(old) == len(q)
         queries, near, answers = (x if everyone else x[old] for x in (q, near, out))
-        far = [(states[i]["s"], states[i]["level"]) for i in old]
-        self.sums.join_step(self.features, queries, far, near, answers)
+        self.features.join_step(queries, [Sums.of(states[i]) for i in old], near, answers)
         if not everyone:
             out[old] = answers
 
@@ -176,71 +156,60 @@ class Performer(AttentionBackend):
         """Whether the state holds two whole chunks when the token at position `at` comes."""
         return at >= 2 * self.options.local_chunk and at % self.options.local_chunk == 0
 
-    def _held(self, at: int) -> int:
-        """Keys that stand in the state before the token at position `at`, once a full state was turned."""
-        chunk = self.options.local_chunk
-        return at if at < 2 * chunk else chunk + at % chunk
-
     def _turn(self, state: dict[str, Tensor]) -> Parts:
         """Move the older chunk of a full state into the sums, and the newer into its place."""
         chunk = self.options.local_chunk
-        k, v = (state[name][:chunk].unflatten(1, (self.shape.key_value_heads, -1)) for name in ("k", "v"))
-        yield from self.sums.absorb(self.features, k, v, state["s"], state["level"])
+        yield from self.features.absorb(*history.read(state, chunk, self.shape.key_value_heads), Sums.of(state))
         for name in ("k", "v"):
             state[name][:chunk] = state[name][chunk:]
 
-    def _near_and_far(
-        self, q: Tensor, keys: Tensor, values: Tensor, held: int, far: tuple[Tensor, Tensor] | None, out: Tensor
-    ) -> Parts:
-        """Answer q (C, H, D), whose first stands behind `held` of the near keys (G, n, D), over these and the far sums."""
+    def _near_and_far(self, q: Tensor, keys: Tensor, values: Tensor, held: int, far: Sums | None, out: Tensor) -> Parts:
+        """Answer q (C, H, D), whose first stands behind `held` of the near keys (N, G, D), over these and the far sums."""
         if far is None:
             yield from self.softmax.dense(q, keys, values, held, True, out)
             return
         near = torch.empty(*q.shape[:2], 1, dtype=self._wide, device=q.device)
         yield from self.softmax.dense(q, keys, values, held, True, out, near)
-        yield from self.sums.join(self.features, q, *far, near, out)
+        yield from self.features.join(q, far, near, out)
 
     def state(self, max_tokens: int) -> dict[str, StateTensor]:
-        chunk = self.options.local_chunk
-        if not chunk:
-            return sums.state(self.shape, self.weights.shape[1])
-        near = blocks.key_value_state(self.shape, max_tokens, 2 * chunk)
-        return {**near, **sums.state(self.shape, self.weights.shape[1])} if max_tokens > 2 * chunk else near
+        far = features.state(self.shape, self.weights.shape[1])
+        if not self.options.local_chunk:
+            return far
+        near = history.keys_and_values(self.shape, max_tokens, self.ring.size)
+        return {**near, **far} if max_tokens > self.ring.size else near
 
     @property
     def _wide(self) -> torch.dtype:
         return torch.promote_types(self.shape.dtype, torch.float32)
 
     def law(self, queries: int, keys: int, *, causal: bool) -> Cost:
-        shape, features = self.shape, self.weights.shape[1]
+        shape, count = self.shape, self.weights.shape[1]
         if self.options.local_chunk:
             return self._chunks_cost(queries, keys)
-        mapping = 2 * queries * (shape.query_heads + shape.key_value_heads) * shape.head_width * features
-        workspace = self.sums.features_workspace_bytes(self.features, queries, causal)
+        mapping = 2 * queries * (shape.query_heads + shape.key_value_heads) * shape.head_width * count
+        workspace = self.features.attend_bytes(queries, causal)
         workspace += self.state_bytes(keys) if queries == keys else 0  # the sums of `attend`
-        return Cost(mapping + sums.flops(shape, features, queries, causal), workspace, self.state_bytes(keys))
+        return Cost(mapping + features.flops(shape, count, queries, causal), workspace, self.state_bytes(keys))
 
     def _chunks_cost(self, queries: int, keys: int) -> Cost:
-        shape, features, chunk = self.shape, self.weights.shape[1], self.options.local_chunk
-        per_token = 2 * features * (2 * shape.head_width + 1)  # of a head: features, and a product with the sums
+        shape, count, chunk = self.shape, self.weights.shape[1], self.options.local_chunk
+        per_token = 2 * count * (2 * shape.head_width + 1)  # of a head: features, and a product with the sums
         answer = queries * shape.query_heads * shape.head_width * shape.itemsize
-        flops, workspace, at = 0, 0, keys - queries
-        while at < keys:
-            rows, held = min(keys - at, chunk - at % chunk), self._held(at)
+        flops = workspace = 0
+        for held, at, rows in self.ring.runs(keys - queries, keys):
             flops += 4 * shape.query_heads * shape.head_width * (rows * held + rows * (rows + 1) // 2)
             logs = rows * shape.query_heads * max(shape.itemsize, 4)
-            near = self.softmax.dense_workspace_bytes(shape, queries, held + rows, asking=rows)
+            near = self.softmax.dense_bytes(shape, queries, held + rows, asking=rows)
             if queries == 1:
-                looked_at = blocks.rounded(held + 1, 2 * chunk)
-                near = self.softmax.step_workspace_bytes(shape, looked_at, logs=held != at)
+                near = self.softmax.step_bytes(shape, history.rounded(held + 1, self.ring.size), logs=held != at)
             workspace = max(workspace, near)
             if held != at:
                 flops += per_token * shape.query_heads * rows
-                far = self.sums.join_workspace_bytes(self.features, rows)
+                far = self.features.join_bytes(rows)
                 workspace = max(workspace, near + logs, far + logs + answer)
             if self._is_full(at):
                 flops += per_token * shape.key_value_heads * chunk
-                workspace = max(workspace, self.sums.absorb_workspace_bytes(self.features, chunk) + answer)
-            at += rows
-        fresh = sum(spec.nbytes for spec in sums.state(shape, features).values()) if queries == keys else 0
+                workspace = max(workspace, self.features.absorb_bytes(chunk) + answer)
+        fresh = sum(spec.nbytes for spec in features.state(shape, count).values()) if queries == keys else 0
         return Cost(flops, workspace + fresh, self.state_bytes(keys))

@@ -1,4 +1,4 @@
-"""Who may run: the allow-list of backends, and the verdict on a request before anything is computed.
+"""What is let in: the verdict on a request before anything is computed, and the ledger of who holds how many bytes.
 
 Admission is by bytes. What a request will hold is known from the laws of cost before it runs: the state of its samples and
 the workspace of its largest step, and what its answer may grow to. It is reserved as a whole, so a request that has begun
@@ -9,17 +9,27 @@ from __future__ import annotations
 
 import logging
 import math
+import time
 from array import array
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from attention import AttentionBackend, StatePool
-from service.engine.forecast import Course
-from service.engine.request import AUTO, ContextTooLong, InvalidRequest, NeverFits, Request, UnknownBackend
+from service.engine.allowlist import Lane
+from service.engine.request import (
+    AUTO,
+    ContextTooLong,
+    DeadlineExceeded,
+    Draining,
+    InvalidRequest,
+    NeverFits,
+    QueueFull,
+    Request,
+    UnknownBackend,
+)
 from service.engine.sampling import bytes_per_logit
 
 # Of Python objects, measured with tracemalloc and rounded up, see tests/engine/test_admission.py:
@@ -28,44 +38,7 @@ TOKEN_BYTES = 128  # per token of an answer that waits to be read: its id, and t
 ECHO_BYTES = 64  # per token of a prompt that is given back with an answer, copies on the way included
 SCORE_BYTES = 64 * 12  # per entry of the vocabulary while an echoed prompt is scored, 64 rows at a time
 
-log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Backends:
-    """The allow-list: backends by name in the operator's order, and the default, one of them or `auto`.
-
-    Raises:
-        ValueError: an empty list, a default that is not in it, or a backend that cannot continue a sequence.
-    """
-
-    by_name: Mapping[str, AttentionBackend]
-    default: str
-
-    def __post_init__(self) -> None:
-        if not self.by_name:
-            raise ValueError("attention.backends must name at least one backend")
-        if self.default not in (*self.by_name, AUTO):
-            raise ValueError(f"attention.default must be {AUTO} or one of {', '.join(self.by_name)}, received {self.default!r}")
-        bidirectional = [name for name, backend in self.by_name.items() if True not in backend.directions]
-        if bidirectional:
-            raise ValueError(
-                f"attention.backends must be causal, for the model is a decoder; bidirectional only: {', '.join(bidirectional)}"
-            )
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        return tuple(self.by_name)
-
-
-@dataclass(frozen=True, eq=False)
-class Route:
-    """One backend in force, ready to serve: its forecast and the pool of its states."""
-
-    name: str
-    backend: AttentionBackend
-    course: Course
-    pool: StatePool
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -98,8 +71,122 @@ class Plan:
     predicted_seconds: Mapping[str, float]  # queue, prefill, decode
 
 
-def check(request: Request, known: NDArray[np.bool_], max_length: int, max_sequences: int) -> None:
-    """Raise InvalidRequest or ContextTooLong unless the request can be computed at all.
+@dataclass(frozen=True)
+class Offer:
+    """What a request would run under, and what it would hold."""
+
+    lane: Lane
+    why: str  # this lane: "request", "default", or what `auto` measured
+    need: Need
+    prompt: array[int]
+
+
+class Queue(Protocol):
+    """Those who are in already: the scheduler."""
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether anybody waits."""
+
+    def why_full(self, tokens: int) -> str | None:
+        """The bound that keeps a prompt of so many tokens out; None: it may come in."""
+
+    def seconds_in_front(self) -> float:
+        """Predicted seconds until all that runs or waits is done."""
+
+
+class Ledger:
+    """Who has reserved how many bytes of the budget."""
+
+    def __init__(self, budget: int) -> None:
+        self.budget = budget
+        self.in_use = 0
+        self._held: dict[object, int] = {}
+
+    @property
+    def free(self) -> int:
+        return self.budget - self.in_use
+
+    def fits(self, needed: int) -> bool:
+        return needed <= self.free
+
+    def hold(self, owner: object, needed: int) -> None:
+        """Set what an owner holds. Growing past the budget is our fault: callers ask `fits` first."""
+        change = needed - self._held.get(owner, 0)
+        assert change <= self.free, f"reservation of {change} bytes passes the {self.free} that are free"
+        self._held[owner] = needed
+        self.in_use += change
+
+    def release(self, owner: object) -> None:
+        """Give back all that an owner holds; nothing when it holds nothing."""
+        self.in_use -= self._held.pop(owner, 0)
+
+
+class Admission:
+    """The door: which requests come in, under which lane, for how many bytes. Reserves nothing; the scheduler does."""
+
+    def __init__(self, known: NDArray[np.bool_], max_length: int, max_sequences: int, ledger: Ledger, queue: Queue) -> None:
+        """`known`: for each id of the model's vocabulary whether it is a token (V,)."""
+        self.lanes: Mapping[str, Lane] = {}  # the allow-list in force
+        self.default = AUTO
+        self.is_closed = False  # nothing more is let in
+        self._known = known
+        self._max_length = max_length
+        self._max_sequences = max_sequences
+        self._ledger = ledger
+        self._queue = queue
+
+    def admit(self, request: Request) -> Offer:
+        """What the request runs under, or its refusal: InvalidRequest and its kinds, QueueFull, Draining, DeadlineExceeded."""
+        if self.is_closed:
+            raise Draining("the service is stopping and admits nothing more")
+        if request.deadline is not None and request.deadline <= time.monotonic():
+            raise DeadlineExceeded("the deadline had passed before the request came")
+        offer = self._offer(request)
+        if offer.need.total > self._ledger.budget:
+            raise refuse(self._planned(request, offer), request.param)
+        if limit := self._queue.why_full(len(offer.prompt)):
+            seconds = self._queue.seconds_in_front()
+            raise QueueFull(f"the queue is full: {limit}; try again in about {seconds:.0f} s", seconds)
+        return offer
+
+    def plan(self, request: Request) -> Plan:
+        """What the request would cost and whether it would be admitted now. Raises InvalidRequest, UnknownBackend."""
+        return self._planned(request, self._offer(request))
+
+    def _offer(self, request: Request) -> Offer:
+        prompt = check(request, self._known, self._max_length, self._max_sequences)
+        return Offer(*choose(request, self.lanes, self.default, self._ledger.budget), prompt)
+
+    def _planned(self, request: Request, offer: Offer) -> Plan:
+        lane, needed, budget = offer.lane, offer.need.total, self._ledger.budget
+        reason = NeverFits.code if needed > budget else Draining.code if self.is_closed else None
+        reason = reason or (QueueFull.code if self._queue.why_full(len(offer.prompt)) else None)
+        runs = self._ledger.fits(needed) and not self._queue.is_waiting
+        prefill = lane.course.seconds(len(offer.prompt))
+        return Plan(
+            backend=lane.name,
+            why=offer.why,
+            prompt_tokens=len(offer.prompt),
+            total_tokens=request.total_tokens,
+            terms=offer.need.terms,
+            needed_bytes=needed,
+            budget_bytes=budget,
+            free_bytes=self._ledger.free,
+            verdict="refused" if reason else "runs" if runs else "queues",
+            reason=reason,
+            longest_tokens=longest_tokens(request, lane, budget, self._max_length),
+            backends_that_fit=fitting(request, self.lanes.values(), budget),
+            predicted_seconds={
+                "queue": self._queue.seconds_in_front(),
+                "prefill": prefill,
+                "decode": predicted_seconds(request, lane) - prefill,
+            },
+        )
+
+
+def check(request: Request, known: NDArray[np.bool_], max_length: int, max_sequences: int) -> array[int]:
+    """The prompt, at four bytes a token. Raises InvalidRequest or ContextTooLong unless the request can be computed at all.
 
     `known`: for each id of the model's vocabulary whether it is a token (V,).
     """
@@ -122,7 +209,7 @@ def check(request: Request, known: NDArray[np.bool_], max_length: int, max_seque
         raise InvalidRequest(f"logprobs must be from 0 to {most}, received {sampling.logprobs}", param="logprobs")
     if "" in sampling.stop:
         raise InvalidRequest("stop strings must not be empty", param="stop")
-    total = total_tokens(request)
+    total = request.total_tokens
     if total > max_length:
         answer = "" if request.kind == "embedding" else f" and max_tokens {sampling.max_tokens}, together {total},"
         raise ContextTooLong(
@@ -130,96 +217,90 @@ def check(request: Request, known: NDArray[np.bool_], max_length: int, max_seque
             param=request.param,
             details={"prompt_tokens": count, "total_tokens": total, "max_tokens": max_length},
         )
-    _check_ids(request, known)  # last: it looks at every id, whose number is bounded now
+    return _checked_ids(request, known)  # last: it looks at every id, whose number is bounded now
 
 
-def _check_ids(request: Request, known: NDArray[np.bool_]) -> None:
-    ids, last = np.asarray(compact(request)), len(known) - 1
+def _checked_ids(request: Request, known: NDArray[np.bool_]) -> array[int]:
+    """Ids that are that already stay as they are."""
+    tokens = request.tokens
+    try:
+        prompt = tokens if isinstance(tokens, array) and tokens.typecode == "i" else array("i", tokens)
+    except (TypeError, OverflowError):
+        raise InvalidRequest("token ids must be whole numbers of the model's vocabulary", param=request.param) from None
+    ids, last = np.asarray(prompt), len(known) - 1
     if ids.min() < 0 or ids.max() > last:
         raise InvalidRequest(f"token ids must be from 0 to {last}", param=request.param)
     if not known[ids].all():
         raise InvalidRequest(f"token id {ids[~known[ids]][0]} is no token of this model", param=request.param)
+    return prompt
 
 
-def compact(request: Request) -> array[int]:
-    """The prompt at four bytes a token; what is that already stays as it is. Raises InvalidRequest for what is no number."""
-    tokens = request.tokens
-    try:
-        return tokens if isinstance(tokens, array) and tokens.typecode == "i" else array("i", tokens)
-    except (TypeError, OverflowError):
-        raise InvalidRequest("token ids must be whole numbers of the model's vocabulary", param=request.param) from None
-
-
-def total_tokens(request: Request) -> int:
-    """Most tokens one sequence of the request may have."""
-    return len(request.tokens) + (0 if request.kind == "embedding" else request.sampling.max_tokens)
-
-
-def choose(request: Request, routes: Mapping[str, Route], default: str, budget: int) -> tuple[Route, str]:
-    """The backend a request runs under, and why. Raises UnknownBackend."""
+def choose(request: Request, lanes: Mapping[str, Lane], default: str, budget: int) -> tuple[Lane, str, Need]:
+    """The lane a request runs under, why, and what it needs there. Raises UnknownBackend."""
     asked = request.backend or default
     if asked == AUTO:
-        return _fastest(request, routes, budget)
-    if asked not in routes:
-        raise UnknownBackend(asked, (*routes, AUTO))
-    return routes[asked], "request" if request.backend else "default"
+        return _fastest(request, lanes, budget)
+    if asked not in lanes:
+        raise UnknownBackend(asked, (*lanes, AUTO))
+    return lanes[asked], "request" if request.backend else "default", need(request, lanes[asked])
 
 
-def _fastest(request: Request, routes: Mapping[str, Route], budget: int) -> tuple[Route, str]:
-    """The backend of the least predicted seconds among those whose bytes fit the budget (among all, when none does)."""
-    fitting = [route for route in routes.values() if need(request, route).total <= budget]
-    seconds = {route.name: predicted_seconds(request, route) for route in fitting or routes.values()}
+def _fastest(request: Request, lanes: Mapping[str, Lane], budget: int) -> tuple[Lane, str, Need]:
+    """The lane of the least predicted seconds among those whose bytes fit the budget (among all, when none does)."""
+    needs = {name: need(request, lane) for name, lane in lanes.items()}
+    fits = [name for name in lanes if needs[name].total <= budget]
+    seconds = {name: predicted_seconds(request, lanes[name]) for name in fits or lanes}
     best = min(seconds, key=lambda name: seconds[name])
     told = ", ".join(f"{name} {value:.3g} s" for name, value in seconds.items())
-    return routes[best], f"auto: predicted {told}"
+    return lanes[best], f"auto: predicted {told}", needs[best]
 
 
-def predicted_seconds(request: Request, route: Route) -> float:
+def predicted_seconds(request: Request, lane: Lane) -> float:
     """Seconds of the request on an idle engine."""
     decode = 0 if request.kind == "embedding" else request.sampling.max_tokens
-    return route.course.seconds(len(request.tokens)) + decode * route.course.decode_seconds(total_tokens(request))
+    return lane.course.seconds(len(request.tokens)) + decode * lane.course.decode_seconds(request.total_tokens)
 
 
-def need(request: Request, route: Route, prompt_tokens: int | None = None) -> Need:
+def need(request: Request, lane: Lane, prompt_tokens: int | None = None) -> Need:
     """Bytes the request holds under a backend; of a prompt of another length when `prompt_tokens` is given."""
     sampling, prompt = request.sampling, len(request.tokens) if prompt_tokens is None else prompt_tokens
     if request.kind == "embedding":
-        return Need({"state": route.pool.slot_bytes(prompt), "step": route.course.prefill_bytes(prompt)})
+        return Need({"state": lane.state_bytes(prompt), "step": lane.course.prefill_bytes(prompt)})
     total = prompt + sampling.max_tokens
     is_scored = sampling.echo and sampling.logprobs is not None
     scored = request.n * sampling.max_tokens + (prompt if is_scored else 0)
     terms = {
-        "state": request.n * route.pool.slot_bytes(total),
-        "step": max(route.course.prefill_bytes(total), request.n * route.course.step_bytes(total - 1, total)),
-        "logits": route.course.vocab_size * max(request.n * bytes_per_logit(sampling), SCORE_BYTES if is_scored else 0),
+        "state": request.n * lane.state_bytes(total),
+        "step": max(lane.course.prefill_bytes(total), request.n * lane.course.step_bytes(total - 1, total)),
+        "logits": lane.course.vocab_size * max(request.n * bytes_per_logit(sampling), SCORE_BYTES if is_scored else 0),
         "answer": request.n * (sampling.max_tokens * TOKEN_BYTES + (prompt * ECHO_BYTES if sampling.echo else 0)),
         "logprobs": 0 if sampling.logprobs is None else scored * LOGPROB_BYTES * (1 + sampling.logprobs),
     }
     return Need(terms)
 
 
-def longest_tokens(request: Request, route: Route, budget: int, max_length: int) -> int:
+def longest_tokens(request: Request, lane: Lane, budget: int, max_length: int) -> int:
     """The longest total, prompt and max_tokens, that the budget holds under a backend; 0 when none does."""
-    answer = total_tokens(request) - len(request.tokens)
+    answer = request.total_tokens - len(request.tokens)
     low, high = 0, max(0, max_length - answer)  # prompt lengths: low fits (or is 0), above high is not asked
     while low < high:
         middle = (low + high + 1) // 2
-        if need(request, route, middle).total <= budget:
+        if need(request, lane, middle).total <= budget:
             low = middle
         else:
             high = middle - 1
     return low + answer if low else 0
 
 
-def fitting(request: Request, routes: Iterable[Route], budget: int) -> tuple[str, ...]:
+def fitting(request: Request, lanes: Iterable[Lane], budget: int) -> tuple[str, ...]:
     """Names of the backends under which the request fits the whole budget."""
-    return tuple(route.name for route in routes if need(request, route).total <= budget)
+    return tuple(lane.name for lane in lanes if need(request, lane).total <= budget)
 
 
 def refuse(plan: Plan, param: str) -> NeverFits:
     """The refusal of a request that needs more than the whole budget, each term of the bound logged."""
     terms = ", ".join(f"{name} {value}" for name, value in plan.terms.items())
-    log.info("refused %d tokens under %s: %s; budget %d", plan.total_tokens, plan.backend, terms, plan.budget_bytes)
+    logger.info("refused %d tokens under %s: %s; budget %d", plan.total_tokens, plan.backend, terms, plan.budget_bytes)
     other = f"; backends that would fit: {', '.join(plan.backends_that_fit)}" if plan.backends_that_fit else ""
     return NeverFits(
         f"{plan.total_tokens} tokens under {plan.backend} need {plan.needed_bytes} bytes, the budget is {plan.budget_bytes}; "

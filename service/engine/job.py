@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import random
+import time
 from array import array
 from dataclasses import dataclass, field
 from io import StringIO
@@ -16,7 +17,8 @@ from io import StringIO
 from torch import Tensor
 from torch.nn import functional
 
-from service.engine.admission import Need, Route, compact, total_tokens
+from service.engine.admission import Need, Offer
+from service.engine.allowlist import Lane
 from service.engine.answer import Answer
 from service.engine.request import Request, TokenLogprob
 from service.engine.sampling import uniform
@@ -54,6 +56,10 @@ class Sequence:
         border = len(self.job.prompt)
         return self.job.prompt[start:end] + self.output[max(0, start - border) : max(0, end - border)]
 
+    def next_end(self) -> int:
+        """Where the piece of it ends that comes next."""
+        return min(self.length, self.job.lane.course.next_end(self.past))
+
     def number(self) -> float:
         """The number by which its next token is drawn."""
         return uniform(self.job.seed, self.index, len(self.output))
@@ -62,7 +68,13 @@ class Sequence:
         """Give the state back."""
         slot, self.slot = self.slot, None
         if slot is not None:
-            self.job.route.pool.release(slot)
+            self.job.lane.release(slot)
+
+    def branch(self) -> None:
+        """Give each sample that waits for this one's prompt a copy of its state."""
+        for sibling in self.job.siblings:
+            assert self.slot is not None, "a processed prompt without a state"
+            sibling.slot, sibling.past = self.job.lane.copy(self.slot), len(self.job.prompt)
 
     def rewind(self) -> None:
         """Forget the state, and copies of it, so that all tokens are processed again, alone."""
@@ -76,7 +88,7 @@ class Job:
     """One request on its way. Samples beyond the first join when the prompt that they share is processed."""
 
     request: Request
-    route: Route
+    lane: Lane
     need: Need
     prompt: array[int]
     answer: Answer
@@ -92,15 +104,17 @@ class Job:
     is_over: bool = False
 
     @classmethod
-    def create(cls, request: Request, route: Route, need: Need, answer: Answer, tokenizer: Tokenizer) -> Job:
-        """A job that has done nothing yet. Draws the seed of a request that brings none."""
-        seconds = route.course.seconds(len(request.tokens))
+    def create(cls, request: Request, offer: Offer, answer: Answer, tokenizer: Tokenizer) -> Job:
+        """A job that has done nothing yet, its stopwatch started. Draws the seed of a request that brings none."""
+        lane, prompt, timings = offer.lane, offer.prompt, request.timings
+        seconds = lane.course.seconds(len(prompt))
         seed = random.getrandbits(32) if request.sampling.seed is None else request.sampling.seed
         deadline = math.inf if request.deadline is None else request.deadline
-        job = cls(request, route, need, compact(request), answer, seed, deadline, seconds, echoed=request.leading)
-        request.tokens = job.prompt  # a list of as many Python integers is let go
+        job = cls(request, lane, offer.need, prompt, answer, seed, deadline, seconds, echoed=request.leading)
         samples = [Sequence(job, index, TextStream(tokenizer, request.sampling.stop)) for index in range(request.n)]
         job.sequences, job.siblings = samples[:1], samples[1:]
+        timings.queued_at, timings.backend, timings.why = time.monotonic(), lane.name, offer.why
+        timings.prompt_tokens, timings.reserved_bytes = len(prompt), offer.need.total
         return job
 
     def spell(self, end: int) -> None:
@@ -129,20 +143,19 @@ class Job:
     @property
     def max_length(self) -> int:
         """Tokens that each of its states must hold."""
-        return total_tokens(self.request)
+        return self.request.total_tokens
 
     @property
     def held_bytes(self) -> int:
         """Bytes of the states that its samples hold."""
         slots = (each.slot for each in (*self.sequences, *self.siblings))
-        held = (self.route.pool.tensors(slot) for slot in slots if slot is not None)
-        return sum(tensor.nbytes for tensors in held for tensor in tensors.values())
+        return self.lane.held_bytes(slot for slot in slots if slot is not None)
 
     @property
     def remaining_seconds(self) -> float:
         """Predicted prefill seconds still to come."""
         past = min(self.sequences[0].past, len(self.prompt))
-        return self.service_seconds - self.route.course.seconds(past)
+        return self.service_seconds - self.lane.course.seconds(past)
 
     @property
     def remaining_tokens(self) -> int:

@@ -1,19 +1,22 @@
-"""What the engine tells whoever watches it: the calls that metrics and logs need. No metric object is here.
+"""What the engine tells whoever watches it: events, and levels for metrics and logs. No metric object is here.
 
 Every call is made on the event loop, never on the model thread, and must return quickly; one that raises is logged and
 harms nobody. Levels (queue depth, bytes in use) are read from `Engine.snapshot()` when somebody asks, so that no gauge can
-go stale; events are told here.
+go stale; events are told as they happen.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from service.engine.request import Request
 
+if TYPE_CHECKING:
+    from service.engine.work import StepKind
+
 Outcome = Literal["stop", "length", "embedded", "cancelled", "deadline_exceeded", "draining", "out_of_memory", "model_failed"]
-StepKind = Literal["prefill", "decode", "embed"]
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,26 @@ class Step:
     measured_bytes: int | None  # peak of storages made during the step; None when this step was not sampled
     method: str = "dispatch"  # how measured_bytes was taken: "dispatch" on CPU, "allocator" on CUDA
     token_gaps: tuple[float, ...] = ()  # seconds since the sample's token before, for each token of the step that had one
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """The engine's levels at one moment."""
+
+    running: int  # sequences that hold state
+    waiting: int  # requests in the queue
+    waiting_tokens: int
+    oldest_seconds: float  # the longest that a request has waited in the queue so far
+    promised_tokens: int  # most tokens, of prompts and answers, that the running requests may come to
+    bytes_in_use: int  # reserved of the budget
+    budget_bytes: int
+    pool_bytes: Mapping[str, int]  # decode state by backend
+    pool_slots: Mapping[str, int]
+    draining: bool
+    row_multiple: int | None  # None: answers may differ in the last bits by what shares the batch
+    busy_seconds: float  # the model thread has computed for so long
+    measuring_seconds: float  # of it on measuring memory
+    last_progress: float  # time.monotonic() of the last finished step or of the first request's coming; now when there is none
 
 
 class Observer(Protocol):

@@ -53,6 +53,11 @@ class Request:
     leading: int = 0  # of the tokens: special ones that the service put in front of a text; an echo leaves them out
 
     @property
+    def total_tokens(self) -> int:
+        """Most tokens one sequence of it may have."""
+        return len(self.tokens) + (0 if self.kind == "embedding" else self.sampling.max_tokens)
+
+    @property
     def param(self) -> str:
         """The caller's name for what the tokens come from."""
         return "input" if self.kind == "embedding" else "prompt"

@@ -1,4 +1,4 @@
-"""The model's side of a step: tokens packed, the model called, tokens drawn. All of it runs on the model thread."""
+"""How it runs: tokens packed, the model called, tokens drawn. All of it on the model thread."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from torch import Tensor
 
 from attention import Segments
 from service.engine.job import Job
-from service.engine.measure import Gauge, Sampler, counting_seconds
+from service.engine.meter import Meter, Metering, counting_seconds
 from service.engine.request import TokenLogprob
 from service.engine.sampling import draw, logprobs
-from service.engine.scheduler import Member, Work
+from service.engine.work import Member, Work
 from service.model.transformer import Stages, Transformer
 
 LOGIT_ROWS = 64  # rows of an echoed prompt whose logits exist at one time
@@ -30,19 +30,19 @@ class Runner:
 
         Args:
             unknown: int64 (U,), ids that are no tokens. None of them is drawn or told as an alternative.
-            row_multiple: packed rows are padded to a multiple of it (see `row_multiple` below) that the model has a height for.
+            row_multiple: packed rows are padded to a multiple of it (see `forecast`) that the model has a height for.
             sample_share: of the time, for measuring what steps take in memory.
         """
         self._model = model
         self._unknown = unknown.to(model.device)
         self._row_multiple = row_multiple or 1
-        self._sampler = Sampler(model.device, sample_share, _counting_seconds(model))
+        self._metering = Metering(model.device, sample_share, _counting_seconds(model))
         self.busy_seconds = 0.0  # spent on steps so far
 
     @property
     def measuring_seconds(self) -> float:
         """What of it went into measuring memory."""
-        return self._sampler.seconds
+        return self._metering.seconds
 
     def run(self, work: Work, gives_way: Callable[[], bool]) -> bool:
         """Run a step to its end, or to the pause at which `gives_way()` holds. Returns whether it has ended.
@@ -54,12 +54,12 @@ class Runner:
         try:
             with torch.inference_mode():
                 if work.stages is None:
-                    _allocate(work)
-                    work.stages, work.gauge = self._stages(work), self._gauge(work)
-                with work.gauge or nullcontext():
+                    work.allocate()
+                    work.stages, work.meter = self._stages(work), self._meter(work)
+                with work.meter or nullcontext():
                     if any(gives_way() for _ in work.stages):
                         return False
-                _part(work)
+                _branch(work)
                 return True
         finally:
             seconds = time.perf_counter() - start
@@ -67,19 +67,19 @@ class Runner:
             self.busy_seconds += seconds
 
     def measured(self, work: Work) -> None:
-        """Book what a step that has ended took in memory, with the sampler and with its members' requests."""
-        self._sampler.account(work.kind, work.seconds, work.gauge)
-        if work.gauge is not None or work.kind != "decode":  # a decode step changes no state's size
+        """Book what a step that has ended took in memory, with the metering and with its members' requests."""
+        self._metering.account(work.kind, work.seconds, work.meter)
+        if work.meter is not None or work.kind != "decode":  # a decode step changes no state's size
             _tell_bytes(work)
 
-    def _gauge(self, work: Work) -> Gauge | None:
-        """A measure of this step's memory, where one is due: see `Sampler`."""
+    def _meter(self, work: Work) -> Meter | None:
+        """A measure of this step's memory, where one is due: see `Metering`."""
         size = (work.kind, work.tokens.bit_length(), max(m.end for m in work.members).bit_length())
 
         def is_worth() -> bool:
             return work.kind == "decode" or any(map(_is_unmeasured, work.members))
 
-        return self._sampler.gauge(work.kind, work.route, size, is_worth)
+        return self._metering.meter(work.kind, work.lane, size, is_worth)
 
     def _stages(self, work: Work) -> Generator[None, None, None]:
         """The computation of a step, pausing within layers."""
@@ -97,20 +97,17 @@ class Runner:
         ids = array("i")
         for member in work.members:
             ids += member.sequence.tokens(member.start, member.end)
-        segments = Segments(tuple(m.end - m.start for m in work.members), tuple(m.start for m in work.members))
         ids += array("i", [0] * (self._height(len(ids)) - len(ids)))
-        return torch.tensor(ids, dtype=torch.long, device=self._model.device), segments
+        return torch.tensor(ids, dtype=torch.long, device=self._model.device), work.segments
 
     def _hidden(self, work: Work, segments: Segments, stages: Stages) -> Generator[None, None, Tensor]:
         """Hidden states of the members' tokens; pauses between the parts of each layer's attention."""
-        slots = [member.sequence.slot for member in work.members if member.sequence.slot is not None]
-        backend, pool, count = work.route.backend, work.route.pool, segments.total
-        question = next(stages)
+        count, question = segments.total, next(stages)
         while True:
             assert question is not None, "a layer begins with a question"
             layer, q, k, v = question
             answer = torch.zeros_like(q) if len(q) > count else torch.empty_like(q)  # padded rows get no answer
-            yield from backend.extending(q[:count], k[:count], v[:count], segments, pool, layer, slots, answer[:count])
+            yield from work.answering(layer, (q[:count], k[:count], v[:count]), segments, answer[:count])
             yield
             del question, q, k, v  # the rest of the layer has no use for them
             try:
@@ -125,16 +122,16 @@ class Runner:
     def _tell_prompts(self, work: Work, segments: Segments, hidden: Tensor) -> None:
         """Text of the prompt's tokens and their log-probabilities, for the members that echo them."""
         for member, (start, _, _) in zip(work.members, segments.spans(), strict=True):
-            sampling = member.sequence.job.request.sampling
+            sampling = member.job.request.sampling
             if not sampling.echo or member.sequence.output:
                 continue
-            member.sequence.job.spell(member.end)
+            member.job.spell(member.end)
             if sampling.logprobs is not None:
                 self._score(member, hidden[start:], sampling.logprobs)
 
     def _score(self, member: Member, hidden: Tensor, top: int) -> None:
         """Log-probabilities of the prompt's tokens that follow a member's, whose hidden states come first."""
-        job = member.sequence.job
+        job = member.job
         if member.start == 0:
             job.prompt_logprobs = [TokenLogprob(job.prompt[0], None)]
         targets = job.prompt[member.start + 1 : member.end + 1]
@@ -156,14 +153,14 @@ class Runner:
     def _draw(self, work: Work, segments: Segments, hidden: Tensor) -> None:
         """Draw the next token of every member that has none left to process, and of the samples that waited for it."""
         ends = zip(work.members, segments.last(), strict=True)
-        ready = [(m, row) for m, row in ends if m.end == m.sequence.length and m.sequence.job.request.sampling.max_tokens > 0]
+        ready = [(m, row) for m, row in ends if m.is_last and m.job.request.sampling.max_tokens > 0]
         if not ready:
             return
         last = [row for _, row in ready]
         logits = self._logits(hidden[last])
         sequences, rows = [], []
         for index, (member, _) in enumerate(ready):
-            drawing = [member.sequence, *member.sequence.job.siblings]
+            drawing = [member.sequence, *member.job.siblings]
             sequences += drawing
             rows += [index] * len(drawing)
         logits = logits if len(rows) == len(ready) else logits[rows]
@@ -171,23 +168,13 @@ class Runner:
         work.drawn = list(zip(sequences, draw(logits, settings, [s.number() for s in sequences]), strict=True))
 
 
-def _allocate(work: Work) -> None:
-    """A slot for every member that has none."""
-    for member in work.members:
-        if member.sequence.slot is None:
-            member.sequence.slot = work.route.pool.allocate(member.sequence.job.max_length)
-
-
-def _part(work: Work) -> None:
+def _branch(work: Work) -> None:
     """Copies of the state for the samples that waited for a prompt which is processed now, and what of it can be seen."""
     for member in work.members:
-        if member.end < member.sequence.length:
-            continue
-        timings, prompt = member.sequence.job.request.timings, len(member.sequence.job.prompt)
-        timings.seen_tokens = timings.seen_tokens or work.route.course.seen_tokens(prompt)
-        for sibling in member.sequence.job.siblings:
-            assert member.sequence.slot is not None, "a processed prompt without a state"
-            sibling.slot, sibling.past = work.route.pool.copy(member.sequence.slot), member.end
+        if member.is_last:
+            timings, prompt = member.job.request.timings, len(member.job.prompt)
+            timings.seen_tokens = timings.seen_tokens or work.lane.course.seen_tokens(prompt)
+            member.sequence.branch()
 
 
 def _counting_seconds(model: Transformer) -> float:
@@ -198,12 +185,12 @@ def _counting_seconds(model: Transformer) -> float:
 
 def _is_widest(member: Member) -> bool:
     """Whether no other chunk of the prompt takes more memory, by the laws of cost."""
-    course = member.sequence.job.route.course
-    return course.step_bytes(member.start, member.end) >= course.prefill_bytes(len(member.sequence.job.prompt))
+    course = member.job.lane.course
+    return course.step_bytes(member.start, member.end) >= course.prefill_bytes(len(member.job.prompt))
 
 
 def _is_unmeasured(member: Member) -> bool:
-    return member.sequence.job.request.timings.step_bytes is None and _is_widest(member)
+    return member.job.request.timings.step_bytes is None and _is_widest(member)
 
 
 def _tell_bytes(work: Work) -> None:
@@ -213,45 +200,20 @@ def _tell_bytes(work: Work) -> None:
     """
     tokens: dict[Job, int] = {}
     for member in work.members:
-        job = member.sequence.job
+        job = member.job
         tokens[job] = tokens.get(job, 0) + member.end - member.start
-    is_measured_prompt = work.gauge is not None and work.kind != "decode"
-    widest = {member.sequence.job for member in work.members if is_measured_prompt and _is_widest(member)}
+    is_measured_prompt = work.meter is not None and work.kind != "decode"
+    widest = {member.job for member in work.members if is_measured_prompt and _is_widest(member)}
     for job, count in tokens.items():
         timings = job.request.timings
         timings.state_bytes = max(timings.state_bytes, job.held_bytes)
-        if work.gauge is not None and (job in widest or timings.step_bytes is not None):
-            timings.step_bytes = max(timings.step_bytes or 0, work.gauge.peak_bytes * count // work.tokens)
+        if work.meter is not None and (job in widest or timings.step_bytes is not None):
+            timings.step_bytes = max(timings.step_bytes or 0, work.meter.peak_bytes * count // work.tokens)
 
 
 def _add_sums(work: Work, segments: Segments, hidden: Tensor) -> None:
     """Add the hidden states of each member to its job's sum."""
     for member, (start, end, _) in zip(work.members, segments.spans(), strict=True):
-        job = member.sequence.job
+        job = member.job
         part = hidden[start:end].sum(0, dtype=torch.float32)
         job.summed = part if member.start == 0 or job.summed is None else job.summed + part
-
-
-def row_multiple(model: Transformer, rows: int = 512) -> int | None:
-    """The least number to whose multiples packed rows must be padded for a row's numbers not to depend on its mates.
-
-    A matrix library may compute the same row differently in a product of another height. It is tried out here, on this
-    model and machine, attention left out: 1 for oneDNN's bfloat16 products, 4 for MKL's float32 ones, where we tried it.
-
-    Returns:
-        1, 4, 8 or 16; None when none of them helps, and answers may differ in the last bits by what shares the batch.
-    """
-    ids = torch.arange(rows, device=model.device) % min(model.config.vocab_size, model.config.max_length)  # positions, too
-
-    def compute(count: int) -> tuple[Tensor, Tensor]:
-        hidden = model.hidden(ids[:count], ids[:count], lambda layer, q, k, v: q)
-        return hidden, model.logits(hidden[:16])
-
-    with torch.inference_mode():
-        hidden, logits = compute(rows)
-        for multiple in (1, 4, 8, 16):
-            counts = {multiple * factor for factor in (1, 2, 3, 4, 5, 7, 8, 16, 25) if multiple * factor <= rows}
-            trials = [(count, *compute(count)) for count in counts]
-            if all(torch.equal(h, hidden[:n]) and torch.equal(x, logits[: min(n, 16)]) for n, h, x in trials):
-                return multiple
-    return None

@@ -1,4 +1,4 @@
-"""What runs next. A step of work is one call of the model for sequences of one backend.
+"""Who is next: the queue, the running jobs, and the choice among them.
 
 Streams and prompts share the time: behind each slice of prefill the running streams get their share. Among prompts the one
 that has waited longest in multiples of its own length comes first, at every chunk. A prompt enters when its bytes are free;
@@ -7,66 +7,18 @@ smaller ones may pass it meanwhile, until it has waited for `patience` times its
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator
 from weakref import WeakKeyDictionary
 
 from service.config import EngineConfig
-from service.engine.admission import Route
+from service.engine.admission import Ledger
+from service.engine.allowlist import Lane
 from service.engine.job import Job, Sequence
-from service.engine.measure import Gauge
-from service.engine.memory import Ledger
-from service.engine.observer import StepKind
-from service.engine.sampling import Drawn, bytes_per_logit
-
-
-@dataclass(frozen=True)
-class Member:
-    """The tokens from `start` to `end` of one sequence."""
-
-    sequence: Sequence
-    start: int
-    end: int
-
-
-@dataclass(eq=False)
-class Work:
-    """One step: its members, and where its computation stands. May pause within the layers of the model."""
-
-    kind: StepKind
-    route: Route
-    members: tuple[Member, ...]
-    stages: Generator[None, None, None] | None = None
-    gauge: Gauge | None = None  # measures this step's peak; None when it is not sampled
-    begun_at: float | None = None  # time.monotonic() of its first slice
-    seconds: float = 0.0
-    drawn: list[tuple[Sequence, Drawn]] = field(default_factory=list)
-
-    @property
-    def tokens(self) -> int:
-        return sum(member.end - member.start for member in self.members)
-
-    @property
-    def predicted_seconds(self) -> float:
-        course, mates = self.route.course, len(self.members) - 1
-        return self._summed(course.step_seconds) - mates * course.pace.model.fixed  # which is paid once
-
-    @property
-    def predicted_bytes(self) -> int:
-        drawing = [m.sequence.job.request for m in self.members if m.end == m.sequence.length and self.kind != "embed"]
-        logits = self.route.course.vocab_size * sum(bytes_per_logit(request.sampling) for request in drawing)
-        return max(int(self._summed(self.route.course.step_bytes)), logits)
-
-    def _summed(self, law: Callable[[int, int], float]) -> float:
-        """A law of (start, end) over all members; for streams, many and of nearly straight laws, that of their mean."""
-        if self.kind != "decode":
-            return sum(law(member.start, member.end) for member in self.members)
-        mean = sum(member.end for member in self.members) // len(self.members)
-        return len(self.members) * law(mean - 1, mean)
+from service.engine.work import Member, StepKind, Work
 
 
 class Scheduler:
-    """The queue, the running jobs, and the choice among them."""
+    """Makes the next step of work, and reserves the bytes of the jobs that enter with it."""
 
     def __init__(self, config: EngineConfig, ledger: Ledger, can_pack: bool) -> None:
         """`can_pack`: prompts may share a call of the model without changing each other's numbers."""
@@ -78,13 +30,50 @@ class Scheduler:
         self._ledger = ledger
         self._can_pack = can_pack
         self._owed = 0.0  # seconds that streams are owed for prefill that went before them
-        self._served: WeakKeyDictionary[Route, int] = WeakKeyDictionary()  # decode steps are dealt in turn among backends
+        self._served: WeakKeyDictionary[Lane, int] = WeakKeyDictionary()  # decode steps are dealt in turn among lanes
         self._turn = 0
+
+    # ---- the queue --------------------------------------------------------------------------------------------------
+
+    @property
+    def jobs(self) -> list[Job]:
+        """All that run or wait."""
+        return [*self.running, *self.waiting]
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether anybody waits."""
+        return bool(self.waiting)
 
     @property
     def num_sequences(self) -> int:
         """Sequences that hold state or are promised one."""
         return sum(len(job.sequences) + len(job.siblings) for job in self.running)
+
+    def why_full(self, tokens: int) -> str | None:
+        """The bound that keeps a prompt of so many tokens out of the queue; None: it may come in. An empty queue takes any."""
+        most = self._config.max_waiting_requests
+        if len(self.waiting) >= most:
+            return f"{len(self.waiting)} requests wait and at most {most} may"
+        queued, most = sum(len(job.prompt) for job in self.waiting), self._config.max_waiting_tokens
+        if self.waiting and queued + tokens > most:
+            return f"{queued} tokens wait, at most {most} may, and this prompt has {tokens}"
+        return None
+
+    def seconds_in_front(self) -> float:
+        """Predicted seconds until all that runs or waits is done: prefills one by one, decodes side by side."""
+        jobs = self.jobs
+        prefill = sum(job.remaining_seconds for job in jobs)
+        decode = max((job.remaining_tokens * job.lane.course.decode_seconds(len(job.prompt)) for job in jobs), default=0.0)
+        return prefill + decode
+
+    def remove(self, job: Job) -> None:
+        """Forget a job, and the step of its own that is paused."""
+        self._ledger.release(job)
+        self.paused = [work for work in self.paused if work.jobs != {job}]
+        (self.running if job in self.running else self.waiting).remove(job)
+
+    # ---- the choice -------------------------------------------------------------------------------------------------
 
     def next(self, now: float) -> Work | None:
         """The next step, its members marked as held; None when there is nothing to do.
@@ -108,41 +97,35 @@ class Scheduler:
     def pause(self, work: Work) -> None:
         self.paused.append(work)
 
-    def remove(self, job: Job) -> None:
-        """Forget a job, and the step of its own that is paused."""
-        self._ledger.release(job)
-        self.paused = [work for work in self.paused if any(m.sequence.job is not job for m in work.members)]
-        (self.running if job in self.running else self.waiting).remove(job)
-
     def has_other_work(self, work: Work) -> bool:
         """Whether anybody but this step's members could run."""
-        held = {member.sequence.job for member in work.members}
+        held = work.jobs
         return bool(self.waiting) or any(job not in held for job in self.running)
 
-    def _streams(self) -> dict[Route, list[Sequence]]:
-        """Sequences that can decode, by backend; one that must run alone replaces its backend's batch."""
-        streams: dict[Route, list[Sequence]] = {}
+    def _streams(self) -> dict[Lane, list[Sequence]]:
+        """Sequences that can decode, by lane; one that must run alone replaces its lane's batch."""
+        streams: dict[Lane, list[Sequence]] = {}
         for job in self.running:
             self.suspect = job
             for sequence in job.sequences:
                 if sequence.is_decoding and not sequence.is_done and not sequence.is_held:
-                    streams.setdefault(job.route, []).append(sequence)
+                    streams.setdefault(job.lane, []).append(sequence)
         return streams
 
-    def _decode(self, streams: dict[Route, list[Sequence]]) -> Work:
-        """The streams of the backend whose turn it is; its step that is paused comes before another of it."""
-        paused = {work.route: work for work in self.paused if work.kind == "decode"}
-        route = min((*paused, *streams), key=lambda route: self._served.get(route, 0))
+    def _decode(self, streams: dict[Lane, list[Sequence]]) -> Work:
+        """The streams of the lane whose turn it is; its step that is paused comes before another of it."""
+        paused = {work.lane: work for work in self.paused if work.kind == "decode"}
+        lane = min((*paused, *streams), key=lambda lane: self._served.get(lane, 0))
         self._turn += 1
-        self._served[route] = self._turn
-        if route in paused:
-            self.paused.remove(paused[route])
-            return paused[route]
-        alone = [sequence for sequence in streams[route] if sequence.is_alone]
-        return self._hold("decode", route, alone[:1] or streams[route])
+        self._served[lane] = self._turn
+        if lane in paused:
+            self.paused.remove(paused[lane])
+            return paused[lane]
+        alone = [sequence for sequence in streams[lane] if sequence.is_alone]
+        return self._hold("decode", lane, alone[:1] or streams[lane])
 
     def _prefill(self, now: float) -> Work | None:
-        """The most urgent prompt that can go on, with others of its backend when they fit beside it."""
+        """The most urgent prompt that can go on, with others of its lane when they fit beside it."""
         prompts = [work for work in self.paused if work.kind != "decode"]
         paused = max(prompts, key=lambda work: self._pressure(work, now), default=None)
         candidates = self._candidates(now)
@@ -152,67 +135,75 @@ class Scheduler:
             return paused
         if first is None:
             return None
-        return self._hold("embed" if first.job.is_embedding else "prefill", first.job.route, self._pack(first, candidates))
+        pack = self._pack(first, candidates)
+        self._let_in(pack)
+        return self._hold("embed" if first.job.is_embedding else "prefill", first.job.lane, pack)
+
+    def _pressure(self, work: Work, now: float) -> float:
+        return max(self._urgency(member.job, now) for member in work.members)
 
     def _urgency(self, job: Job, now: float) -> float:
         self.suspect = job
         return job.urgency(now)
 
-    def _pressure(self, work: Work, now: float) -> float:
-        return max(self._urgency(member.sequence.job, now) for member in work.members)
-
     def _candidates(self, now: float) -> Iterator[Sequence]:
-        """Sequences with a prompt to process, most urgent first. Asking for one lets its job in."""
+        """Sequences with a prompt to process, most urgent first, of jobs that are in or have room beside those before them."""
         jobs = [job for job in self.running if _unprocessed(job)] + self.waiting
-        entered, is_closed = set(self.running), False
+        entered, before, is_closed = set(self.running), list[Job](), False
         for job in sorted(jobs, key=lambda job: -self._urgency(job, now)):
             self.suspect = job
             if job in entered:
                 yield from _unprocessed(job)
-            elif not is_closed and self._has_room(job):
-                self._enter(job)
+            elif not is_closed and self._has_room(job, before):
+                before.append(job)
                 yield job.sequences[0]
             elif job.urgency(now) > self._config.patience:
                 is_closed = True  # it has been overtaken long enough: what comes free, as others end, is kept for it
 
-    def _has_room(self, job: Job) -> bool:
-        return self._ledger.fits(job.need.total) and self.num_sequences + job.request.n <= self._config.max_sequences
+    def _has_room(self, job: Job, before: Iterable[Job]) -> bool:
+        """Whether a job may enter when those before it have."""
+        jobs = [job, *before]
+        num_sequences = self.num_sequences + sum(each.request.n for each in jobs)
+        return self._ledger.fits(sum(each.need.total for each in jobs)) and num_sequences <= self._config.max_sequences
+
+    def _pack(self, first: Sequence, others: Iterable[Sequence]) -> list[Sequence]:
+        """Sequences whose next chunks together are no longer than one may be."""
+        self.suspect = first.job
+        pack, tokens = [first], first.next_end() - first.past
+        if first.is_alone or not (self._can_pack or first.job.is_embedding):
+            return pack
+        for other in others:
+            if other.job.lane is not first.job.lane or other.job.is_embedding != first.job.is_embedding or other.is_alone:
+                continue
+            tokens += other.next_end() - other.past
+            if tokens > self._config.chunk_tokens:
+                break
+            pack.append(other)
+        return pack
+
+    def _let_in(self, pack: Iterable[Sequence]) -> None:
+        """Let those of a pack in that wait."""
+        for sequence in pack:
+            self.suspect = sequence.job
+            if sequence.job not in self.running:
+                self._enter(sequence.job)
 
     def _enter(self, job: Job) -> None:
         self._ledger.hold(job, job.need.total)
         self.waiting.remove(job)
         self.running.append(job)
 
-    def _pack(self, first: Sequence, others: Iterable[Sequence]) -> list[Sequence]:
-        """Sequences whose next chunks together are no longer than one may be."""
-        self.suspect = first.job
-        pack, tokens = [first], _next_end(first) - first.past
-        if first.is_alone or not (self._can_pack or first.job.is_embedding):
-            return pack
-        for other in others:
-            if other.job.route is not first.job.route or other.job.is_embedding != first.job.is_embedding or other.is_alone:
-                continue
-            tokens += _next_end(other) - other.past
-            if tokens > self._config.chunk_tokens:
-                break
-            pack.append(other)
-        return pack
-
-    def _hold(self, kind: StepKind, route: Route, sequences: list[Sequence]) -> Work:
+    def _hold(self, kind: StepKind, lane: Lane, sequences: list[Sequence]) -> Work:
         """The next step of these sequences. They are marked when nothing more can go wrong."""
         members = []
         for sequence in sequences:
             self.suspect = sequence.job
-            members.append(Member(sequence, sequence.past, _next_end(sequence)))
+            members.append(Member(sequence, sequence.past, sequence.next_end()))
         for sequence in sequences:
             sequence.is_held = True
-        return Work(kind, route, tuple(members))
+        return Work(kind, lane, tuple(members))
 
 
 def _unprocessed(job: Job) -> list[Sequence]:
     """Sequences of a running job that have more than a decode step before them."""
     return [s for s in job.sequences if not (s.is_decoding or s.is_done or s.is_held)]
-
-
-def _next_end(sequence: Sequence) -> int:
-    return min(sequence.length, sequence.job.route.course.next_end(sequence.past))

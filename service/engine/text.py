@@ -20,6 +20,10 @@ class Settled:
     logprobs: tuple[TokenLogprob, ...]
     stopped: bool = False  # a stop string came; it and all behind it are cut off
 
+    def __add__(self, rest: Settled) -> Settled:
+        """Both, as one."""
+        return Settled(self.text + rest.text, self.tokens + rest.tokens, self.logprobs + rest.logprobs, self.stopped)
+
 
 @dataclass(frozen=True)
 class _Piece:

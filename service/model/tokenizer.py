@@ -193,7 +193,9 @@ class Spelling:
             return token.encode() if is_first else b" " + token.encode()
         for step in self._steps:
             if step["type"] == "ByteFallback" and _BYTE.fullmatch(token):
-                return bytes([int(token[3:5], 16)])
+                if (value := int(token[3:5], 16)) > 127:
+                    return bytes([value])  # part of a character, which no later step touches
+                token = chr(value)
             token = _STEPS[step["type"]](token, step, is_first)
         return token.encode()
 

@@ -49,7 +49,7 @@ BEGINNINGS = (
 
 
 @dataclass(frozen=True)
-class Plan:
+class Extent:
     """How much is measured."""
 
     contexts: tuple[int, ...]
@@ -60,12 +60,12 @@ class Plan:
 
 
 LENGTHS = (1024, 2048, 4096, 8192, 16384, 32768)
-FULL = Plan(LENGTHS, None, dict(zip(LENGTHS, (25, 25, 25, 25, 10, 5), strict=True)), 65536, 3)
-QUICK = Plan((1024, 2048, 8192, 16384), 65536, {1024: 10, 4096: 10, 8192: 10}, 16384, 1)
+FULL = Extent(LENGTHS, None, dict(zip(LENGTHS, (25, 25, 25, 25, 10, 5), strict=True)), 65536, 3)
+QUICK = Extent((1024, 2048, 8192, 16384), 65536, {1024: 10, 4096: 10, 8192: 10}, 16384, 1)
 DEPTHS = (0.1, 0.3, 0.5, 0.7, 0.9)
 
 
-class Model:
+class Subject:
     """The served model under its backends: whole sequences in, next-token logits out."""
 
     def __init__(self, checkpoint: Checkpoint, backends: dict[str, AttentionBackend]) -> None:
@@ -87,7 +87,7 @@ class Model:
         return F.log_softmax(self.core.logits(hidden), dim=-1)
 
 
-def bits_per_byte(model: Model, backend: str, stream: Tensor, size: int, context: int) -> float:
+def bits_per_byte(model: Subject, backend: str, stream: Tensor, size: int, context: int) -> float:
     """Bits that the stream costs in pieces of `context` tokens, over the bytes of its text."""
     bits = 0.0
     together = max(1, 8192 // context)  # pieces in one packed batch
@@ -100,7 +100,7 @@ def bits_per_byte(model: Model, backend: str, stream: Tensor, size: int, context
     return bits / size
 
 
-def needle_recall(model: Model, backend: str, stream: Tensor, context: int, trials: int) -> dict[float, float]:
+def needle_recall(model: Subject, backend: str, stream: Tensor, context: int, trials: int) -> dict[float, float]:
     """Share of needles whose whole value is the greedy answer, by depth; the same needles and text for every backend."""
     rng = np.random.default_rng(context)
     encode = model.tokenizer.encode
@@ -120,7 +120,7 @@ def needle_recall(model: Model, backend: str, stream: Tensor, context: int, tria
     return {depth: float(np.mean(found)) for depth, found in hits.items() if found}
 
 
-def agreement(model: Model, backend: str, stream: Tensor, tokens: int, context: int = 2048) -> dict[str, float]:
+def agreement(model: Subject, backend: str, stream: Tensor, tokens: int, context: int = 2048) -> dict[str, float]:
     """Mean KL(dense || backend) in nats and how often both like the same token best, at `context`."""
     divergence, same, count = 0.0, 0.0, 0
     for piece in stream[:tokens].split(context):
@@ -132,7 +132,7 @@ def agreement(model: Model, backend: str, stream: Tensor, tokens: int, context: 
     return {"kl": divergence / count, "top1": same / count}
 
 
-def prefill_seconds(model: Model, stream: Tensor, context: int, repeats: int) -> dict[str, float]:
+def prefill_seconds(model: Subject, stream: Tensor, context: int, repeats: int) -> dict[str, float]:
     """Median seconds of one bare forward over `context` tokens, the backends taking turns."""
     seconds: dict[str, list[float]] = {name: [] for name in model.backends}
     for _ in range(repeats):
@@ -143,7 +143,7 @@ def prefill_seconds(model: Model, stream: Tensor, context: int, repeats: int) ->
     return {name: median(times) for name, times in seconds.items()}
 
 
-def complete(model: Model, backend: str, beginning: str, tokens: int) -> str:
+def complete(model: Subject, backend: str, beginning: str, tokens: int) -> str:
     """Greedy continuation of a text, the beginning included."""
     chosen = model.backends[backend]
     pool = chosen.new_pool(model.core.config.num_hidden_layers, 2**40)
@@ -166,7 +166,7 @@ def _extend(backend: AttentionBackend, segments: Segments, pool: attention.State
     return lambda layer, q, k, v: backend.extend(q, k, v, segments, pool, layer, [slot])
 
 
-def kernel_arguments(model: Model, stream: Tensor, context: int = 2048) -> list[tuple[float, float]]:
+def kernel_arguments(model: Subject, stream: Tensor, context: int = 2048) -> list[tuple[float, float]]:
     """w = |q' + k'|^2 of random query-key pairs the causal way, by layer: (mean, 95th percentile). See performer.py."""
     found: list[tuple[float, float]] = []
     segments = Segments((context,))
@@ -194,39 +194,39 @@ def table(title: str, columns: Sequence[object], rows: Mapping[str, Mapping[Any,
         print("  " + name.ljust(16) + cells, flush=True)
 
 
-def by_backend(model: Model, columns: Sequence[int], measure: Callable[[str, int], float]) -> dict[str, dict[int, float]]:
+def by_backend(model: Subject, columns: Sequence[int], measure: Callable[[str, int], float]) -> dict[str, dict[int, float]]:
     return {name: {column: measure(name, column) for column in columns} for name in model.backends}
 
 
 @torch.inference_mode()
-def evaluate(model: Model, plan: Plan) -> dict[str, object]:
+def evaluate(model: Subject, extent: Extent) -> dict[str, object]:
     """Measure, print the tables, return the figures of the JSON line."""
     _, held_out = corpus.split(list(corpus.modules()))
     text = b"".join(module.text.encode() for module in held_out)
     xz = 8 * len(lzma.compress(text, preset=9 | lzma.PRESET_EXTREME)) / len(text)
     eos = model.eos
     tokens = [token for module in held_out for token in (eos, *model.tokenizer.encode(module.text))]
-    stream = torch.tensor(tokens[: plan.tokens])
+    stream = torch.tensor(tokens[: extent.tokens])
     size = sum(len(model.tokenizer.token_bytes(token)) for token in stream.tolist() if token != eos)
     print(f"held out: {len(held_out)} modules, {len(text)} bytes, {len(tokens)} tokens")
     print(f"scored: {size} bytes, {len(stream)} tokens")
     print(f"xz -9e of all of it as one file: {xz:.4f} bits per byte")
 
-    bits = by_backend(model, plan.contexts, lambda name, n: bits_per_byte(model, name, stream, size, n))
-    table("bits per byte by context", plan.contexts, bits)
+    bits = by_backend(model, extent.contexts, lambda name, n: bits_per_byte(model, name, stream, size, n))
+    table("bits per byte by context", extent.contexts, bits)
     recall = {
-        name: {n: needle_recall(model, name, stream, n, trials) for n, trials in plan.needle_trials.items()}
+        name: {n: needle_recall(model, name, stream, n, trials) for n, trials in extent.needle_trials.items()}
         for name in model.backends
     }
     mean_recall = {name: {n: float(np.mean(list(d.values()))) for n, d in rows.items()} for name, rows in recall.items()}
-    table(f"needle recall by context, {list(plan.needle_trials.values())} trials", list(plan.needle_trials), mean_recall)
+    table(f"needle recall by context, {list(extent.needle_trials.values())} trials", list(extent.needle_trials), mean_recall)
     longest = 8192
     table(f"needle recall by depth at {longest}", DEPTHS, {name: rows[longest] for name, rows in recall.items()})
-    close = {name: agreement(model, name, stream, plan.agreement_tokens) for name in model.backends}
+    close = {name: agreement(model, name, stream, extent.agreement_tokens) for name in model.backends}
     table("agreement with dense at 2048", ("kl", "top1"), close)
-    timed = {n: prefill_seconds(model, stream, n, plan.repeats) for n in plan.contexts}
-    seconds = by_backend(model, plan.contexts, lambda name, n: timed[n][name])
-    table("bare prefill seconds by context", plan.contexts, seconds)
+    timed = {n: prefill_seconds(model, stream, n, extent.repeats) for n in extent.contexts}
+    seconds = by_backend(model, extent.contexts, lambda name, n: timed[n][name])
+    table("bare prefill seconds by context", extent.contexts, seconds)
     w = kernel_arguments(model, stream)
     print("\nw = |q' + k'|^2 by layer, mean (95th percentile): " + ", ".join(f"{m:.1f} ({high:.1f})" for m, high in w))
     for beginning in BEGINNINGS:
@@ -255,7 +255,7 @@ def main() -> None:
     backends = {name: attention.build(name, options, shape) for name, options in {"dense": {}, **chosen}.items()}
     print(f"model: {checkpoint.id}, {checkpoint.model.dtype}, {arguments.threads} threads, torch {torch.__version__}")
     print("backends: " + json.dumps({name: backend.options.model_dump() for name, backend in backends.items()}))
-    print("\n" + json.dumps(evaluate(Model(checkpoint, backends), QUICK if arguments.quick else FULL)))
+    print("\n" + json.dumps(evaluate(Subject(checkpoint, backends), QUICK if arguments.quick else FULL)))
 
 
 if __name__ == "__main__":

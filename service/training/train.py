@@ -36,7 +36,7 @@ from service.model.checkpoint import save
 from service.model.tokenizer import Tokenizer
 from service.model.transformer import Attend, Transformer
 from service.training import needle
-from service.training.attention import performer_attention, softmax_attention, streamed_attention
+from service.training.gradients import performer_attention, softmax_attention, streamed_attention
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -47,7 +47,7 @@ FROM_THE_TOP = 0.25  # share of the sequences that begin where a module does, as
 ANSWER_WEIGHT = 4.0  # an answer token's loss beside an ordinary one's: there are very few
 WINDOW, SINKS, FEATURES, FEATURE_SEED, LOCAL_CHUNK = 512, 4, 256, 0, 512
 
-EMBEDDED = {
+ARCHITECTURE = {
     "model_type": "qwen3",
     "vocab_size": 4096,
     "hidden_size": 256,
@@ -77,7 +77,7 @@ class Phase:
 
 MIXED = (("dense", 0.34), ("sliding_window", 0.2), ("performer", 0.46))
 MOSTLY_DENSE = (("dense", 0.6), ("sliding_window", 0.1), ("performer", 0.3))
-PHASES = (
+CURRICULUM = (
     Phase(0.41, (1024,), 8192, 0.1, MIXED),
     Phase(0.77, (2048,), 16384, 0.2, MIXED),
     Phase(0.83, (4096, 8192, 8192, 16384), 16384, 0.3, MIXED),
@@ -100,7 +100,7 @@ class Sampler:
     def draw(self, step: int, share: float) -> tuple[Phase, str, int, Tensor, Tensor]:
         """(phase, backend, length, tokens int64 (B, length + 1), weights float32 (B, length)) of a step."""
         rng = np.random.default_rng((self.seed, step))
-        phase = next(phase for phase in PHASES if share < phase.until)
+        phase = next(phase for phase in CURRICULUM if share < phase.until)
         names, odds = zip(*phase.backends, strict=True)
         backend, length = str(rng.choice(names, p=odds)), int(rng.choice(phase.lengths))
         needles = phase.needles if backend == "dense" else 0.0
@@ -131,7 +131,7 @@ def attend_for(backend: str, length: int) -> Attend:
 def new_model(seed: int) -> Transformer:
     """Fresh weights: normal with a deviation of 1/sqrt(fan-in), projections onto the residual stream at zero."""
     torch.manual_seed(seed)
-    model = Transformer(families.read(EMBEDDED))
+    model = Transformer(families.read(ARCHITECTURE))
     nn.init.normal_(model.embed.weight, std=0.02)
     for layer in model.decoder:
         for matrix in (layer.qkv.weight, layer.gate_up.weight):

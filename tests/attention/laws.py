@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
@@ -12,6 +13,8 @@ import torch
 from torch import Tensor
 
 from attention import AttentionBackend, HeadShape, PoolExhausted, Segments, backend_class, build, reference
+from attention.kernels.features import native as features
+from attention.kernels.softmax import native as softmax
 from attention.truth import BOUNDS, check
 
 HEADS = ((2, 2), (4, 2), (3, 1))  # query heads, key-value heads
@@ -23,6 +26,12 @@ def tokens(shape: HeadShape, count: int, seed: int = 0, scale: float = 1.0) -> t
     heads = (shape.query_heads, shape.key_value_heads, shape.key_value_heads)
     q, k, v = (torch.randn(count, n, shape.head_width, generator=generator) for n in heads)
     return (q * scale).to(shape.dtype), k.to(shape.dtype), v.to(shape.dtype)
+
+
+def need_native(shape: HeadShape) -> None:
+    """Skip the test where this machine, or this install, is without the kernels in C for heads of a shape."""
+    if reason := softmax.obstacle(shape):
+        pytest.skip(reason)
 
 
 def largest(difference: Tensor) -> float:
@@ -42,13 +51,21 @@ def extend_in(backend: AttentionBackend, q: Tensor, k: Tensor, v: Tensor, chunks
 
 
 class Laws:
-    """Inherit as `class TestX(Laws)` and set the first two class variables. The width of 16 leaves all to torch."""
+    """Inherit as `class TestX(Laws)` and set the first two class variables.
+
+    They run as on a CPU without AVX-512, so that `impl: auto` leaves all to torch.
+    """
 
     name: ClassVar[str]
     variants: ClassVar[tuple[dict[str, Any], ...]]  # options, small enough that short sequences cross every edge
-    width: ClassVar[int] = 16
+    width: ClassVar[int] = 32  # the kernels in C take it where they can run
     impl: ClassVar[str] = "torch"
     pauses: ClassVar[int] = 3  # of a prefill of 700 tokens, at least
+
+    @pytest.fixture(autouse=True)
+    def machine(self, without_avx512: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        for kernel in (softmax.KERNEL, features.KERNEL):
+            monkeypatch.setattr(kernel, "home", without_avx512 / "attention")
 
     def backends(self, dtype: torch.dtype = torch.float32, heads: tuple[int, int] = (4, 2)) -> list[AttentionBackend]:
         built = [build(self.name, options, HeadShape(*heads, self.width, dtype)) for options in self.variants]
@@ -266,11 +283,11 @@ class Laws:
             with pytest.raises(KeyError):
                 pool.release(slot)
 
-    def test_the_served_truth_holds(self) -> None:
-        for dtype in (torch.float32, torch.bfloat16):
-            for backend in self.backends(dtype):
-                truth = check(backend)
-                assert truth.passed, truth
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_the_served_truth_holds(self, dtype: torch.dtype) -> None:
+        for backend in self.backends(dtype):
+            truth = check(backend)
+            assert truth.passed, truth
 
     def test_wrong_input_is_refused_with_what_was_wanted_and_what_came(self) -> None:
         for backend in self.backends():

@@ -18,6 +18,7 @@ from torch import Tensor
 from attention import AttentionBackend
 
 Array = NDArray[np.float64]
+KNOWN = ("bigbird", "chunked", "dense", "linear", "longformer", "performer", "sliding_window")  # written down here
 
 
 def answer(backend: AttentionBackend, q: Tensor, k: Tensor, v: Tensor, *, causal: bool) -> Array:

@@ -25,18 +25,6 @@ def test_the_mask_given_to_xformers_is_our_definition_in_each_segment(name: str,
     assert torch.equal(theirs, ours)
 
 
-def test_xformers_on_cpu_is_refused_with_the_reason_and_auto_reports_torch() -> None:
-    shape = HeadShape(2, 2, 16)
-    with pytest.raises(ValueError, match="no operator for device cpu; allowed here: 'auto', 'torch'"):
-        build("dense", {"impl": "xformers"}, shape)
-    assert build("dense", {"impl": "auto"}, shape).describe()["impl"] == "torch"
-
-
-def test_sinks_and_xformers_together_are_refused() -> None:
-    with pytest.raises(ValueError, match="no sinks"):
-        build("sliding_window", {"impl": "xformers", "sinks": 4}, HeadShape(2, 2, 16))
-
-
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

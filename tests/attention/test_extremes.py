@@ -11,11 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from attention import AttentionBackend, HeadShape, Segments, build, native
-from attention.backends.performer import projection
+from attention import AttentionBackend, HeadShape, Segments, build
+from attention.projection import projection
 from attention.truth import BOUNDS
 from tests.attention import oracle
-from tests.attention.laws import extend_in, largest, tokens
+from tests.attention.laws import extend_in, largest, need_native, tokens
 
 OPTIONS: dict[str, tuple[dict[str, Any], ...]] = {
     "dense": ({},),
@@ -40,8 +40,8 @@ COUNT = 140
 
 def built(name: str, options: dict[str, Any], dtype: torch.dtype) -> AttentionBackend:
     shape = HeadShape(2, 1, 32, dtype)
-    if options["impl"] == "native" and (reason := native.obstacle(shape)):
-        pytest.skip(reason)
+    if options["impl"] == "native":
+        need_native(shape)
     return build(name, options, shape)
 
 
@@ -118,8 +118,8 @@ def test_a_row_that_sees_keys_is_answered_whatever_the_norms(
 @pytest.mark.parametrize("impl", ["torch", "native"])
 def test_keys_along_one_feature_are_answered_behind_a_first_key_that_is_far_from_it(impl: str, dtype: torch.dtype) -> None:
     shape = HeadShape(2, 1, 64, dtype)
-    if impl == "native" and (reason := native.obstacle(shape)):
-        pytest.skip(reason)
+    if impl == "native":
+        need_native(shape)
     backend = build("performer", {"impl": impl}, shape)
     rows = projection(256, 64, 0)
     along = rows[rows.norm(dim=1).argmax()]

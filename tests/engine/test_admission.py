@@ -6,9 +6,11 @@ import asyncio
 import itertools
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-import attention
-from service.engine.admission import Backends
+from service.engine import admission
+from service.engine.admission import Ledger
 from service.engine.request import NeverFits, QueueFull
 from tests.engine import world
 from tests.engine.world import complete, completion, embed, embedding, is_empty, prompt, running, tokens_of
@@ -90,6 +92,25 @@ async def test_a_plan_tells_what_submit_then_does() -> None:
         assert is_empty(engine)
 
 
+@pytest.mark.parametrize(("default", "times"), [("dense", 1), ("auto", 3)])
+async def test_what_a_request_needs_is_worked_out_once_for_each_backend_that_is_considered(
+    monkeypatch: pytest.MonkeyPatch, default: str, times: int
+) -> None:
+    model, honest, asked = world.make_model(), admission.need, []
+    async with running(model, world.make_backends(model, default)) as engine:
+        monkeypatch.setattr(admission, "need", lambda *args: (asked.append(1), honest(*args))[1])
+        await tokens_of(engine, completion())
+    assert len(asked) == times
+
+
+async def test_the_request_of_a_caller_is_left_as_it_came() -> None:
+    tokens = prompt(50)
+    async with running() as engine:
+        request = completion(tokens)
+        await tokens_of(engine, request)
+    assert request.tokens is tokens and tokens == prompt(50)
+
+
 @pytest.mark.parametrize("name", world.BACKENDS)
 async def test_the_state_held_is_what_the_plan_says(name: str) -> None:
     async with running() as engine:
@@ -130,12 +151,21 @@ async def test_the_engine_holds_what_is_configured_or_a_share_of_what_is_left() 
             pass
 
 
-def test_an_allow_list_names_a_default_it_has_and_only_causal_backends() -> None:
-    model = world.make_model()
-    with pytest.raises(ValueError, match="dense"):
-        world.make_backends(model, "performer", dense={})
-    with pytest.raises(ValueError, match="at least one"):
-        Backends({}, "auto")
-    encoder = attention.build("longformer", None, model.head_shape())
-    with pytest.raises(ValueError, match="bidirectional only: longformer"):
-        Backends({"longformer": encoder}, "longformer")
+@given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 100)), max_size=40))
+def test_the_ledger_holds_exactly_what_is_held(moves: list[tuple[int, int]]) -> None:
+    ledger, held = Ledger(300), dict[int, int]()
+    for owner, amount in moves:
+        if amount == 0:
+            ledger.release(owner)
+            held.pop(owner, None)
+        elif owner not in held and ledger.fits(amount):
+            ledger.hold(owner, amount)
+            held[owner] = amount
+        assert ledger.in_use == sum(held.values()) <= ledger.budget
+        assert ledger.free == ledger.budget - ledger.in_use
+
+
+def test_the_ledger_never_passes_its_budget() -> None:
+    ledger = Ledger(10)
+    with pytest.raises(AssertionError, match="passes"):
+        ledger.hold("owner", 11)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from attention import AttentionBackend, Segments
-from service.engine.engine import Backends
+from service.engine.allowlist import Backends
 from service.engine.request import ContextTooLong, Delta, InvalidRequest, UnknownBackend
 from service.model.transformer import Transformer
 from tests.engine import world
@@ -221,8 +221,8 @@ async def test_an_old_backend_dies_with_its_last_request() -> None:
 
     async with running(model) as engine:
         await engine.swap(observed())
-        gone.extend(weakref.ref(route) for route in engine._routes.values())
-        gone.extend(weakref.ref(route.pool) for route in engine._routes.values())
+        gone.extend(weakref.ref(lane) for lane in engine._admission.lanes.values())
+        gone.extend(weakref.ref(lane.pool) for lane in engine._admission.lanes.values())
         stream = engine.submit(completion(prompt(30), max_tokens=400))
         await anext(stream)
         await tokens_of(engine, completion(prompt(30), "performer"))

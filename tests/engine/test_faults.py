@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from service.engine.delivery import is_out_of_memory
 from service.engine.request import DeadlineExceeded, Draining, ModelFailed, OutOfMemory, Request, RequestError
 from service.engine.scheduler import Scheduler
 from tests.engine import world
@@ -180,6 +181,14 @@ async def test_progress_stops_being_told_while_a_step_hangs() -> None:
         await asyncio.sleep(0.2)
         assert time.monotonic() - engine.snapshot().last_progress > 0.1
         await answer
+
+
+def test_refused_memory_is_told_from_other_faults() -> None:
+    assert is_out_of_memory(MemoryError())
+    with pytest.raises(RuntimeError) as refusal:
+        torch.empty(2**60)
+    assert is_out_of_memory(refusal.value)
+    assert not is_out_of_memory(RuntimeError("shapes do not match"))
 
 
 Script = st.lists(

@@ -12,16 +12,18 @@ import pytest
 import torch
 
 from attention import PoolExhausted, StatePool
+from service.engine import delivery as delivery_module
 from service.engine import engine as engine_module
 from service.engine import runner as runner_module
-from service.engine import scheduler as scheduler_module
+from service.engine.admission import Ledger
 from service.engine.answer import Answer
+from service.engine.delivery import Delivery
 from service.engine.engine import Engine
 from service.engine.job import Job, Sequence
-from service.engine.memory import Ledger
 from service.engine.request import ModelFailed, Request, RequestError
-from service.engine.scheduler import Scheduler, Work
+from service.engine.scheduler import Scheduler
 from service.engine.text import TextStream
+from service.engine.work import Work
 from tests.engine import world
 from tests.engine.world import complete, completion, embed, embedding, is_empty, prompt, running, tokens_of, until
 
@@ -56,7 +58,7 @@ PLACES: list[Place] = [
     (Scheduler, "_has_room", own),
     (Scheduler, "_enter", own),
     (Ledger, "hold", own),
-    (scheduler_module, "_next_end", own),
+    (Sequence, "next_end", own),
     (Scheduler, "has_other_work", own),
     (StatePool, "allocate", lambda pool, tokens: tokens == LENGTH),
     (StatePool, "copy", lambda pool, slot: pool._slots[slot].max_tokens == LENGTH),
@@ -68,11 +70,11 @@ PLACES: list[Place] = [
     (TextStream, "push", own),
     (TextStream, "flush", own),
     (Answer, "put", own),
-    (Engine, "_emit", lambda engine, sequence, *rest: is_guilty(sequence)),
-    (Engine, "_settle_prefill", lambda engine, sequence, *rest: is_guilty(sequence)),
+    (delivery_module, "_emit", own),
+    (Delivery, "_settle_prompt", own),
     (world.Watcher, "finished", lambda watcher, *rest: True),
     (world.Watcher, "stepped", lambda watcher, *rest: True),
-    (engine_module, "_told", lambda *rest: True),
+    (delivery_module, "_told", lambda *rest: True),
 ]
 PLACES_OF_EMBEDDINGS: list[Place] = [
     (Job, "vector", own),
@@ -141,7 +143,7 @@ async def test_what_raises_for_one_request_costs_that_request_alone(
         with unharmed(engine):
             answer = engine.submit(again(guilty))
             together = asyncio.gather(*(text_of(engine, each) for each in others()))
-            if place[0] in (world.Watcher, engine_module):
+            if place[0] is world.Watcher or place[1] == "_told":
                 _ = [item async for item in answer]
             else:
                 with pytest.raises(ModelFailed):
@@ -231,7 +233,7 @@ async def test_after_a_fault_and_a_replay_a_seed_gives_the_same_answer_and_no_co
 
     async with running(world.make_model(torch.float64)) as engine:
         expected = await asyncio.gather(*(text_of(engine, each) for each in requests()))
-        honest, kinds = runner_module._part, []
+        honest, kinds = runner_module._branch, []
 
         def broken(work: Work) -> None:
             honest(work)
@@ -239,7 +241,7 @@ async def test_after_a_fault_and_a_replay_a_seed_gives_the_same_answer_and_no_co
                 kinds.append(work.kind)
                 raise RuntimeError("boom")  # tokens are drawn and states copied, and nobody hears of it
 
-        monkeypatch.setattr(runner_module, "_part", broken)
+        monkeypatch.setattr(runner_module, "_branch", broken)
         with unharmed(engine):
             assert await asyncio.gather(*(text_of(engine, each) for each in requests())) == expected
         assert {"prefill", "decode"} == set(kinds)

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service.engine.measure import StorageCounter
+from service.engine.meter import StorageCounter
 from service.engine.request import Sampling
 from service.engine.sampling import bytes_per_logit, draw, logprobs, uniform
 

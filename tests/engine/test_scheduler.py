@@ -3,30 +3,32 @@
 from __future__ import annotations
 
 import itertools
+from array import array
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from service.config import EngineConfig
-from service.engine.admission import Need, Route
+from service.engine.admission import Ledger, Need, Offer
+from service.engine.allowlist import Lane
 from service.engine.answer import Answer
-from service.engine.forecast import Course, Line, Pace
+from service.engine.forecast import Course, Pace, Ramp
 from service.engine.job import Job
-from service.engine.memory import Ledger
 from service.engine.request import Request, Sampling
-from service.engine.scheduler import Scheduler, Work
+from service.engine.scheduler import Scheduler
+from service.engine.work import Work
 from tests.engine import world
 
 MODEL = world.make_model()
 TOKENIZER = world.make_tokenizer()
 DENSE = world.make_backends(MODEL).by_name["dense"]
-PACE = Pace(2, Line(0.001, 1e-5), {DENSE: Line(0.0, 1e-9)}, DENSE)
+PACE = Pace(2, Ramp(0.001, 1e-5), {DENSE: Ramp(0.0, 1e-9)}, DENSE)
 BUDGET = 10_000
 
 
 CHUNK = 128
 COURSE = Course(MODEL, PACE, world.MAX_LENGTH, CHUNK)
-ROUTE = Route("dense", DENSE, COURSE, DENSE.new_pool(2, BUDGET))
+LANE = Lane("dense", DENSE, COURSE, DENSE.new_pool(2, BUDGET))
 
 
 def make_scheduler(can_pack: bool = False, **config: object) -> Scheduler:
@@ -35,7 +37,8 @@ def make_scheduler(can_pack: bool = False, **config: object) -> Scheduler:
 
 def make_job(length: int, arrival: float = 0.0, needed: int = 100, max_tokens: int = 4, kind: str = "completion") -> Job:
     request = Request("r", kind, [1] * length, sampling=Sampling(max_tokens=max_tokens), arrival=arrival)  # type: ignore[arg-type]
-    return Job.create(request, ROUTE, Need({"state": needed}), Answer(lambda: None), TOKENIZER)
+    offer = Offer(LANE, "default", Need({"state": needed}), array("i", request.tokens))
+    return Job.create(request, offer, Answer(lambda: None), TOKENIZER)
 
 
 def finish(work: Work, scheduler: Scheduler) -> list[Job]:
@@ -145,9 +148,9 @@ def test_a_decode_step_that_has_paused_keeps_the_share_of_the_streams() -> None:
 
 def test_a_paused_decode_step_takes_turns_with_the_streams_of_other_backends() -> None:
     scheduler = make_scheduler()
-    other = Route("other", DENSE, COURSE, ROUTE.pool)
+    other = Lane("other", DENSE, COURSE, LANE.pool)
     scheduler.waiting = [make_job(10), make_job(10)]
-    scheduler.waiting[1].route = other
+    scheduler.waiting[1].lane = other
     for _ in range(2):
         finish(scheduler.next(0.0), scheduler)  # type: ignore[arg-type]
     served = []
@@ -157,7 +160,7 @@ def test_a_paused_decode_step_takes_turns_with_the_streams_of_other_backends() -
         scheduler.pause(paused)
         work = scheduler.next(0.0)
         assert work is not None
-        served.append(work.route.name)
+        served.append(work.lane.name)
         if work is not paused:
             for member in work.members:  # as a step that ends, of a stream that never does
                 member.sequence.is_held = False
@@ -180,6 +183,17 @@ def test_short_prompts_share_a_step_when_they_may() -> None:
         scheduler.waiting = [make_job(10) for _ in range(3)]
         work = scheduler.next(0.0)
         assert work is not None and len(work.members) == expected
+
+
+def test_nobody_enters_but_those_whose_step_comes() -> None:
+    scheduler = make_scheduler(can_pack=True)
+    first, mate, other_kind, too_much = make_job(60), make_job(20), make_job(10, kind="embedding"), make_job(100)
+    jobs = [first, mate, other_kind, too_much]
+    for place, job in enumerate(jobs):
+        job.request.arrival, job.service_seconds = float(place), 1.0  # the most urgent first
+    scheduler.waiting = list(jobs)
+    work = scheduler.next(10.0)
+    assert work is not None and [member.job for member in work.members] == scheduler.running == [first, mate]
 
 
 def test_prompts_of_two_kinds_never_share_a_step() -> None:
@@ -218,7 +232,7 @@ def test_a_job_that_has_entered_goes_on_before_one_that_waits_too_long_for_its_b
     big = make_job(10, needed=9000)
     entered = make_job(1000, arrival=99.0, needed=5000)
     scheduler.waiting = [entered]
-    assert [sequence.job for sequence in scheduler._candidates(99.0)] == [entered]  # let in, as when a pack has no more room
+    finish(scheduler.next(99.0), scheduler)  # type: ignore[arg-type]
     scheduler.waiting = [big]
     work = scheduler.next(99.0)
     assert work is not None and [member.sequence.job for member in work.members] == [entered]

@@ -6,7 +6,7 @@ import pytest
 
 import attention
 from service.model.checkpoint import load
-from service.training.evaluate import BEGINNINGS, Model, complete
+from service.training.evaluate import BEGINNINGS, Subject, complete
 from tests.http.client import Client, eventually
 from tests.http.conftest import BACKENDS
 
@@ -134,7 +134,7 @@ def test_a_text_begins_with_the_models_begin_token_unless_told_otherwise(service
 @pytest.mark.parametrize("beginning", BEGINNINGS)
 def test_a_beginning_is_continued_as_the_models_card_shows(service: Client, beginning: str) -> None:
     core = load()
-    shown = complete(Model(core, {"dense": attention.build("dense", {}, core.model.head_shape())}), "dense", beginning, 40)
+    shown = complete(Subject(core, {"dense": attention.build("dense", {}, core.model.head_shape())}), "dense", beginning, 40)
     tokens = 40 - len(core.tokenizer.encode(beginning))
     answer = service.complete(beginning, attention="dense", temperature=0, max_tokens=tokens, echo=True)
     assert answer.json["choices"][0]["text"] == shown

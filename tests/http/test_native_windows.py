@@ -54,7 +54,7 @@ def test_every_place_that_names_backends_says_which_are_lossy(service: Client) -
 
 
 def test_its_plan_is_the_sum_of_its_layers(service: Client) -> None:
-    route = service.replica.engine._routes["native"]
+    route = service.replica.engine._admission.lanes["native"]
     plan = service.post("/v1/plan", {"prompt": "import os\n" * 20, "max_tokens": 8}).json["data"][0]
     layers = route.backend.layers
     assert plan["terms"]["state"] == sum(layer.state_bytes(plan["total_tokens"]) for layer in layers)

@@ -13,8 +13,7 @@ from typing import NamedTuple
 import pytest
 
 from service.config import AttentionConfig, EngineConfig, ServiceConfig, UserConfig
-from service.engine.benchmark import resident_bytes
-from service.engine.memory import trim
+from service.machine import resident_bytes, trim
 from service.plain import listening, listening_in_thread
 from service.replica import Replica
 from tests.http.client import Client, eventually

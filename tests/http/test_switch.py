@@ -196,7 +196,7 @@ async def test_what_a_switch_leaves_as_it_is_is_neither_built_nor_timed_again(
     service.replica.retarget(to("dense", dense={}, sliding_window={"window": 100}, performer={}))
     assert (await settled(service))["degraded"] is None
     engine, checked, honest = service.replica.engine, [], truth.check
-    before, routes = dict(engine.backends.by_name), dict(engine._routes)
+    before, routes = dict(engine.backends.by_name), dict(engine._admission.lanes)
 
     def noted(backend: AttentionBackend, **rest: Any) -> truth.Truth:
         checked.append(backend.name)
@@ -207,7 +207,7 @@ async def test_what_a_switch_leaves_as_it_is_is_neither_built_nor_timed_again(
     assert (await settled(service))["attention"]["default"] == "performer"
     assert engine.backends.default == "performer" and not checked
     assert all(engine.backends.by_name[name] is before[name] for name in before)
-    assert all(engine._routes[name] is routes[name] for name in routes)
+    assert all(engine._admission.lanes[name] is routes[name] for name in routes)
     service.replica.retarget(to("dense", dense={}, sliding_window={"window": 101}, performer={}))
     await settled(service)
     assert checked == ["sliding_window"]

@@ -14,9 +14,6 @@ from service.model.checkpoint import load
 from service.model.transformer import rotate
 
 CPU = torch.device("cpu")
-needs_native = pytest.mark.skipif(
-    not all(native.suits(dtype, CPU, 256, 704, 64) for dtype in native.WORDS), reason="this CPU or this install is without it"
-)
 BOUNDS = {torch.float32: 2e-6, torch.bfloat16: 2**-6}  # values up to 4, rounded once against several times
 DTYPES = list(BOUNDS)
 
@@ -28,14 +25,19 @@ def inference() -> Iterator[None]:
         yield
 
 
+def need_native(dtype: torch.dtype) -> None:
+    if reason := native.KERNEL.obstacle(dtype, CPU):
+        pytest.skip(reason)
+
+
 def largest(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((a.double() - b.double()).abs().max())
 
 
-@needs_native
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rows", [1, 33, 200])
 def test_norm_and_gate_are_what_torch_computes(dtype: torch.dtype, rows: int) -> None:
+    need_native(dtype)
     x, weight = torch.randn(rows, 272).to(dtype), torch.rand(272).to(dtype)
     wanted = functional.rms_norm(x.double(), (272,), weight.double(), 1e-6)
     assert largest(native.norm(x, weight, 1e-6), wanted) <= BOUNDS[dtype]
@@ -46,11 +48,11 @@ def test_norm_and_gate_are_what_torch_computes(dtype: torch.dtype, rows: int) ->
     assert float(((native.gate(x).double() - wanted).abs() / wanted.abs().clamp_min(1.0)).max()) <= BOUNDS[dtype]
 
 
-@needs_native
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("heads", "depth"), [(6, 64), (3, 32), (2, 128), (5, 96)])
 @pytest.mark.parametrize("is_normed", [True, False])
 def test_heads_are_normed_and_turned_as_by_torch(dtype: torch.dtype, heads: int, depth: int, is_normed: bool) -> None:
+    need_native(dtype)
     for rows in (1, 40):
         x = torch.randn(rows, (heads + 2) * depth).to(dtype)
         angles = torch.randn(rows, 1, 2 * depth).to(dtype)
@@ -64,9 +66,9 @@ def test_heads_are_normed_and_turned_as_by_torch(dtype: torch.dtype, heads: int,
         assert float(((found.double() - wanted).abs() / wanted.abs().clamp_min(1.0)).max()) <= BOUNDS[dtype]
 
 
-@needs_native
 @pytest.mark.parametrize(("dtype", "bound"), [("float32", 1e-4), ("bfloat16", 0.5)])  # logits up to 20
 def test_the_embedded_model_answers_the_same_with_and_without_it(dtype: str, bound: float) -> None:
+    need_native(getattr(torch, dtype))
     model = load(dtype=dtype).model
     ids = torch.randint(model.config.vocab_size, (150,))
 
@@ -88,10 +90,8 @@ def test_other_dtypes_devices_and_widths_are_left_to_torch() -> None:
 
 
 def test_a_model_is_served_without_it_where_it_was_not_built(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(native, "__file__", str(tmp_path / "native.py"))
-    native.library.cache_clear()
+    monkeypatch.setattr(native.KERNEL, "home", tmp_path)
     model = load(dtype="float32").model
     assert not any(layer.is_native for layer in model.decoder)
     ids = torch.arange(5)
     assert model.logits(model.hidden(ids, ids, lambda layer, q, k, v: q)).isfinite().all()
-    native.library.cache_clear()

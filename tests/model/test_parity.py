@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from service.engine.admission import Backends
+from service.engine.allowlist import Backends
 from service.model.checkpoint import EMBEDDED, load
 from tests.engine import world
 from tests.model.checkpoints import draw, our_logits, own_backend, their_answer, their_logits, write

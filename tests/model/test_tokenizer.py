@@ -154,6 +154,11 @@ def test_streamed_text_is_what_transformers_makes_of_the_tokens(decoder: str, da
     assert "".join(streamed) == whole
 
 
+def test_a_text_that_begins_with_a_space_byte_loses_it_as_it_loses_a_mark() -> None:
+    tokenizer = toy("llama")
+    assert tokenizer.decode([tokenizer._core.token_to_id(token) for token in ("<0x20>", "a")]) == "a"
+
+
 def test_bytes_of_one_character_that_come_one_by_one_become_it() -> None:
     tokenizer = toy("llama")
     ids = [tokenizer._core.token_to_id(token) for token in ("▁the", "<0xC3>", "<0xA9>", "<0x0A>", "▁a")]

@@ -14,7 +14,7 @@ from service.model.checkpoint import EMBEDDED
 from service.model.tokenizer import Tokenizer
 from service.model.transformer import Attend
 from service.training import corpus, needle
-from service.training.attention import performer_attention, softmax_attention, streamed_attention
+from service.training.gradients import performer_attention, softmax_attention, streamed_attention
 from service.training.train import FEATURE_SEED, FEATURES, MAX_QK_SCALE, Sampler, Trainer
 
 TOKENIZER = Tokenizer.load(EMBEDDED)
@@ -74,7 +74,7 @@ def test_a_differentiable_form_computes_what_its_backend_serves(form: Attend, ba
 
 
 def test_streamed_attention_has_the_gradients_of_plain_attention(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("service.training.attention.KEYS", 100)  # tiles that end within a block of rows, and before it
+    monkeypatch.setattr("service.training.gradients.KEYS", 100)  # tiles that end within a block of rows, and before it
     generator = torch.Generator().manual_seed(4)
     q, k, v, slope = (torch.randn(768, heads, 32, generator=generator) for heads in (4, 2, 2, 4))
     found = []

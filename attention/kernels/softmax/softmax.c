@@ -1,0 +1,567 @@
+/* Softmax attention: the score of a key never leaves the core that computed it.
+ *
+ * The functions behind `native.py`: `attend` answers blocks of queries over runs of keys,
+ * `step` answers one query per head of many sequences over their histories. Plain C on pointers and
+ * strides, float32 or bfloat16 in and out, float32 between; built at install, without a compiler at
+ * run time. What they are given is checked first.
+ *
+ * Source: the tiles and the running maximum of FlashAttention-2 (Dao, arXiv 2307.08691,
+ * section 3.1), the split histories of Flash-Decoding (Dao et al., 2023), written for registers:
+ * six rows of queries meet 64 columns of a packed block, 24 sums in 24 registers. One change: the
+ * running maximum is rounded up to a whole number. Scores are powers of two, so rescaling is exact,
+ * and cutting a row's keys into several calls changes nothing.
+ *
+ * Letters: H query heads, G key-value heads, D width, C queries, B sequences. Words and `wide` are
+ * told in simd.h.
+ */
+#include "given.h"
+
+typedef struct { /* keys and values (n, G, D) */
+    View k, v;
+} Source;
+
+typedef struct { /* `count` keys of a source from `first` on, that one at `position`; free: no query
+                    is too far ahead of them */
+    int64_t source, first, count, position, free;
+} Run;
+
+typedef struct { /* queries first..last, the first of them at `position`, and the runs that they may
+                    see */
+    int64_t first, last, position, run, end;
+} Block;
+
+typedef struct {
+    View q, out;      /* (C, H, D) */
+    float *log_total; /* (C, H) or null: log2 of each row's sum of 2^s */
+    int64_t log_total_bytes;
+    float *carry; /* sums (C, H, D), tops (C, H), totals (C, H) */
+    int64_t carry_bytes;
+    int64_t queries, heads, groups, width;
+    int64_t before, ahead; /* a query at p sees the keys at p - before .. p + ahead */
+    int64_t call, calls;   /* of so many calls this one meets its share of the keys; the carry goes
+                              from one to the next */
+    int64_t wide;
+    float scale; /* log2(e) / sqrt(D) */
+} Call;
+
+typedef struct { /* `count` of the keys and values (kept, G D) of a sequence, from `first` on */
+    int64_t sequence;
+    const char *k, *v;
+    int64_t k_row, v_row, kept, columns, first, count;
+} History;
+
+typedef struct {
+    View q;    /* (B, H, D), heads tight */
+    char *out; /* (B, H, D), tight */
+    int64_t out_bytes;
+    float *log_total; /* (B, H) or null */
+    int64_t log_total_bytes;
+    float *parts; /* for each part of each history: sums (H, D), tops (H), totals (H) */
+    int64_t parts_bytes;
+    int64_t sequences, heads, groups, width, wide;
+    float scale;
+} Step;
+
+/* clang-format off */
+/* What goes from call to call (`carry`), and what a part of a history leaves (in `parts`; C is 1):
+ *
+ *   | sums: C rows of H heads of D float32 | tops: C rows of H | totals: C rows of H |
+ *
+ * How histories are cut into parts of 256 keys, which `merge` puts together by sequences:
+ *
+ *   histories  [sequence 0: 600 keys    ][sequence 1: run of 100][sequence 1: run of 300]
+ *   parts      [0: 256][1: 256][2: 88   ][3: 100                ][4: 256      ][5: 44   ]
+ *   starts      0                         3                       4                      6
+ */
+/* clang-format on */
+
+/* Sizes and offsets, for a caller in another language to compare with its own. */
+/* clang-format off */
+const int64_t softmax_layout[] = {
+    sizeof(View), sizeof(Source), sizeof(Run), sizeof(Block), sizeof(History), sizeof(Call),
+    FIELD(Call, q), FIELD(Call, out), FIELD(Call, log_total), FIELD(Call, log_total_bytes),
+    FIELD(Call, carry), FIELD(Call, carry_bytes), FIELD(Call, queries), FIELD(Call, heads),
+    FIELD(Call, groups), FIELD(Call, width), FIELD(Call, before), FIELD(Call, ahead),
+    FIELD(Call, call), FIELD(Call, calls), FIELD(Call, wide), FIELD(Call, scale),
+    sizeof(Step), FIELD(Step, q), FIELD(Step, out), FIELD(Step, out_bytes), FIELD(Step, log_total),
+    FIELD(Step, log_total_bytes), FIELD(Step, parts), FIELD(Step, parts_bytes),
+    FIELD(Step, sequences), FIELD(Step, heads), FIELD(Step, groups), FIELD(Step, width),
+    FIELD(Step, wide), FIELD(Step, scale),
+    -1,
+};
+/* clang-format on */
+
+#ifdef HAS_AVX512
+#include "cpu.h"
+#include "simd.h"
+
+#define KEYS 128  /* keys of a packed block */
+#define PART 256  /* keys of a history that one thread takes at a time */
+#define STRIDE 64 /* keys of a part whose scores exist at a time */
+
+/* The running softmax of one row: its top moves up to a whole number, its total and, by the factor
+ * returned, its sums follow. scores (count) in multiples of 16, become 2^(s - top). Slow reading:
+ * `_shifted`. */
+INLINE float soften(const int wide, float *scores, int64_t count, float scale, float *top,
+                    float *total) {
+    __m512 highest = _mm512_loadu_ps(scores);
+    for (int64_t j = 16; j < count; j += 16)
+        highest = _mm512_max_ps(highest, _mm512_loadu_ps(scores + j));
+    const float old = *top, found = ceilf(_mm512_reduce_max_ps(highest) * scale),
+                now = found > old ? found : old;
+    const float factor = now > old ? exp2f(old - now) : 1.0f;
+    const __m512 by = _mm512_set1_ps(scale), less = _mm512_set1_ps(now == -INFINITY ? 0.0f : now);
+    __m512 sum = _mm512_setzero_ps();
+    for (int64_t j = 0; j < count; j += 16) {
+        const __m512 weight = exp2_16(wide, _mm512_fmsub_ps(_mm512_loadu_ps(scores + j), by, less));
+        sum = _mm512_add_ps(sum, weight);
+        _mm512_storeu_ps(scores + j, weight);
+    }
+    *top = now;
+    *total = *total * factor + _mm512_reduce_add_ps(sum);
+    return factor;
+}
+
+/* ---- attend ---- */
+
+/* Rows of queries of one head meet the keys low..high (multiples of 16) of a packed block; row i
+ * sees lows[i]..highs[i]. Slow reading: `_shifted`. */
+INLINE void tile(const int wide, const int rows, const int64_t width, const char *q, int64_t q_row,
+                 const uint32_t *keys, const uint32_t *values, int64_t low, int64_t high,
+                 const int64_t *lows, const int64_t *highs, float scale, float *sums,
+                 int64_t sums_row, float *tops, float *totals, int64_t heads) {
+    float s[TILE][KEYS] __attribute__((aligned(64)));
+    uint32_t p[TILE][KEYS / 2] __attribute__((aligned(64))); /* weights as bfloat16 */
+    float factors[TILE];
+    const int packed = wide ? 1 : 2;
+    products(wide, rows, high - low, width / packed, q, q_row, 4, keys + low, KEYS, &s[0][low],
+             KEYS, 0);
+    for (int i = 0; i < rows; i++) {
+        if (lows[i] > low || highs[i] < high)
+            for (int64_t j = low; j < high; j += 16)
+                hide(&s[i][j], j, lows[i], highs[i], -INFINITY);
+        factors[i] =
+            soften(wide, &s[i][low], high - low, scale, tops + i * heads, totals + i * heads);
+        if (!wide)
+            for (int64_t j = low; j < high; j += 16)
+                _mm256_store_si256((__m256i *)&p[i][j / 2],
+                                   (__m256i)_mm512_cvtneps_pbh(_mm512_load_ps(&s[i][j])));
+    }
+    const char *weights = wide ? (const char *)&s[0][low] : (const char *)&p[0][low / 2];
+    products(wide, rows, width, (high - low) / packed, weights, 4 * KEYS / packed, 4,
+             values + low / packed * width, width, sums, sums_row, factors);
+}
+
+/* The keys from..to of a run that a block's queries meet in this call. Slow reading: `split`. */
+INLINE void find_share(const Call *c, const Block *block, const Run *run, int64_t *from,
+                       int64_t *to) {
+    const int64_t place = block->position - run->position; /* of the first query among these keys */
+    const int64_t start = run->free ? 0 : most(0, place - c->before) & ~15;
+    const int64_t end = least(run->count, place + block->last - block->first + c->ahead);
+    const int64_t share = (most(0, end - start) + c->calls * KEYS - 1) / (c->calls * KEYS) * KEYS;
+    *from = start + c->call * share;
+    *to = least(end, *from + share);
+}
+
+/* Rows first..last of `bytes` bytes. Head by head, keys are no stream that the core would foresee.
+ */
+INLINE void prefetch(const char *rows, int64_t stride, int64_t first, int64_t last, int64_t bytes) {
+    for (int64_t j = first; j < last; j++)
+        for (int64_t b = 0; b < bytes; b += 64) _mm_prefetch(rows + j * stride + b, _MM_HINT_T1);
+}
+
+/* The queries of a block, all heads of a group, over all its runs. Slow reading: `answer`. */
+INLINE void attend_block(const int wide, const int64_t width, const Call *c, const Source *sources,
+                         const Block *block, const Run *runs, int64_t group) {
+    uint32_t keys[WIDEST * KEYS / 2 * (wide ? 2 : 1)] __attribute__((aligned(64)));
+    uint32_t values[WIDEST * KEYS / 2 * (wide ? 2 : 1)] __attribute__((aligned(64)));
+    const int64_t size = wide ? 4 : 2, words = width * size / 4, count = block->last - block->first,
+                  sums_row = c->heads * width;
+    const int64_t ratio = c->heads / c->groups, head = group * ratio;
+    float *sums = c->carry, *tops = sums + c->queries * sums_row,
+          *totals = tops + c->queries * c->heads;
+    for (int64_t i = block->first; i < block->last && c->call == 0; i++)
+        for (int64_t h = head; h < head + ratio; h++) {
+            memset(sums + i * sums_row + h * width, 0, sizeof(float) * width);
+            tops[i * c->heads + h] = -INFINITY;
+            totals[i * c->heads + h] = 0.0f;
+        }
+    for (const Run *run = runs + block->run; run < runs + block->end; run++) {
+        const int64_t place =
+            block->position - run->position; /* of the first query among these keys */
+        const Source *source = sources + run->source;
+        int64_t from, to;
+        find_share(c, block, run, &from, &to);
+        for (int64_t at = from; at < to; at += KEYS) {
+            const int64_t n = least(KEYS, to - at), key = run->first + at;
+            const char *v = source->v.at + (group * source->v.head + key * source->v.row) * size;
+            pack_turned(source->k.at + (group * source->k.head + key * source->k.row) * size,
+                        source->k.row * size, n, words, keys, KEYS);
+            const int64_t whole = (n + 15) & ~15;
+            const int is_poisoned =
+                pack_rows(wide, v, source->v.row * size, 0, n, whole, width, values);
+            const int64_t together =
+                is_poisoned
+                    ? 1
+                    : TILE; /* then each row has a copy in which what it does not see is 0 */
+            const Run *next = at + KEYS < to ? run
+                              : run + 1 < runs + block->end
+                                  ? run + 1
+                                  : run; /* the block of keys after this one */
+            const Source *then = sources + next->source;
+            int64_t first = at + KEYS, last = to;
+            if (next != run) find_share(c, block, next, &first, &last);
+            const char *next_k =
+                then->k.at + (group * then->k.head + (next->first + first) * then->k.row) * size;
+            const char *next_v =
+                then->v.at + (group * then->v.head + (next->first + first) * then->v.row) * size;
+            const int64_t coming = most(0, least(KEYS, last - first)),
+                          each =
+                              coming * TILE / (ratio * count) + 1; /* rows of it beside each tile */
+            int64_t fetched = 0;
+            for (int64_t h = head; h < head + ratio; h++)
+                for (int64_t i = 0; i < count; i += together) {
+                    const int64_t rows = least(together, count - i), row = block->first + i;
+                    int64_t lows[TILE], highs[TILE];
+                    for (int64_t t = 0; t < rows; t++) {
+                        lows[t] = run->free ? 0 : most(0, place + i + t - c->before - at);
+                        highs[t] = least(n, place + i + t + c->ahead + 1 - at);
+                    }
+                    const int64_t low = lows[0] & ~15, high = (most(highs[rows - 1], 0) + 15) & ~15;
+                    prefetch(next_k, then->k.row * size, fetched, least(coming, fetched + each),
+                             width * size);
+                    prefetch(next_v, then->v.row * size, fetched, least(coming, fetched + each),
+                             width * size);
+                    fetched += each;
+                    if (low >= high) continue;
+                    if (is_poisoned)
+                        pack_rows(wide, v, source->v.row * size, lows[0], highs[0], whole, width,
+                                  values);
+                    const char *q = c->q.at + (row * c->q.row + h * c->q.head) * size;
+                    float *sum = sums + row * sums_row + h * width,
+                          *top = tops + row * c->heads + h, *total = totals + row * c->heads + h;
+#define ROWS(R) \
+    case R: \
+        tile(wide, R, width, q, c->q.row *size, keys, values, low, high, lows, highs, c->scale, \
+             sum, sums_row, top, total, c->heads); \
+        break;
+                    switch (rows) { ROWS(6) ROWS(5) ROWS(4) ROWS(3) ROWS(2) ROWS(1) }
+                }
+        }
+    }
+    for (int64_t i = block->first; i < block->last && c->call == c->calls - 1; i++)
+        for (int64_t h = head; h < head + ratio; h++) {
+            const float total = totals[i * c->heads + h];
+            for (int64_t d = 0; d < width; d += 16)
+                store_answer(wide, c->out.at + (i * c->out.row + h * c->out.head + d) * size,
+                             _mm512_loadu_ps(sums + i * sums_row + h * width + d), total);
+            if (c->log_total)
+                c->log_total[i * c->heads + h] = tops[i * c->heads + h] + log2f(total);
+        }
+}
+
+#define ATTEND(NAME, WIDE, WIDTH) \
+    __attribute__((noinline)) static void NAME(const Call *c, const Source *s, const Block *b, \
+                                               const Run *r, int64_t g) { \
+        attend_block(WIDE, WIDTH, c, s, b, r, g); \
+    }
+ATTEND(attend_narrow_64, 0, 64)
+ATTEND(attend_narrow, 0, c->width)
+ATTEND(attend_wide_64, 1, 64)
+ATTEND(attend_wide, 1, c->width)
+
+static const char *wrong_heads(int64_t heads, int64_t groups, int64_t width, int64_t wide) {
+    REQUIRE(within(heads, 1, HEADS) && within(groups, 1, heads) && heads % groups == 0,
+            "heads must be a multiple of groups, up to 128");
+    REQUIRE(within(width, 32, WIDEST) && width % 32 == 0,
+            "width must be a multiple of 32, up to 256");
+    REQUIRE(within(wide, 0, 1), "wide must be 0 or 1");
+    return 0;
+}
+
+/* Rows of blocks, in ascending order, and the runs that they name. */
+static const char *wrong_blocks(const Call *c, const Source *sources, int64_t source_count,
+                                const Block *blocks, int64_t count, const Run *runs,
+                                int64_t run_count) {
+    for (int64_t i = 0; i < run_count; i++) {
+        const Run *run = runs + i;
+        REQUIRE(within(run->source, 0, source_count - 1), "a run must be of one of the sources");
+        REQUIRE(within(run->first, 0, FAR) && within(run->count, 0, FAR) &&
+                    run->first + run->count <= sources[run->source].k.rows,
+                "a run must lie within its source");
+        REQUIRE(within(run->position, -FAR, FAR), "a run must stand at a position");
+    }
+    for (int64_t i = 0, end = 0; i < count; end = blocks[i++].last) {
+        REQUIRE(within(blocks[i].first, end, blocks[i].last) && blocks[i].last <= c->queries,
+                "blocks must be of the queries, in their order");
+        REQUIRE(within(blocks[i].position, -FAR, FAR), "a block must stand at a position");
+        REQUIRE(within(blocks[i].run, 0, blocks[i].end) && blocks[i].end <= run_count,
+                "a block's runs must be among the runs");
+    }
+    return 0;
+}
+
+static const char *wrong_call(const Call *c, const Source *sources, int64_t source_count,
+                              int threads) {
+    const char *reason = wrong_heads(c->heads, c->groups, c->width, c->wide);
+    if (reason) return reason;
+    const int64_t size = c->wide ? 4 : 2, rows = c->queries * c->heads;
+    REQUIRE(within(c->queries, 0, FAR), "there are too many queries");
+    REQUIRE(is_view(&c->q, size, c->queries, c->heads, c->width),
+            "q must be (queries, heads, width)");
+    REQUIRE(is_view(&c->out, size, c->queries, c->heads, c->width),
+            "out must be (queries, heads, width)");
+    REQUIRE(!c->log_total || is_room(c->log_total, c->log_total_bytes, rows, sizeof(float)),
+            "log_total must hold (queries, heads)");
+    REQUIRE(is_room(c->carry, c->carry_bytes, rows * (c->width + 2), sizeof(float)),
+            "carry must hold (queries, heads, width + 2)");
+    REQUIRE(within(c->before, 0, FAR) && within(c->ahead, 0, FAR),
+            "before and ahead must be distances");
+    REQUIRE(within(c->calls, 1, FAR) && within(c->call, 0, c->calls - 1) && threads >= 1,
+            "call must be one of the calls, and there must be threads");
+    for (int64_t i = 0; i < source_count; i++)
+        REQUIRE(is_view(&sources[i].k, size, 0, c->groups, c->width) &&
+                    is_view(&sources[i].v, size, sources[i].k.rows, c->groups, c->width),
+                "keys and values must be (n, groups, width)");
+    return 0;
+}
+
+/* Slow reading: `dense`, `band`, `pattern`. */
+const char *attend(const Call *c, const Source *sources, int64_t source_count, const Block *blocks,
+                   int64_t count, const Run *runs, int64_t run_count, int threads) {
+    const char *reason = wrong_call(c, sources, source_count, threads);
+    if (!reason) reason = wrong_blocks(c, sources, source_count, blocks, count, runs, run_count);
+    if (reason) return reason;
+    void (*answer)(const Call *, const Source *, const Block *, const Run *, int64_t) =
+        c->wide ? (c->width == 64 ? attend_wide_64 : attend_wide)
+                : (c->width == 64 ? attend_narrow_64 : attend_narrow);
+#pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
+    for (int64_t i = 0; i < count * c->groups; i++)
+        answer(c, sources, blocks + i / c->groups, runs, i % c->groups);
+    return 0;
+}
+
+/* ---- step ---- */
+
+/* The sums of 16 registers, as one. Slow reading: `torch.sum`. */
+INLINE __m512 sums_of(__m512 a[16]) {
+    __m512 t[8], y[4], z[2];
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; i++)
+        t[i] = _mm512_add_ps(_mm512_unpacklo_ps(a[2 * i], a[2 * i + 1]),
+                             _mm512_unpackhi_ps(a[2 * i], a[2 * i + 1]));
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) {
+        const __m512d l = _mm512_castps_pd(t[2 * i]), h = _mm512_castps_pd(t[2 * i + 1]);
+        y[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(l, h)),
+                             _mm512_castpd_ps(_mm512_unpackhi_pd(l, h)));
+    }
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; i++)
+        z[i] = _mm512_add_ps(_mm512_shuffle_f32x4(y[2 * i], y[2 * i + 1], 0x88),
+                             _mm512_shuffle_f32x4(y[2 * i], y[2 * i + 1], 0xdd));
+    return _mm512_add_ps(_mm512_shuffle_f32x4(z[0], z[1], 0x88),
+                         _mm512_shuffle_f32x4(z[0], z[1], 0xdd));
+}
+
+/* The scores of one query with up to 16 keys; those behind n are hidden. bytes: of a row's stride.
+ * Slow reading: `scores`. */
+INLINE void score(const int wide, const int64_t words, const char *q, const char *k, int64_t bytes,
+                  int64_t n, float *to) {
+    __m512 sum[16];
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; i++) sum[i] = _mm512_setzero_ps();
+    for (int64_t w = 0; w < words; w += 16) {
+        const __m512i x = _mm512_loadu_si512(q + 4 * w);
+#pragma GCC unroll 16
+        for (int i = 0; i < 16; i++) /* a row that is not there is read as the first */
+            sum[i] = multiply_add(wide, x, _mm512_loadu_si512(k + (i < n ? i : 0) * bytes + 4 * w),
+                                  sum[i]);
+    }
+    _mm512_storeu_ps(to, sums_of(sum));
+    if (n < 16) hide(to, 0, 0, n, -INFINITY);
+}
+
+/* sums (D) = factor sums + weights (n) v. Of bfloat16, 32 elements at a time, the even ones stand
+ * before the odd ones. Slow reading: `weigh`. */
+INLINE void gather(const int wide, const int64_t width, const float *weights, const char *v,
+                   int64_t bytes, int64_t n, float factor, float *sums) {
+    const __m512 by = _mm512_set1_ps(factor);
+    const __m512i upper = _mm512_set1_epi32((int)0xffff0000);
+    for (int64_t d = 0; d < width; d += 32) {
+        __m512 a = _mm512_mul_ps(by, _mm512_loadu_ps(sums + d)),
+               b = _mm512_mul_ps(by, _mm512_loadu_ps(sums + d + 16));
+        for (int64_t j = 0; j < n; j++) {
+            const __m512 weight = _mm512_set1_ps(weights[j]);
+            const char *row = v + j * bytes + d * (wide ? 4 : 2);
+            const __m512i x = _mm512_loadu_si512(row);
+            a = _mm512_fmadd_ps(
+                weight,
+                wide ? _mm512_castsi512_ps(x) : _mm512_castsi512_ps(_mm512_slli_epi32(x, 16)), a);
+            b = _mm512_fmadd_ps(weight,
+                                wide ? _mm512_loadu_ps(row + 64)
+                                     : _mm512_castsi512_ps(_mm512_and_si512(x, upper)),
+                                b);
+        }
+        _mm512_storeu_ps(sums + d, a);
+        _mm512_storeu_ps(sums + d + 16, b);
+    }
+}
+
+/* One sequence's query, all heads, over up to PART keys: sums (H, D), tops (H), totals (H). Slow
+ * reading: `_step`. */
+INLINE void step_part(const int wide, const int64_t width, const Step *c, const char *q,
+                      const char *k, const char *v, int64_t k_bytes, int64_t v_bytes, int64_t count,
+                      float *sums) {
+    float s[HEADS][STRIDE] __attribute__((aligned(64)));
+    const int64_t size = wide ? 4 : 2, ratio = c->heads / c->groups,
+                  whole = c->groups * width * size;
+    float *tops = sums + c->heads * width, *totals = tops + c->heads;
+    memset(sums, 0, sizeof(float) * c->heads * width);
+    for (int64_t h = 0; h < c->heads; h++) tops[h] = -INFINITY, totals[h] = 0.0f;
+    for (int64_t at = 0; at < count; at += STRIDE) {
+        const int64_t n = least(STRIDE, count - at);
+        for (int64_t j = 0; j < n; j += 16) {
+            for (int64_t i = j; i < least(j + 16, n);
+                 i++) /* the values are wanted next, and head by head nothing is a stream */
+                for (int64_t b = 0; b < whole; b += 64) {
+                    _mm_prefetch(v + (at + i) * v_bytes + b, _MM_HINT_T0);
+                    _mm_prefetch(k + (at + i + 32) * k_bytes + b, _MM_HINT_T0);
+                }
+            for (int64_t h = 0; h < c->heads; h++)
+                score(wide, width * size / 4, q + h * width * size,
+                      k + (at + j) * k_bytes + h / ratio * width * size, k_bytes, n - j, &s[h][j]);
+        }
+        for (int64_t h = 0; h < c->heads; h++) {
+            const float factor = soften(wide, s[h], (n + 15) & ~15, c->scale, tops + h, totals + h);
+            gather(wide, width, s[h], v + at * v_bytes + h / ratio * width * size, v_bytes, n,
+                   factor, sums + h * width);
+        }
+    }
+}
+
+#define STEP(NAME, WIDE, WIDTH) \
+    __attribute__((noinline)) static void NAME(const Step *c, const char *q, const char *k, \
+                                               const char *v, int64_t k_bytes, int64_t v_bytes, \
+                                               int64_t n, float *s) { \
+        step_part(WIDE, WIDTH, c, q, k, v, k_bytes, v_bytes, n, s); \
+    }
+STEP(step_narrow_64, 0, 64)
+STEP(step_narrow, 0, c->width)
+STEP(step_wide_64, 1, 64)
+STEP(step_wide, 1, c->width)
+
+/* The answer of one sequence from the parts first..last. Slow reading: `torch.logsumexp`. */
+static void merge(const Step *c, int64_t sequence, int64_t first, int64_t last) {
+    const int64_t width = c->width, size = c->wide ? 4 : 2, floats = c->heads * (width + 2);
+    for (int64_t h = 0; h < c->heads; h++) {
+        float sums[WIDEST] __attribute__((aligned(64))) = { 0 }, top = -INFINITY, total = 0.0f;
+        for (int64_t p = first; p < last; p++)
+            top = fmaxf(top, c->parts[p * floats + c->heads * width + h]);
+        for (int64_t p = first; p < last; p++) {
+            const float *part = c->parts + p * floats,
+                        factor = top == -INFINITY ? 1.0f : exp2f(part[c->heads * width + h] - top);
+            for (int64_t d = 0; d < width; d += 16)
+                _mm512_store_ps(sums + d, _mm512_fmadd_ps(_mm512_set1_ps(factor),
+                                                          _mm512_loadu_ps(part + h * width + d),
+                                                          _mm512_load_ps(sums + d)));
+            total += factor * part[c->heads * width + c->heads + h];
+        }
+        for (int64_t d = 0; d < width; d += 32) {
+            __m512 a = _mm512_load_ps(sums + d), b = _mm512_load_ps(sums + d + 16);
+            if (!c->wide) { /* even and odd elements back in their order */
+                const __m512i low =
+                    _mm512_set_epi32(23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+                const __m512 even = a;
+                a = _mm512_permutex2var_ps(even, low, b);
+                b = _mm512_permutex2var_ps(even, _mm512_add_epi32(low, _mm512_set1_epi32(8)), b);
+            }
+            char *to = c->out + ((sequence * c->heads + h) * width + d) * size;
+            store_answer((int)c->wide, to, a, total);
+            store_answer((int)c->wide, to + 16 * size, b, total);
+        }
+        if (c->log_total) c->log_total[sequence * c->heads + h] = top + log2f(total);
+    }
+}
+
+static const char *wrong_step(const Step *c, const History *histories, int64_t count,
+                              int64_t starts_bytes, int threads) {
+    const char *reason = wrong_heads(c->heads, c->groups, c->width, c->wide);
+    if (reason) return reason;
+    const int64_t size = c->wide ? 4 : 2, columns = c->groups * c->width;
+    REQUIRE(within(c->sequences, 0, FAR) && threads >= 1,
+            "there must be threads, and not too many sequences");
+    REQUIRE(is_tight(&c->q, size, c->sequences, c->heads, c->width),
+            "q must be (sequences, heads, width), heads side by side");
+    REQUIRE(is_room(c->out, c->out_bytes, c->sequences * c->heads * c->width, size),
+            "out must hold (sequences, heads, width)");
+    REQUIRE(!c->log_total ||
+                is_room(c->log_total, c->log_total_bytes, c->sequences * c->heads, sizeof(float)),
+            "log_total must hold (sequences, heads)");
+    REQUIRE(within(count, 0, FAR) && starts_bytes >= (count + 1) * (int64_t)sizeof(int64_t),
+            "starts must hold one number more than there are histories");
+    int64_t parts = 0;
+    for (int64_t i = 0; i < count; i++) {
+        const History *x = histories + i;
+        REQUIRE(within(x->sequence, i ? x[-1].sequence : 0, c->sequences - 1),
+                "histories must be of the sequences, in their order");
+        REQUIRE(within(x->kept, 0, FAR) && within(x->first, 0, x->kept) &&
+                    within(x->count, 0, x->kept - x->first),
+                "a history must lie within its state");
+        REQUIRE(x->columns == columns && x->k_row >= columns && x->v_row >= columns,
+                "a state must be (kept, groups x width)");
+        parts = least(FAR, parts + (x->count + PART - 1) / PART);
+    }
+    REQUIRE(parts < FAR &&
+                is_room(c->parts, c->parts_bytes, parts * c->heads * (c->width + 2), sizeof(float)),
+            "parts must hold (parts, heads, width + 2)");
+    return 0;
+}
+
+/* histories: in the order of their sequences. starts (count + 1) is filled with the number of each
+ * history's first part; parts begin at fixed places, so that an answer does not depend on the
+ * others or on the threads. Slow reading: `step`. */
+const char *step(const Step *c, const History *histories, int64_t count, int64_t *starts,
+                 int64_t starts_bytes, int threads) {
+    const char *reason = wrong_step(c, histories, count, starts_bytes, threads);
+    if (reason) return reason;
+    void (*answer)(const Step *, const char *, const char *, const char *, int64_t, int64_t,
+                   int64_t, float *) = c->wide ? (c->width == 64 ? step_wide_64 : step_wide)
+                                               : (c->width == 64 ? step_narrow_64 : step_narrow);
+    const int64_t size = c->wide ? 4 : 2;
+    starts[0] = 0;
+    for (int64_t i = 0; i < count; i++)
+        starts[i + 1] = starts[i] + (histories[i].count + PART - 1) / PART;
+#pragma omp parallel num_threads(starts[count] > 1 ? threads : 1)
+    {
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t p = 0; p < starts[count]; p++) {
+            int64_t low = 0, high = count;
+            while (high - low > 1) {
+                const int64_t middle = (low + high) / 2;
+                if (starts[middle] <= p) low = middle;
+                else high = middle;
+            }
+            const History *x = histories + low;
+            const int64_t at = (p - starts[low]) * PART, k_bytes = x->k_row * size,
+                          v_bytes = x->v_row * size;
+            answer(c, c->q.at + x->sequence * c->q.row * size, x->k + (x->first + at) * k_bytes,
+                   x->v + (x->first + at) * v_bytes, k_bytes, v_bytes, least(PART, x->count - at),
+                   c->parts + p * c->heads * (c->width + 2));
+        }
+#pragma omp for schedule(static)
+        for (int64_t i = 0; i < count; i++) {
+            if (i && histories[i].sequence == histories[i - 1].sequence) continue;
+            int64_t end = i + 1;
+            while (end < count && histories[end].sequence == histories[i].sequence) end++;
+            merge(c, histories[i].sequence, starts[i], starts[end]);
+        }
+    }
+    return 0;
+}
+
+#else
+int supported(void) { return 0; }
+const char *attend(void) { return "this machine has no AVX-512"; }
+const char *step(void) { return "this machine has no AVX-512"; }
+#endif

@@ -1,0 +1,192 @@
+"""Decode states of many sequences within a byte limit.
+
+What stands in a state is its backend's affair (`AttentionBackend.state`); here are its bytes, and how many tokens it is of.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from attention.shapes import MOST_TOKENS, Segments
+
+if TYPE_CHECKING:
+    from attention.interface import AttentionBackend
+
+UNDEFINED = -1  # in the place of a count: while an extend is under way, and after one that was given up
+
+
+@dataclass(frozen=True)
+class StateTensor:
+    """One tensor of a slot's state, for one layer: its shape, dtype and initial value."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    fill: float | None = None  # None: left uninitialised, every element is written before it is read
+
+    @property
+    def nbytes(self) -> int:
+        count = self.dtype.itemsize
+        for size in self.shape:
+            count *= size
+        return count
+
+    def new(self, device: torch.device, layers: tuple[int, ...] = ()) -> Tensor:
+        """The tensor itself, (*layers, *shape), at its initial value."""
+        tensor = torch.empty((*layers, *self.shape), dtype=self.dtype, device=device)
+        return tensor if self.fill is None else tensor.fill_(self.fill)
+
+
+@dataclass
+class _Slot:
+    max_tokens: int
+    tensors: list[dict[str, Tensor]]  # of the layers of each backend, (layers, ...)
+    views: list[dict[str, Tensor]]  # of each layer, made once, since a decode step asks for many
+    held: list[int]  # tokens in the state of each layer, or UNDEFINED
+
+
+class PoolExhausted(Exception):
+    """The pool has no room for this slot now. Nothing was allocated."""
+
+    def __init__(self, needed_bytes: int, free_bytes: int) -> None:
+        super().__init__(f"state needs {needed_bytes} bytes, {free_bytes} are free")
+        self.needed_bytes = needed_bytes
+        self.free_bytes = free_bytes
+
+
+class StatePool:
+    """Decode states of many sequences, each in a slot of its own, within a byte limit.
+
+    A slot is a dict of tensors, each with a leading axis of layers. What stands in them is its backend's affair; the
+    pool counts bytes, and how many tokens each layer's state is of. A slot's memory is its own, so a release gives it back
+    whole.
+
+    Args:
+        backends: the backend of each layer; layers of one backend share their tensors.
+
+    Raises:
+        ValueError: no layer, or less than 0 bytes.
+    """
+
+    def __init__(self, backends: Sequence[AttentionBackend], max_bytes: int) -> None:
+        if not backends or max_bytes < 0:
+            raise ValueError(
+                f"a pool needs at least 1 layer and no less than 0 bytes, received {len(backends)} and {max_bytes}"
+            )
+        self.backends = tuple(backends)
+        self.max_bytes = max_bytes
+        self.bytes_in_use = 0
+        self._layers_of = {each: [at for at, own in enumerate(backends) if own is each] for each in dict.fromkeys(backends)}
+        self._slots: dict[int, _Slot] = {}
+        self._next = 0
+
+    def slot_bytes(self, max_tokens: int) -> int:
+        """Bytes that a slot for a sequence of up to `max_tokens` tokens takes."""
+        return sum(len(layers) * backend.state_bytes(max_tokens) for backend, layers in self._layers_of.items())
+
+    def allocate(self, max_tokens: int) -> int:
+        """Take a slot for a sequence of up to `max_tokens` tokens; returns its number, never used before.
+
+        Raises:
+            PoolExhausted: the slot does not fit beside the slots in use.
+            ValueError: not even one token, or more than a sequence can have.
+        """
+        if not 1 <= max_tokens <= MOST_TOKENS:
+            raise ValueError(f"a slot is for 1 to {MOST_TOKENS} tokens, received {max_tokens}")
+        self._need(self.slot_bytes(max_tokens))
+        tensors = [
+            {name: spec.new(backend.shape.device, (len(layers),)) for name, spec in backend.state(max_tokens).items()}
+            for backend, layers in self._layers_of.items()
+        ]
+        return self._keep(max_tokens, tensors, [0] * len(self.backends))
+
+    def copy(self, slot: int) -> int:
+        """A new slot that continues from where `slot` stands, so that several answers share one prefill.
+
+        Raises:
+            PoolExhausted: the copy does not fit.
+        """
+        old = self._slots[slot]
+        self._need(self.slot_bytes(old.max_tokens))
+        tensors = [{name: tensor.clone() for name, tensor in each.items()} for each in old.tensors]
+        return self._keep(old.max_tokens, tensors, list(old.held))
+
+    def release(self, slot: int) -> None:
+        """Give a slot's bytes back. Raises KeyError for a slot that is not in use."""
+        self.bytes_in_use -= self.slot_bytes(self._slots.pop(slot).max_tokens)
+
+    def tensors(self, slot: int) -> dict[str, Tensor]:
+        """The state tensors of a slot, each (layers, ...); those of a second backend are named with its first layer, `k.1`."""
+        first, *others = self._slots[slot].tensors
+        named = zip(others, list(self._layers_of.values())[1:], strict=True)
+        return first | {f"{name}.{layers[0]}": tensor for each, layers in named for name, tensor in each.items()}
+
+    def pretend(self, slot: int, tokens: int) -> None:
+        """Take what stands in a slot for the state of so many tokens, at every layer: for measurements."""
+        entry = self._slots[slot]
+        if not 0 <= tokens <= entry.max_tokens:
+            raise ValueError(f"slot {slot} holds 0 to {entry.max_tokens} tokens, received {tokens}")
+        entry.held[:] = [tokens] * len(self.backends)
+
+    def backend(self, layer: int) -> AttentionBackend:
+        """The backend of a layer. Raises ValueError where there is no such layer."""
+        if not 0 <= layer < len(self.backends):
+            raise ValueError(f"the pool has layers 0 to {len(self.backends) - 1}, received {layer}")
+        return self.backends[layer]
+
+    def take(self, slots: Sequence[int], layer: int, segments: Segments) -> list[dict[str, Tensor]]:
+        """The state of each slot at one layer, to be extended by `segments`; undefined until `settle`.
+
+        Raises:
+            ValueError: no such layer or slot, a slot named twice or not for each sequence, one without room for the new tokens,
+                or one whose state is not that of `past` tokens. Nothing is taken then.
+        """
+        self.backend(layer)
+        if len(set(slots)) != len(segments.lengths) or len(slots) != len(segments.lengths):
+            raise ValueError(f"slots must name {len(segments.lengths)} slots, one per sequence, received {tuple(slots)}")
+        taken = []
+        for slot, length, past in zip(slots, segments.lengths, segments.past, strict=True):
+            entry = self._slots.get(slot)
+            if entry is None or past + length > entry.max_tokens or entry.held[layer] != past:
+                raise ValueError(_why_not(slot, entry, layer, length, past))
+            taken.append(entry)
+        for entry in taken:
+            entry.held[layer] = UNDEFINED
+        return [entry.views[layer] for entry in taken]
+
+    def settle(self, slots: Sequence[int], layer: int, segments: Segments) -> None:
+        """Note that slots that were taken hold the new tokens, too."""
+        for slot, length, past in zip(slots, segments.lengths, segments.past, strict=True):
+            self._slots[slot].held[layer] = past + length
+
+    def __len__(self) -> int:
+        return len(self._slots)
+
+    def _need(self, needed: int) -> None:
+        if self.bytes_in_use + needed > self.max_bytes:
+            raise PoolExhausted(needed, self.max_bytes - self.bytes_in_use)
+
+    def _keep(self, max_tokens: int, tensors: list[dict[str, Tensor]], held: list[int]) -> int:
+        views: list[dict[str, Tensor]] = [{} for _ in self.backends]
+        for each, layers in zip(tensors, self._layers_of.values(), strict=True):
+            for at, layer in enumerate(layers):
+                views[layer] = {name: tensor[at] for name, tensor in each.items()}
+        slot, self._next = self._next, self._next + 1
+        self._slots[slot] = _Slot(max_tokens, tensors, views, held)
+        self.bytes_in_use += self.slot_bytes(max_tokens)
+        return slot
+
+
+def _why_not(slot: int, entry: _Slot | None, layer: int, length: int, past: int) -> str:
+    """Why a slot cannot be extended by `length` tokens behind `past`."""
+    if entry is None:
+        return f"slot {slot} is not in use"
+    if past + length > entry.max_tokens:
+        return f"slot {slot} holds at most {entry.max_tokens} tokens, received {past + length}"
+    if entry.held[layer] == UNDEFINED:
+        return f"slot {slot} is being extended at layer {layer}, or was by a call that did not end; its state is undefined"
+    return f"past of slot {slot} must be the {entry.held[layer]} tokens in its state at layer {layer}, received {past}"

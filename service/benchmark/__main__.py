@@ -1,0 +1,60 @@
+"""python -m service.benchmark: the bare model, then the engine alone, then the service over HTTP, in one run.
+
+Prints a table for people, the machine beneath, and one last line of JSON for programs. About five minutes on two cores;
+`--quick` leaves out 32k tokens and HTTP.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import platform
+import random
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from typing import Any
+
+import torch
+
+from service.benchmark.alone import measure_engine
+from service.benchmark.bare import measure_bare, report
+from service.benchmark.peak import memory_trial
+from service.benchmark.served import measure_http
+from service.machine import BESIDE_BUDGET_BYTES
+from service.threads import in_passing_thread
+
+PARTS = ("bare", "engine", "memory", "http")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m service.benchmark", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="one repeat, up to 16k tokens, by default without HTTP")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, help="which parts to run")
+    options = parser.parse_args()
+    lengths = [16_384] if options.quick else [16_384, 32_768]
+    repeats = 1 if options.quick else 2
+    parts = options.parts or PARTS[: 3 if options.quick else 4]
+    random.seed(0)
+    result: dict[str, Any] = {"prefill_ratio": {}}
+    if "bare" in parts:
+        in_passing_thread(lambda: measure_bare([1024, 4096, *lengths]))
+    if "engine" in parts:
+        found = asyncio.run(measure_engine(lengths, repeats))
+        result["prefill_ratio"]["engine"] = found.pop("prefill_ratio")
+        result |= found
+    if "memory" in parts:
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as fresh:
+            result["peak_over_budget_bytes"] = fresh.submit(memory_trial).result()
+        told = f"{result['peak_over_budget_bytes'] / 2**20:.1f} MiB, {BESIDE_BUDGET_BYTES / 2**20:.0f} are stated"
+        report("memory, peak over budget, weights and runtime", "all", told)
+    if "http" in parts:
+        found = measure_http(lengths, repeats)
+        result["prefill_ratio"]["http"] = found["prefill_ratio"]
+        result["overhead_ms"] = found["overhead_ms"]
+    print(f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}")
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

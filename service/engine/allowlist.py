@@ -1,0 +1,98 @@
+"""The allow-list: the backends that requests may run under, and what each needs in order to serve.
+
+A `Lane` is all that the engine knows of a backend: how it answers a layer's question, what it keeps of a sequence, what both
+cost. Which backend answers which layer, causally or both ways, and where its states lie, is settled here and in `Course`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from attention import AttentionBackend, Segments, StatePool
+from service.engine.forecast import Course, Pace, Ramp, measure_attention
+from service.engine.request import AUTO
+from service.model.transformer import Transformer
+
+
+@dataclass(frozen=True)
+class Backends:
+    """Backends by name in the operator's order, and the default, one of them or `auto`.
+
+    Raises:
+        ValueError: an empty list, a default that is not in it, or a backend that cannot continue a sequence.
+    """
+
+    by_name: Mapping[str, AttentionBackend]
+    default: str
+
+    def __post_init__(self) -> None:
+        if not self.by_name:
+            raise ValueError("attention.backends must name at least one backend")
+        if self.default not in (*self.by_name, AUTO):
+            raise ValueError(f"attention.default must be {AUTO} or one of {', '.join(self.by_name)}, received {self.default!r}")
+        bidirectional = [name for name, backend in self.by_name.items() if True not in backend.directions]
+        if bidirectional:
+            raise ValueError(
+                f"attention.backends must be causal, for the model is a decoder; bidirectional only: {', '.join(bidirectional)}"
+            )
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(self.by_name)
+
+
+@dataclass(frozen=True, eq=False)
+class Lane:
+    """One backend in force, ready to serve: its forecast and the pool of its states."""
+
+    name: str
+    backend: AttentionBackend
+    course: Course
+    pool: StatePool
+
+    def answering(
+        self, layer: int, question: tuple[Tensor, Tensor, Tensor], segments: Segments, slots: Sequence[int], out: Tensor
+    ) -> Iterator[None]:
+        """Answer a layer's question, q (T, H, D), k and v (T, G, D), into `out` (T, H, D), pausing about every millisecond.
+
+        `slots`: each sequence's state, which takes its new tokens in.
+        """
+        return self.backend.extending(*question, segments, self.pool, layer, slots, out)
+
+    def allocate(self, max_tokens: int) -> int:
+        """A slot for the state of a sequence of up to `max_tokens` tokens. Raises PoolExhausted."""
+        return self.pool.allocate(max_tokens)
+
+    def copy(self, slot: int) -> int:
+        """A slot that goes on from where `slot` stands. Raises PoolExhausted."""
+        return self.pool.copy(slot)
+
+    def release(self, slot: int) -> None:
+        """Give a slot back."""
+        self.pool.release(slot)
+
+    def state_bytes(self, max_tokens: int) -> int:
+        """Bytes that such a slot takes, by the law of cost."""
+        return self.pool.slot_bytes(max_tokens)
+
+    def held_bytes(self, slots: Iterable[int]) -> int:
+        """Bytes that slots hold, by their tensors."""
+        return sum(tensor.nbytes for slot in slots for tensor in self.pool.tensors(slot).values())
+
+    @property
+    def bytes_in_use(self) -> int:
+        return self.pool.bytes_in_use
+
+    @property
+    def num_slots(self) -> int:
+        return len(self.pool)
+
+
+def lane_for(name: str, backend: AttentionBackend, model: Transformer, pace: Ramp, chunk: int, budget: int) -> Lane:
+    """Make a backend ready to serve: measure its pace beside the model's, and make room for states of `budget` bytes."""
+    layers, longest = model.config.num_hidden_layers, model.config.max_length
+    course = Course(model, Pace(layers, pace, measure_attention(backend, longest), backend), longest, chunk)
+    return Lane(name, backend, course, backend.new_pool(layers, budget))

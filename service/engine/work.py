@@ -1,0 +1,101 @@
+"""What runs: a step of work is one call of the model for sequences under one lane.
+
+Of three kinds: `prefill` and `embed` process pieces of prompts, `decode` the latest token of each stream.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import dataclass, field
+from typing import Literal
+
+from torch import Tensor
+
+from attention import Segments
+from service.engine.allowlist import Lane
+from service.engine.job import Job, Sequence
+from service.engine.meter import Meter
+from service.engine.sampling import Drawn, bytes_per_logit
+
+StepKind = Literal["prefill", "decode", "embed"]
+
+
+@dataclass(frozen=True)
+class Member:
+    """The tokens from `start` to `end` of one sequence."""
+
+    sequence: Sequence
+    start: int
+    end: int
+
+    @property
+    def job(self) -> Job:
+        return self.sequence.job
+
+    @property
+    def is_last(self) -> bool:
+        """Whether nothing of the sequence is left to process behind it."""
+        return self.end == self.sequence.length
+
+
+@dataclass(eq=False)
+class Work:
+    """One step: its members, and where its computation stands. May pause within the layers of the model."""
+
+    kind: StepKind
+    lane: Lane
+    members: tuple[Member, ...]
+    stages: Generator[None, None, None] | None = None
+    meter: Meter | None = None  # measures this step's peak; None when it is not sampled
+    begun_at: float | None = None  # time.monotonic() of its first slice
+    seconds: float = 0.0
+    drawn: list[tuple[Sequence, Drawn]] = field(default_factory=list)
+
+    @property
+    def jobs(self) -> set[Job]:
+        return {member.job for member in self.members}
+
+    @property
+    def tokens(self) -> int:
+        return sum(member.end - member.start for member in self.members)
+
+    @property
+    def segments(self) -> Segments:
+        """Where each member's tokens stand in the packed batch, and how many came before."""
+        return Segments(tuple(m.end - m.start for m in self.members), tuple(m.start for m in self.members))
+
+    @property
+    def predicted_seconds(self) -> float:
+        course, mates = self.lane.course, len(self.members) - 1
+        return self._summed(course.step_seconds) - mates * course.pace.model.fixed  # which is paid once
+
+    @property
+    def predicted_bytes(self) -> int:
+        drawing = [member.job.request for member in self.members if member.is_last and self.kind != "embed"]
+        logits = self.lane.course.vocab_size * sum(bytes_per_logit(request.sampling) for request in drawing)
+        return max(int(self._summed(self.lane.course.step_bytes)), logits)
+
+    def begin(self, now: float) -> None:
+        """Note when its first slice began, and its members' first step."""
+        self.begun_at = self.begun_at or now
+        for member in self.members:
+            timings = member.job.request.timings
+            timings.admitted_at = timings.admitted_at or self.begun_at
+
+    def allocate(self) -> None:
+        """A slot for every member that has none. Raises PoolExhausted."""
+        for member in self.members:
+            if member.sequence.slot is None:
+                member.sequence.slot = self.lane.allocate(member.job.max_length)
+
+    def answering(self, layer: int, question: tuple[Tensor, Tensor, Tensor], segments: Segments, out: Tensor) -> Iterator[None]:
+        """Answer a layer's question for all members, see `Lane.answering`."""
+        slots = [member.sequence.slot for member in self.members if member.sequence.slot is not None]
+        return self.lane.answering(layer, question, segments, slots, out)
+
+    def _summed(self, law: Callable[[int, int], float]) -> float:
+        """A law of (start, end) over all members; for streams, many and of nearly straight laws, that of their mean."""
+        if self.kind != "decode":
+            return sum(law(member.start, member.end) for member in self.members)
+        mean = sum(member.end for member in self.members) // len(self.members)
+        return len(self.members) * law(mean - 1, mean)

@@ -1,0 +1,43 @@
+"""The model thread's team: one member to a CPU where each has its own, and free to move where not."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+
+from service.threads import give_team_its_cpus
+
+pytestmark = pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="CPUs are given on Linux only")
+
+
+def affinities_after(threads: int, given: Collection[int]) -> tuple[set[int], list[set[int]]]:
+    """Affinity of a thread that has made its team, and those of the tasks that came to be with it."""
+
+    def make() -> tuple[set[int], list[set[int]]]:
+        torch.set_num_threads(threads)  # the first time, torch makes a thread that is no member
+        before = set(os.listdir("/proc/self/task"))
+        give_team_its_cpus(threads, sorted(given))
+        new = set(os.listdir("/proc/self/task")) - before
+        return os.sched_getaffinity(0), [os.sched_getaffinity(int(task)) for task in new]
+
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(make).result()
+
+
+def test_a_team_with_a_cpu_for_each_has_one_each() -> None:
+    cpus = sorted(os.sched_getaffinity(0))
+    for given in (cpus, cpus[-1:]):
+        own, workers = affinities_after(len(given), given)
+        assert sorted([own, *workers], key=min) == [{cpu} for cpu in given]
+
+
+def test_a_team_without_a_cpu_for_each_is_left_to_the_scheduler() -> None:
+    cpus = os.sched_getaffinity(0)
+    for given in (cpus, []):
+        own, workers = affinities_after(len(cpus) + 1, given)
+        assert own == cpus
+        assert all(affinity == cpus for affinity in workers)
