@@ -1,7 +1,8 @@
 """Efficient attention for inference: dense, sparse and linear backends behind one interface.
 
 The face of the library: `names()` lists the backends, `build()` makes one, the rest are the words of `interface`, `shapes` and
-`pool`. A backend is one file in `backends/`; nothing registers it.
+`pool`. A backend is one file in `backends/`; nothing registers it. `native`, beside
+them, is one of them per layer (`layered`).
 """
 
 from __future__ import annotations
@@ -14,10 +15,13 @@ from typing import Any
 
 from attention import backends
 from attention.interface import AttentionBackend, BackendOptions
+from attention.layered import NAME as NATIVE
+from attention.layered import Layered, shares
 from attention.pool import PoolExhausted, StatePool, StateTensor
 from attention.shapes import Cost, HeadShape, Segments
 
 __all__ = [
+    "NATIVE",
     "AttentionBackend",
     "BackendOptions",
     "Cost",
@@ -29,6 +33,7 @@ __all__ = [
     "backend_class",
     "build",
     "names",
+    "shares",
 ]
 
 
@@ -40,9 +45,11 @@ def names() -> tuple[str, ...]:
 
 @cache
 def backend_class(name: str) -> type[AttentionBackend]:
-    """The backend class of a file in `attention/backends`. Raises ValueError naming the backends there are."""
+    """The backend class of a file in `attention/backends`, or of `native`. Raises ValueError naming the backends there are."""
+    if name == NATIVE:
+        return Layered
     if name not in names():
-        raise ValueError(f"unknown attention backend {name!r}, the backends are {', '.join(names())}")
+        raise ValueError(f"unknown attention backend {name!r}, the backends are {', '.join((*names(), NATIVE))}")
     module = importlib.import_module(f"attention.backends.{name}")
     found = [
         value
@@ -57,7 +64,7 @@ def build(name: str, options: Mapping[str, Any] | BackendOptions | None, shape: 
     """Build a backend for heads of a shape.
 
     Args:
-        name: one of `names()`.
+        name: one of `names()`, or `native`, whose options must say the windows of each layer.
         options: the backend's options; None takes its defaults.
         shape: heads, width, dtype and device.
 

@@ -51,12 +51,14 @@ class AttentionBackend(ABC):
         impl: the implementation in force, see `kernels.implementation`.
         packed: by the value of `causal`, what answers a whole packed batch in one call, where the implementation can.
         exact: True when the backend is a softmax over the keys that `visible` names; False for kernels of their own.
+        score_cap: where it is set, a score s is weighed as cap tanh(s / cap).
     """
 
     Options: ClassVar[type[BackendOptions]]
     exact: ClassVar[bool] = True
     impl: str = "torch"
     packed: Mapping[bool, Callable[[Tensor, Tensor, Tensor, Segments], Tensor]] = MappingProxyType({})
+    score_cap: float | None = None
 
     def __init__(self, options: BackendOptions, shape: HeadShape) -> None:
         self.options = options

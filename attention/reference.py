@@ -52,4 +52,6 @@ def _weights(backend: AttentionBackend, queries: Tensor, keys: Tensor, rows: Ten
     if not backend.exact:
         return backend.kernel(queries, keys, rows[:, None], torch.arange(keys.shape[1])[None, :])
     scores = queries @ keys.transpose(-1, -2) / math.sqrt(queries.shape[-1])
+    if backend.score_cap is not None:
+        scores = backend.score_cap * (scores / backend.score_cap).tanh()
     return (scores - scores.amax(-1, keepdim=True)).exp()

@@ -1,4 +1,4 @@
-"""`longserve`: serve a config file, apply an edited one to the running service, tell how it stands, plan a request.
+"""`longserve`: serve a config file, apply an edited one to the running service, tell how it stands, plan, check a model.
 
 Ray is imported only by the commands that need it; `plan` speaks HTTP.
 """
@@ -25,6 +25,7 @@ from typing import Any
 from service.child import heeded, run_in_own_session
 from service.config import ApplicationSection, AttentionConfig, ConfigError, ServeFile, UserConfig, api_keys, read
 from service.machine import available_cpus
+from service.model import files
 
 READY_SECONDS = 5.0  # how long an application that runs may take to answer through the proxy
 SAME_SIGNAL_SECONDS = 0.5  # a terminal and a wrapper may both pass on one Ctrl-C
@@ -58,12 +59,19 @@ def _parser() -> argparse.ArgumentParser:
         ("apply", apply, "put an edited file's user_config in force in the running service"),
         ("status", status, "how the running service stands"),
         ("plan", plan, "what a text would cost under each backend, and whether it would be let in now"),
+        (
+            "check",
+            check,
+            "what a checkpoint would be served as: what is lossy, bytes by length; starts nothing",
+        ),
     ):
         command = commands.add_parser(name, help=help, description=help)
         command.set_defaults(run=run)
         if name == "plan":
             command.add_argument("text", type=argparse.FileType("r"), help="a file with the prompt; - reads standard input")
             command.add_argument("--max-tokens", type=int, default=16)
+        if name == "check":
+            command.add_argument("directory", type=Path, help="a checkpoint in Hugging Face format")
         command.add_argument("file", nargs="?", type=Path, help="a Serve config; by default deploy/local.yaml")
     return parser
 
@@ -133,8 +141,11 @@ def _check_startable(path: Path, file: ServeFile) -> None:
     """Raise for what would fail later and less clearly: keys that are not there, a model that is not, a port in use."""
     for index, application in enumerate(file.applications):
         model = application.args.model
-        if model != "embedded" and not (Path(model) / "config.json").is_file():
-            raise ConfigError(f"{path}: applications.{index}.args.model: no config.json in {model}")
+        try:
+            if model != "embedded":
+                files.find(Path(model))
+        except FileNotFoundError as error:
+            raise ConfigError(f"{path}: applications.{index}.args.model: {error}") from error
         try:
             api_keys(application.args.http)
         except ValueError as error:
@@ -296,6 +307,19 @@ def plan(options: argparse.Namespace) -> int:
         size, seconds = found["needed_bytes"] / 2**20, sum(found["predicted_seconds"].values())
         why = f": {found['reason']}, longest {found['longest_tokens']} tokens" if found["reason"] else ""
         print(f"{backend:<16}{found['total_tokens']:>8}{size:>9.1f}{seconds:>9.2f}  {found['verdict']}{why}")
+    return 0
+
+
+def check(options: argparse.Namespace) -> int:
+    """Print what the file's first application would make of a checkpoint."""
+    application = read(config_path(options.file)).applications[0]
+    from service.survey import survey  # brings torch
+
+    try:
+        for line in survey(options.directory, application.args, application.deployments[0].user_config.attention):
+            print(line)
+    except (FileNotFoundError, ValueError) as error:
+        raise Refused(str(error)) from error
     return 0
 
 

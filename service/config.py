@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ipaddress
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -75,6 +75,7 @@ class ServiceConfig(Settings):
 
     model: str = "embedded"  # `embedded`, or a directory in Hugging Face format (relative to the file that names it)
     name: str | None = None  # the id under /v1/models; None: the checkpoint's own
+    max_length: int | None = Field(default=None, gt=0)  # tokens of a sequence, at most; None: the checkpoint's context
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     device: str = "cpu"
     threads: int | None = Field(default=None, gt=0)  # torch threads; None: this replica's part of the CPUs
@@ -89,9 +90,12 @@ class ServiceConfig(Settings):
 
 
 class AttentionConfig(Settings):
-    """The switch: the allow-list of backends with their options, in order, and which one serves when none is asked for."""
+    """The switch: the allow-list of backends with their options, in order, and which one serves when none is asked for.
 
-    default: str = "dense"
+    A checkpoint with windows of its own is always offered under them, as `native`, see `for_checkpoint`.
+    """
+
+    default: str | None = None  # None: the checkpoint's own, which is native where it has windows, else dense
     backends: dict[str, dict[str, Any] | None] = Field(default={"dense": {}}, min_length=1)
 
     @field_validator("backends")
@@ -112,9 +116,28 @@ class AttentionConfig(Settings):
 
     @model_validator(mode="after")
     def _default_is_allowed(self) -> AttentionConfig:
-        if self.default not in (*self.backends, "auto"):
-            raise ValueError(f"default must be auto or one of backends ({', '.join(self.backends)}), received {self.default!r}")
+        if (self.default or "dense") not in (*self.backends, "auto", "native"):
+            wanted = f"default must be auto, native or one of backends ({', '.join(self.backends)})"
+            raise ValueError(f"{wanted}, received {self.default or 'none, which is dense'!r}")
         return self
+
+    def for_checkpoint(self, native: Mapping[str, Any] | None) -> AttentionConfig:
+        """The switch as it serves a checkpoint: its default named, the checkpoint's own backend `native` filled in.
+
+        native: the options of `native` that the checkpoint says, None where its own backend is dense.
+
+        Raises:
+            ValueError: it names `native` where that is dense; or it says of `native` what is the checkpoint's to say.
+        """
+        backends = dict(self.backends)
+        if native is None:
+            if "native" in (self.default, *backends):
+                raise ValueError("native: this checkpoint sees everything in every layer, which is dense")
+            return AttentionConfig(default=self.default or "dense", backends=backends)
+        options = backends.pop("native", None) or {}
+        if strange := [name for name in native if options.get(name, native[name]) != native[name]]:
+            raise ValueError(f"native.{strange[0]}: that is the checkpoint's to say, {native[strange[0]]}")
+        return AttentionConfig(default=self.default or "native", backends={"native": {**options, **native}, **backends})
 
 
 class UserConfig(Settings):

@@ -34,6 +34,7 @@ from service.logs import LOGGERS
 from service.machine import Place, dealt_cpus, dealt_threads
 from service.metrics import Metrics
 from service.model import checkpoint
+from service.model.checkpoint import Checkpoint
 from service.model.tokenizer import Tokenizer
 from service.switch import LastServed, Switch, parse
 from service.threads import in_passing_thread
@@ -81,10 +82,13 @@ class Replica:
         self._last_served = last_served or LastServed()
         self._facts = facts or {}
         self._page = Page(gather or self._only_mine)
-        self._loaded = in_passing_thread(lambda: checkpoint.load(_directory(config), config.dtype, config.device, config.name))
+        self._loaded = in_passing_thread(lambda: _load(config))
         self._started = time.time()
         self._metrics = Metrics()
-        self._switch = Switch(self._loaded.model.head_shape(), self._loaded.max_length, self._metrics, self._last_served)
+        model = self._loaded.model
+        self._switch = Switch(
+            model.head_shape(), model.config.native, self._loaded.max_length, self._metrics, self._last_served
+        )
         self._metrics.switching.set_function(lambda: float(self._switch.is_switching))
         self._traced = None if config.traces is None else _traced(self._metrics, config.traces, name)
         self._engine: Engine | None = None
@@ -175,6 +179,9 @@ class Replica:
     def backends(self) -> Sequence[str]:
         return self.engine.backends.names
 
+    def lossy(self, backend: str) -> str | None:
+        return self._loaded.model.config.lossy(backend)
+
     def fault(self) -> str | None:
         """No step has ended for `stall_seconds` although work waits: nothing but a new replica helps."""
         if self._engine is None:
@@ -197,11 +204,12 @@ class Replica:
             "parameters": sum(each.numel() for each in model.parameters()),
             "dtype": str(model.head_shape().dtype).removeprefix("torch."),
             "dtype_reason": self._loaded.dtype_reason,
+            "impl": model.impl,
             "device": self.settings.device,
             "threads": torch.get_num_threads(),
             "attention": {
                 "default": engine.backends.default,
-                "backends": [backend.describe() for backend in engine.backends.by_name.values()],
+                "backends": [each.describe() | {"lossy": self.lossy(each.name)} for each in engine.backends.by_name.values()],
             },
             "memory_budget_bytes": engine.snapshot().budget_bytes,
             "limits": self.config.model_dump(exclude={"api_keys_env"}),
@@ -228,6 +236,10 @@ def _traced(metrics: Metrics, endpoint: str, name: str) -> Traced:
     from service import tracing  # a tenth of a second of imports that only traces need
 
     return tracing.Traced(metrics, tracing.exporter(endpoint), name)
+
+
+def _load(config: ServiceConfig) -> Checkpoint:
+    return checkpoint.load(_directory(config), config.dtype, config.device, config.name, config.max_length)
 
 
 def _directory(config: ServiceConfig) -> str:

@@ -53,8 +53,12 @@ class LastServed:
 class Switch:
     """The allow-list in force, the one aimed at, and how the way there went."""
 
-    def __init__(self, shape: HeadShape, max_length: int, metrics: Metrics, last_served: LastServed) -> None:
+    def __init__(
+        self, shape: HeadShape, native: Mapping[str, Any] | None, max_length: int, metrics: Metrics, last_served: LastServed
+    ) -> None:
+        """`native`: the options of the checkpoint's own backend, None where that is dense."""
         self._shape = shape
+        self._native = native
         self._max_length = max_length
         self._metrics = metrics
         self._last_served = last_served
@@ -68,10 +72,11 @@ class Switch:
     async def build(self, config: AttentionConfig) -> Backends:
         """Build and check the backends to start with. Raises ValueError for one that cannot serve."""
         self._asked = self._asked or config
-        return await self._checked(config)
+        return await self._checked(config.for_checkpoint(self._native))
 
     async def put_in_force(self, config: AttentionConfig, backends: Backends) -> None:
         """Note that the engine serves `config` with `backends` now."""
+        config = config.for_checkpoint(self._native)
         self._in_force, self._serving = config, backends.by_name
         self._forget_failure()
         shape = self._shape
@@ -114,14 +119,15 @@ class Switch:
         """Switch until what is in force is the newest target, or that one has failed."""
         while (target := self._target) is not None:
             self._target = None
-            if target == self._in_force:
-                self._forget_failure()  # of another target, which nobody asks for any more
-            else:
-                await self._switch_to(target, engine)
+            await self._switch_to(target, engine)
 
     async def _switch_to(self, target: AttentionConfig, engine: Swappable) -> None:
         start = time.monotonic()
         try:
+            target = target.for_checkpoint(self._native)
+            if target == self._in_force:
+                self._forget_failure()  # of another target, which nobody asks for any more
+                return
             backends = await self._checked(target)
             await engine.swap(backends)
         except Exception as error:  # whatever it is, the old backends go on serving
@@ -147,6 +153,7 @@ class Switch:
         def build() -> dict[str, AttentionBackend]:
             return in_passing_thread(lambda: {name: self._build(name, options) for name, options in config.backends.items()})
 
+        assert config.default is not None, "`for_checkpoint` names it"
         return Backends(await asyncio.to_thread(build), config.default)
 
     def _build(self, name: str, options: Mapping[str, Any] | None) -> AttentionBackend:
@@ -157,12 +164,12 @@ class Switch:
         backend = attention.build(name, options, self._shape)
         if True not in backend.directions:
             raise ValueError(f"attention backend {name} has no causal form, and this model is causal")
-        verdict = truth.check(backend, max_length=self._max_length)
-        self._metrics.truth(name, verdict.error, verdict.bound)
-        if not verdict.passed:
-            raise ValueError(
-                f"attention backend {name} is off its definition by {verdict.error:.2g}, allowed: {verdict.bound:.2g}"
-            )
-        if verdict.uncovered:
-            logger.warning("the truth check of %s: %s", name, verdict.uncovered)
+        verdicts = [truth.check(kind, max_length=self._max_length) for kind in attention.shares(backend)]
+        worst = max(verdicts, key=lambda verdict: (not verdict.passed, verdict.error))
+        self._metrics.truth(name, worst.error, worst.bound)
+        if not worst.passed:
+            raise ValueError(f"attention backend {name} is off its definition by {worst.error:.2g}, allowed: {worst.bound:.2g}")
+        for verdict in verdicts:
+            if verdict.uncovered:
+                logger.warning("the truth check of %s: %s", name, verdict.uncovered)
         return backend

@@ -145,7 +145,7 @@ def test_a_plan_is_told_on_the_command_line(service: Service, tmp_path: Path) ->
 
 
 def test_a_model_that_cannot_be_served_is_told_as_the_reason(service: Service, tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "mamba"}))
 
     def change(data: Any) -> None:
         data["http_options"]["port"] = free_port()
@@ -153,7 +153,7 @@ def test_a_model_that_cannot_be_served_is_told_as_the_reason(service: Service, t
 
     refused = service.cli("serve", str(service.rewrite(change, tmp_path / "wrong.yaml")))
     assert refused.returncode == 1
-    assert "the service did not start: ValueError: model_type must be one of" in refused.stderr
+    assert f"the service did not start: ValueError: {tmp_path / 'config.json'}: model_type must be one of" in refused.stderr
     assert "Traceback" not in refused.stderr
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
-from service.config import ConfigError, HttpConfig, HttpOptions, UserConfig, api_keys, read
+from service.config import AttentionConfig, ConfigError, HttpConfig, HttpOptions, UserConfig, api_keys, read
 
 LOCAL = Path(__file__).parent.parent / "deploy" / "local.yaml"
 
@@ -139,4 +139,29 @@ def test_keys_that_are_asked_for_must_be_there(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_without_a_user_config_dense_serves() -> None:
-    assert UserConfig().attention.default == "dense"
+    assert UserConfig().attention.for_checkpoint(None).default == "dense"
+
+
+def test_a_checkpoint_with_windows_is_served_under_them_unless_the_file_says_otherwise() -> None:
+    own = {"windows": [None, 31]}
+    served = UserConfig().attention.for_checkpoint(own)
+    assert (served.default, list(served.backends)) == ("native", ["native", "dense"])
+    assert served.backends["native"] == own
+    assert served.for_checkpoint(own) == served == AttentionConfig.model_validate_json(served.model_dump_json())
+    other = AttentionConfig(default="dense", backends={"dense": {}, "native": {"impl": "torch"}}).for_checkpoint(own)
+    assert other.default == "dense" and other.backends["native"] == {"impl": "torch", **own}
+
+
+@pytest.mark.parametrize(
+    ("attention", "own", "says"),
+    [
+        ({"default": "native"}, None, "sees everything in every layer"),
+        ({"backends": {"dense": {}, "native": {}}}, None, "sees everything in every layer"),
+        ({"backends": {"dense": {}, "native": {"windows": [5, 5]}}}, {"windows": [None, 31]}, "native.windows: that is the"),
+    ],
+)
+def test_a_switch_that_contradicts_the_checkpoint_is_refused(
+    attention: dict[str, Any], own: dict[str, Any] | None, says: str
+) -> None:
+    with pytest.raises(ValueError, match=says):
+        AttentionConfig.model_validate(attention).for_checkpoint(own)

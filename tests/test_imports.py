@@ -62,7 +62,15 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "service.switch",
     ),
     "service.cluster": ("service.child", "service.config", "service.http.proxy"),
-    "service.cli": ("service.child", "service.cluster", "service.config", "service.machine"),
+    "service.cli": (
+        "service.child",
+        "service.cluster",
+        "service.config",
+        "service.machine",
+        "service.model.files",
+        "service.survey",
+    ),
+    "service.survey": ("attention", "service.engine.forecast", "service.model", "service.config"),
     "service.training": ("attention", "service.model", "service.training", "service.config"),
     "service.benchmark": (
         "attention",

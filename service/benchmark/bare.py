@@ -12,8 +12,9 @@ import torch
 
 import attention
 from attention import AttentionBackend, Segments
+from service.model import families
 from service.model.checkpoint import EMBEDDED, choose_dtype
-from service.model.transformer import ModelConfig, Transformer
+from service.model.transformer import Transformer
 
 BACKENDS: dict[str, dict[str, Any]] = {
     "dense": {},
@@ -34,7 +35,7 @@ def bare_model(groups: int) -> Transformer:
     config = json.loads((EMBEDDED / "config.json").read_text()) | {"num_key_value_heads": groups}
     torch.manual_seed(0)
     dtype, _ = choose_dtype("auto", "cpu")
-    model = Transformer(ModelConfig.from_dict(config)).to(dtype).requires_grad_(False).eval()
+    model = Transformer(families.read(config)).to(dtype).requires_grad_(False).eval()
     model.pack()
     return model
 
@@ -76,7 +77,7 @@ def measure_bare(lengths: Sequence[int]) -> None:
         for name in BACKENDS:
             backend = build(model, name)
             for tokens in lengths:
-                tokens = min(tokens, model.config.max_position_embeddings - STEPS)
+                tokens = min(tokens, model.config.max_length - STEPS)
                 bare(model, backend, tokens)  # compiles the kernels of these shapes
                 prefill, step = bare(model, backend, tokens, steps=STEPS)
                 told = f"{tokens / prefill:8.0f} tokens/s, decode step {step * 1e3:.2f} ms"

@@ -93,6 +93,6 @@ class Lane:
 
 def lane_for(name: str, backend: AttentionBackend, model: Transformer, pace: Ramp, chunk: int, budget: int) -> Lane:
     """Make a backend ready to serve: measure its pace beside the model's, and make room for states of `budget` bytes."""
-    layers, longest = model.config.num_hidden_layers, model.config.max_position_embeddings
+    layers, longest = model.config.num_hidden_layers, model.config.max_length
     course = Course(model, Pace(layers, pace, measure_attention(backend, longest), backend), longest, chunk)
     return Lane(name, backend, course, backend.new_pool(layers, budget))

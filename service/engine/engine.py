@@ -91,7 +91,7 @@ class Engine:
         self._rows = await self._on_model_thread(lambda: row_multiple(model))
         self._scheduler = Scheduler(config, self._ledger, can_pack=self._rows is not None)
         known = np.isin(np.arange(model.config.vocab_size), list(self._tokenizer.ids))
-        longest = model.config.max_position_embeddings
+        longest = model.config.max_length
         self._admission = Admission(known, longest, config.max_sequences, self._ledger, self._scheduler)
         await self.swap(self._backends)
         unknown = torch.from_numpy(np.flatnonzero(~known))

@@ -1,6 +1,6 @@
 """What a computation will take, before it runs: seconds by a pace measured at start, bytes by the laws of cost.
 
-`Pace` is this machine's speed: two straight lines, one for the model without attention, one per backend for a layer's
+`Pace` is this machine's speed: straight lines, one for the model without attention, one per backend for a layer's
 attention over its flops. `Course` cuts a prefill into chunks by position. `row_multiple` is what this machine's products ask
 of packed rows. Measuring costs tenths of a second.
 """
@@ -8,13 +8,13 @@ of packed rows. Measuring costs tenths of a second.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from attention import AttentionBackend, Segments
+from attention import AttentionBackend, Segments, shares
 from service.model.transformer import Transformer
 
 REPEATS = 7
@@ -44,12 +44,15 @@ class Pace:
 
     layers: int
     model: Ramp  # over tokens, attention left out
-    attention: Ramp  # over flops, one layer
+    attention: Mapping[AttentionBackend, Ramp]  # over flops, one layer of each kind that the backend has
     backend: AttentionBackend
 
     def attention_seconds(self, queries: int, keys: int) -> float:
         """Predicted seconds of all layers' attention for `queries` tokens at the end of a sequence of `keys`."""
-        return self.layers * self.attention(self.backend.cost(queries, keys, causal=True).flops)
+        kinds = shares(self.backend).items()
+        return self.layers * sum(
+            share * self.attention[kind](kind.cost(queries, keys, causal=True).flops) for kind, share in kinds
+        )
 
 
 def measure_model(model: Transformer, tokens: int = 256) -> Ramp:
@@ -62,7 +65,12 @@ def measure_model(model: Transformer, tokens: int = 256) -> Ramp:
     return Ramp.through((1, _seconds(run(1))), (tokens, _seconds(run(tokens))))
 
 
-def measure_attention(backend: AttentionBackend, max_length: int) -> Ramp:
+def measure_attention(backend: AttentionBackend, max_length: int) -> dict[AttentionBackend, Ramp]:
+    """Time one layer of each kind that a backend has."""
+    return {kind: _measure_layer(kind, max_length) for kind in shares(backend)}
+
+
+def _measure_layer(backend: AttentionBackend, max_length: int) -> Ramp:
     """Time one layer's `extend` for one token without history and for a probe at the end of a long sequence."""
     shape = backend.shape
     tokens = min(PROBE_ROWS, max_length)
@@ -96,7 +104,7 @@ def row_multiple(model: Transformer, rows: int = 512) -> int | None:
     Returns:
         1, 4, 8 or 16; None when none of them helps, and answers may differ in the last bits by what shares the batch.
     """
-    ids = torch.arange(rows, device=model.device) % model.config.vocab_size
+    ids = torch.arange(rows, device=model.device) % min(model.config.vocab_size, model.config.max_length)  # positions, too
 
     def compute(count: int) -> tuple[Tensor, Tensor]:
         hidden = model.hidden(ids[:count], ids[:count], lambda layer, q, k, v: q)

@@ -71,10 +71,12 @@ class TextStream:
         self._held = ""  # decoded, not settled
         self._settled = 0  # characters settled so far
         self._pieces: deque[_Piece] = deque()
+        self._is_begun = False
 
     def prompt(self, tokens: Iterable[int]) -> str:
         """Text of the prompt's next tokens, for an answer that echoes it. A character left open is finished by the answer."""
-        return self._decoder.decode(self._tokenizer.bytes_of(tokens))
+        is_beginning, self._is_begun = not self._is_begun, True
+        return self._decoder.decode(self._tokenizer.bytes_of(tokens, is_beginning))
 
     def follow(self, other: TextStream) -> None:
         """Begin where another stream stands, that of a sample with the same prompt."""

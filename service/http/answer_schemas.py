@@ -134,6 +134,7 @@ class Model(Record):
     created: int
     owned_by: Literal["longserve"]
     max_model_len: int
+    lossy: str | None = Field(description="Why answers are not those the checkpoint was trained to give; null: they are.")
 
 
 class ModelList(Record):
@@ -156,7 +157,7 @@ class Health(Record):
 
 
 class Attention(Record):
-    default: str
+    default: str | None = Field(description="Null: the checkpoint's own, native where it has windows, else dense.")
     backends: dict[str, dict[str, Any] | None]
 
 
@@ -174,6 +175,7 @@ class BackendFacts(Record):
     options: dict[str, Any]
     exact: bool
     impl: str
+    lossy: str | None = Field(description="Why answers are not those the checkpoint was trained to give; null: they are.")
 
 
 class AttentionFacts(Record):
@@ -187,6 +189,7 @@ class Info(Record):
     parameters: int
     dtype: str
     dtype_reason: str
+    impl: str = Field(description="Who computes what stands between a layer's products: native (C) or torch.")
     device: str
     threads: int
     attention: AttentionFacts

@@ -66,26 +66,33 @@ class Speller:
     def spell(self, logprobs: Sequence[TokenLogprob]) -> Json:
         """The next tokens of the sample."""
         return {
-            "tokens": [self._text(each.token) for each in logprobs],
+            "tokens": [self._text(self._bytes(each)) for each in logprobs],
             "token_logprobs": [each.logprob for each in logprobs],
             "top_logprobs": [self._top(each) for each in logprobs],
-            "text_offset": [self._advance(each.token) for each in logprobs],
+            "text_offset": [self._advance(self._bytes(each)) for each in logprobs],
         }
 
-    def _text(self, token: int) -> str:
-        """The token's text; one that is no text by itself is spelled `bytes:\\xe2`, as OpenAI does."""
-        raw = self._tokenizer.token_bytes(token)
+    def _bytes(self, logprob: TokenLogprob) -> bytes:
+        """A token's bytes. One without a log-probability begins an echoed text."""
+        if logprob.logprob is None:
+            return self._tokenizer.bytes_of([logprob.token])
+        return self._tokenizer.token_bytes(logprob.token)
+
+    def _text(self, raw: bytes) -> str:
+        """A token's text; one that is no text by itself is spelled `bytes:\\xe2`, as OpenAI does."""
         try:
             return raw.decode()
         except UnicodeDecodeError:
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
 
     def _top(self, logprob: TokenLogprob) -> dict[str, float] | None:
-        return {self._text(token): value for token, value in logprob.top} if logprob.logprob is not None else None
+        if logprob.logprob is None:
+            return None
+        return {self._text(self._tokenizer.token_bytes(token)): value for token, value in logprob.top}
 
-    def _advance(self, token: int) -> int:
+    def _advance(self, raw: bytes) -> int:
         start = self._offset
-        self._offset += len(self._decoder.decode(self._tokenizer.token_bytes(token)))
+        self._offset += len(self._decoder.decode(raw))
         return start
 
 

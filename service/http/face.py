@@ -5,7 +5,7 @@ Types of the engine are named for the checker only: this package runs without to
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -32,6 +32,8 @@ class Tokenizer(Protocol):
     def encode(self, text: str, add_special_tokens: bool) -> list[int]: ...
 
     def decode(self, ids: Sequence[int]) -> str: ...
+
+    def bytes_of(self, ids: Iterable[int]) -> bytes: ...
 
     def token_bytes(self, token: int) -> bytes: ...
 
@@ -71,6 +73,9 @@ class Host(Protocol):
     @property
     def backends(self) -> Sequence[str]:
         """The allow-list in force. Raises NotReady as `engine` does."""
+
+    def lossy(self, backend: str) -> str | None:
+        """Why answers under a backend are not those the checkpoint was trained to give; None: they are."""
 
     def fault(self) -> str | None:
         """Why this replica should be replaced; None when it is alive."""

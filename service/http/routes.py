@@ -113,7 +113,9 @@ def _add_models(app: FastAPI, host: Host) -> None:
             "owned_by": "longserve",
             "max_model_len": host.card.max_length,
         }
-        return {id: {"id": id, **shared} for id in model_ids(host.card, host.backends)}
+        backends = (host.engine.backends.default, *host.backends)  # under which each id is answered
+        ids = zip(model_ids(host.card, host.backends), map(host.lossy, backends), strict=True)
+        return {id: {"id": id, **shared, "lossy": lossy} for id, lossy in ids}
 
     @app.get("/v1/models", **operation(ModelList))
     async def models() -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Checkpoints on disk: a directory in Hugging Face format, `config.json`, `*.safetensors`, `tokenizer.json`.
 
-safetensors only: nothing is ever unpickled, nothing is fetched. The one thing that differs from the files is that
-q, k, v and gate, up are held as one matrix each (one large product instead of several small ones).
+safetensors only: nothing is ever unpickled, nothing is fetched. How a config is read and where parameters stand is its family's
+(`families`); in which files, `weights`.
 """
 
 from __future__ import annotations
@@ -9,21 +9,25 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from service.model import families, files
+from service.model.config import ModelConfig, eos_token_ids
 from service.model.tokenizer import Tokenizer
-from service.model.transformer import ModelConfig, Transformer
+from service.model.transformer import Transformer
+from service.model.weights import Tensors, check, fill
 
 EMBEDDED = Path(__file__).parent / "embedded"
 """The default model's directory."""
+EMBEDDED_ID = "longserve-stdlib-5m"
+HEAD = "lm_head.weight"
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -40,32 +44,94 @@ class Checkpoint:
     @property
     def max_length(self) -> int:
         """Most tokens a sequence may have, prompt and answer together."""
-        return self.model.config.max_position_embeddings
+        return self.model.config.max_length
 
 
-def load(directory: str | Path = EMBEDDED, dtype: str = "auto", device: str = "cpu", name: str | None = None) -> Checkpoint:
+def load(
+    directory: str | Path = EMBEDDED,
+    dtype: str = "auto",
+    device: str = "cpu",
+    name: str | None = None,
+    max_length: int | None = None,
+) -> Checkpoint:
     """Load a checkpoint directory.
 
     Args:
         dtype: `auto` takes bfloat16 where this machine multiplies it faster than float32 (measured now), else float32.
-        name: the id it is served under; by default the `_name_or_path` of its config, else the directory's name.
+        max_length: tokens of the longest sequence that will be served; by default the checkpoint's context.
+        name: the id it is served under; by default the directory's name, or the repository's in a hub's cache.
 
     Raises:
         FileNotFoundError: a file is missing.
-        ValueError: an architecture, dtype or tensor that this service cannot serve, named.
+        ValueError: a file that is damaged, or a config or tensor that this service cannot serve, named.
     """
-    directory = Path(directory)
-    raw = _read_json(directory / "config.json")
-    config = ModelConfig.from_dict(raw)
+    directory = files.find(Path(directory))
+    config, tensors = read_layout(directory)
     chosen, reason = choose_dtype(dtype, device)
-    model = Transformer(config)
-    model.load_state_dict(_merged(config, _read_tensors(directory)), assign=False)
-    model = model.to(device=device, dtype=chosen).requires_grad_(False).eval()
-    model.pack()
-    tokenizer = Tokenizer.load(directory, config.eos_token_id)
-    if tokenizer.vocab_size > config.vocab_size:
-        raise ValueError(f"tokenizer has {tokenizer.vocab_size} tokens, the model {config.vocab_size}")
-    return Checkpoint(name or raw.get("_name_or_path") or directory.resolve().name, model, tokenizer, reason)
+    model = outline(config.up_to(max_length))
+    fill(model, families.of(config.model_type).weights(config), tensors, chosen, device)
+    model.eval().pack()
+    tokenizer = Tokenizer.load(directory, config.eos_token_id, config.vocab_size)
+    return Checkpoint(name or id_of(directory), model, tokenizer, reason)
+
+
+def outline(config: ModelConfig) -> Transformer:
+    """A model whose parameters have shapes and no memory."""
+    with torch.device("meta"):
+        return Transformer(config)
+
+
+def read_layout(directory: Path) -> tuple[ModelConfig, Tensors]:
+    """What the directory's config says and where the tensors it asks for are, all of them there in the right shape.
+
+    Raises:
+        FileNotFoundError, ValueError: as `load`.
+    """
+    config = read_config(directory)
+    tensors = Tensors(directory, families.of(config.model_type).PREFIX)
+    config = _with_head(config, tensors)
+    check(list(families.of(config.model_type).weights(config)), tensors)
+    return config, tensors
+
+
+def read_config(directory: Path) -> ModelConfig:
+    """What the directory's `config.json` says, with the ends of text of its `generation_config.json`, which count where it is.
+
+    Raises:
+        FileNotFoundError, ValueError: as `load`.
+    """
+    path, raw = directory / "config.json", files.read_json(directory / "config.json")
+    ends = files.read_json_if_there(directory / "generation_config.json").get("eos_token_id")
+    try:
+        config = families.read(raw)
+        return config if ends is None else replace(config, eos_token_ids=eos_token_ids(ends))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def id_of(directory: Path) -> str:
+    """A model's id: its directory's name; in a hub's cache, `models--owner--name/snapshots/commit`, the repository's."""
+    if directory == EMBEDDED:
+        return EMBEDDED_ID
+    whole = directory.resolve()
+    repository = whole.parent.parent.name
+    if whole.parent.name == "snapshots" and repository.startswith("models--"):
+        return "/".join(repository.split("--")[1:])
+    return whole.name
+
+
+def _with_head(config: ModelConfig, tensors: Tensors) -> ModelConfig:
+    """The config as its files have the head: one that is there and differs from the embeddings is not tied to them."""
+    (_, embeddings), *_ = families.of(config.model_type).weights(config)
+    if not config.tie_word_embeddings or HEAD not in tensors.shapes:
+        return config
+    if embeddings[0].name not in tensors.shapes:
+        tensors.rename(HEAD, embeddings[0].name)
+    elif tensors.are_equal(HEAD, embeddings[0].name):
+        tensors.drop(HEAD)
+    else:
+        return replace(config, tie_word_embeddings=False)
+    return config
 
 
 def save(model: Transformer, directory: str | Path, extra: dict[str, Any] | None = None) -> None:
@@ -104,73 +170,18 @@ def _product_seconds(dtype: torch.dtype, device: str) -> float:
     return median(times[2:])
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise FileNotFoundError(f"no {path.name} in {path.parent}")
-    return dict(json.loads(path.read_text()))
-
-
-def _read_tensors(directory: Path) -> dict[str, Tensor]:
-    """All tensors of `model.safetensors`, or of the shards that its index names."""
-    index = directory / "model.safetensors.index.json"
-    files = sorted(set(_read_json(index)["weight_map"].values())) if index.is_file() else ["model.safetensors"]
-    tensors: dict[str, Tensor] = {}
-    for name in files:
-        if not (directory / name).is_file():
-            raise FileNotFoundError(f"no {name} in {directory}; only safetensors are loaded")
-        with safe_open(directory / name, framework="pt") as file:
-            tensors |= {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
-    return tensors
-
-
-def _names(config: ModelConfig) -> Iterator[tuple[str, tuple[str, ...]]]:
-    """(our parameter, the file's tensors it is the concatenation of), for every parameter."""
-    yield "embed.weight", ("model.embed_tokens.weight",)
-    yield "final_norm", ("model.norm.weight",)
-    if not config.tie_word_embeddings:
-        yield "head.weight", ("lm_head.weight",)
-    for i in range(config.num_hidden_layers):
-        ours, theirs = f"layers.{i}", f"model.layers.{i}"
-        yield f"{ours}.attention_norm", (f"{theirs}.input_layernorm.weight",)
-        yield f"{ours}.mlp_norm", (f"{theirs}.post_attention_layernorm.weight",)
-        if config.qk_norm:
-            yield f"{ours}.q_norm", (f"{theirs}.self_attn.q_norm.weight",)
-            yield f"{ours}.k_norm", (f"{theirs}.self_attn.k_norm.weight",)
-        for name, parts, bias in (
-            ("qkv", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), config.attention_bias),
-            ("out", ("self_attn.o_proj",), config.output_bias),
-            ("gate_up", ("mlp.gate_proj", "mlp.up_proj"), config.mlp_bias),
-            ("down", ("mlp.down_proj",), config.mlp_bias),
-        ):
-            for kind in ("weight", "bias") if bias else ("weight",):
-                yield f"{ours}.{name}.{kind}", tuple(f"{theirs}.{part}.{kind}" for part in parts)
-
-
-def _merged(config: ModelConfig, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Our state dict from the file's tensors. Raises ValueError naming tensors that are missing or left over."""
-    wanted = dict(_names(config))
-    expected = {theirs for names in wanted.values() for theirs in names}
-    spare = {"lm_head.weight"} if config.tie_word_embeddings else set()  # some files repeat the tied embedding
-    if missing := sorted(expected - tensors.keys()):
-        raise ValueError(f"the checkpoint lacks {len(missing)} tensors, first {missing[:3]}")
-    if unknown := sorted(tensors.keys() - expected - spare):
-        raise ValueError(f"the checkpoint has {len(unknown)} tensors this architecture does not know, first {unknown[:3]}")
-    return {ours: torch.cat([tensors[name] for name in names]) for ours, names in wanted.items()}
-
-
 def _split(model: Transformer) -> Iterator[tuple[str, Tensor]]:
     """The file's tensors from our parameters."""
     config, parameters = model.config, dict(model.named_parameters())
-    heads, groups, depth = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-    sizes = {3: [heads * depth, groups * depth, groups * depth], 2: [config.intermediate_size] * 2}
-    for ours, names in _names(config):
+    for ours, parts in families.of(config.model_type).weights(config):
         tensor = parameters[ours].detach().to_dense()  # a loaded model's matrices are packed
-        yield from zip(names, tensor.split(sizes[len(names)]) if len(names) > 1 else (tensor,), strict=True)
+        pieces = tensor.split([part.shape[0] for part in parts])
+        yield from ((part.name, piece) for part, piece in zip(parts, pieces, strict=True))
 
 
 def _config_json(config: ModelConfig) -> dict[str, Any]:
     assert config.model_type == "qwen3", "only the embedded family is written"
-    rope = dict(config.rope)
+    rope = dict(config.ropes[0])
     return {
         "architectures": ["Qwen3ForCausalLM"],
         "model_type": config.model_type,
@@ -182,7 +193,7 @@ def _config_json(config: ModelConfig) -> dict[str, Any]:
         "num_key_value_heads": config.num_key_value_heads,
         "head_dim": config.head_dim,
         "max_position_embeddings": config.max_position_embeddings,
-        "rms_norm_eps": config.rms_norm_eps,
+        "rms_norm_eps": config.norm_eps,
         "rope_parameters": rope,
         "rope_theta": rope["rope_theta"],
         "tie_word_embeddings": config.tie_word_embeddings,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Collection, Iterable, Sequence
 from functools import cache, cached_property
 from pathlib import Path
@@ -17,31 +18,49 @@ import numpy as np
 import tokenizers
 from numpy.typing import NDArray
 
+from service.model import files
+
 
 class Tokenizer:
     """A tokenizer loaded from a checkpoint directory. Safe to call from several threads."""
 
-    def __init__(self, core: tokenizers.Tokenizer, eos_id: int | None, max_length: int | None = None) -> None:
+    def __init__(
+        self, core: tokenizers.Tokenizer, eos_id: int | None, max_length: int | None = None, vocab_size: int | None = None
+    ) -> None:
+        """vocab_size: the model's; a control token beyond it is none here. Raises ValueError for another token beyond it."""
         self._core = core
         self.eos_id = eos_id
         self.max_length = max_length
         self._core.no_padding()
         self._core.no_truncation()  # a file may ask for it; nothing is cut in silence here
         self._core.encode_special_tokens = True  # a caller's text cannot smuggle in a control token
-        self._bytes = _token_bytes(core)
+        self._spelling = Spelling(json.loads(core.to_str())["decoder"])
+        self._bytes = _token_bytes(core, self._spelling)
+        if vocab_size is not None:
+            self._forget_beyond(vocab_size)
+
+    def _forget_beyond(self, vocab_size: int) -> None:
+        """Drop control tokens that the model has no embedding for, as a text model's tokenizer may have for images."""
+        beyond, added = [i for i in self._bytes if i >= vocab_size], self._core.get_added_tokens_decoder()
+        if any(i not in added for i in beyond):
+            raise ValueError(f"tokenizer.json has {max(beyond) + 1} tokens, the model {vocab_size}: they are not of one model")
+        for i in beyond:
+            del self._bytes[i]
 
     @classmethod
-    def load(cls, directory: str | Path, eos_id: int | None = None) -> Tokenizer:
-        """Read `tokenizer.json` and, if there, `tokenizer_config.json`. Raises FileNotFoundError naming what is missing."""
-        path = Path(directory) / "tokenizer.json"
-        if not path.is_file():
-            raise FileNotFoundError(f"no tokenizer.json in {directory}")
-        core = tokenizers.Tokenizer.from_file(str(path))
-        settings = _read_settings(Path(directory) / "tokenizer_config.json")
+    def load(cls, directory: str | Path, eos_id: int | None = None, vocab_size: int | None = None) -> Tokenizer:
+        """Read `tokenizer.json` and, if there, `tokenizer_config.json`.
+
+        Raises:
+            FileNotFoundError, ValueError: a file is missing or damaged, named with what to do, or is another model's.
+        """
+        directory = Path(directory)
+        core = _read_core(directory)
+        settings = files.read_json_if_there(directory / "tokenizer_config.json")
         if eos_id is None and settings.get("eos_token"):
             token = settings["eos_token"]
             eos_id = core.token_to_id(token["content"] if isinstance(token, dict) else token)
-        return cls(core, eos_id, settings.get("model_max_length"))
+        return cls(core, eos_id, settings.get("model_max_length"), vocab_size)
 
     @property
     def ids(self) -> Collection[int]:
@@ -83,12 +102,18 @@ class Tokenizer:
         """Text of token ids; bytes that are no UTF-8 become U+FFFD. Special tokens show as their text."""
         return self.bytes_of(ids).decode("utf-8", errors="replace")
 
-    def bytes_of(self, ids: Iterable[int]) -> bytes:
-        """The bytes that tokens stand for, joined. Raises KeyError for an id that is no token."""
-        return b"".join(map(self._bytes.__getitem__, ids))
+    def bytes_of(self, ids: Iterable[int], is_beginning: bool = True) -> bytes:
+        """The bytes that tokens stand for, joined. Raises KeyError for an id that is no token.
+
+        is_beginning: whether a text begins with them. Some files begin a text without the space that their first token has.
+        """
+        pieces = list(map(self._bytes.__getitem__, ids := list(ids)))
+        if is_beginning and ids and self._spelling.is_other_at_beginning:
+            pieces[0] = self._spelling.first(self._core.id_to_token(ids[0]) or "")
+        return b"".join(pieces)
 
     def token_bytes(self, token: int) -> bytes:
-        """The bytes that a token stands for. Raises KeyError for an id that is no token."""
+        """The bytes that a token stands for within a text. Raises KeyError for an id that is no token."""
         return self._bytes[token]
 
     @cached_property
@@ -109,12 +134,124 @@ class Tokenizer:
         return _has(file["pre_tokenizer"], "ByteLevel") and len(singles) == 256
 
 
-def _token_bytes(core: tokenizers.Tokenizer) -> dict[int, bytes]:
-    """The bytes of every token by its id."""
-    added = {i: token.content.encode() for i, token in core.get_added_tokens_decoder().items()}
-    byte_level = "ByteLevel" in json.dumps(json.loads(core.to_str())["decoder"])
-    spell = _byte_level_bytes if byte_level else _sentencepiece_bytes
-    return {i: spell(token) for token, i in core.get_vocab(with_added_tokens=True).items()} | added
+def _read_core(directory: Path) -> tokenizers.Tokenizer:
+    """The tokenizer of a directory. Raises FileNotFoundError or ValueError, as `Tokenizer.load`."""
+    path = directory / "tokenizer.json"
+    if not path.is_file():
+        others = [
+            name for name in ("tokenizer.model", "vocab.json", "vocab.txt", "tekken.json") if (directory / name).is_file()
+        ]
+        told = f"; there is {others[0]}, of which transformers' AutoTokenizer makes one with save_pretrained" if others else ""
+        raise FileNotFoundError(f"no tokenizer.json in {directory}{told}")
+    try:
+        return tokenizers.Tokenizer.from_file(str(files.whole(path)))
+    except Exception as error:  # the library has no kind of its own
+        if isinstance(error, (ValueError, OSError)):
+            raise
+        raise ValueError(f"{path} is no tokenizer ({error}): download it again") from error
+
+
+def _token_bytes(core: tokenizers.Tokenizer, spelling: Spelling) -> dict[int, bytes]:
+    """The bytes of every token by its id, as within a text."""
+    spelled = {i: spelling.within(token) for token, i in core.get_vocab(with_added_tokens=True).items()}
+    if spelling.is_byte_level:  # which spells text, not what was added to it
+        spelled |= {i: token.content.encode() for i, token in core.get_added_tokens_decoder().items()}
+    return spelled
+
+
+class Spelling:
+    """How a file's decoder spells tokens: each by itself, but for the one that a text begins with.
+
+    That holds for all decoders that are known here, so text can be streamed token by token. Raises ValueError for another.
+    """
+
+    def __init__(self, decoder: dict[str, Any] | None) -> None:
+        steps = _steps(decoder, "decoders")
+        kinds = [step["type"] for step in steps]
+        known = {"ByteLevel", "Replace", "ByteFallback", "Fuse", "Strip", "Metaspace", "WordPiece"}
+        strange = [kind for kind in kinds if kind not in known]
+        strange += [s["type"] for s in steps if s["type"] == "Replace" and "String" not in s["pattern"]]
+        strange += [s["type"] for i, s in enumerate(steps) if s["type"] == "Strip" and (s["stop"] or "Fuse" not in kinds[:i])]
+        if strange:
+            raise ValueError(f"tokenizer.json decodes by {', '.join(strange)}, which this service does not know")
+        self.is_byte_level = "ByteLevel" in kinds
+        self._steps = steps
+        self.is_other_at_beginning = not steps or any(kind in ("Strip", "Metaspace", "WordPiece") for kind in kinds)
+
+    def within(self, token: str) -> bytes:
+        """A token's bytes where others came before."""
+        return self._spell(token, is_first=False)
+
+    def first(self, token: str) -> bytes:
+        """A token's bytes at the beginning of a text."""
+        return self._spell(token, is_first=True)
+
+    def _spell(self, token: str, is_first: bool) -> bytes:
+        if self.is_byte_level:
+            return _byte_level_bytes(token)
+        if not self._steps:  # the library then joins tokens by spaces
+            return token.encode() if is_first else b" " + token.encode()
+        for step in self._steps:
+            if step["type"] == "ByteFallback" and _BYTE.fullmatch(token):
+                if (value := int(token[3:5], 16)) > 127:
+                    return bytes([value])  # part of a character, which no later step touches
+                token = chr(value)
+            token = _STEPS[step["type"]](token, step, is_first)
+        return token.encode()
+
+
+_BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
+
+
+def _replaced(token: str, step: dict[str, Any], is_first: bool) -> str:
+    return token.replace(step["pattern"]["String"], step["content"])
+
+
+def _stripped(token: str, step: dict[str, Any], is_first: bool) -> str:
+    if not is_first:
+        return token
+    kept = token.lstrip(step["content"])
+    return token[min(step["start"], len(token) - len(kept)) :]
+
+
+def _word_marked(token: str, step: dict[str, Any], is_first: bool) -> str:
+    mark = step["replacement"]
+    is_dropped = is_first and step.get("prepend_scheme", "always") != "never"
+    return token.replace(mark, "" if is_dropped else " ")
+
+
+def _word_piece(token: str, step: dict[str, Any], is_first: bool) -> str:
+    if not is_first:
+        token = token.removeprefix(step["prefix"]) if token.startswith(step["prefix"]) else f" {token}"
+    if step["cleanup"]:
+        for spaced, close in _CLEAN:
+            token = token.replace(spaced, close)
+    return token
+
+
+def _unchanged(token: str, step: dict[str, Any], is_first: bool) -> str:
+    return token
+
+
+_STEPS = {
+    "Replace": _replaced,
+    "ByteFallback": _unchanged,
+    "Fuse": _unchanged,
+    "Strip": _stripped,
+    "Metaspace": _word_marked,
+    "WordPiece": _word_piece,
+}
+_CLEAN = (
+    *((" " + mark, mark) for mark in ".?!,"),
+    (" ' ", "'"),
+    (" n't", "n't"),
+    (" 'm", "'m"),
+    (" do not", " don't"),
+    (" 's", "'s"),
+    (" 've", "'ve"),
+    (" 're", "'re"),
+)
+"""What a WordPiece decoder writes closer together, in this order."""
 
 
 NFC_SHRINKS = 4
@@ -153,10 +290,6 @@ def _steps(node: dict[str, Any] | None, inner: str) -> list[dict[str, Any]]:
     return [step for each in node[inner] for step in _steps(each, inner)] if node["type"] == "Sequence" else [node]
 
 
-def _read_settings(path: Path) -> dict[str, Any]:
-    return dict(json.loads(path.read_text())) if path.is_file() else {}
-
-
 @cache
 def _byte_alphabet() -> dict[str, int]:
     """GPT-2's printable stand-in for each byte, as byte-level BPE files spell it."""
@@ -171,9 +304,3 @@ def _byte_level_bytes(token: str) -> bytes:
         return bytes(table[char] for char in token)
     except KeyError:  # spelled in no byte alphabet: its text is itself, as the library's own decoder has it
         return token.encode()
-
-
-def _sentencepiece_bytes(token: str) -> bytes:
-    if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
-        return bytes([int(token[3:5], 16)])
-    return token.replace("▁", " ").encode()

@@ -1,8 +1,8 @@
-"""The decoder that is served: Qwen3's architecture over packed tokens, with the attention handed in from outside.
+"""The decoder that is served: one block over packed tokens, with the attention handed in from outside.
 
-RMSNorm (arXiv 1910.07467), rotary positions (2104.09864), grouped-query attention (2305.13245), per-head QK-norm,
-SwiGLU (2002.05202), tied embeddings or not. One configuration covers the Qwen3, Qwen2, Llama and Mistral families: the
-last three differ by biases and by having no QK-norm. Loading is `checkpoint.py`; how to attend is `attention`.
+RMSNorm (arXiv 1910.07467), rotary positions (2104.09864), grouped-query attention (2305.13245), a gated feed-forward
+(2002.05202), tied embeddings or not. What differs between families are the knobs of `ModelConfig`. Loading is `checkpoint.py`;
+how to attend is `attention`.
 
 The forward knows no batch axis and no mask: tokens of all sequences stand one behind the other, and the `Attend` it is
 given knows where each begins. Letters as in `attention.interface`; C model width, F feed-forward width, V vocabulary.
@@ -11,16 +11,17 @@ Cost per token: 2 flops for every weight but the embedding's, and what attention
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Mapping
-from dataclasses import dataclass
-from typing import Any, cast
+from collections.abc import Callable, Generator
+from functools import partial
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attention import HeadShape
-from service.model import native
+from service.model import native, rotary
+from service.model.config import ModelConfig, Rope
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """(layer, q (T, H, D), k (T, G, D), v (T, G, D)) -> (T, H, D)."""
@@ -30,109 +31,31 @@ Stages = Generator[tuple[int, Tensor, Tensor, Tensor] | None, Tensor | None, Ten
 Behind each layer it yields None: there, too, is a good place to pause.
 """
 
-FAMILIES = ("qwen3", "qwen2", "llama", "mistral")
 TIED_COPY_BYTES = 16 << 20  # of embeddings: beyond, what a packed copy saves is small beside reading it
-ROPE_TYPES = ("default", "linear", "llama3")
-
-
-@dataclass(frozen=True)
-class ModelConfig:
-    """The parts of a Hugging Face `config.json` that this architecture reads."""
-
-    model_type: str
-    vocab_size: int  # V
-    hidden_size: int  # C
-    intermediate_size: int  # F
-    num_hidden_layers: int
-    num_attention_heads: int  # H
-    num_key_value_heads: int  # G
-    head_dim: int  # D
-    max_position_embeddings: int
-    rms_norm_eps: float
-    rope: tuple[tuple[str, Any], ...]  # sorted items of rope_parameters, hashable
-    tie_word_embeddings: bool
-    attention_bias: bool  # on q, k, v
-    output_bias: bool  # on the projection behind attention
-    mlp_bias: bool
-    eos_token_ids: tuple[int, ...]
-    sliding_window: int | None  # the window the weights were trained with, in the file's own counting
-
-    @property
-    def qk_norm(self) -> bool:
-        return self.model_type == "qwen3"
-
-    @property
-    def eos_token_id(self) -> int | None:
-        """The first end-of-text token, None when the checkpoint names none."""
-        return self.eos_token_ids[0] if self.eos_token_ids else None
-
-    @classmethod
-    def from_dict(cls, raw: Mapping[str, Any]) -> ModelConfig:
-        """Read a `config.json`.
-
-        Raises:
-            ValueError: a family, activation or rotary scaling that this architecture does not compute.
-        """
-        family = raw.get("model_type")
-        if family not in FAMILIES:
-            raise ValueError(f"model_type must be one of {FAMILIES}, the checkpoint says {family!r}")
-        if raw.get("hidden_act", "silu") != "silu":
-            raise ValueError(f"hidden_act must be 'silu', the checkpoint says {raw['hidden_act']!r}")
-        rope = _rope_parameters(raw)
-        heads = raw["num_attention_heads"]
-        eos = raw.get("eos_token_id")
-        bias = bool(raw.get("attention_bias", False))
-        return cls(
-            model_type=family,
-            vocab_size=raw["vocab_size"],
-            hidden_size=raw["hidden_size"],
-            intermediate_size=raw["intermediate_size"],
-            num_hidden_layers=raw["num_hidden_layers"],
-            num_attention_heads=heads,
-            num_key_value_heads=raw.get("num_key_value_heads") or heads,
-            head_dim=raw.get("head_dim") or raw["hidden_size"] // heads,
-            max_position_embeddings=raw["max_position_embeddings"],
-            rms_norm_eps=raw["rms_norm_eps"],
-            rope=tuple(sorted(rope.items())),
-            tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
-            attention_bias=bias or family == "qwen2",
-            output_bias=bias and family != "qwen2",
-            mlp_bias=bool(raw.get("mlp_bias", False)),
-            eos_token_ids=() if eos is None else tuple(eos) if isinstance(eos, list) else (eos,),
-            sliding_window=raw.get("sliding_window") if raw.get("use_sliding_window", family == "mistral") else None,
-        )
-
-    def head_shape(self, dtype: torch.dtype, device: torch.device | str) -> HeadShape:
-        """The heads an attention backend is built for."""
-        return HeadShape(self.num_attention_heads, self.num_key_value_heads, self.head_dim, dtype, torch.device(device))
-
-
-def _rope_parameters(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """Rotary parameters in the newer files' form, from either form."""
-    rope = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
-    rope.setdefault("rope_theta", raw.get("rope_theta", 10000.0))
-    rope["rope_type"] = rope.pop("type", None) or rope.get("rope_type") or "default"
-    if rope["rope_type"] not in ROPE_TYPES:
-        raise ValueError(f"rope_type must be one of {ROPE_TYPES}, the checkpoint says {rope['rope_type']!r}")
-    return rope
-
-
-def rotary_frequencies(rope: Mapping[str, Any], head_dim: int) -> Tensor:
-    """Radians per position of each pair of coordinates, float32 (D / 2,). `llama3` as in Llama 3.1's reference code."""
-    inverse: Tensor = 1.0 / rope["rope_theta"] ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
-    if rope["rope_type"] == "linear":
-        inverse = inverse / rope["factor"]
-    if rope["rope_type"] == "llama3":
-        wavelength = 2 * torch.pi / inverse
-        low, high, old = rope["low_freq_factor"], rope["high_freq_factor"], rope["original_max_position_embeddings"]
-        smooth = ((old / wavelength - low) / (high - low)).clamp(0, 1)
-        inverse = inverse * (smooth + (1 - smooth) / rope["factor"])
-    return inverse
+Turns = tuple[Tensor, Tensor]
+"""cos, and sin with the sign that `rotate` needs, of each token's angles, (T, 1, D) each."""
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate coordinate pairs (i, i + D/2) of x (T, heads, D) by the angles of `Transformer.rotation`, each (T, 1, D)."""
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
+
+
+def normed(x: Tensor, weight: Tensor, bias: Tensor | None, config: ModelConfig) -> Tensor:
+    """The last axis of x, normed as the family does it."""
+    widths, epsilon = (x.shape[-1],), config.norm_eps
+    if config.norm == "layer":
+        return F.layer_norm(x, widths, weight, bias, epsilon)
+    if config.norm == "gemma":  # the sum in float32: in bfloat16 it would cost the weight its last bits
+        return (F.rms_norm(x.float(), widths, None, epsilon) * (1 + weight.float())).to(x.dtype)
+    return F.rms_norm(x, widths, weight, epsilon)
+
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+}
 
 
 class Projection(nn.Linear):
@@ -185,34 +108,46 @@ class Layer(nn.Module):
             config.head_dim,
         )
         self.config = config
-        self.attention_norm = nn.Parameter(torch.ones(width))
+        for name in ("attention_norm", "mlp_norm"):
+            _add_norm(self, name, config)
         self.qkv = Projection(width, (heads + 2 * groups) * depth, bias=config.attention_bias)
         self.out = Projection(heads * depth, width, bias=config.output_bias)
         if config.qk_norm:
             self.q_norm = nn.Parameter(torch.ones(depth))
             self.k_norm = nn.Parameter(torch.ones(depth))
-        self.mlp_norm = nn.Parameter(torch.ones(width))
-        self.gate_up = Projection(width, 2 * config.intermediate_size, bias=config.mlp_bias)
+        if config.is_sandwiched:
+            for name in ("attention_end_norm", "mlp_end_norm"):
+                _add_norm(self, name, config)
+        self.gate_up = Projection(width, (1 + config.is_gated) * config.intermediate_size, bias=config.mlp_bias)
         self.down = Projection(config.intermediate_size, width, bias=config.mlp_bias)
+        self.activation = ACTIVATIONS[config.activation]
         self._qk_scales: Tensor | None = None  # once they can change no more
         self.is_native = False  # what stands between products is computed by `native`
 
-    def norm(self, x: Tensor, weight: Tensor) -> Tensor:
-        """RMSNorm of x (T, C)."""
+    def norm(self, x: Tensor, name: str) -> Tensor:
+        """One of the layer's norms of x (T, C)."""
+        weight = self._parameters[name]
+        assert weight is not None, f"the layer has no {name}"
         if self.is_native:
-            return native.norm(x, weight, self.config.rms_norm_eps)
-        return F.rms_norm(x, (x.shape[-1],), weight, self.config.rms_norm_eps)
+            return native.norm(x, weight, self.config.norm_eps)
+        return normed(x, weight, self._parameters.get(f"{name}_bias"), self.config)
 
     def turned(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """Queries and keys of projected x (T, (H + 2 G) D), normed where the family does that, rotated: (T, H + G, D)."""
         heads, depth = self.config.num_attention_heads + self.config.num_key_value_heads, self.config.head_dim
-        epsilon, scales = self.config.rms_norm_eps, None
+        epsilon, scales = self.config.norm_eps, None
         if self.config.qk_norm:
             scales = self.qk_scales() if self._qk_scales is None else self._qk_scales
         if self.is_native:
             return native.turn(x, scales, heads, depth, epsilon, cos, sin)
         qk = x[:, : heads * depth].unflatten(1, (heads, depth))
-        return rotate(qk if scales is None else F.rms_norm(qk, (depth,), None, epsilon) * scales, cos, sin)
+        return rotate(qk if scales is None else self._scaled(qk, scales), cos, sin)
+
+    def _scaled(self, qk: Tensor, scales: Tensor) -> Tensor:
+        """The QK-norm of (T, H + G, D)."""
+        is_gemma, depth = self.config.norm == "gemma", qk.shape[-1]
+        bare = F.rms_norm(qk.float() if is_gemma else qk, (depth,), None, self.config.norm_eps)
+        return (bare * (1 + scales.float())).to(qk.dtype) if is_gemma else bare * scales
 
     def qk_scales(self) -> Tensor:
         """The QK-norm's weights of all query and key heads, (H + G, D)."""
@@ -222,41 +157,66 @@ class Layer(nn.Module):
     def question(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """What the layer asks of attention: q (T, H, D), k and v (T, G, D), of x (T, C)."""
         heads, groups, depth = self.config.num_attention_heads, self.config.num_key_value_heads, self.config.head_dim
-        x = self.qkv(self.norm(x, self.attention_norm))
+        x = self.qkv(self.norm(x, "attention_norm"))
         q, k = self.turned(x, cos, sin).split((heads, groups), dim=1)
+        if self.config.query_scale != 1:
+            q = q * self.config.query_scale
         return q, k, x[:, (heads + groups) * depth :].unflatten(1, (groups, depth))
 
     def output(self, x: Tensor, answer: Tensor) -> Tensor:
         """What the layer hands on, (T, C), from its input and attention's answer (T, H, D)."""
-        x = x + self.out(answer.flatten(1))
-        return x + self.mlp(self.norm(x, self.mlp_norm))
+        x = x + self._ended(self.out(answer.flatten(1)), "attention_end_norm")
+        return x + self._ended(self.mlp(self.norm(x, "mlp_norm")), "mlp_end_norm")
+
+    def _ended(self, x: Tensor, name: str) -> Tensor:
+        return self.norm(x, name) if self.config.is_sandwiched else x
 
     def mlp(self, x: Tensor) -> Tensor:  # (T, C) -> (T, C)
         x = self.gate_up(x)
         if self.is_native:
             return self.down(native.gate(x))
+        if not self.config.is_gated:
+            return self.down(self.activation(x))
         gate, up = x.chunk(2, dim=-1)  # (T, F) each
-        return self.down(F.silu(gate) * up)
+        return self.down(self.activation(gate) * up)
+
+
+def _add_norm(module: nn.Module, name: str, config: ModelConfig) -> None:
+    """A norm's parameters; LayerNorm alone has a bias."""
+    module.register_parameter(name, nn.Parameter(torch.ones(config.hidden_size)))
+    if config.norm == "layer":
+        module.register_parameter(f"{name}_bias", nn.Parameter(torch.zeros(config.hidden_size)))
 
 
 class Transformer(nn.Module):
     """Tokens in, hidden states and logits out. Parameters have the model's dtype; logits are float32."""
 
+    final_norm: nn.Parameter
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
         self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
+        if config.has_position_table:
+            self.positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
-        self.final_norm = nn.Parameter(torch.ones(config.hidden_size))
+        _add_norm(self, "final_norm", config)
         if not config.tie_word_embeddings:
             self.head = Projection(config.hidden_size, config.vocab_size, bias=False)
         self._packed_head: Tensor | None = None  # of tied weights, see `pack`
         self._turns: Tensor | None = None  # see `rotation`
+        self._ropes = tuple(dict.fromkeys(config.ropes))
+        self._rope_of = [self._ropes.index(rope) for rope in config.ropes]
 
     @property
     def decoder(self) -> list[Layer]:
         """The layers in order, as what they are."""
         return cast(list[Layer], list(self.layers))
+
+    @property
+    def impl(self) -> str:
+        """Who computes what stands between a layer's products: native or torch."""
+        return "native" if self.decoder[0].is_native else "torch"
 
     @property
     def dtype(self) -> torch.dtype:
@@ -280,29 +240,42 @@ class Transformer(nn.Module):
         Returns:
             (T, C) in the model's dtype.
         """
-        cos, sin = self.rotation(positions)
-        x = self.embed(tokens)
+        turns, x = self.rotation(positions), self._embedded(tokens, positions)
         for index, layer in enumerate(self.decoder):
-            x = layer.output(x, attend(index, *layer.question(x, cos, sin)))
-        return F.rms_norm(x, (x.shape[-1],), self.final_norm, self.config.rms_norm_eps)
+            x = layer.output(x, attend(index, *layer.question(x, *turns[self._rope_of[index]])))
+        return self._final(x)
 
     def stages(self, tokens: Tensor, positions: Tensor) -> Stages:
         """`hidden` turned inside out: who drives it answers each layer's question, and may pause at any."""
-        cos, sin = self.rotation(positions)
-        x = self.embed(tokens)
+        turns, x = self.rotation(positions), self._embedded(tokens, positions)
         for index, layer in enumerate(self.decoder):
-            answer = yield index, *layer.question(x, cos, sin)
+            answer = yield index, *layer.question(x, *turns[self._rope_of[index]])
             assert answer is not None, "a question was left without an answer"
             x = layer.output(x, answer)
             del answer
             yield None
-        return F.rms_norm(x, (x.shape[-1],), self.final_norm, self.config.rms_norm_eps)
+        return self._final(x)
+
+    def _embedded(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        """The residual stream as it begins, (T, C)."""
+        x = cast(Tensor, self.embed(tokens))
+        if self.config.has_position_table:
+            x = x + self.positions(positions)
+        if self.config.embed_scale != 1:
+            x = x * torch.tensor(self.config.embed_scale, dtype=x.dtype)  # rounded to the dtype, as the weights were trained
+        return x
+
+    def _final(self, x: Tensor) -> Tensor:
+        return normed(x, self.final_norm, self._parameters.get("final_norm_bias"), self.config)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Next-token logits of hidden states (N, C): float32 (N, V)."""
         if not self.config.tie_word_embeddings:
-            return self.head(hidden).float()
-        return product(hidden, self.embed.weight if self._packed_head is None else self._packed_head).float()
+            logits = self.head(hidden).float()
+        else:
+            logits = product(hidden, self.embed.weight if self._packed_head is None else self._packed_head).float()
+        cap = self.config.logit_cap
+        return logits if cap is None else logits.div_(cap).tanh_().mul_(cap)
 
     def pack(self) -> None:
         """Lay the weights out for serving, see `Projection.pack`; they cannot be trained any more.
@@ -311,7 +284,8 @@ class Transformer(nn.Module):
         """
         config = self.config
         widths = config.hidden_size, config.intermediate_size, config.head_dim
-        is_native = native.suits(self.dtype, self.device, *widths)
+        is_known = config.norm == "rms" and config.activation == "silu" and config.is_gated  # to the kernel
+        is_native = is_known and native.suits(self.dtype, self.device, *widths)
         for module in self.modules():
             if isinstance(module, Projection):
                 module.pack()
@@ -339,7 +313,8 @@ class Transformer(nn.Module):
         layer = self.decoder[0]
         for height in sorted({self.height(n) for n in range(1, rows + 1)}):
             x = torch.zeros(height, self.config.hidden_size, dtype=self.dtype, device=self.device)
-            q, _, _ = layer.question(x, *self.rotation(torch.zeros(height, dtype=torch.long, device=self.device)))
+            turns = self.rotation(torch.zeros(height, dtype=torch.long, device=self.device))
+            q, _, _ = layer.question(x, *turns[0])
             layer.output(x, q)
             if height <= self.height(logit_rows):
                 self.logits(x)
@@ -348,28 +323,37 @@ class Transformer(nn.Module):
         """Peak bytes of temporaries of `hidden` over `tokens` tokens when a layer's attention needs `attention` bytes."""
         config, tokens = self.config, self.height(tokens)
         heads, groups, depth = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-        stream = config.hidden_size + 2 * depth  # the residual stream, cos and sin
+        stream = config.hidden_size + 2 * depth * len(self._ropes)  # the residual stream, each cos and sin
         qk, qkv = (heads + groups) * depth, (heads + 2 * groups) * depth
-        is_native = self.decoder[0].is_native
+        is_native, is_wide = self.decoder[0].is_native, config.norm == "gemma"  # which norms in float32
+        wide = (2 * 4 // self.dtype.itemsize if is_wide else 0) * config.hidden_size
         # the norm; as projected; in torch normed and in the turn's three parts, natively turned only
-        turning = stream + config.hidden_size + qkv + (1 if is_native else 4) * qk
-        attending = stream + qkv + qk
-        feeding = stream + 2 * config.hidden_size + heads * depth + (3 if is_native else 4) * config.intermediate_size
+        turning = stream + config.hidden_size + qkv + (1 if is_native else 4) * qk + (2 * qk if is_wide else 0)
+        turning += heads * depth if config.query_scale != 1 else 0
+        attending = stream + qkv + qk + (heads * depth if config.query_scale != 1 else 0)
+        inner = 3 if is_native else 4 if config.is_gated else 2  # gate and up, and what becomes of them
+        feeding = stream + 2 * config.hidden_size + heads * depth + inner * config.intermediate_size
         width = tokens * self.dtype.itemsize
-        return max(width * turning, width * attending + attention, width * feeding)
+        return max(width * (turning + wide), width * attending + attention, width * (feeding + wide))
 
-    def rotation(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """cos, and sin with the sign that `rotate` needs, of each position's angles, (T, 1, D) in the model's dtype."""
+    def rotation(self, positions: Tensor) -> tuple[Turns, ...]:
+        """cos and sin of each position's angles in the model's dtype, for each kind of rotary positions that a layer has."""
         turns = self._turns
         if turns is None or turns.dtype != self.dtype or turns.device != self.device:
             turns = self._turns = self._table()
-        cos, sin = turns[positions].chunk(2, dim=-1)
-        return cos, sin
+        return tuple(cast(Turns, table[positions].chunk(2, dim=-1)) for table in turns)
 
     @torch.inference_mode(False)  # training may use a table that an evaluation made
     def _table(self) -> Tensor:
-        """Turns of all positions (P, 1, 2 D). Angles in float32: in bfloat16 they would be wrong by whole turns."""
-        positions = torch.arange(self.config.max_position_embeddings, dtype=torch.float32)
-        angles = torch.outer(positions, rotary_frequencies(dict(self.config.rope), self.config.head_dim))
-        cos, sin = angles.cos(), angles.sin()
-        return torch.cat((cos, cos, -sin, sin), dim=-1)[:, None].to(self.device, self.dtype)
+        """Turns of all positions, of each kind, (R, P, 1, 2 D). In float32: in bfloat16 angles would be whole turns off."""
+        longest, depth = self.config.max_length, self.config.head_dim
+        return torch.stack([_turns(rope, depth, longest).to(self.device, self.dtype) for rope in self._ropes])
+
+
+def _turns(rope: Rope, depth: int, longest: int) -> Tensor:
+    """Turns of all positions, float32 (P, 1, 2 D). A pair that does not turn is left as it is."""
+    inverse, factor = rotary.frequencies(rope, depth, longest), rotary.attention_factor(rope)
+    angles = torch.outer(torch.arange(longest, dtype=torch.float32), inverse)
+    scale = torch.where(inverse > 0, factor, 1.0)
+    cos, sin = angles.cos() * scale, angles.sin() * scale
+    return torch.cat((cos, cos, -sin, sin), dim=-1)[:, None]

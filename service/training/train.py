@@ -31,9 +31,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from service.model import families
 from service.model.checkpoint import save
 from service.model.tokenizer import Tokenizer
-from service.model.transformer import Attend, ModelConfig, Transformer
+from service.model.transformer import Attend, Transformer
 from service.training import needle
 from service.training.gradients import performer_attention, softmax_attention, streamed_attention
 
@@ -130,7 +131,7 @@ def attend_for(backend: str, length: int) -> Attend:
 def new_model(seed: int) -> Transformer:
     """Fresh weights: normal with a deviation of 1/sqrt(fan-in), projections onto the residual stream at zero."""
     torch.manual_seed(seed)
-    model = Transformer(ModelConfig.from_dict(ARCHITECTURE))
+    model = Transformer(families.read(ARCHITECTURE))
     nn.init.normal_(model.embed.weight, std=0.02)
     for layer in model.decoder:
         for matrix in (layer.qkv.weight, layer.gate_up.weight):

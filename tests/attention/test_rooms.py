@@ -25,10 +25,11 @@ LEVELS = (
     ("interface", "history"),
     ("kernels.softmax", "kernels.features"),
     ("kernels.softmax.streaming",),
-    ("kernels.softmax.decode",),
+    ("kernels.softmax.decode", "kernels.softmax.capped"),
     ("kernels.softmax.torch", "kernels.softmax.native", "kernels.features.torch", "kernels.features.native"),
     ("kernels.implementation",),
     ("backends",),
+    ("layered",),
     ("",),  # the face
     ("reference", "memory"),
     ("truth", "picture", "peers"),

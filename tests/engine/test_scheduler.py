@@ -22,7 +22,7 @@ from tests.engine import world
 MODEL = world.make_model()
 TOKENIZER = world.make_tokenizer()
 DENSE = world.make_backends(MODEL).by_name["dense"]
-PACE = Pace(2, Ramp(0.001, 1e-5), Ramp(0.0, 1e-9), DENSE)
+PACE = Pace(2, Ramp(0.001, 1e-5), {DENSE: Ramp(0.0, 1e-9)}, DENSE)
 BUDGET = 10_000
 
 

@@ -19,8 +19,9 @@ from service.config import EngineConfig
 from service.engine.engine import Backends, Engine
 from service.engine.observer import Outcome, Step
 from service.engine.request import Delta, Embedding, Request, Sampling
+from service.model import families
 from service.model.tokenizer import Tokenizer, _byte_alphabet
-from service.model.transformer import ModelConfig, Stages, Transformer
+from service.model.transformer import Stages, Transformer
 
 EOS = 256
 VOCABULARY = 257
@@ -33,7 +34,7 @@ _ids = itertools.count()
 def make_model(dtype: torch.dtype = torch.float32, eos: int = EOS, scale: int = 1, vocabulary: int = VOCABULARY) -> Transformer:
     """A transformer of random weights; untied, since a tied one would only repeat its last token."""
     torch.manual_seed(0)
-    config = ModelConfig.from_dict(
+    config = families.read(
         {
             "model_type": "qwen3",
             "vocab_size": vocabulary,

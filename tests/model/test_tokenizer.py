@@ -13,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import decoders, models
 
+from service.engine.text import TextStream
 from service.model.checkpoint import EMBEDDED
-from service.model.tokenizer import NFC_SHRINKS, Tokenizer, _sentencepiece_bytes
+from service.model.tokenizer import NFC_SHRINKS, Tokenizer
 
 TOKENIZER = Tokenizer.load(EMBEDDED)
 
@@ -112,10 +113,86 @@ def test_encoding_agrees_with_transformers() -> None:
     assert theirs.model_max_length == 32768
 
 
-def test_sentencepiece_spellings_become_their_bytes() -> None:
-    assert _sentencepiece_bytes("▁the") == b" the"
-    assert _sentencepiece_bytes("<0x0A>") == b"\n"
-    assert _sentencepiece_bytes("é") == "é".encode()
+WORDS = ("the", "a", "n't", "not", "do", ".", ",", "'", "s", "é", "##ing", "##s", "Ġ", "the▁a")
+BYTES = tuple(f"<0x{byte:02X}>" for byte in range(256))
+SPACES = decoders.Replace("▁", " ")
+DECODERS = {
+    "llama": decoders.Sequence([SPACES, decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]),
+    "gemma": decoders.Sequence([SPACES, decoders.ByteFallback(), decoders.Fuse()]),
+    "metaspace": decoders.Metaspace(),
+    "metaspace that prepends nothing": decoders.Metaspace(prepend_scheme="never"),
+    "wordpiece": decoders.WordPiece(),
+    "wordpiece as it stands": decoders.WordPiece(cleanup=False),
+    "none": None,
+}
+
+
+def toy(decoder: str) -> Tokenizer:
+    """Words, words that begin with sentencepiece's mark, and bytes, spelled by one of DECODERS."""
+    tokens = ["<s>", *WORDS, "▁", "▁▁", *(f"▁{word}" for word in WORDS), *BYTES]
+    core = tokenizers.Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=[]))
+    if DECODERS[decoder] is not None:
+        core.decoder = DECODERS[decoder]
+    core.add_special_tokens(["<s>"])
+    return Tokenizer(core, None)
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+@settings(max_examples=200, deadline=None)
+@given(data=st.data())
+def test_streamed_text_is_what_transformers_makes_of_the_tokens(decoder: str, data: st.DataObject) -> None:
+    transformers = pytest.importorskip("transformers")
+    tokenizer = toy(decoder)
+    words = 3 + 2 * len(WORDS) + data.draw(st.sampled_from((0, 128)))  # with or without bytes that are characters
+    ids = data.draw(st.lists(st.integers(0, words - 1), min_size=1, max_size=12))
+    theirs = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer._core)
+    whole = theirs.decode(ids)
+    assert tokenizer.decode(ids) == whole
+    cut = data.draw(st.integers(1, len(ids)))
+    stream = TextStream(tokenizer)
+    streamed = [stream.prompt(ids[:cut]), *(stream.push(token).text for token in ids[cut:]), stream.flush().text]
+    assert "".join(streamed) == whole
+
+
+def test_a_text_that_begins_with_a_space_byte_loses_it_as_it_loses_a_mark() -> None:
+    tokenizer = toy("llama")
+    assert tokenizer.decode([tokenizer._core.token_to_id(token) for token in ("<0x20>", "a")]) == "a"
+
+
+def test_bytes_of_one_character_that_come_one_by_one_become_it() -> None:
+    tokenizer = toy("llama")
+    ids = [tokenizer._core.token_to_id(token) for token in ("▁the", "<0xC3>", "<0xA9>", "<0x0A>", "▁a")]
+    assert tokenizer.decode(ids) == "theé\n a"
+
+
+def test_a_decoder_whose_pieces_depend_on_what_follows_is_refused_by_name() -> None:
+    core = tokenizers.Tokenizer(models.BPE(vocab={"a": 0}, merges=[]))
+    core.decoder = decoders.BPEDecoder()
+    with pytest.raises(ValueError, match="BPEDecoder"):
+        Tokenizer(core, None)
+
+
+def test_control_tokens_beyond_the_model_are_none_and_other_tokens_there_are_refused() -> None:
+    core = tokenizers.Tokenizer(models.BPE(vocab={"a": 0, "b": 1}, merges=[]))
+    core.decoder = decoders.ByteLevel()
+    core.add_special_tokens(["<image>"])
+    assert sorted(Tokenizer(core, None, vocab_size=2).ids) == [0, 1]
+    with pytest.raises(ValueError, match="not of one model"):
+        Tokenizer(core, None, vocab_size=1)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("tokenizer.model", b"x", "AutoTokenizer"),
+        ("tokenizer.json", b"version https://git-lfs.github.com/spec/v1", "git lfs pull"),
+        ("tokenizer.json", b"{", "download it again"),
+    ],
+)
+def test_a_tokenizer_that_cannot_be_read_is_named_with_what_to_do(tmp_path: Path, name: str, content: bytes, says: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises((FileNotFoundError, ValueError), match=says):
+        Tokenizer.load(tmp_path)
 
 
 def test_a_directory_without_a_tokenizer_is_named(tmp_path: Path) -> None:

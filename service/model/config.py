@@ -1,0 +1,188 @@
+"""What a checkpoint's `config.json` says: `ModelConfig` in this service's words, and `Fields`, through which a family reads it.
+
+Every field of a file is read by its family, or known to change no answer (`HARMLESS`), or refused by name. Null and false
+switch a thing off, so an unknown field that says so is passed over.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+
+from attention import NATIVE, HeadShape
+
+Rope = tuple[tuple[str, Any], ...]
+"""How positions turn queries and keys: sorted items, hashable; see `rotary.py`."""
+
+HARMLESS = frozenset(
+    """
+    _attn_implementation _attn_implementation_autoset _attn_implementation_internal _commit_hash _flash_attn_2_enabled
+    _name_or_path _num_labels architectures is_llama_config max_sequence_length
+    attention_dropout attn_implementation attn_pdrop bos_token_id chunk_size_feed_forward dtype embd_pdrop finetuning_task
+    gradient_checkpointing hidden_dropout id2label initializer_factor initializer_range is_decoder label2id model_type n_ctx
+    name_or_path num_labels output_attentions output_hidden_states pad_token_id prefix pretraining_tp problem_type
+    resid_pdrop return_dict sep_token_id summary_activation summary_first_dropout summary_proj_to_labels summary_type
+    summary_use_proj task_specific_params tie_encoder_decoder tokenizer_class torch_dtype torchscript transformers_version
+    transformers.js_config unk_token_id unsloth_fixed unsloth_version use_bfloat16 use_cache
+    cache_implementation diversity_penalty do_sample early_stopping encoder_no_repeat_ngram_size length_penalty max_length
+    max_new_tokens min_length no_repeat_ngram_size num_beam_groups num_beams num_return_sequences repetition_penalty
+    return_dict_in_generate temperature top_k top_p typical_p
+    """.split()
+)
+"""Fields that say how a model was made, kept or is sampled from, not which logits it has."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A decoder of any family. What differs between them are the knobs from `attention_bias` on."""
+
+    model_type: str
+    vocab_size: int  # V
+    hidden_size: int  # C
+    intermediate_size: int  # F
+    num_hidden_layers: int
+    num_attention_heads: int  # H
+    num_key_value_heads: int  # G
+    head_dim: int  # D
+    max_position_embeddings: int
+    norm_eps: float
+    ropes: tuple[Rope, ...]  # of each layer
+    tie_word_embeddings: bool
+    eos_token_ids: tuple[int, ...]
+    windows: tuple[int | None, ...]  # of each layer: earlier tokens that a token sees, None for all of them
+    attention_bias: bool = False  # on q, k, v
+    output_bias: bool = False  # on the projection behind attention
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    norm: Literal["rms", "gemma", "layer"] = "rms"  # gemma: times one more than the weight, in float32; layer: with a bias
+    is_sandwiched: bool = False  # norms behind attention and feed-forward, too
+    activation: Literal["silu", "gelu", "gelu_tanh"] = "silu"
+    is_gated: bool = True  # the activation gates a second projection
+    has_position_table: bool = False  # learned positions are added to the embeddings
+    query_scale: float = 1.0  # beside attention's own 1 / sqrt(D)
+    embed_scale: float = 1.0
+    score_cap: float | None = None  # attention's scores s are weighed as cap tanh(s / cap)
+    logit_cap: float | None = None  # logits x become cap tanh(x / cap)
+    served_length: int | None = None  # tokens of the longest sequence that is served, where that is less than the context
+
+    @property
+    def max_length(self) -> int:
+        """Most tokens a sequence may have, prompt and answer together."""
+        return self.served_length or self.max_position_embeddings
+
+    def up_to(self, length: int | None) -> ModelConfig:
+        """The same, serving sequences of up to `length` tokens; None: as long as the context. Raises ValueError beyond that."""
+        if length is not None and length > self.max_position_embeddings:
+            raise ValueError(f"max_length is {length}, the checkpoint's context {self.max_position_embeddings} tokens")
+        return replace(self, served_length=length)
+
+    @property
+    def native(self) -> dict[str, Any] | None:
+        """The options of `native`, the checkpoint's own backend; None where it was trained to attend as `dense` does."""
+        if self.score_cap is None and all(window is None for window in self.windows):
+            return None
+        return {"windows": list(self.windows)} | ({} if self.score_cap is None else {"score_cap": self.score_cap})
+
+    def lossy(self, backend: str) -> str | None:
+        """Why answers under a backend are not those the checkpoint was trained to give; None: they are, as far as it tells."""
+        if self.native is None or backend == NATIVE:
+            return None
+        own = "windows of its own" if self.score_cap is None else "windows and capped scores of its own"
+        return f"the checkpoint was trained with {own}, which native keeps and {backend} does not"
+
+    @property
+    def eos_token_id(self) -> int | None:
+        """The first end-of-text token, None when the checkpoint names none."""
+        return self.eos_token_ids[0] if self.eos_token_ids else None
+
+    def head_shape(self, dtype: torch.dtype, device: torch.device | str) -> HeadShape:
+        """The heads an attention backend is built for."""
+        return HeadShape(self.num_attention_heads, self.num_key_value_heads, self.head_dim, dtype, torch.device(device))
+
+
+class Fields:
+    """A `config.json`, field by field. What was asked for counts as read; `settle` refuses the rest.
+
+    An absent field has the default that transformers gives it, which its family states.
+    """
+
+    def __init__(self, raw: Mapping[str, Any]) -> None:
+        self._raw = raw
+        self._read: set[str] = set()
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """A field as it stands, or its default where it is absent."""
+        self._read.add(name)
+        return self._raw.get(name, default)
+
+    def has(self, name: str) -> bool:
+        """Whether it is there and not null."""
+        return self.get(name) is not None
+
+    def count(self, name: str, default: int) -> int:
+        """A whole number above zero; null is the default."""
+        value = self.get(name)
+        value = default if value is None else value
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name} must be a whole number above 0, the checkpoint says {value!r}")
+        return value
+
+    def number(self, name: str, default: float) -> float:
+        """A finite number above zero; null is the default."""
+        value = self.get(name)
+        value = default if value is None else value
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+            raise ValueError(f"{name} must be a number above 0, the checkpoint says {value!r}")
+        return float(value)
+
+    def flag(self, name: str, default: bool = False) -> bool:
+        """True or false; null is false."""
+        value = self.get(name, default)
+        if value not in (True, False, None):
+            raise ValueError(f"{name} must be true or false, the checkpoint says {value!r}")
+        return bool(value)
+
+    def is_one(self, name: str, *allowed: Any) -> None:
+        """Raise ValueError unless a field is absent or has one of the values that this service computes."""
+        value = self.get(name, allowed[0])
+        if value not in allowed:
+            named = " or ".join(repr(each) for each in allowed)
+            raise ValueError(f"{name} must be {named}, the checkpoint says {value!r}")
+
+    def settle(self) -> None:
+        """Raise ValueError for a field that nobody has read and that may change what the model answers."""
+        unread = {name: value for name, value in self._raw.items() if name not in self._read | HARMLESS}
+        rest = [name for name, value in unread.items() if not (value is None or value is False or value in ({}, []))]
+        if rest:
+            told = ", ".join(f"{name}: {str(self._raw[name])[:60]}" for name in rest)
+            raise ValueError(f"the checkpoint's config has fields whose meaning this service does not know ({told})")
+
+
+def eos_token_ids(value: Any) -> tuple[int, ...]:
+    """End-of-text tokens as files name them: none, one or a list."""
+    ids = () if value is None else tuple(value) if isinstance(value, list) else (value,)
+    if not all(isinstance(each, int) and not isinstance(each, bool) for each in ids):
+        raise ValueError(f"eos_token_id must be a token id or a list of them, the checkpoint says {value!r}")
+    return ids
+
+
+def windows(fields: Fields, layers: int, window: int | None, kinds: Sequence[str], longest: int) -> tuple[int | None, ...]:
+    """Of each layer how many earlier tokens a token sees: one fewer than the file's window, which counts the token itself.
+
+    kinds: `full_attention` or `sliding_attention` of each layer, where the file's `layer_types` does not say it. A window
+    that no sequence of up to `longest` tokens outgrows is none.
+    """
+    kinds = fields.get("layer_types") or kinds
+    strange = sorted(set(kinds) - {"full_attention", "sliding_attention"})
+    if strange or len(kinds) != layers:
+        raise ValueError(f"layer_types must say full_attention or sliding_attention for {layers} layers, received {kinds}")
+    if "sliding_attention" not in kinds:
+        return (None,) * layers
+    if window is None or isinstance(window, bool) or not isinstance(window, int) or window < 2:
+        raise ValueError(f"sliding_window must be a whole number above 1 where a layer slides, the checkpoint says {window!r}")
+    earlier = None if window >= longest else window - 1
+    return tuple(earlier if kind == "sliding_attention" else None for kind in kinds)

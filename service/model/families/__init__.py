@@ -1,0 +1,82 @@
+"""The model families: one file each, named as its `model_type`. A file says how a config is read and where parameters stand.
+
+`read` makes a `ModelConfig` of a `config.json`, `weights` its layout in the files. Nothing registers a family.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Iterator, Mapping
+from functools import cache
+from typing import Any, Protocol, cast
+
+from service.model.config import Fields, ModelConfig
+from service.model.layout import Weight
+
+
+class Family(Protocol):
+    """What a family's file holds."""
+
+    ARCHITECTURE: str
+    """The class of transformers that computes it."""
+    PREFIX: str
+    """What stands before the names of the body's tensors, unless a file leaves it out."""
+
+    def read(self, fields: Fields) -> ModelConfig:
+        """The config in this service's words. Raises ValueError for what the block does not compute."""
+
+    def weights(self, config: ModelConfig) -> Iterator[Weight]:
+        """Every parameter, and the file's tensors that it is made of."""
+
+
+@cache
+def names() -> tuple[str, ...]:
+    """The families there are: the file names of this folder, sorted."""
+    return tuple(sorted(module.name for module in pkgutil.iter_modules(__path__)))
+
+
+def of(model_type: str) -> Family:
+    """A family by its `model_type`."""
+    return cast(Family, importlib.import_module(f"{__name__}.{model_type}"))
+
+
+def read(raw: Mapping[str, Any]) -> ModelConfig:
+    """Read a `config.json`.
+
+    Raises:
+        ValueError: a family, or in its config anything, that is not computed here; the message names it.
+    """
+    name = raw.get("model_type")
+    if name not in names():
+        raise ValueError(f"model_type must be one of {', '.join(names())}, the checkpoint says {name!r}")
+    family, fields = of(name), Fields(raw)
+    _check_common(family, raw, fields)
+    config = family.read(fields)
+    fields.settle()
+    if config.num_attention_heads % config.num_key_value_heads:
+        heads = f"{config.num_attention_heads} and {config.num_key_value_heads}"
+        raise ValueError(f"num_attention_heads must be a multiple of num_key_value_heads, the checkpoint says {heads}")
+    return config
+
+
+def _check_common(family: Family, raw: Mapping[str, Any], fields: Fields) -> None:
+    """Raise ValueError for what no family computes."""
+    if method := fields.get("quantization_config"):
+        kind = method.get("quant_method", method) if isinstance(method, dict) else method
+        raise ValueError(f"quantization_config: the weights are quantized ({kind}); take the files that are not")
+    custom = fields.get("auto_map") or {}
+    if strange := sorted(f"{k}: {v}" for k, v in custom.items() if k == "AutoModelForCausalLM" and not _names(v, family)):
+        raise ValueError(f"auto_map: the checkpoint brings code of its own ({', '.join(strange)}), and none is run here")
+    architectures = raw.get("architectures") or [family.ARCHITECTURE]
+    bodies = {family.ARCHITECTURE, family.ARCHITECTURE.replace("ForCausalLM", "Model").replace("LMHeadModel", "Model")}
+    if not bodies & set(architectures):
+        raise ValueError(f"architectures must name {family.ARCHITECTURE}, the checkpoint says {architectures}")
+    fields.is_one("is_causal", True, None)
+    for off in ("is_encoder_decoder", "add_cross_attention"):
+        fields.is_one(off, False, None)
+
+
+def _names(reference: Any, family: Family) -> bool:
+    """Whether custom code only repeats the class that transformers itself has."""
+    return isinstance(reference, str) and reference.rsplit(".", 1)[-1] == family.ARCHITECTURE

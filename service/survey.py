@@ -1,0 +1,96 @@
+"""What a checkpoint would be served as, told from its config and the headers of its files: nothing is loaded or started."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import attention
+from attention import AttentionBackend, shares
+from service.config import AttentionConfig, ServiceConfig
+from service.engine.forecast import Course, Pace, Ramp
+from service.model import checkpoint, files, rotary
+from service.model.config import ModelConfig
+from service.model.tokenizer import Tokenizer
+from service.model.transformer import Transformer
+
+LENGTHS = (1024, 4096, 16384, 65536, 262144)
+SAMPLING = ("temperature", "top_p", "top_k", "repetition_penalty", "min_p")
+
+
+def survey(directory: Path, args: ServiceConfig, switch: AttentionConfig) -> Iterator[str]:
+    """Lines that tell what `args` and `switch` would make of a directory: model, ends of text, backends, bytes by length.
+
+    Raises:
+        FileNotFoundError, ValueError: what `checkpoint.load` refuses, but for numbers in the weights that are none.
+    """
+    directory = files.find(directory)
+    config = checkpoint.read_layout(directory)[0].up_to(args.max_length)
+    tokenizer = Tokenizer.load(directory, config.eos_token_id, config.vocab_size)
+    dtype, reason = checkpoint.choose_dtype(args.dtype, args.device)
+    model = checkpoint.outline(config).to(dtype)
+    count = sum(parameter.numel() for parameter in model.parameters())
+    name = str(dtype).removeprefix("torch.")
+    yield f"{args.name or checkpoint.id_of(directory)}: {config.model_type}, {count / 1e6:.1f} million parameters"
+    yield f"dtype       {name}, {_mib(count * dtype.itemsize)} MiB of weights ({reason})"
+    yield f"context     {config.max_length} tokens, vocabulary {len(tokenizer.ids)}{_positions(config)}"
+    yield f"ends        {', '.join(map(str, config.eos_token_ids)) or 'none: answers end by max_tokens alone'}"
+    yield f"sampling    {_sampling(directory)}"
+    yield f"attends     {_own(config)}"
+    yield from _table(config, model, args, switch.for_checkpoint(config.native))
+
+
+def _sampling(directory: Path) -> str:
+    """What becomes of the defaults that the checkpoint suggests."""
+    stated = files.read_json_if_there(directory / "generation_config.json")
+    suggested = [f"{name} {stated[name]}" for name in SAMPLING if stated.get(name) is not None]
+    if not suggested:
+        return "nothing suggested"
+    return f"the file suggests {', '.join(suggested)}: callers say theirs, these are not taken"
+
+
+def _positions(config: ModelConfig) -> str:
+    """What LongRoPE, whose factors are the served length's here and the text's in transformers, does to shorter texts."""
+    trained = [limit for rope in config.ropes if (limit := rotary.stretched_beyond(rope, config.max_length))]
+    if not trained:
+        return ""
+    return f"; texts up to {trained[0]} tokens are answered as in transformers under max_length: {trained[0]} only"
+
+
+def _own(config: ModelConfig) -> str:
+    if config.native is None:
+        return "to everything in every layer: under any backend but dense answers are others than transformers'"
+    layers = sum(window is not None for window in config.windows)
+    seen = sorted({window + 1 for window in config.windows if window is not None})
+    cap = "" if config.score_cap is None else f", scores capped at {config.score_cap:g}"
+    last = (
+        f"the last {' or '.join(map(str, seen))} tokens in {layers} of {len(config.windows)} layers" if seen else "everything"
+    )
+    return f"to {last}{cap}, as backend native"
+
+
+def _table(config: ModelConfig, model: Transformer, args: ServiceConfig, switch: AttentionConfig) -> Iterator[str]:
+    """A row per backend: MiB of one request by length."""
+    longest = config.max_length
+    lengths = [*(length for length in LENGTHS if length < longest), longest]
+    yield f"{'MiB of a request of so many tokens':40}" + "".join(f"{length:>10}" for length in lengths)
+    shape = config.head_shape(model.dtype, args.device)
+    for name, options in switch.backends.items():
+        backend = attention.build(name, options, shape)
+        course, pool = _course(model, backend, args.engine.chunk_tokens), backend.new_pool(config.num_hidden_layers, 0)
+        sizes = [pool.slot_bytes(length) + course.prefill_bytes(length) for length in lengths]
+        marks = [name, *(["default"] if name == switch.default else []), *(["lossy"] if config.lossy(name) else [])]
+        yield f"  {', '.join(marks):38}" + "".join(f"{_mib(size):>10}" for size in sizes)
+    if config.native is not None:
+        yield f"lossy: {config.lossy('the backend')}"
+
+
+def _course(model: Transformer, backend: AttentionBackend, chunk: int) -> Course:
+    """The course of a prefill, of which only the bytes are asked: no pace was measured."""
+    none = Ramp(0.0, 0.0)
+    pace = Pace(model.config.num_hidden_layers, none, dict.fromkeys(shares(backend), none), backend)
+    return Course(model, pace, model.config.max_length, chunk)
+
+
+def _mib(size: int) -> str:
+    return f"{size / 2**20:.1f}"

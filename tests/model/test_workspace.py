@@ -1,0 +1,34 @@
+"""What a model's layers take while they compute, against the law that admission reserves by: for every family."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from attention.memory import peak_bytes
+from service.model import families
+from service.model.checkpoint import load
+from tests.model.checkpoints import write
+
+WIDE = {"hidden_size": 256, "intermediate_size": 704, "head_dim": 64, "num_hidden_layers": 2}
+SLACK = 1 << 20  # the libraries' own scratch, and the allocator's rounding
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("family", families.names())
+def test_layers_take_no_more_than_their_law_states_and_not_much_less(tmp_path: Path, family: str, dtype: str) -> None:
+    shape = {"n_embd": 256, "n_layer": 2, "n_positions": 2048} if family == "gpt2" else WIDE | {"max_position_embeddings": 2048}
+    if family in ("gemma2", "gemma3_text"):
+        shape["query_pre_attn_scalar"] = 144
+    model = load(write(tmp_path, family, **shape), dtype=dtype).model
+    ids = torch.arange(1024)
+    model.rotation(ids)  # its table is made once
+    answer = torch.zeros(len(ids), model.config.num_attention_heads, model.config.head_dim, dtype=model.dtype)
+    with torch.inference_mode():
+        model.hidden(ids, ids, lambda layer, q, k, v: answer)
+        measured = peak_bytes(lambda: model.hidden(ids, ids, lambda layer, q, k, v: answer))
+    law = model.workspace_bytes(len(ids), 0)
+    assert measured - law <= 0.1 * law + SLACK, (measured, law)
+    assert law - measured <= 0.35 * law + SLACK, (measured, law)

@@ -1,0 +1,69 @@
+"""`longserve check` tells beforehand what serving would do, in the numbers that the engine admits by."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import attention
+from service import cli
+from service.model.checkpoint import load
+from tests.engine import world
+from tests.model.checkpoints import change, own_backend, write
+
+CONFIG = """
+applications:
+  - args: {dtype: float32}
+    deployments:
+      - name: longserve
+        user_config: {attention: {backends: {dense: {}, sliding_window: {window: 20}}}}
+"""
+
+
+@pytest.fixture
+def told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> tuple[Path, list[str]]:
+    """What is told of a checkpoint with windows."""
+    (tmp_path / "serve.yaml").write_text(CONFIG)
+    directory = write(tmp_path / "tiny", "mistral", sliding_window=32, max_position_embeddings=3000)
+    change(directory, "generation_config.json", eos_token_id=[3, 9], temperature=0.6)
+    capsys.readouterr()
+    assert cli.main(["check", str(directory), str(tmp_path / "serve.yaml")]) == 0
+    return directory, capsys.readouterr().out.splitlines()
+
+
+def test_it_tells_the_model_its_ends_and_which_backends_are_lossy(told: tuple[Path, list[str]]) -> None:
+    directory, lines = told
+    count = sum(parameter.numel() for parameter in load(directory).model.parameters())
+    assert lines[0] == f"tiny: mistral, {count / 1e6:.1f} million parameters"
+    assert "float32" in lines[1] and "3000 tokens" in lines[2] and "3, 9" in lines[3] and "temperature 0.6" in lines[4]
+    assert "last 32 tokens in 2 of 2 layers" in lines[5]
+    rows = [line.split("  ")[1] for line in lines[7:10]]
+    assert rows == ["native, default", "dense, lossy", "sliding_window, lossy"]
+
+
+async def test_its_bytes_are_those_that_the_engine_reserves(told: tuple[Path, list[str]]) -> None:
+    directory, lines = told
+    loaded = load(directory, dtype="float32")
+    from service.engine.allowlist import Backends
+
+    backends = {
+        "native": own_backend(loaded.model),
+        "dense": attention.build("dense", None, loaded.model.head_shape()),
+        "sliding_window": attention.build("sliding_window", {"window": 20}, loaded.model.head_shape()),
+    }
+    async with world.running(loaded.model, Backends(backends, "native"), tokenizer=loaded.tokenizer) as engine:
+        for name, line in zip(backends, lines[7:10], strict=True):
+            plan = engine.plan(world.completion(torch.zeros(1024, dtype=torch.long).tolist(), backend=name, max_tokens=0))
+            needed = plan.terms["state"] + plan.terms["step"]
+            assert float(line.split()[-2]) == pytest.approx(needed / 2**20, abs=0.05)
+
+
+def test_what_serving_would_refuse_is_refused_with_its_reason(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    directory = write(tmp_path / "tiny", "llama")
+    change(directory, odd_scale=3.0)
+    assert cli.main(["check", str(directory)]) == 1
+    assert "odd_scale: 3.0" in capsys.readouterr().err
+    assert cli.main(["check", str(tmp_path / "Some" / "Model-7B")]) == 1
+    assert "Some/Model-7B is a repository of a hub" in capsys.readouterr().err
