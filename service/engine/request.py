@@ -51,6 +51,7 @@ class Request:
     timings: Timings = field(default_factory=Timings)
     trace: Mapping[str, str] = field(default_factory=dict)  # the caller's W3C trace context, by header
     leading: int = 0  # of the tokens: special ones that the service put in front of a text; an echo leaves them out
+    source: str | None = None  # the caller's name for what the tokens come from; None: by kind
 
     @property
     def total_tokens(self) -> int:
@@ -60,7 +61,7 @@ class Request:
     @property
     def param(self) -> str:
         """The caller's name for what the tokens come from."""
-        return "input" if self.kind == "embedding" else "prompt"
+        return self.source or ("input" if self.kind == "embedding" else "prompt")
 
 
 @dataclass(frozen=True, slots=True)

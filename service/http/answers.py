@@ -9,6 +9,7 @@ import json
 import struct
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from service.engine.request import Delta, Embedding, FinishReason, Request, TokenLogprob
@@ -16,8 +17,6 @@ from service.http.face import Host, Tokenizer
 from service.timing import PHASES, receipt
 
 Json = dict[str, Any]
-LOGPROB_KEYS = ("tokens", "token_logprobs", "top_logprobs", "text_offset")
-
 
 LONG_LIST = 256
 """Entries; a longer list is spelled and encoded in a thread, by so many at once: some milliseconds of Python's lock."""
@@ -26,13 +25,15 @@ LONG_LIST = 256
 class Choice:
     """One sample on its way: the chunk each delta makes, and the whole when it is complete."""
 
+    spellers: type[Speller]
+
     def __init__(self, index: int, tokenizer: Tokenizer, is_streamed: bool) -> None:
         self.index = index
         self._is_streamed = is_streamed  # nobody asks for the whole: nothing is kept
         self.finish_reason: FinishReason | None = None
         self._texts: list[str] = []
         self._logprobs: list[Json] = []
-        self._speller = Speller(tokenizer)
+        self._speller = self.spellers(tokenizer)
 
     def add(self, delta: Delta) -> Json:
         """Take a delta in; returns it as a chunk's choice."""
@@ -41,36 +42,38 @@ class Choice:
         if not self._is_streamed:
             self._texts.append(delta.text)
             self._logprobs += [] if logprobs is None else [logprobs]
-        return {"index": self.index, "text": delta.text, "logprobs": logprobs, "finish_reason": delta.finish_reason}
+        return {"index": self.index, **self.part(delta.text), "logprobs": logprobs, "finish_reason": delta.finish_reason}
 
     def whole(self) -> Json:
         """The complete sample."""
         assert self.finish_reason is not None, "a whole choice has ended"
-        logprobs = {key: [item for part in self._logprobs for item in part[key]] for key in LOGPROB_KEYS}
-        return {
-            "index": self.index,
-            "text": "".join(self._texts),
-            "logprobs": logprobs if self._logprobs else None,
-            "finish_reason": self.finish_reason,
-        }
+        logprobs = self.spellers.joined(self._logprobs) if self._logprobs else None
+        text = self.all("".join(self._texts))
+        return {"index": self.index, **text, "logprobs": logprobs, "finish_reason": self.finish_reason}
+
+    def part(self, text: str) -> Json:
+        """The next piece of text as a chunk shows it."""
+        raise NotImplementedError
+
+    def all(self, text: str) -> Json:
+        """The whole text as an answer shows it."""
+        raise NotImplementedError
 
 
 class Speller:
-    """Tokens' log-probabilities in OpenAI's spelling, with each token's place in the text of its sample."""
+    """Tokens' log-probabilities in OpenAI's spelling."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
-        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")  # a token may end inside a character
-        self._offset = 0
 
     def spell(self, logprobs: Sequence[TokenLogprob]) -> Json:
         """The next tokens of the sample."""
-        return {
-            "tokens": [self._text(each.token) for each in logprobs],
-            "token_logprobs": [each.logprob for each in logprobs],
-            "top_logprobs": [self._top(each) for each in logprobs],
-            "text_offset": [self._advance(each.token) for each in logprobs],
-        }
+        raise NotImplementedError
+
+    @staticmethod
+    def joined(parts: Sequence[Json]) -> Json:
+        """Several spellings as one."""
+        return {key: [item for part in parts for item in part[key]] for key in parts[0] if parts[0][key] is not None}
 
     def _text(self, token: int) -> str:
         """The token's text; one that is no text by itself is spelled `bytes:\\xe2`, as OpenAI does."""
@@ -79,6 +82,23 @@ class Speller:
             return raw.decode()
         except UnicodeDecodeError:
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
+
+
+class ListSpeller(Speller):
+    """As completions spell them: a list for each fact, and each token's place in the text of its sample."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        super().__init__(tokenizer)
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")  # a token may end inside a character
+        self._offset = 0
+
+    def spell(self, logprobs: Sequence[TokenLogprob]) -> Json:
+        return {
+            "tokens": [self._text(each.token) for each in logprobs],
+            "token_logprobs": [each.logprob for each in logprobs],
+            "top_logprobs": [self._top(each) for each in logprobs],
+            "text_offset": [self._advance(each.token) for each in logprobs],
+        }
 
     def _top(self, logprob: TokenLogprob) -> dict[str, float] | None:
         return {self._text(token): value for token, value in logprob.top} if logprob.logprob is not None else None
@@ -89,14 +109,74 @@ class Speller:
         return start
 
 
-class Completion:
-    """The answer to one completion call: every prompt's every sample."""
+class ItemSpeller(Speller):
+    """As conversations spell them: an object for each token."""
 
-    def __init__(self, id: str, requests: Sequence[Request], host: Host, is_streamed: bool) -> None:
-        self._head = {"id": f"cmpl-{id}", "object": "text_completion", "created": int(time.time()), "model": host.card.id}
+    def spell(self, logprobs: Sequence[TokenLogprob]) -> Json:
+        return {"content": [self._item(each) for each in logprobs], "refusal": None}
+
+    def _item(self, told: TokenLogprob) -> Json:
+        assert told.logprob is not None, "only a prompt's first token has none"
+        return self._entry(told.token, told.logprob) | {"top_logprobs": [self._entry(*each) for each in told.top]}
+
+    def _entry(self, token: int, logprob: float) -> Json:
+        return {"token": self._text(token), "logprob": logprob, "bytes": list(self._tokenizer.token_bytes(token))}
+
+    @staticmethod
+    def joined(parts: Sequence[Json]) -> Json:
+        return Speller.joined(parts) | {"refusal": None}
+
+
+class TextChoice(Choice):
+    """A sample of a completion."""
+
+    spellers = ListSpeller
+
+    def part(self, text: str) -> Json:
+        return {"text": text}
+
+    def all(self, text: str) -> Json:
+        return {"text": text}
+
+
+class ChatChoice(Choice):
+    """A sample of what the assistant says."""
+
+    spellers = ItemSpeller
+    _is_opened = False
+
+    def part(self, text: str) -> Json:
+        role = {} if self._is_opened else {"role": "assistant"}
+        self._is_opened = True
+        return {"delta": {**role, "content": text}}
+
+    def all(self, text: str) -> Json:
+        return {"message": {"role": "assistant", "content": text, "refusal": None}}
+
+
+@dataclass(frozen=True)
+class Form:
+    """One of OpenAI's two shapes of what was drawn."""
+
+    prefix: str  # of its id
+    whole: str  # its name
+    chunk: str  # that of a part
+    choice: type[Choice]
+
+
+TEXT = Form("cmpl", "text_completion", "text_completion", TextChoice)
+CHAT = Form("chatcmpl", "chat.completion", "chat.completion.chunk", ChatChoice)
+
+
+class Completion:
+    """The answer to one call that draws tokens: every prompt's every sample."""
+
+    def __init__(self, id: str, requests: Sequence[Request], host: Host, is_streamed: bool, form: Form) -> None:
+        name = form.chunk if is_streamed else form.whole
+        self._head = {"id": f"{form.prefix}-{id}", "object": name, "created": int(time.time()), "model": host.card.id}
         self._requests = requests
         self._samples = requests[0].n
-        self._choices = [Choice(index, host.tokenizer, is_streamed) for index in range(len(requests) * self._samples)]
+        self._choices = [form.choice(index, host.tokenizer, is_streamed) for index in range(len(requests) * self._samples)]
         self.is_long = False  # whether a thread should encode it
 
     async def take(self, prompt: int, delta: Delta) -> Json:

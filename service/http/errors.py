@@ -33,6 +33,18 @@ class ModelNotFound(InvalidRequest):
     code = "model_not_found"
 
 
+class ChatNotOffered(InvalidRequest):
+    """The model has no chat template, or none that is safe."""
+
+    code = "chat_not_offered"
+
+
+class TemplateRefused(InvalidRequest):
+    """The model's chat template does not take these messages."""
+
+    code = "chat_template_refused"
+
+
 class WrongMediaType(InvalidRequest):
     """The body is not declared to be JSON."""
 
@@ -170,8 +182,20 @@ async def _http(request: HttpRequest, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     if error.status_code == 405:
         return _wrong_method(request, (error.headers or {})["Allow"])
-    message = f"no route {quoted(request.url.path)}; /docs lists the routes" if error.status_code == 404 else str(error.detail)
+    message = _no_route(request.url.path) if error.status_code == 404 else str(error.detail)
     return _json(shaped(error.status_code, message), error.status_code, dict(error.headers or {}))
+
+
+POINTERS = {
+    "/v1/responses": "send the conversation to /v1/chat/completions, which keeps no state between calls",
+    "/v1/messages": "send the conversation to /v1/chat/completions",
+}
+"""Routes of others' that callers may look for here, and where to turn instead."""
+
+
+def _no_route(path: str) -> str:
+    pointer = next((told for start, told in POINTERS.items() if f"{path}/".startswith(f"{start}/")), "/docs lists the routes")
+    return f"no route {quoted(path)}: {pointer}"
 
 
 def _wrong_method(request: HttpRequest, routed: str) -> Response:

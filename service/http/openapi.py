@@ -7,7 +7,7 @@ table in `errors.py`), headers, and the bounds that come from config and model.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from http import HTTPStatus
 from typing import Any
 
@@ -17,15 +17,16 @@ from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
 from service.engine.request import AUTO
-from service.http.answer_schemas import CompletionChunk, Error
+from service.http.answer_schemas import ChatChunk, CompletionChunk, Error
 from service.http.auth import OPEN_PATHS
 from service.http.errors import NotReady, codes
 from service.http.face import Host, ModelCard
 from service.http.schemas import (
     MOST_FIELDS,
-    NEUTRAL,
+    ChatBody,
     CompletionBody,
     DetokenizeBody,
+    Drawn,
     EmbeddingBody,
     PlanBody,
     TokenizeBody,
@@ -34,7 +35,7 @@ from service.http.schemas import (
 Json = dict[str, Any]
 
 REFERENCE = "#/components/schemas/{model}"
-BODIES = (CompletionBody, EmbeddingBody, PlanBody, TokenizeBody, DetokenizeBody)
+BODIES = (CompletionBody, ChatBody, EmbeddingBody, TokenizeBody, DetokenizeBody)
 
 ALWAYS = (400, 401, 408, 413, 415, 429, 500, 503)
 """Statuses of every route: a body is read, and bounded, wherever one is sent. 401 only where keys are asked for."""
@@ -64,7 +65,7 @@ EVENT: Json = {
     "properties": {
         "data": {
             "type": "string",
-            "description": "A CompletionChunk as JSON. Last: [DONE], or an Error as JSON when the answer failed half-way.",
+            "description": "A CompletionChunk or ChatChunk as JSON. Last: [DONE], or an Error as JSON after a failure.",
         }
     },
 }
@@ -120,7 +121,7 @@ def operation(
         responses[200]["content"] = {kind: {"schema": {"type": "string"}} for kind in ("text/plain", OPENMETRICS)}
     else:
         responses[200]["model"] = answer
-    if body is CompletionBody:
+    if body is not None and issubclass(body, Drawn):
         responses[200]["content"] = {"text/event-stream": {"schema": EVENT}}
     extra: Json = {"parameters": [REQUEST_ID, *([TIMEOUT] if body else [])]}
     if body is not None:
@@ -145,22 +146,24 @@ def _reference(kind: type[BaseModel]) -> Json:
 def document(app: FastAPI, host: Host) -> Json:
     """The whole document, with the bounds in force now."""
     made = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
-    _, bodies = models_json_schema([(kind, "validation") for kind in (*BODIES, CompletionChunk)], ref_template=REFERENCE)
+    _, bodies = models_json_schema(
+        [(kind, "validation") for kind in (*BODIES, PlanBody, CompletionChunk, ChatChunk)], ref_template=REFERENCE
+    )
     schemas = made["components"]["schemas"] = made["components"]["schemas"] | bodies["$defs"]
     made["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
     for path, operations in made["paths"].items():
         for each in operations.values():
             each["responses"].pop("422", None)  # FastAPI's own, which nothing here sends
             each["security"] = [{}] if path in OPEN_PATHS else [{}, {"key": []}]
-    for name in ("CompletionBody", "EmbeddingBody", "TokenizeBody", "DetokenizeBody"):
-        _bound(schemas[name], host)
+    for kind in BODIES:
+        _bound(schemas[kind.__name__], kind.neutral, host)
     _relate(schemas)
     for unused in ("HTTPValidationError", "ValidationError"):
         schemas.pop(unused, None)
     return made
 
 
-def _bound(schema: Json, host: Host) -> None:
+def _bound(schema: Json, neutral: Mapping[str, Sequence[Any]], host: Host) -> None:
     """Write the bounds of this replica into a body's schema."""
     properties, limits = schema["properties"], host.config
     schema["maxProperties"] = MOST_FIELDS
@@ -179,7 +182,7 @@ def _bound(schema: Json, host: Host) -> None:
     for name, bound in bounds.items():
         if name in properties:
             properties[name] |= bound
-    for name, values in NEUTRAL.items():
+    for name, values in neutral.items():
         told = " or ".join(json.dumps(each) for each in values)
         properties[name] = {"enum": list(values), "description": f"Not offered: leave it out or send {told}."}
 
@@ -195,6 +198,18 @@ def _relate(schemas: Json) -> None:
     """What JSON Schema can say of fields that depend on each other, and examples."""
     asks = {"properties": {"stream_options": {"type": "object"}}, "required": ["stream_options"]}
     streams = {"properties": {"stream": {"const": True}}, "required": ["stream"]}
+    schemas["ChatBody"] |= {
+        "if": asks,
+        "then": streams,
+        "examples": [
+            {"messages": [{"role": "user", "content": "def fibonacci(n):"}], "max_tokens": 8, "temperature": 0},
+            {
+                "messages": [{"role": "user", "content": [{"type": "text", "text": "import os"}]}],
+                "stream": True,
+                "max_tokens": 4,
+            },
+        ],
+    }
     schemas["CompletionBody"] |= {
         "if": asks,
         "then": streams,
@@ -206,13 +221,16 @@ def _relate(schemas: Json) -> None:
     schemas["EmbeddingBody"]["examples"] = [{"input": ["import os", "def f("], "encoding_format": "base64"}]
     schemas["TokenizeBody"]["examples"] = [{"prompt": "import os"}]
     schemas["DetokenizeBody"]["examples"] = [{"tokens": [1, 2, 3]}]
-    completion, embedding = _reference(CompletionBody), _reference(EmbeddingBody)
     schemas["PlanBody"] = {
         "title": "PlanBody",
         "description": PlanBody.__doc__,
         "oneOf": [
-            {"allOf": [completion], "not": {"required": ["input"]}},
-            {"allOf": [embedding], "not": {"required": ["prompt"]}},
+            {"allOf": [_reference(kind)], "not": {"anyOf": [{"required": [each]} for each in others]}}
+            for kind, others in (
+                (CompletionBody, ("messages", "input")),
+                (ChatBody, ("prompt", "input")),
+                (EmbeddingBody, ("prompt", "messages")),
+            )
         ],
         "examples": [{"prompt": "import os", "max_tokens": 8}, {"input": "import os"}],
     }

@@ -6,24 +6,42 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 
-from service.engine.request import AUTO, ContextTooLong, InvalidRequest, Request, Sampling, UnknownBackend, quoted
+from service.engine.request import AUTO, InvalidRequest, Request, Sampling, UnknownBackend, quoted
 from service.http.errors import ModelNotFound
 from service.http.face import Host
+from service.http.length import check_text, check_tokens
 from service.http.reader import Call
-from service.http.schemas import Attended, Body, CompletionBody, EmbeddingBody, PlanBody, Prompt
+from service.http.schemas import Attended, Body, ChatBody, CompletionBody, Drawn, EmbeddingBody, PlanBody, Prompt
 from service.timing import Timings
 
 DEFAULT_MAX_TOKENS = 16  # OpenAI's
-UTF8_BYTES = 4  # of one character, at most
+DEFAULT_CHAT_TOKENS = 1024  # or what the context leaves; OpenAI's is the context, whose bytes would be reserved
 
 
 async def completion_requests(body: CompletionBody, host: Host, call: Call) -> list[Request]:
     """One request per prompt. Raises InvalidRequest."""
+    return await _requests(_drawing(body, host, call), "prompt", body.prompt, body.with_special_tokens, host, call)
+
+
+async def chat_requests(body: ChatBody, host: Host, call: Call) -> list[Request]:
+    """The one request of a conversation, as the model's chat template writes it. Raises InvalidRequest."""
+    asked, start, most = _drawing(body, host, call), time.monotonic(), host.card.max_length
+    messages = [each.plain() for each in body.messages]
+    tokens = await host.reader.chat(messages, body.chat_template_kwargs or {}, most, call)
+    check_tokens(len(tokens), most, "messages")
+    sampling = asked.sampling
+    if body.most_tokens is None:
+        sampling = replace(sampling, max_tokens=max(1, min(DEFAULT_CHAT_TOKENS, most - len(tokens))))
+    timings = Timings(tokenize_seconds=time.monotonic() - start)
+    return [replace(asked, id=f"{asked.id}-0", tokens=tokens, sampling=sampling, timings=timings, source="messages")]
+
+
+def _drawing(body: Drawn, host: Host, call: Call) -> Request:
+    """The request of a body that draws tokens, its prompt left out. Raises InvalidRequest."""
     if body.samples > host.config.max_samples:
         raise InvalidRequest(f"n may be at most {host.config.max_samples}, received {body.samples}", param="n")
     backend, sampling = backend_of(body, host), sampling_of(body)
-    asked = Request(call.id, "completion", (), backend, sampling, body.samples, call.deadline, trace=call.trace)
-    return await _requests(asked, "prompt", body.prompt, body.with_special_tokens, host, call)
+    return Request(call.id, "completion", (), backend, sampling, body.samples, call.deadline, trace=call.trace)
 
 
 async def embedding_requests(body: EmbeddingBody, host: Host, call: Call) -> list[Request]:
@@ -37,6 +55,8 @@ async def planned_requests(body: PlanBody, host: Host, call: Call) -> list[Reque
     asked = body.root
     if isinstance(asked, CompletionBody):
         return await completion_requests(asked, host, call)
+    if isinstance(asked, ChatBody):
+        return await chat_requests(asked, host, call)
     return await embedding_requests(asked, host, call)
 
 
@@ -66,7 +86,7 @@ def backend_of(body: Attended, host: Host) -> str | None:
     return named or body.attention
 
 
-def sampling_of(body: CompletionBody) -> Sampling:
+def sampling_of(body: Drawn) -> Sampling:
     """The body's wishes in the engine's terms, with OpenAI's defaults."""
     return Sampling(
         max_tokens=DEFAULT_MAX_TOKENS if body.most_tokens is None else body.most_tokens,
@@ -75,8 +95,8 @@ def sampling_of(body: CompletionBody) -> Sampling:
         top_k=max(body.top_k or 0, 0),
         stop=body.stop,
         seed=body.seed,
-        logprobs=body.logprobs,
-        echo=bool(body.echo),
+        logprobs=body.alternatives,
+        echo=isinstance(body, CompletionBody) and bool(body.echo),
         ignore_eos=bool(body.ignore_eos),
     )
 
@@ -109,28 +129,10 @@ async def tokens_of(prompt: Prompt, add_special_tokens: bool, host: Host, param:
     if not isinstance(prompt, str):
         check_ids(prompt, host, param)
         return prompt
-    _check_length(prompt, host, param)
+    check_text(prompt, host.tokenizer.longest_token_bytes, host.card.max_length, param)
     tokens = await host.reader.encode(prompt, add_special_tokens, call)
-    if len(tokens) > host.card.max_length:  # the engine would say so too, after the other prompts have been read
-        raise ContextTooLong(
-            f"the input has {len(tokens)} tokens, but the model's context is {host.card.max_length} tokens",
-            param=param,
-            details={"prompt_tokens": len(tokens), "max_tokens": host.card.max_length},
-        )
+    check_tokens(len(tokens), host.card.max_length, param)  # the engine would, after the other prompts have been read
     return tokens
-
-
-def _check_length(text: str, host: Host, param: str) -> None:
-    """Raise ContextTooLong for a text that no way of cutting it into tokens could fit: what is read costs time."""
-    longest = host.tokenizer.longest_token_bytes
-    if longest is None or len(text) <= (most := host.card.max_length * longest) // UTF8_BYTES:
-        return
-    if (received := len(text.encode())) > most:
-        raise ContextTooLong(
-            f"the text has {received} bytes, but the model's context of {host.card.max_length} tokens holds {most} at most",
-            param=param,
-            details={"text_bytes": received, "most_bytes": most, "max_tokens": host.card.max_length},
-        )
 
 
 def check_ids(tokens: Sequence[int], host: Host, param: str) -> None:

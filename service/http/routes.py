@@ -1,4 +1,4 @@
-"""The routes: OpenAI's for models, completions and embeddings; ours for tokens, plans and the state of the service.
+"""The routes: OpenAI's for models, completions, chat and embeddings; ours for tokens, plans and the state of the service.
 
 One function per route, each in the order a reader would say it: what is asked, what it becomes, what is answered.
 """
@@ -19,9 +19,10 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.types import ASGIApp
 
 from service import exposition
-from service.engine.request import InvalidRequest, quoted
+from service.engine.request import InvalidRequest, Request, quoted
 from service.http import answers, errors
 from service.http.answer_schemas import (
+    ChatAnswer,
     CompletionAnswer,
     DetokenizeAnswer,
     EmbeddingAnswer,
@@ -41,6 +42,7 @@ from service.http.errors import ModelNotFound
 from service.http.face import Host
 from service.http.openapi import TIMEOUT_HEADER, document, model_ids, operation
 from service.http.prompts import (
+    chat_requests,
     check_ids,
     check_model,
     completion_requests,
@@ -48,7 +50,16 @@ from service.http.prompts import (
     planned_requests,
 )
 from service.http.reader import Call
-from service.http.schemas import CompletionBody, DetokenizeBody, EmbeddingBody, PlanBody, StreamOptions, TokenizeBody
+from service.http.schemas import (
+    ChatBody,
+    CompletionBody,
+    DetokenizeBody,
+    Drawn,
+    EmbeddingBody,
+    PlanBody,
+    StreamOptions,
+    TokenizeBody,
+)
 from service.http.streaming import CompletionStream, complete, embed
 
 NUMBER = re.compile(r"[0-9]{1,20}(\.[0-9]{1,400})?([eE][+-]?[0-9]{1,3})?")  # Python's own reading takes 1_0 and nan too
@@ -79,12 +90,14 @@ def _add_inference(app: FastAPI, host: Host) -> None:
         """Continue a prompt, or several."""
         call = _call(caller, host)
         body = await _body(call, CompletionBody, host)
-        requests = await completion_requests(body, host, call)
-        completion = Completion(call.id, requests, host, bool(body.stream))
-        if body.stream:
-            return CompletionStream(host, requests, completion, body.stream_options or StreamOptions())
-        answer = await complete(host, requests, completion, caller)
-        return _json(answer, answers.headers(requests))
+        return await _drawn(call, body, await completion_requests(body, host, call), answers.TEXT, host)
+
+    @app.post("/v1/chat/completions", **operation(ChatAnswer, ChatBody, has_receipt=True))
+    async def chat(caller: HttpRequest) -> Response:
+        """What the assistant says next in a conversation, which the model's own chat template writes as a prompt."""
+        call = _call(caller, host)
+        body = await _body(call, ChatBody, host)
+        return await _drawn(call, body, await chat_requests(body, host, call), answers.CHAT, host)
 
     @app.post("/v1/embeddings", **operation(EmbeddingAnswer, EmbeddingBody, has_receipt=True))
     async def embeddings(caller: HttpRequest) -> Response:
@@ -98,7 +111,7 @@ def _add_inference(app: FastAPI, host: Host) -> None:
 
     @app.post("/v1/plan", **operation(PlanAnswer, PlanBody))
     async def plan(caller: HttpRequest) -> Response:
-        """What a completion or an embedding would cost, and whether it would be let in now. Computes nothing."""
+        """What a call of one of the others would cost, and whether it would be let in now. Computes nothing."""
         call = _call(caller, host)
         body = await _body(call, PlanBody, host)
         requests = await planned_requests(body, host, call)
@@ -174,6 +187,14 @@ def _add_state(app: FastAPI, host: Host) -> None:
         format = exposition.format_of(caller.headers.get("accept", ""))
         is_fresh = "no-cache" in caller.headers.get("cache-control", "")
         return Response(await host.metrics(format, is_fresh), headers={"content-type": exposition.CONTENT_TYPES[format]})
+
+
+async def _drawn(call: Call, body: Drawn, requests: Sequence[Request], form: answers.Form, host: Host) -> Response:
+    """The answer to a call that draws tokens, whole or as a stream."""
+    completion = Completion(call.id, requests, host, bool(body.stream), form)
+    if body.stream:
+        return CompletionStream(host, requests, completion, body.stream_options or StreamOptions())
+    return _json(await complete(host, requests, completion, call.caller), answers.headers(requests))
 
 
 async def _body(call: Call, kind: type[B], host: Host) -> B:

@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-COMPLETIONS, EMBEDDINGS, PLAN = "/v1/completions", "/v1/embeddings", "/v1/plan"
+COMPLETIONS, EMBEDDINGS, PLAN, CHAT = "/v1/completions", "/v1/embeddings", "/v1/plan", "/v1/chat/completions"
 TOKENIZE, DETOKENIZE, MODELS = "/tokenize", "/detokenize", "/v1/models"
 POSTS = {COMPLETIONS: {"prompt": "a"}, EMBEDDINGS: {"input": "a"}, PLAN: {"prompt": "a"}}
-POSTS |= {TOKENIZE: {"prompt": "a"}, DETOKENIZE: {"tokens": [1]}}
+POSTS |= {TOKENIZE: {"prompt": "a"}, DETOKENIZE: {"tokens": [1]}, CHAT: {"messages": [{"role": "user", "content": "a"}]}}
 """Every route that takes a body, with the smallest good one."""
 
 GETS = (MODELS, "/v1/models/x", "/health", "/ready", "/info", "/metrics")
@@ -154,6 +154,62 @@ INTEGERS = [
     row
     for name in ("max_tokens", "max_completion_tokens", "n", "best_of", "top_k", "seed", "logprobs")
     for row in values(name, True, False, "1", "", 1.0, 1.5, [], {}, [1], -2, 2**63, 2**64, 10**40, paths=(COMPLETIONS, PLAN))
+]
+
+
+def message(param: str, *given: Mapping[str, Any]) -> list[Bad]:
+    """Rows of a conversation's second message that is wrong."""
+    first = {"role": "user", "content": "a"}
+    return wrong(CHAT, param, *({"messages": [first, {**first, **each}]} for each in given))
+
+
+MESSAGES = [
+    *values("messages", None, True, 1, "a", {}, [], paths=(CHAT,)),
+    *wrong(CHAT, "messages.0", {"messages": ["a"]}, {"messages": [None]}, {"messages": [[]]}),
+    *wrong(CHAT, "messages.0.role", {"messages": [{"content": "a"}]}),
+    *wrong(CHAT, "messages.0.content", {"messages": [{"role": "user"}]}),
+    *message("messages.1.role", *({"role": each} for each in (None, 1, "", "User", "function", "critic", ["user"]))),
+    *message("messages.1.content", *({"content": each} for each in (None, 1, True, {}, [], ["a"], [None], [{}], [[]]))),
+    *message("messages.1.content", {"content": [{"type": "text"}]}, {"content": [{"type": "text", "text": 1}]}),
+    *message("messages.1.content", {"content": [{"type": "text", "text": "a", "more": 1}]}, {"content": [{"text": "a"}]}),
+    *message(
+        "messages.1.content",
+        *(
+            {"content": [{"type": "text", "text": "a"}, {"type": kind, kind: {"url": "data:,"}}]}
+            for kind in ("image_url", "input_audio", "file", "video_url", "refusal")
+        ),
+    ),
+    *message("messages.1.name", {"name": 1}, {"name": []}),
+    *message("messages.1.contents", {"contents": "a"}),
+    *message("tool_calls", {"tool_calls": [{"id": "a"}]}, {"tool_calls": {}}),
+    *message("function_call", {"function_call": {"name": "a"}}),
+    *wrong(CHAT, "messages", {"messages": [{"role": "user", "content": "a"}] * 2049}),
+    *values("tools", [{"type": "function"}], {}, "auto", paths=(CHAT,)),
+    *values("tool_choice", "required", {"type": "function"}, True, paths=(CHAT,)),
+    *values("functions", [{"name": "f"}], paths=(CHAT,)),
+    *values("modalities", ["text", "audio"], [], paths=(CHAT,)),
+    *values("audio", {}, paths=(CHAT,)),
+    *values("reasoning_effort", "high", paths=(CHAT,)),
+    *values("continue_final_message", True, paths=(CHAT,)),
+    *values("chat_template", "{{ 1 }}", paths=(CHAT,)),
+    *values("max_tokens", 0, -1, 1.5, "1", paths=(CHAT,)),
+    *values("logprobs", 1, 0, "true", [], paths=(CHAT,)),
+    *values("top_logprobs", -1, 21, True, "1", 2, paths=(CHAT,)),
+    *wrong(CHAT, "top_logprobs", {"logprobs": False, "top_logprobs": 1}),
+    *values("chat_template_kwargs", 1, "a", [], {str(i): 1 for i in range(17)}, {"a b": 1}, {"messages": 1}, paths=(CHAT,)),
+    *wrong(CHAT, "chat_template_kwargs.a", {"chat_template_kwargs": {"a": []}}, {"chat_template_kwargs": {"a": {}}}),
+    *values("stream_options", {}, {"include_usage": True}, paths=(CHAT,)),
+    *values("mesages", [], paths=(CHAT,)),
+    *values("n", 0, MOST_SAMPLES + 1, paths=(CHAT,)),
+    *wrong(CHAT, "max_tokens", {"max_tokens": 1, "max_completion_tokens": 2}),
+    *wrong(PLAN, None, {"messages": [{"role": "user", "content": "a"}]}),
+    *wrong(CHAT, "messages", {"max_tokens": CONTEXT}, {"max_tokens": INT64}, code="context_length_exceeded"),
+    *wrong(
+        CHAT,
+        "messages",
+        *({"messages": [{"role": "user", "content": text}]} for text in ("b " * 60_000, "x = 1\n" * 20_000)),
+        code="context_length_exceeded",
+    ),
 ]
 RANGES = [
     *values("n", 0, MOST_SAMPLES + 1, INT64, paths=(COMPLETIONS, PLAN)),
@@ -307,7 +363,15 @@ ROUTES = [
     ),
     *(
         Bad(path, b"{}", 404, "not_found")
-        for path in ("/completions", "/v1/chat", "/v1/completions/x", "/TOKENIZE", "/" + "x" * 2000)
+        for path in (
+            "/completions",
+            "/v1/chat",
+            "/v1/completions/x",
+            "/TOKENIZE",
+            "/" + "x" * 2000,
+            "/v1/responses",
+            "/v1/messages",
+        )
     ),
     *(
         Bad(path, None, 405, "method_not_allowed", method=method)
@@ -333,6 +397,7 @@ ROWS: dict[str, list[Bad]] = {
     "missing fields": MISSING,
     "prompts and tokens": PROMPTS,
     "integers": INTEGERS,
+    "messages": MESSAGES,
     "ranges": RANGES,
     "numbers": NUMBERS,
     "flags": FLAGS,

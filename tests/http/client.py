@@ -66,6 +66,11 @@ class Client:
     def complete(self, prompt: Any, **fields: Any) -> Reply:
         return self.post("/v1/completions", {"prompt": prompt, "max_tokens": 4, **fields})
 
+    def chat(self, *texts: str, **fields: Any) -> Reply:
+        """A conversation in which user and assistant take turns."""
+        said = [{"role": ("user", "assistant")[place % 2], "content": text} for place, text in enumerate(texts)]
+        return self.post("/v1/chat/completions", {"messages": said, "max_tokens": 4, **fields})
+
     @contextmanager
     def uploaded(self, path: str, raw: bytes) -> Iterator[socket.socket]:
         """A call whose body has been sent and of whose answer nothing has been read; the block's end hangs up."""

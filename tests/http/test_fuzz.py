@@ -21,6 +21,15 @@ BODIES: list[tuple[str, dict[str, Any]]] = [
     ("/v1/embeddings", {"input": ["import os", "def f("], "encoding_format": "base64", "attention": "dense"}),
     ("/v1/plan", {"prompt": "import os", "max_tokens": 100, "n": 3}),
     ("/v1/plan", {"input": [1, 2, 3]}),
+    ("/v1/plan", {"messages": [{"role": "user", "content": "a"}]}),
+    (
+        "/v1/chat/completions",
+        {"messages": [{"role": "user", "content": "a"}], "max_tokens": 2, "logprobs": True, "top_logprobs": 1},
+    ),
+    (
+        "/v1/chat/completions",
+        {"messages": [{"role": "system", "content": [{"type": "text", "text": "a"}]}], "max_tokens": 2, "stream": True},
+    ),
     ("/tokenize", {"prompt": "import os", "add_special_tokens": False}),
     ("/detokenize", {"tokens": [1, 2, 3]}),
 ]
