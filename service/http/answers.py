@@ -6,13 +6,14 @@ import asyncio
 import base64
 import codecs
 import json
+import math
 import struct
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from service.engine.request import Delta, Embedding, FinishReason, Request, TokenLogprob
+from service.engine.request import Delta, FinishReason, Request, TokenLogprob
 from service.http.face import Host, Tokenizer
 from service.timing import PHASES, receipt
 
@@ -208,19 +209,28 @@ class Completion:
         return {"usage": self.usage(), "longserve": receipt([request.timings for request in self._requests])}
 
 
-def embeddings(vectors: Sequence[Embedding], requests: Sequence[Request], host: Host, as_base64: bool) -> Json:
+def embeddings(vectors: Sequence[Sequence[float]], requests: Sequence[Request], host: Host, as_base64: bool) -> Json:
     """The answer to an embedding call."""
     tokens = sum(len(request.tokens) for request in requests)
     return {
         "object": "list",
         "model": host.card.id,
         "data": [
-            {"object": "embedding", "index": index, "embedding": _packed(each.vector) if as_base64 else each.vector}
+            {"object": "embedding", "index": index, "embedding": _packed(each) if as_base64 else each}
             for index, each in enumerate(vectors)
         ],
         "usage": {"prompt_tokens": tokens, "total_tokens": tokens},
         "longserve": receipt([request.timings for request in requests]),
     }
+
+
+def cut(vector: list[float], dimensions: int | None) -> list[float]:
+    """The first so many numbers of a vector, at length one again where they have a length; None: all of them."""
+    if dimensions is None or dimensions >= len(vector):
+        return vector
+    first = vector[:dimensions]
+    length = math.hypot(*first)
+    return [each / length for each in first] if length else first
 
 
 def _packed(vector: Sequence[float]) -> str:

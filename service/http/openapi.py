@@ -22,6 +22,8 @@ from service.http.auth import OPEN_PATHS
 from service.http.errors import NotReady, codes
 from service.http.face import Host, ModelCard
 from service.http.schemas import (
+    MOST_BIAS,
+    MOST_BIASES,
     MOST_FIELDS,
     ChatBody,
     CompletionBody,
@@ -174,6 +176,9 @@ def _bound(schema: Json, neutral: Mapping[str, Sequence[Any]], host: Host) -> No
         "tokens": {"items": token},
         "max_tokens": {"maximum": host.card.max_length},
         "max_completion_tokens": {"maximum": host.card.max_length},
+        "dimensions": {"maximum": host.card.width},
+        "stop_token_ids": {"anyOf": [{"type": "array", "maxItems": MOST_BIASES, "items": token}, {"type": "null"}]},
+        "logit_bias": {"anyOf": [_biases(), {"type": "null"}]},
         "n": {"maximum": limits.max_samples},
         "best_of": {"maximum": limits.max_samples},
         "model": {"enum": [None, *model_ids(host.card, _backends(host))]},
@@ -183,8 +188,16 @@ def _bound(schema: Json, neutral: Mapping[str, Sequence[Any]], host: Host) -> No
         if name in properties:
             properties[name] |= bound
     for name, values in neutral.items():
+        if name in properties:
+            continue
         told = " or ".join(json.dumps(each) for each in values)
         properties[name] = {"enum": list(values), "description": f"Not offered: leave it out or send {told}."}
+
+
+def _biases() -> Json:
+    bias = {"type": "number", "minimum": -MOST_BIAS, "maximum": MOST_BIAS}
+    ids = {"type": "string", "pattern": "^(0|[1-9][0-9]{0,8})$"}  # of tokens that there are, as 400 tells
+    return {"type": "object", "maxProperties": MOST_BIASES, "additionalProperties": bias, "propertyNames": ids}
 
 
 def _prompts(token: Json, host: Host) -> Json:

@@ -32,6 +32,7 @@ async def chat_requests(body: ChatBody, host: Host, call: Call) -> list[Request]
     sampling = asked.sampling
     if body.most_tokens is None:
         sampling = replace(sampling, max_tokens=max(1, min(DEFAULT_CHAT_TOKENS, most - len(tokens))))
+        _check_least(sampling)
     timings = Timings(tokenize_seconds=time.monotonic() - start)
     return [replace(asked, id=f"{asked.id}-0", tokens=tokens, sampling=sampling, timings=timings, source="messages")]
 
@@ -41,12 +42,20 @@ def _drawing(body: Drawn, host: Host, call: Call) -> Request:
     if body.samples > host.config.max_samples:
         raise InvalidRequest(f"n may be at most {host.config.max_samples}, received {body.samples}", param="n")
     backend, sampling = backend_of(body, host), sampling_of(body)
+    check_ids([token for token, _ in sampling.logit_bias], host, "logit_bias")
+    check_ids(sampling.stop_token_ids, host, "stop_token_ids")
+    if body.most_tokens is not None or isinstance(body, CompletionBody):
+        _check_least(sampling)
     return Request(call.id, "completion", (), backend, sampling, body.samples, call.deadline, trace=call.trace)
 
 
 async def embedding_requests(body: EmbeddingBody, host: Host, call: Call) -> list[Request]:
     """One request per input. Raises InvalidRequest."""
+    if (body.dimensions or 0) > host.card.width:
+        message = f"an embedding has {host.card.width} dimensions, received {body.dimensions}"
+        raise InvalidRequest(message, param="dimensions")
     asked = Request(call.id, "embedding", (), backend_of(body, host), deadline=call.deadline, trace=call.trace)
+    asked.pooling = body.pooling or "mean"
     return await _requests(asked, "input", body.input, body.with_special_tokens, host, call)
 
 
@@ -93,12 +102,25 @@ def sampling_of(body: Drawn) -> Sampling:
         temperature=1.0 if body.temperature is None else body.temperature,
         top_p=1.0 if body.top_p is None else body.top_p,
         top_k=max(body.top_k or 0, 0),
+        min_p=body.min_p or 0.0,
+        presence_penalty=body.presence_penalty or 0.0,
+        frequency_penalty=body.frequency_penalty or 0.0,
+        repetition_penalty=body.repetition_penalty or 1.0,
+        logit_bias=body.logit_bias,
         stop=body.stop,
+        stop_token_ids=body.stop_token_ids,
+        min_tokens=body.min_tokens or 0,
         seed=body.seed,
         logprobs=body.alternatives,
         echo=isinstance(body, CompletionBody) and bool(body.echo),
         ignore_eos=bool(body.ignore_eos),
     )
+
+
+def _check_least(sampling: Sampling) -> None:
+    if sampling.min_tokens > sampling.max_tokens:
+        message = f"min_tokens may be at most max_tokens ({sampling.max_tokens}), received {sampling.min_tokens}"
+        raise InvalidRequest(message, param="min_tokens")
 
 
 async def _requests(

@@ -101,11 +101,11 @@ def _add_inference(app: FastAPI, host: Host) -> None:
 
     @app.post("/v1/embeddings", **operation(EmbeddingAnswer, EmbeddingBody, has_receipt=True))
     async def embeddings(caller: HttpRequest) -> Response:
-        """The mean of the last hidden states of an input, or of several, at length one."""
+        """The last hidden states of an input, or of several, pooled, at length one."""
         call = _call(caller, host)
         body = await _body(call, EmbeddingBody, host)
         requests = await embedding_requests(body, host, call)
-        vectors = await embed(host, requests, caller)
+        vectors = [answers.cut(each.vector, body.dimensions) for each in await embed(host, requests, caller)]
         answer = answers.embeddings(vectors, requests, host, body.encoding_format == "base64")
         return JSONResponse(answer, headers=answers.headers(requests))
 

@@ -8,6 +8,7 @@ silence from what was asked.
 from __future__ import annotations
 
 import json
+import re
 from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal, Self
@@ -40,6 +41,12 @@ MOST_STOPS = 16
 MOST_PROMPTS = 2048
 """In one call, whatever the config allows: OpenAI's bound."""
 
+MOST_BIASES = 1024
+"""Tokens of one `logit_bias`, and of `stop_token_ids`."""
+
+MOST_BIAS, MOST_PENALTY = 100.0, 2.0
+"""OpenAI's bounds, either side of zero."""
+
 MOST_MESSAGES = 2048
 """Of one conversation, and parts of one message."""
 
@@ -48,18 +55,11 @@ MOST_OPTIONS = 16
 
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "suffix": (None, ""),
-    "presence_penalty": (None, 0),
-    "frequency_penalty": (None, 0),
-    "repetition_penalty": (None, 1),
-    "logit_bias": (None, {}),
-    "min_p": (None, 0),
     "top_a": (None, 0),
-    "min_tokens": (None, 0),
     "max_new_tokens": (None,),
     "typical_p": (None, 1),
     "use_beam_search": (None, False),
     "length_penalty": (None, 1),
-    "stop_token_ids": (None, []),
     "bad_words": (None, []),
     "truncate_prompt_tokens": (None,),
     "prompt_logprobs": (None,),
@@ -151,6 +151,33 @@ def stops(value: Any) -> tuple[str, ...]:
     return tuple(found)
 
 
+TOKEN_ID = re.compile(r"0|[1-9][0-9]{0,8}")
+
+
+def biases(value: Any) -> tuple[tuple[int, float], ...]:
+    """What is added to the logits of single tokens, from an object. Raises ValueError."""
+    found = {} if value is None else value
+    if not isinstance(found, dict) or len(found) > MOST_BIASES:
+        raise ValueError(f"must be an object of {MOST_BIASES} token ids at most, received {quoted(value)}")
+    return tuple(_bias(token, bias) for token, bias in found.items())
+
+
+def _bias(token: str, bias: Any) -> tuple[int, float]:
+    if not TOKEN_ID.fullmatch(token):
+        raise ValueError(f"keys are token ids, received {quoted(token)}")
+    if type(bias) not in (int, float) or not -MOST_BIAS <= bias <= MOST_BIAS:
+        raise ValueError(f"a bias is a number from {-MOST_BIAS:g} to {MOST_BIAS:g}, received {quoted(bias)} for token {token}")
+    return int(token), float(bias)
+
+
+def stop_tokens(value: Any) -> tuple[int, ...]:
+    """The tokens that end an answer. Raises ValueError."""
+    found = token_ids([] if value is None else value)
+    if len(found) > MOST_BIASES:
+        raise ValueError(f"may hold {MOST_BIASES} token ids, received {len(found)}")
+    return tuple(found)
+
+
 TEXT: dict[str, Any] = {"type": "string", "minLength": 1}
 
 Prompts = Annotated[
@@ -164,6 +191,20 @@ Stops = Annotated[
     PlainValidator(stops),
     WithJsonSchema({"anyOf": [TEXT, {"type": "array", "maxItems": MOST_STOPS, "items": TEXT}, {"type": "null"}]}),
 ]
+
+Biases = Annotated[
+    tuple[tuple[int, float], ...],
+    PlainValidator(biases),
+    WithJsonSchema({"description": "Added to the logits of single tokens."}),
+]
+
+StopTokens = Annotated[
+    tuple[int, ...],
+    PlainValidator(stop_tokens),
+    WithJsonSchema({"description": "Tokens that end the answer, and are not shown."}),
+]
+
+Penalty = Annotated[float, Field(ge=-MOST_PENALTY, le=MOST_PENALTY, allow_inf_nan=False)]
 
 Name = Annotated[str, Field(min_length=1)]
 
@@ -258,7 +299,24 @@ class Drawn(Attended):
     temperature: float | None = Field(default=None, ge=0, le=2, allow_inf_nan=False)
     top_p: float | None = Field(default=None, gt=0, le=1, allow_inf_nan=False)
     top_k: int | None = Field(default=None, ge=-1, le=INT64, description="0 or -1: all tokens.")
+    min_p: float | None = Field(
+        default=None,
+        ge=0,
+        le=1,
+        allow_inf_nan=False,
+        description="Leaves out tokens less likely than so many times the likeliest.",
+    )
+    presence_penalty: Penalty | None = Field(default=None, description="Off the logit of each token the answer has had.")
+    frequency_penalty: Penalty | None = Field(default=None, description="The same, once for each time it has had it.")
+    repetition_penalty: float | None = Field(
+        default=None, gt=0, le=100, allow_inf_nan=False, description="Of tokens of prompt and answer: above 1 makes them rarer."
+    )
+    logit_bias: Biases = ()
     stop: Stops = ()
+    stop_token_ids: StopTokens = ()
+    min_tokens: int | None = Field(
+        default=None, ge=0, le=INT64, description="Before any token may end the answer. At most max_tokens."
+    )
     seed: int | None = Field(default=None, ge=0, le=INT64)
     ignore_eos: bool | None = None
     stream: bool | None = None
@@ -436,6 +494,15 @@ class EmbeddingBody(Attended, Worded):
     """
 
     input: Prompts
+    dimensions: int | None = Field(
+        default=None,
+        ge=1,
+        le=INT64,
+        description="The first so many numbers, at length one again; the model was not trained for it.",
+    )
+    pooling: Literal["mean", "last"] | None = Field(
+        default=None, description="Of the last hidden states: their mean, or that of the last token. Left out: mean."
+    )
     encoding_format: Literal["float", "base64"] | None = Field(default=None, description="Left out: float.")
     user: str | None = Field(default=None, description="Let in for clients' sake and not used.")
 

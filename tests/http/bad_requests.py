@@ -16,7 +16,7 @@ POSTS |= {TOKENIZE: {"prompt": "a"}, DETOKENIZE: {"tokens": [1]}, CHAT: {"messag
 GETS = (MODELS, "/v1/models/x", "/health", "/ready", "/info", "/metrics")
 JSON = {"content-type": "application/json"}
 
-VOCABULARY, CONTEXT = 4096, 32_768  # the embedded model's
+VOCABULARY, CONTEXT, WIDTH = 4096, 32_768, 256  # the embedded model's
 MOST_BODY_BYTES, MOST_PROMPTS, MOST_SAMPLES = 200_000, 4, 3
 INT64 = 2**63 - 1
 
@@ -226,6 +226,22 @@ NUMBERS = [
     for name in ("temperature", "top_p")
     for row in values(name, True, False, "1", "", [], {}, -1, -1e-300, 2.5, 1e300, 10**400)
 ] + values("top_p", 0, 0.0, 1.0000001)
+PENALTIES = [
+    *values("presence_penalty", "0", [], False, 2.1, -2.1, 10**400, paths=(COMPLETIONS, CHAT)),
+    *values("frequency_penalty", "0", {}, True, 2.1, -3),
+    *values("repetition_penalty", 0, -1, "1", True, 101),
+    *values("min_p", -0.1, 1.1, True, "0"),
+    *values("logit_bias", [], False, "a", 1, {"a": 1}, {"-1": 1}, {"1.0": 1}, {"01": 1}, {" 1": 1}, {"": 1}, {"٣": 1}),
+    *values("logit_bias", {"1": True}, {"1": "1"}, {"1": None}, {"1": []}, {"1": 101}, {"1": -100.5}, {"1": 10**400}),
+    *values("logit_bias", {"4096": 1}, {"999999999": 1}, {"1000000000": 1}, paths=(COMPLETIONS, PLAN, CHAT)),
+    *values("logit_bias", {str(each): 1 for each in range(1025)}),
+    *values("stop_token_ids", 1, "a", {}, [True], ["1"], [1.0], [None], [VOCABULARY], [-1], [2**31], [1] * 1025),
+    *values("min_tokens", -1, 1.5, True, "1", 17, INT64, paths=(COMPLETIONS, PLAN)),
+    *wrong(COMPLETIONS, "min_tokens", {"max_tokens": 3, "min_tokens": 4}),
+    *wrong(CHAT, "min_tokens", {"max_tokens": 3, "min_tokens": 4}, {"min_tokens": 1025}),
+    *values("dimensions", 0, -1, WIDTH + 1, INT64, 2**63, True, 1.0, "8", [], paths=(EMBEDDINGS,)),
+    *values("pooling", "", "max", "Mean", 1, True, [], paths=(EMBEDDINGS,)),
+]
 FLAGS = [
     row for name in ("echo", "ignore_eos", "stream", "add_special_tokens") for row in values(name, 0, 1, "true", "", [], {})
 ]
@@ -271,19 +287,14 @@ SLIPS = [
     *wrong(DETOKENIZE, "token", {"token": 1}),
 ]
 NOT_OFFERED = [
-    *values("presence_penalty", 0.5, False, "0", []),
-    *values("frequency_penalty", 1, False),
-    *values("repetition_penalty", 1.1, True),
-    *values("logit_bias", {"5": 1}, [], False),
     *values("suffix", "b", False),
     *values("response_format", {"type": "json_object"}, {}, "text"),
-    *values("min_p", 0.1),
     *values("max_new_tokens", 5),
-    *values("stop_token_ids", [1]),
     *values("use_beam_search", True, 0),
     *values("guided_json", {}),
-    *values("dimensions", 8, 192, paths=(EMBEDDINGS,)),
-    *values("presence_penalty", 0.5, paths=(PLAN,)),
+    *values("dimensions", 8, 192),
+    *values("prompt_logprobs", 1),
+    *values("guided_json", {}, paths=(PLAN,)),
     *values("encoding_format", "", "hex", "Float", 1, True, [], paths=(EMBEDDINGS,)),
 ]
 NAMES = [
@@ -400,6 +411,7 @@ ROWS: dict[str, list[Bad]] = {
     "messages": MESSAGES,
     "ranges": RANGES,
     "numbers": NUMBERS,
+    "penalties, biases and ends": PENALTIES,
     "flags": FLAGS,
     "texts": TEXTS,
     "stops": STOPS,

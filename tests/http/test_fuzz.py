@@ -12,6 +12,18 @@ from tests.http.client import Client, eventually
 
 BODIES: list[tuple[str, dict[str, Any]]] = [
     ("/v1/completions", {"prompt": "import os", "max_tokens": 3, "temperature": 0.5, "top_p": 0.9, "top_k": 5, "seed": 1}),
+    (
+        "/v1/completions",
+        {
+            "prompt": "a",
+            "logit_bias": {"5": 1},
+            "stop_token_ids": [7],
+            "min_tokens": 1,
+            "min_p": 0.1,
+            "presence_penalty": 1,
+            "max_tokens": 2,
+        },
+    ),
     ("/v1/completions", {"prompt": [[1, 2], [3]], "max_tokens": 2, "n": 2, "stop": ["\n"], "logprobs": 2, "echo": True}),
     ("/v1/completions", {"prompt": ["a", "b"], "max_tokens": 2, "stream": True, "stream_options": {"include_usage": True}}),
     (
