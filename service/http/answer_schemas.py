@@ -28,6 +28,7 @@ class Receipt(Record):
     prefill_seconds: Seconds | None
     decode_seconds: Seconds | None
     prefill_chunks: Count
+    dropped_tokens: Count = Field(description="Of the input, by truncate; 0: all of it was read.")
     seen_tokens: Count = Field(description="Of the input, by its last token in one layer.")
     reserved_bytes: Count = Field(description="State and workspace by the cost law.")
     measured_bytes: Count | None = Field(description="State and step as measured; null: the widest step was not.")
@@ -175,6 +176,7 @@ class PlanItem(Record):
     backend: str
     why: str
     prompt_tokens: Count
+    dropped_tokens: Count = Field(description="Of the input, by truncate; 0: all of it would be read.")
     total_tokens: Count
     terms: dict[str, Count] = Field(description="Bytes by term.")
     needed_bytes: Count

@@ -116,6 +116,10 @@ RETRY_AFTER_SECONDS = {Draining: 5.0, NotReady: 2.0, OutOfMemory: 5.0}
 """When to come back, for errors that do not compute it: a restarted or recovered replica is there by then."""
 
 
+ETA_HEADER = "x-longserve-eta-seconds"
+"""Of a full queue: predicted seconds until the work in front is done, where `Retry-After` has whole ones."""
+
+
 def status_of(error: RequestError) -> tuple[int, str]:
     """Status and error type of a typed error."""
     return _status_of_class(type(error))
@@ -149,6 +153,8 @@ def response_to(error: RequestError) -> Response:
     status, _ = status_of(error)
     seconds = getattr(error, "retry_after_seconds", RETRY_AFTER_SECONDS.get(type(error)))
     headers = {} if seconds is None else {"retry-after": str(max(1, math.ceil(seconds)))}
+    if isinstance(error, QueueFull):
+        headers[ETA_HEADER] = f"{error.retry_after_seconds:.3f}"
     if isinstance(error, Unauthorized):
         headers["www-authenticate"] = "Bearer"
     if isinstance(error, WrongEncoding):

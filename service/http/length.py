@@ -1,8 +1,13 @@
-"""What is longer than the model's context: refused with both numbers."""
+"""What is longer than the model's context: refused with both numbers, or cut where the caller asks for it by name."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Literal
+
 from service.engine.request import ContextTooLong
+
+Side = Literal["left", "right", "middle"]
 
 UTF8_BYTES = 4  # of one character, at most
 
@@ -27,3 +32,15 @@ def check_tokens(count: int, max_length: int, param: str) -> None:
             param=param,
             details={"prompt_tokens": count, "max_tokens": max_length},
         )
+
+
+def cut(tokens: Sequence[int], most: int, side: Side, leading: int) -> Sequence[int]:
+    """At most so many of the tokens, those at one side or in the middle left out.
+
+    The first `leading` ones, what the tokenizer puts in front of a text, stay, unless they alone are too many.
+    """
+    over = len(tokens) - most
+    if over <= 0:
+        return tokens
+    head = {"left": min(leading, most), "right": most, "middle": max((most + 1) // 2, min(leading, most))}[side]
+    return [*tokens[:head], *tokens[head + over :]]

@@ -19,7 +19,7 @@ from pydantic.json_schema import models_json_schema
 from service.engine.request import AUTO
 from service.http.answer_schemas import ChatChunk, CompletionChunk, Error
 from service.http.auth import OPEN_PATHS
-from service.http.errors import NotReady, codes
+from service.http.errors import ETA_HEADER, NotReady, codes
 from service.http.face import Host, ModelCard
 from service.http.schemas import (
     MOST_BIAS,
@@ -64,6 +64,7 @@ TIMEOUT: Json = {
 EVENT: Json = {
     "type": "object",
     "required": ["data"],
+    "description": "Comments between events (lines that begin with a colon) say how far a long prompt has been read.",
     "properties": {
         "data": {
             "type": "string",
@@ -86,6 +87,7 @@ RECEIPT = {
     **{f"x-longserve-{name}-seconds": _header(f"Seconds of {name}.", "number") for name in ("tokenize", "queue")},
     **{f"x-longserve-{name}-seconds": _header("Seconds, once known.", "number") for name in ("prefill", "decode")},
     "x-longserve-prefill-chunks": _header("Chunks so far.", "integer"),
+    "x-longserve-dropped-tokens": _header("Tokens of the input that truncate left out.", "integer"),
     "x-longserve-seen-tokens": _header("Tokens of the input that its last one sees in one layer, once known.", "integer"),
     "x-longserve-reserved-bytes": _header("Bytes reserved by the cost law.", "integer"),
     "x-longserve-measured-bytes": _header("Bytes as measured; absent where the widest step was not, or not yet.", "integer"),
@@ -94,7 +96,10 @@ RECEIPT = {
 OPENMETRICS = "application/openmetrics-text"
 ERROR_HEADERS = {
     401: {"www-authenticate": _header("Bearer")},
-    429: {"retry-after": _header("Seconds until the work in front is done.", "integer")},
+    429: {
+        "retry-after": _header("Seconds until the work in front is done.", "integer"),
+        ETA_HEADER: _header("The same, as predicted, with its decimals.", "number"),
+    },
     503: {"retry-after": _header("Seconds.", "integer")},
 }
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from service.engine.request import AUTO, InvalidRequest, Request, Sampling, UnknownBackend, quoted
 from service.http.errors import ModelNotFound
 from service.http.face import Host
-from service.http.length import check_text, check_tokens
+from service.http.length import Side, check_text, check_tokens, cut
 from service.http.reader import Call
 from service.http.schemas import Attended, Body, ChatBody, CompletionBody, Drawn, EmbeddingBody, PlanBody, Prompt
 from service.timing import Timings
@@ -20,20 +20,25 @@ DEFAULT_CHAT_TOKENS = 1024  # or what the context leaves; OpenAI's is the contex
 
 async def completion_requests(body: CompletionBody, host: Host, call: Call) -> list[Request]:
     """One request per prompt. Raises InvalidRequest."""
-    return await _requests(_drawing(body, host, call), "prompt", body.prompt, body.with_special_tokens, host, call)
+    asked = _drawing(body, host, call)
+    room = None if body.truncate is None else Room(host.card.max_length - asked.sampling.max_tokens, body.truncate)
+    return await _requests(asked, "prompt", body.prompt, body.with_special_tokens, room, host, call)
 
 
 async def chat_requests(body: ChatBody, host: Host, call: Call) -> list[Request]:
     """The one request of a conversation, as the model's chat template writes it. Raises InvalidRequest."""
     asked, start, most = _drawing(body, host, call), time.monotonic(), host.card.max_length
     messages = [each.plain() for each in body.messages]
-    tokens = await host.reader.chat(messages, body.chat_template_kwargs or {}, most, call)
+    tokens = await host.reader.chat(messages, body.chat_template_kwargs or {}, None if body.truncate else most, call)
+    sampling, timings = asked.sampling, Timings()
+    if body.truncate is not None:
+        answer = min(DEFAULT_CHAT_TOKENS, most // 2) if body.most_tokens is None else sampling.max_tokens
+        tokens = Room(most - answer, body.truncate).fit(tokens, 1, timings)
     check_tokens(len(tokens), most, "messages")
-    sampling = asked.sampling
     if body.most_tokens is None:
         sampling = replace(sampling, max_tokens=max(1, min(DEFAULT_CHAT_TOKENS, most - len(tokens))))
         _check_least(sampling)
-    timings = Timings(tokenize_seconds=time.monotonic() - start)
+    timings.tokenize_seconds = time.monotonic() - start
     return [replace(asked, id=f"{asked.id}-0", tokens=tokens, sampling=sampling, timings=timings, source="messages")]
 
 
@@ -56,7 +61,8 @@ async def embedding_requests(body: EmbeddingBody, host: Host, call: Call) -> lis
         raise InvalidRequest(message, param="dimensions")
     asked = Request(call.id, "embedding", (), backend_of(body, host), deadline=call.deadline, trace=call.trace)
     asked.pooling = body.pooling or "mean"
-    return await _requests(asked, "input", body.input, body.with_special_tokens, host, call)
+    room = None if body.truncate is None else Room(host.card.max_length, body.truncate)
+    return await _requests(asked, "input", body.input, body.with_special_tokens, room, host, call)
 
 
 async def planned_requests(body: PlanBody, host: Host, call: Call) -> list[Request]:
@@ -123,37 +129,59 @@ def _check_least(sampling: Sampling) -> None:
         raise InvalidRequest(message, param="min_tokens")
 
 
+@dataclass(frozen=True)
+class Room:
+    """What a caller who asks for it has an input cut to."""
+
+    tokens: int
+    side: Side
+
+    def fit(self, tokens: Sequence[int], leading: int, timings: Timings) -> Sequence[int]:
+        """The tokens that stay; writes down how many do not. Where an answer alone fills the context nothing is cut."""
+        if self.tokens < 1:
+            return tokens
+        kept = cut(tokens, self.tokens, self.side, leading)
+        timings.dropped_tokens = len(tokens) - len(kept)
+        return kept
+
+
 async def _requests(
-    asked: Request, param: str, prompts: Sequence[Prompt], add_special_tokens: bool, host: Host, call: Call
+    asked: Request, param: str, prompts: Sequence[Prompt], add_special_tokens: bool, room: Room | None, host: Host, call: Call
 ) -> list[Request]:
-    """`asked` once for every prompt, with the prompt's own tokens, id and clock."""
+    """`asked` once for every prompt, with the prompt's own tokens, id and clock. `room`: None refuses what is too long."""
     if len(prompts) > host.config.max_prompts:
         raise InvalidRequest(f"{param} may hold {host.config.max_prompts} entries, received {len(prompts)}", param=param)
     requests = []
     for index, prompt in enumerate(prompts):
         start = time.monotonic()
-        tokens = await tokens_of(prompt, add_special_tokens, host, param, call)
+        tokens = await tokens_of(prompt, add_special_tokens, room is not None, host, param, call)
         timings = Timings(tokenize_seconds=time.monotonic() - start)
         leading = host.tokenizer.leading if add_special_tokens and isinstance(prompt, str) else 0
+        if room is not None:
+            tokens = room.fit(tokens, leading, timings)
         requests.append(replace(asked, id=f"{asked.id}-{index}", tokens=tokens, timings=timings, leading=leading))
     return requests
 
 
-async def tokens_of(prompt: Prompt, add_special_tokens: bool, host: Host, param: str, call: Call) -> Sequence[int]:
+async def tokens_of(
+    prompt: Prompt, add_special_tokens: bool, may_be_longer: bool, host: Host, param: str, call: Call
+) -> Sequence[int]:
     """A prompt's token ids; those of a caller stay as they are.
 
     Raises:
         InvalidRequest: an empty prompt, an id that is none.
-        ContextTooLong: a text that is longer than the context alone.
+        ContextTooLong: a text that is longer than the context alone, unless it may be.
     """
     if not prompt:
         raise InvalidRequest(f"{param} is empty, it must have at least one token", param=param)
     if not isinstance(prompt, str):
         check_ids(prompt, host, param)
         return prompt
-    check_text(prompt, host.tokenizer.longest_token_bytes, host.card.max_length, param)
+    if not may_be_longer:
+        check_text(prompt, host.tokenizer.longest_token_bytes, host.card.max_length, param)
     tokens = await host.reader.encode(prompt, add_special_tokens, call)
-    check_tokens(len(tokens), host.card.max_length, param)  # the engine would, after the other prompts have been read
+    if not may_be_longer:
+        check_tokens(len(tokens), host.card.max_length, param)  # the engine would, after the other prompts have been read
     return tokens
 
 

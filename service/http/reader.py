@@ -63,9 +63,13 @@ class Reader:
         return await _awaited(call, self._workers.run(len(text), worker.encode, text, add_special_tokens))
 
     async def chat(
-        self, messages: Sequence[Mapping[str, str]], options: Mapping[str, Any], max_length: int, call: Call
+        self, messages: Sequence[Mapping[str, str]], options: Mapping[str, Any], max_length: int | None, call: Call
     ) -> Sequence[int]:
-        """A conversation's token ids; always in a worker, for the template is foreign code. Raises InvalidRequest."""
+        """A conversation's token ids; always in a worker, for the template is foreign code.
+
+        Raises:
+            InvalidRequest: and ContextTooLong, unless `max_length` is None.
+        """
         size = sum(len(each["content"]) for each in messages)
         return await _awaited(call, self._workers.run(size, worker.chat, messages, options, max_length))
 

@@ -115,7 +115,7 @@ def _add_inference(app: FastAPI, host: Host) -> None:
         call = _call(caller, host)
         body = await _body(call, PlanBody, host)
         requests = await planned_requests(body, host, call)
-        return JSONResponse({"object": "list", "data": [dataclasses.asdict(host.engine.plan(each)) for each in requests]})
+        return JSONResponse({"object": "list", "data": [_planned(each, host) for each in requests]})
 
 
 def _add_models(app: FastAPI, host: Host) -> None:
@@ -187,6 +187,10 @@ def _add_state(app: FastAPI, host: Host) -> None:
         format = exposition.format_of(caller.headers.get("accept", ""))
         is_fresh = "no-cache" in caller.headers.get("cache-control", "")
         return Response(await host.metrics(format, is_fresh), headers={"content-type": exposition.CONTENT_TYPES[format]})
+
+
+def _planned(request: Request, host: Host) -> dict[str, Any]:
+    return dataclasses.asdict(host.engine.plan(request)) | {"dropped_tokens": request.timings.dropped_tokens}
 
 
 async def _drawn(call: Call, body: Drawn, requests: Sequence[Request], form: answers.Form, host: Host) -> Response:

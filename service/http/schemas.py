@@ -27,6 +27,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from service.engine.request import quoted
+from service.http.length import Side
 
 Prompt = str | Sequence[int]
 
@@ -278,6 +279,10 @@ class Attended(Body):
     """A body that is answered by attending."""
 
     attention: Name | None = Field(default=None, description="The backend; left out: the default of the config in force.")
+    truncate: Side | None = Field(
+        default=None,
+        description="Where to leave tokens out of too long an input; the receipt says how many. Left out: it is refused.",
+    )
 
 
 class StreamOptions(BaseModel):

@@ -20,6 +20,7 @@ from service.http import answers
 from service.http.answers import Completion
 from service.http.errors import ClientGone, InternalError, body_of
 from service.http.face import Host
+from service.http.progress import progress
 from service.http.reader import left
 from service.http.schemas import StreamOptions
 
@@ -123,8 +124,8 @@ class CompletionStream(Response):
     """A completion as server-sent events.
 
     The response begins with the first item, so that a failure until then has its true status; or after a silence of
-    `stream_ping_seconds`, with a comment, so that no proxy on the way gives up on a long prefill. A later failure is an
-    event `{"error": ...}` and the end, without `[DONE]`.
+    `stream_ping_seconds`, with a comment that says how far it is, so that no proxy on the way gives up on a long prefill. A
+    later failure is an event `{"error": ...}` and the end, without `[DONE]`.
     """
 
     def __init__(self, host: Host, requests: Sequence[Request], completion: Completion, options: StreamOptions) -> None:
@@ -150,7 +151,10 @@ class CompletionStream(Response):
     async def _events(self, item: Item | Signal, running: Merged) -> AsyncGenerator[bytes]:
         try:
             while item is not Signal.END:
-                yield b": waiting\n\n" if item is Signal.SILENCE else await self._chunk(item)
+                if item is Signal.SILENCE:
+                    yield progress(self.requests, self.host).comment
+                else:
+                    yield await self._chunk(item)
                 item = await running.next(self.host.config.stream_ping_seconds)
             if self.options.include_usage:
                 yield _event(answers.encoded(self.completion.usage_chunk()))

@@ -58,9 +58,9 @@ def encode(tokenizer: Tokenizer, text: str, add_special_tokens: bool) -> Sequenc
 
 
 def chat(
-    tokenizer: Tokenizer, messages: Sequence[Mapping[str, str]], options: Mapping[str, Any], max_length: int
+    tokenizer: Tokenizer, messages: Sequence[Mapping[str, str]], options: Mapping[str, Any], max_length: int | None
 ) -> Sequence[int]:
-    """A conversation's token ids. Raises ChatNotOffered, TemplateRefused, ContextTooLong."""
+    """A conversation's token ids. Raises ChatNotOffered, TemplateRefused, and ContextTooLong unless `max_length` is None."""
     most = TEMPLATE_GROWTH * sum(len(text) for each in messages for text in each.values()) + TEMPLATE_CHARACTERS
     try:
         with _bounded():
@@ -72,7 +72,8 @@ def chat(
         raise TemplateRefused(f"{error!s:.400}", param="messages") from None
     except TimeoutError:
         raise TemplateRefused(f"the model's chat template took more than {TEMPLATE_SECONDS:g} s", param="messages") from None
-    check_text(text, tokenizer.longest_token_bytes, max_length, "messages")
+    if max_length is not None:
+        check_text(text, tokenizer.longest_token_bytes, max_length, "messages")
     return array("i", template.encode(text))
 
 

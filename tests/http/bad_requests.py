@@ -242,6 +242,17 @@ PENALTIES = [
     *values("dimensions", 0, -1, WIDTH + 1, INT64, 2**63, True, 1.0, "8", [], paths=(EMBEDDINGS,)),
     *values("pooling", "", "max", "Mean", 1, True, [], paths=(EMBEDDINGS,)),
 ]
+TRUNCATE = [
+    *values("truncate", "", "Left", "start", True, 1, [], paths=(COMPLETIONS, EMBEDDINGS, CHAT, PLAN)),
+    *wrong(
+        COMPLETIONS,
+        "prompt",
+        *({"prompt": [7] * 9, "truncate": "left", "max_tokens": most} for most in (CONTEXT, INT64)),
+        code="context_length_exceeded",
+    ),
+    *wrong(CHAT, "messages", {"truncate": "left", "max_tokens": CONTEXT}, code="context_length_exceeded"),
+    *wrong(COMPLETIONS, "truncates", {"truncates": "left"}),
+]
 FLAGS = [
     row for name in ("echo", "ignore_eos", "stream", "add_special_tokens") for row in values(name, 0, 1, "true", "", [], {})
 ]
@@ -412,6 +423,7 @@ ROWS: dict[str, list[Bad]] = {
     "ranges": RANGES,
     "numbers": NUMBERS,
     "penalties, biases and ends": PENALTIES,
+    "truncate": TRUNCATE,
     "flags": FLAGS,
     "texts": TEXTS,
     "stops": STOPS,

@@ -174,17 +174,6 @@ def test_a_caller_who_hangs_up_before_the_answer_gives_its_bytes_back(service: C
     assert eventually(lambda: service.replica.engine.snapshot().bytes_in_use == 0)
 
 
-def test_a_long_silence_is_broken_by_comments_that_clients_pass_over(service: Client) -> None:
-    from service.config import AttentionConfig, HttpConfig, ServiceConfig, UserConfig
-    from service.plain import listening_in_thread
-
-    config = ServiceConfig(threads=1, http=HttpConfig(stream_ping_seconds=0.001))
-    with listening_in_thread(config, UserConfig(attention=AttentionConfig())) as (url, replica):
-        reply = Client(url, replica).complete("import os " * 2000, stream=True)
-    assert ": waiting\n\n" in reply.text
-    assert reply.events[-1] == "[DONE]"
-
-
 def test_a_bias_decides_what_is_drawn(service: Client) -> None:
     (wanted,) = service.post("/tokenize", {"prompt": "q", "add_special_tokens": False}).json["tokens"]
     answer = service.complete("import os", logit_bias={str(wanted): 100}, max_tokens=5, temperature=0).json

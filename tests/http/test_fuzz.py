@@ -30,7 +30,10 @@ BODIES: list[tuple[str, dict[str, Any]]] = [
         "/v1/completions",
         {"prompt": "a", "attention": "performer", "model": "longserve-stdlib-5m", "user": "me", "max_tokens": 1},
     ),
-    ("/v1/embeddings", {"input": ["import os", "def f("], "encoding_format": "base64", "attention": "dense"}),
+    (
+        "/v1/embeddings",
+        {"input": ["import os", "def f("], "encoding_format": "base64", "attention": "dense", "truncate": "left"},
+    ),
     ("/v1/plan", {"prompt": "import os", "max_tokens": 100, "n": 3}),
     ("/v1/plan", {"input": [1, 2, 3]}),
     ("/v1/plan", {"messages": [{"role": "user", "content": "a"}]}),
