@@ -20,7 +20,7 @@ from starlette.types import ASGIApp
 
 from service import exposition
 from service.engine.request import InvalidRequest, Request, quoted
-from service.http import answers, errors
+from service.http import answers, docs, errors
 from service.http.answer_schemas import (
     ChatAnswer,
     CompletionAnswer,
@@ -75,9 +75,14 @@ def create_app(host: Host, keys: Sequence[str] = (), echoes_request_id: bool = T
         echoes_request_id: False where a proxy in front answers with the request id itself.
     """
     app = FastAPI(
-        title="Longserve", description="Long inputs under switchable attention.", redoc_url=None, redirect_slashes=False
+        title="Longserve",
+        description="Long inputs under switchable attention.",
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
     )
     errors.install(app)
+    docs.install(app)
     app.openapi = lambda: document(app, host)  # type: ignore[method-assign]  # FastAPI's own way to extend it
     for add in (_add_inference, _add_models, _add_tokens, _add_state):
         add(app, host)

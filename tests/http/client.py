@@ -45,12 +45,15 @@ class Client:
     replica: Any  # the one behind the url, where it is in this process
     patience_seconds: float = PATIENCE_SECONDS
 
-    def send(self, method: str, path: str, body: bytes | None = None, headers: Mapping[str, str] | None = None) -> Reply:
+    def send(
+        self, method: str, path: str, body: bytes | None = None, headers: Mapping[str, str] | None = None, raw: bool = False
+    ) -> Reply:
+        """`raw`: the answer may be no text."""
         with self._open() as connection:
             connection.request(method, path, body, dict(headers or {}))
             answer = connection.getresponse()
             names = {name.lower(): value for name, value in answer.getheaders()}
-            return Reply(answer.status, names, answer.read().decode())
+            return Reply(answer.status, names, answer.read().decode(errors="replace" if raw else "strict"))
 
     def get(self, path: str, **headers: str) -> Reply:
         return self.send("GET", path, headers=headers)
