@@ -1,5 +1,5 @@
-"""The page under `/docs`: Swagger UI over the served OpenAPI. All of it comes from this service, for where long inputs are served
-a CDN can often not be reached; the browser is told to load nothing from anywhere else.
+"""The page under `/docs`: Swagger UI over the served OpenAPI. All of it comes from this service, for where long inputs are
+served a CDN can often not be reached; the browser is told to load nothing from anywhere else.
 
 Its files come in the package fastapi-offline, of which nothing else is used. Paths are relative: they hold below any prefix.
 """

@@ -75,6 +75,12 @@ class Unauthorized(RequestError):
     code = "invalid_api_key"
 
 
+class RateLimited(QueueFull):
+    """The key has used up what it may for now; others have not."""
+
+    code = "rate_limit_exceeded"
+
+
 class NotReady(RequestError):
     """The replica has not been warmed up."""
 

@@ -93,6 +93,9 @@ RECEIPT = {
     "x-longserve-measured-bytes": _header("Bytes as measured; absent where the widest step was not, or not yet.", "integer"),
     "x-longserve-batch-mates": _header("Most sequences a step was shared with so far.", "integer"),
 }
+EXPOSED = (*ANSWERED, *RECEIPT, "retry-after", ETA_HEADER)
+"""Headers of answers that a page of another origin may read, where it may call."""
+
 OPENMETRICS = "application/openmetrics-text"
 ERROR_HEADERS = {
     401: {"www-authenticate": _header("Bearer")},

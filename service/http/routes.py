@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 from fastapi import FastAPI
 from pydantic import BaseModel
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.types import ASGIApp
@@ -40,7 +41,7 @@ from service.http.body import check_media_type
 from service.http.edge import Edge
 from service.http.errors import ModelNotFound
 from service.http.face import Host
-from service.http.openapi import TIMEOUT_HEADER, document, model_ids, operation
+from service.http.openapi import EXPOSED, TIMEOUT_HEADER, document, model_ids, operation
 from service.http.prompts import (
     chat_requests,
     check_ids,
@@ -71,7 +72,7 @@ def create_app(host: Host, keys: Sequence[str] = (), echoes_request_id: bool = T
     """The ASGI app over one replica.
 
     Args:
-        keys: API keys, any of which lets a caller in; none: no key is asked for.
+        keys: API keys that let a caller in, beside those of the config's file; none, and no file: no key is asked for.
         echoes_request_id: False where a proxy in front answers with the request id itself.
     """
     app = FastAPI(
@@ -86,7 +87,13 @@ def create_app(host: Host, keys: Sequence[str] = (), echoes_request_id: bool = T
     app.openapi = lambda: document(app, host)  # type: ignore[method-assign]  # FastAPI's own way to extend it
     for add in (_add_inference, _add_models, _add_tokens, _add_state):
         add(app, host)
-    return Edge(app, host, ApiKeys(keys), echoes_request_id)
+    edge = Edge(app, host, ApiKeys(keys, host.config.api_keys_file), echoes_request_id)
+    origins = host.config.cors_origins
+    return (
+        edge
+        if not origins
+        else CORSMiddleware(edge, origins, allow_methods=("GET", "POST"), allow_headers=("*",), expose_headers=EXPOSED)
+    )
 
 
 def _add_inference(app: FastAPI, host: Host) -> None:

@@ -75,10 +75,11 @@ class Client:
         return self.post("/v1/chat/completions", {"messages": said, "max_tokens": 4, **fields})
 
     @contextmanager
-    def uploaded(self, path: str, raw: bytes) -> Iterator[socket.socket]:
+    def uploaded(self, path: str, raw: bytes, headers: Mapping[str, str] | None = None) -> Iterator[socket.socket]:
         """A call whose body has been sent and of whose answer nothing has been read; the block's end hangs up."""
         host = urlsplit(self.url)
-        head = f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {len(raw)}\r\n\r\n"
+        fields = {"host": "x", "content-type": "application/json", "content-length": str(len(raw)), **(headers or {})}
+        head = f"POST {path} HTTP/1.1\r\n" + "".join(f"{name}: {value}\r\n" for name, value in fields.items()) + "\r\n"
         with socket.create_connection((str(host.hostname), int(host.port or 0)), timeout=self.patience_seconds) as line:
             line.sendall(head.encode() + raw)
             yield line
