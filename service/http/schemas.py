@@ -58,6 +58,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "suffix": (None, ""),
     "top_a": (None, 0),
     "max_new_tokens": (None,),
+    "store": (None, False),
     "typical_p": (None, 1),
     "use_beam_search": (None, False),
     "length_penalty": (None, 1),

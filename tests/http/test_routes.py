@@ -207,19 +207,3 @@ def test_a_wrong_key_lets_nobody_in(guarded: Client, shown: str) -> None:
 @pytest.mark.parametrize("key", ["first", "second"])
 def test_every_key_lets_its_owner_in(guarded: Client, key: str) -> None:
     assert guarded.get("/v1/models", authorization=f"Bearer {key}").status == 200
-
-
-def test_openais_client_works_unchanged(service: Client) -> None:
-    import openai
-
-    with openai.OpenAI(base_url=f"{service.url}/v1", api_key="none", max_retries=0) as client:
-        model = client.models.list().data[0].id
-        whole = client.completions.create(model=model, prompt="import os", max_tokens=8, temperature=0)
-        parts = client.completions.create(model=model, prompt="import os", max_tokens=8, temperature=0, stream=True)
-        assert "".join(part.choices[0].text for part in parts) == whole.choices[0].text
-        vector = client.embeddings.create(model=model, input="import os").data[0].embedding
-        assert len(vector) == service.replica.card.width
-        with pytest.raises(openai.BadRequestError, match="sparse"):
-            client.completions.create(model=model, prompt="a", extra_body={"attention": "sparse"})
-        with pytest.raises(openai.NotFoundError):
-            client.completions.create(model="gpt-4", prompt="a")
