@@ -6,6 +6,7 @@ its deployment's `user_config`. Ray Serve itself passes over keys it does not kn
 
 from __future__ import annotations
 
+import hashlib
 import ipaddress
 import os
 from collections.abc import Mapping, Sequence
@@ -54,10 +55,45 @@ class LineConfig(Settings):
     send_timeout_seconds: float = Field(default=60, gt=0)  # in which a client reads nothing of its answer
 
 
+class KeyConfig(Settings):
+    """One API key of a key file: who shows it, and what it may take of each replica."""
+
+    name: str = Field(min_length=1)
+    key: str | None = Field(default=None, min_length=1)  # as callers show it
+    sha256: str | None = Field(default=None, pattern="^[0-9a-f]{64}$")  # or only its digest: printf %s KEY | sha256sum
+    requests_per_minute: int | None = Field(default=None, gt=0)  # that compute; None: no limit
+    tokens_per_minute: int | None = Field(default=None, gt=0)  # of prompts and answers
+    memory_share: float | None = Field(default=None, gt=0, le=1)  # of the memory budget, by its requests at once
+
+    @property
+    def digest(self) -> bytes:
+        """What a shown key is compared by."""
+        return bytes.fromhex(self.sha256) if self.sha256 else hashlib.sha256((self.key or "").encode()).digest()
+
+
+class KeysFile(Settings):
+    """A file of API keys, which is read again when it changes."""
+
+    keys: list[KeyConfig]
+
+    @field_validator("keys")
+    @classmethod
+    def _each_is_one(cls, keys: list[KeyConfig]) -> list[KeyConfig]:
+        for each in keys:
+            if (each.key is None) == (each.sha256 is None):
+                raise ValueError(f"{each.name} must have either key or sha256")
+        for what, found in (("name", [each.name for each in keys]), ("key", [each.digest.hex() for each in keys])):
+            if len(set(found)) < len(found):
+                raise ValueError(f"two entries have the same {what}")
+        return keys
+
+
 class HttpConfig(Settings):
     """What the HTTP layer lets in (service/http)."""
 
-    api_keys_env: str | None = None  # environment variable that holds the API keys, comma-separated; None: no key asked
+    api_keys_env: str | None = None  # environment variable that holds the API keys, comma-separated
+    api_keys_file: str | None = None  # YAML, `keys:` with name, key, limits (KeyConfig); without either no key is asked for
+    cors_origins: tuple[str, ...] = ()  # pages that may call from a browser, as https://host; "*": all; none: no page may
     max_body_bytes: int = Field(default=16 * 2**20, gt=0)  # counted while reading; above it 413
     max_bodies_bytes: int = Field(default=256 * 2**20, gt=0)  # of all bodies whose answer has not begun; above it 429
     body_timeout_seconds: float = Field(default=60, gt=0)  # for the whole of a body to arrive; then 408
@@ -68,6 +104,11 @@ class HttpConfig(Settings):
     workers: int = Field(default=2, gt=0)  # processes that read what is large, some 70 MB each
     line: LineConfig = LineConfig()
     max_waiting_reads: int = Field(default=64, gt=0)  # bodies and texts that wait for one of them; beyond it 429
+
+    @property
+    def asks_for_keys(self) -> bool:
+        """Whether callers must show a key."""
+        return self.api_keys_env is not None or self.api_keys_file is not None
 
 
 class ServiceConfig(Settings):
@@ -216,10 +257,11 @@ class ServeFile(Settings):
     @model_validator(mode="after")
     def _public_address_needs_keys(self) -> ServeFile:
         for index, application in enumerate(self.applications):
-            if not self.http_options.is_loopback and application.args.http.api_keys_env is None:
+            if not self.http_options.is_loopback and not application.args.http.asks_for_keys:
                 raise ValueError(
                     f"http_options.host {self.http_options.host} can be reached from outside, so "
-                    f"applications.{index}.args.http.api_keys_env must name an environment variable with API keys"
+                    f"applications.{index}.args.http.api_keys_env must name an environment variable with API keys, "
+                    "or api_keys_file a file with them"
                 )
         return self
 
@@ -247,13 +289,34 @@ def read(path: Path) -> ServeFile:
 
 
 def api_keys(config: HttpConfig) -> tuple[str, ...]:
-    """The keys that callers may show. Raises ValueError when the config asks for keys and the environment has none."""
+    """The keys of the environment. Raises ValueError where the config asks for keys and environment or file have none."""
+    if config.api_keys_file is not None:
+        read_keys(Path(config.api_keys_file))  # in vain, but for its errors: the service reads it again and again
     if config.api_keys_env is None:
         return ()
     keys = tuple(key.strip() for key in os.environ.get(config.api_keys_env, "").split(",") if key.strip())
     if not keys:
         raise ValueError(f"http.api_keys_env is {config.api_keys_env}, but that environment variable holds no key")
     return keys
+
+
+def read_keys(path: Path) -> list[KeyConfig]:
+    """The entries of a key file. Raises ConfigError, which shows no key."""
+    try:
+        raw = yaml.safe_load(path.read_text())
+        return KeysFile.model_validate(raw).keys
+    except OSError as error:
+        raise ConfigError(f"http.api_keys_file: {path}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError):
+        raise ConfigError(f"http.api_keys_file: {path}: no YAML") from None
+    except ValidationError as error:
+        faults = "; ".join(_without_values(fault) for fault in error.errors(include_url=False, include_input=False))
+        raise ConfigError(f"http.api_keys_file: {path}: {faults}") from None
+
+
+def _without_values(fault: ErrorDetails) -> str:
+    where = ".".join(str(part) for part in fault["loc"])
+    return f"{where}: {fault['msg'].removeprefix('Value error, ')}"
 
 
 def explain(error: ValidationError, model: type[BaseModel]) -> list[str]:
@@ -288,10 +351,14 @@ def _settings_in(annotation: Any) -> type[BaseModel]:
 
 
 def _with_absolute_models(file: ServeFile, folder: Path) -> ServeFile:
-    """The file with its model directories made absolute: replicas run elsewhere."""
+    """The file with its model directories and key files made absolute: replicas run elsewhere."""
 
     def absolute(args: ServiceConfig) -> ServiceConfig:
-        return args if args.model == "embedded" else args.model_copy(update={"model": str(folder / args.model)})
+        http, keys = args.http, args.http.api_keys_file
+        if keys is not None:
+            http = http.model_copy(update={"api_keys_file": str(folder / keys)})
+        model = args.model if args.model == "embedded" else str(folder / args.model)
+        return args.model_copy(update={"model": model, "http": http})
 
     changed = [app.model_copy(update={"args": absolute(app.args)}) for app in file.applications]
     return file.model_copy(update={"applications": changed})

@@ -212,7 +212,7 @@ class Replica:
                 "backends": [each.describe() | {"lossy": self.lossy(each.name)} for each in engine.backends.by_name.values()],
             },
             "memory_budget_bytes": engine.snapshot().budget_bytes,
-            "limits": self.config.model_dump(exclude={"api_keys_env"}),
+            "limits": self.config.model_dump(exclude={"api_keys_env", "api_keys_file"}),
             "engine": self.settings.engine.model_dump(),
             "versions": {"longserve": version("longserve"), "torch": torch.__version__},
             "replica": {"name": self.name, "pid": os.getpid(), "started": int(self._started), **self._facts},

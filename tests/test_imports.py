@@ -35,7 +35,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "service.timing",
     ),
     "service.http": ("service.engine.request", "service.http", "service.config", "service.exposition", "service.timing"),
-    "service.http.worker": ("service.engine.request", "service.http", "service.model.tokenizer"),  # a process of its own
+    "service.http.worker": ("service.engine.request", "service.http", "service.model"),  # a process of its own
     "service.metrics": ("service.engine.observer", "service.engine.request", "service.timing"),
     "service.tracing": ("service.engine.observer", "service.engine.request"),
     "service.switch": ("attention", "service.engine.engine", "service.config", "service.metrics", "service.threads"),

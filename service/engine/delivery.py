@@ -121,7 +121,7 @@ class Delivery:
         timings.first_token_at = timings.first_token_at or now
         sequence.spoke_at = now
         sequence.output.append(drawn.token)
-        if drawn.token in self._eos_token_ids and not sampling.ignore_eos:
+        if sampling.is_end(drawn.token, self._eos_token_ids):
             self._finish(sequence, "stop", sequence.text.flush())
             return
         settled = sequence.text.push(drawn.token, drawn.logprob)

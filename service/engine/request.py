@@ -6,7 +6,7 @@ The engine's face is these records and `Engine.submit`. No HTTP here: `service/h
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -34,6 +34,21 @@ class Sampling:
     logprobs: int | None = None  # number of alternatives per token; None: no logprobs at all
     echo: bool = False  # the prompt's own tokens come first (with their logprobs when those are asked for)
     ignore_eos: bool = False
+    min_p: float = 0.0  # a token less likely than so many times the likeliest is never drawn
+    presence_penalty: float = 0.0  # off the logit of each token that the answer has had
+    frequency_penalty: float = 0.0  # off it once more for each time
+    repetition_penalty: float = 1.0  # of each token of prompt and answer: a logit above 0 is divided by it, else multiplied
+    logit_bias: tuple[tuple[int, float], ...] = ()  # (token, what is added to its logit)
+    stop_token_ids: tuple[int, ...] = ()  # end the answer, and are not shown
+    min_tokens: int = 0  # of an answer, before any token may end it; stop strings may
+
+    def is_end(self, token: int, eos_ids: Collection[int]) -> bool:
+        """Whether a drawn token ends the answer."""
+        return token in self.stop_token_ids or (token in eos_ids and not self.ignore_eos)
+
+
+Pooling = Literal["mean", "last"]
+"""What of the last hidden states becomes an embedding: their mean, or that of the last token."""
 
 
 @dataclass
@@ -51,6 +66,8 @@ class Request:
     timings: Timings = field(default_factory=Timings)
     trace: Mapping[str, str] = field(default_factory=dict)  # the caller's W3C trace context, by header
     leading: int = 0  # of the tokens: special ones that the service put in front of a text; an echo leaves them out
+    pooling: Pooling = "mean"
+    source: str | None = None  # the caller's name for what the tokens come from; None: by kind
 
     @property
     def total_tokens(self) -> int:
@@ -60,7 +77,7 @@ class Request:
     @property
     def param(self) -> str:
         """The caller's name for what the tokens come from."""
-        return "input" if self.kind == "embedding" else "prompt"
+        return self.source or ("input" if self.kind == "embedding" else "prompt")
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +107,7 @@ class Delta:
 
 @dataclass(frozen=True)
 class Embedding:
-    """The answer to an embedding request: mean of the last hidden states, L2-normalised, float32, as a list of floats."""
+    """The answer to an embedding request: the pooled last hidden states, L2-normalised, float32, as a list of floats."""
 
     vector: list[float]
 

@@ -15,7 +15,7 @@ from attention import Segments
 from service.engine.job import Job
 from service.engine.meter import Meter, Metering, counting_seconds
 from service.engine.request import TokenLogprob
-from service.engine.sampling import draw, logprobs
+from service.engine.sampling import Past, draw, logprobs
 from service.engine.work import Member, Work
 from service.model.transformer import Stages, Transformer
 
@@ -35,6 +35,7 @@ class Runner:
         """
         self._model = model
         self._unknown = unknown.to(model.device)
+        self._eos_ids = list(model.config.eos_token_ids)
         self._row_multiple = row_multiple or 1
         self._metering = Metering(model.device, sample_share, _counting_seconds(model))
         self.busy_seconds = 0.0  # spent on steps so far
@@ -165,7 +166,8 @@ class Runner:
             rows += [index] * len(drawing)
         logits = logits if len(rows) == len(ready) else logits[rows]
         settings = [sequence.job.request.sampling for sequence in sequences]
-        work.drawn = list(zip(sequences, draw(logits, settings, [s.number() for s in sequences]), strict=True))
+        numbers, pasts = [s.number() for s in sequences], [Past(s.job.prompt, s.output) for s in sequences]
+        work.drawn = list(zip(sequences, draw(logits, settings, numbers, pasts, self._eos_ids), strict=True))
 
 
 def _branch(work: Work) -> None:
@@ -212,7 +214,7 @@ def _tell_bytes(work: Work) -> None:
 
 
 def _add_sums(work: Work, segments: Segments, hidden: Tensor) -> None:
-    """Add the hidden states of each member to its job's sum."""
+    """Add the hidden states of each member to its job's sum, or keep the last of them."""
     for member, (start, end, _) in zip(work.members, segments.spans(), strict=True):
         job = member.job
         part = hidden[start:end].sum(0, dtype=torch.float32)

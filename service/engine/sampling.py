@@ -1,15 +1,21 @@
-"""Logits to tokens: temperature, top-k, nucleus (Holtzman et al., arXiv 1904.09751), and log-probabilities.
+"""Logits to tokens: penalties, temperature, min-p (Nguyen et al., arXiv 2407.01082), top-k, nucleus (Holtzman et al., arXiv
+1904.09751), and log-probabilities.
+
+In this order, each on what the one before left: repetition penalty (Keskar et al., arXiv 1909.05858, section 4.1), the bias,
+the penalties of frequency and presence, the ends that `min_tokens` puts off, temperature, min_p, top_k, top_p.
 
 A row is drawn by inverting its cumulative distribution at one uniform number, a function of its request's seed and of its
 place, and by the operations that its own settings ask for. So a seed gives the same answer whatever else is in the batch,
 and again when a step has to be repeated.
-Cost: one pass over the vocabulary per row; a sort for rows with top_k or top_p.
+Cost: one pass over the vocabulary per row; a sort for rows with top_k or top_p; one over the text for rows with penalties.
 """
 
 from __future__ import annotations
 
+import math
 import struct
-from collections.abc import Sequence
+from array import array
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 
@@ -27,6 +33,17 @@ class Drawn:
     logprob: TokenLogprob | None = None
 
 
+@dataclass(frozen=True)
+class Past:
+    """The text that a token is drawn behind."""
+
+    prompt: array[int]
+    output: array[int]
+
+
+PIECE = 4096  # tokens of a text that are looked at together: what that takes is no part of the law of bytes
+
+
 def uniform(seed: int, index: int, place: int) -> float:
     """The number in [0, 1) by which sample `index` of a request draws its token at `place`.
 
@@ -40,19 +57,36 @@ def bytes_per_logit(settings: Sampling) -> int:
     """Peak bytes of temporaries of `draw` per entry of a row, the logits themselves included. Held to the ops by a test."""
     if settings.temperature > 0:
         return 68 if _is_filtered(settings) else 44
-    return 6 if settings.logprobs is None else 12
+    return 6 if settings.logprobs is None and not _is_adjusted(settings) else 12
 
 
-def draw(logits: Tensor, settings: Sequence[Sampling], numbers: Sequence[float]) -> list[Drawn]:
-    """Draw one token per row of logits (N, V), float32, at each row's number from [0, 1). A logit of -inf is never drawn."""
+def draw(
+    logits: Tensor,
+    settings: Sequence[Sampling],
+    numbers: Sequence[float],
+    pasts: Sequence[Past] = (),
+    eos_ids: Sequence[int] = (),
+) -> list[Drawn]:
+    """Draw one token per row of logits (N, V), float32, at each row's number from [0, 1). A logit of -inf is never drawn.
+
+    Args:
+        pasts: each row's text so far; may be left out where no row has a penalty, a bias or `min_tokens`.
+        eos_ids: tokens that end an answer.
+    """
     tokens = logits.argmax(-1)
+    greedy = [i for i, s in enumerate(settings) if s.temperature == 0 and _is_adjusted(s)]
+    if greedy:
+        tokens[greedy] = _adjusted(logits, greedy, settings, pasts, eos_ids).argmax(-1)
     plain = [i for i, s in enumerate(settings) if s.temperature > 0 and not _is_filtered(s)]
     filtered = [i for i, s in enumerate(settings) if s.temperature > 0 and _is_filtered(s)]
     for rows, pick in ((plain, _pick_plain), (filtered, _pick_filtered)):
         if rows:
             chosen, share = [settings[i] for i in rows], _column([numbers[i] for i in rows], logits)
             temperature = _column([s.temperature for s in chosen], logits)  # float64 holds all above zero, float32 does not
-            scaled = (logits[rows] - logits[rows].amax(-1, keepdim=True)).double().div_(temperature)  # 0 for the likeliest
+            given = _adjusted(logits, rows, settings, pasts, eos_ids)
+            scaled = (given - given.amax(-1, keepdim=True)).double().div_(temperature)  # 0 for the likeliest
+            del given
+            _drop_unlikely(scaled, chosen)
             tokens[rows] = pick(scaled, share, chosen)
     ids = tokens.tolist()
     asked = [i for i, s in enumerate(settings) if s.logprobs is not None]
@@ -80,6 +114,63 @@ def _column(values: Sequence[float], like: Tensor) -> Tensor:
 
 def _top(settings: Sampling) -> int:
     return settings.logprobs or 0
+
+
+def _is_adjusted(settings: Sampling) -> bool:
+    """Whether the row's logits are changed before anything is drawn from them."""
+    return bool(_is_penalised(settings) or settings.repetition_penalty != 1 or settings.logit_bias or settings.min_tokens)
+
+
+def _is_penalised(settings: Sampling) -> bool:
+    return settings.presence_penalty != 0 or settings.frequency_penalty != 0
+
+
+def _adjusted(
+    logits: Tensor, rows: Sequence[int], settings: Sequence[Sampling], pasts: Sequence[Past], eos_ids: Sequence[int]
+) -> Tensor:
+    """Some rows of the logits (N, V), changed as their settings say. A copy."""
+    copied = logits[rows]
+    for place, i in enumerate(rows):
+        if _is_adjusted(settings[i]):
+            _adjust(copied[place], logits[i], settings[i], pasts[i], eos_ids)
+    return copied
+
+
+def _adjust(row: Tensor, before: Tensor, settings: Sampling, past: Past, eos_ids: Sequence[int]) -> None:
+    """Change a row of logits (V,) in place; `before` is the same row as it was."""
+    if settings.repetition_penalty != 1:
+        for ids in (*_pieces(past.prompt, row), *_pieces(past.output, row)):
+            own = before[ids]  # not of `row`: a token that comes again must not be penalised again
+            row[ids] = torch.where(own > 0, own / settings.repetition_penalty, own * settings.repetition_penalty)
+    if settings.logit_bias:
+        tokens, biases = zip(*settings.logit_bias, strict=True)
+        row[list(tokens)] += torch.tensor(biases, dtype=row.dtype, device=row.device)
+    if _is_penalised(settings):
+        _penalise(row, settings, past.output)
+    if len(past.output) < settings.min_tokens:
+        row[[*eos_ids, *settings.stop_token_ids]] = -torch.inf
+
+
+def _penalise(row: Tensor, settings: Sampling, output: array[int]) -> None:
+    """Take the penalties of presence and frequency off a row of logits (V,)."""
+    counts = torch.zeros(row.shape, dtype=row.dtype, device=row.device)
+    for ids in _pieces(output, row):
+        counts.index_add_(0, ids, torch.ones(len(ids), dtype=row.dtype, device=row.device))
+    row.sub_(counts, alpha=settings.frequency_penalty)
+    row.sub_(counts.clamp_(max=1), alpha=settings.presence_penalty)
+
+
+def _pieces(tokens: array[int], like: Tensor) -> Iterator[Tensor]:
+    """A text's token ids, some at a time."""
+    for start in range(0, len(tokens), PIECE):
+        yield torch.tensor(tokens[start : start + PIECE], dtype=torch.long, device=like.device)
+
+
+def _drop_unlikely(scaled: Tensor, settings: Sequence[Sampling]) -> None:
+    """Leave no chance to tokens below each row's min_p; the likeliest stands at 0 in `scaled` (N, V)."""
+    if any(s.min_p > 0 for s in settings):
+        least = _column([math.log(s.min_p) if s.min_p > 0 else -math.inf for s in settings], scaled)
+        scaled.masked_fill_(scaled < least, -torch.inf)
 
 
 def _is_filtered(settings: Sampling) -> bool:

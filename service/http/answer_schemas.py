@@ -28,6 +28,7 @@ class Receipt(Record):
     prefill_seconds: Seconds | None
     decode_seconds: Seconds | None
     prefill_chunks: Count
+    dropped_tokens: Count = Field(description="Of the input, by truncate; 0: all of it was read.")
     seen_tokens: Count = Field(description="Of the input, by its last token in one layer.")
     reserved_bytes: Count = Field(description="State and workspace by the cost law.")
     measured_bytes: Count | None = Field(description="State and step as measured; null: the widest step was not.")
@@ -80,6 +81,70 @@ class CompletionChunk(Record):
     longserve: Receipt | None = Field(default=None, description="In the last chunk, with stream_options.include_usage.")
 
 
+class TokenFacts(Record):
+    token: str
+    logprob: float
+    bytes: list[Annotated[int, Field(ge=0, le=255)]]
+
+
+class ToldToken(TokenFacts):
+    top_logprobs: list[TokenFacts]
+
+
+class ChatLogprobs(Record):
+    content: list[ToldToken]
+    refusal: None
+
+
+class ChatMessage(Record):
+    role: Literal["assistant"]
+    content: str
+    refusal: None
+
+
+class ChatChoice(Record):
+    index: Count
+    message: ChatMessage
+    logprobs: ChatLogprobs | None
+    finish_reason: Literal["stop", "length"]
+
+
+class ChatAnswer(Record):
+    """What the assistant says, n times."""
+
+    id: str
+    object: Literal["chat.completion"]
+    created: int
+    model: str
+    choices: list[ChatChoice]
+    usage: Usage
+    longserve: Receipt
+
+
+class ChatDelta(Record):
+    role: Literal["assistant"] | None = Field(default=None, description="In the first chunk of a choice.")
+    content: str
+
+
+class ChunkChoice(Record):
+    index: Count
+    delta: ChatDelta
+    logprobs: ChatLogprobs | None
+    finish_reason: Literal["stop", "length"] | None = Field(description="null: the sample goes on.")
+
+
+class ChatChunk(Record):
+    """The data of one server-sent event of a conversation; the last one's data is [DONE], or after a failure an Error."""
+
+    id: str
+    object: Literal["chat.completion.chunk"]
+    created: int
+    model: str
+    choices: list[ChunkChoice]
+    usage: Usage | None = Field(default=None, description="With stream_options: null but in the last, or counting up.")
+    longserve: Receipt | None = Field(default=None, description="In the last chunk, with stream_options.include_usage.")
+
+
 class EmbeddingItem(Record):
     object: Literal["embedding"]
     index: Count
@@ -111,6 +176,7 @@ class PlanItem(Record):
     backend: str
     why: str
     prompt_tokens: Count
+    dropped_tokens: Count = Field(description="Of the input, by truncate; 0: all of it would be read.")
     total_tokens: Count
     terms: dict[str, Count] = Field(description="Bytes by term.")
     needed_bytes: Count

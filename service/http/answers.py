@@ -6,18 +6,18 @@ import asyncio
 import base64
 import codecs
 import json
+import math
 import struct
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from service.engine.request import Delta, Embedding, FinishReason, Request, TokenLogprob
+from service.engine.request import Delta, FinishReason, Request, TokenLogprob
 from service.http.face import Host, Tokenizer
 from service.timing import PHASES, receipt
 
 Json = dict[str, Any]
-LOGPROB_KEYS = ("tokens", "token_logprobs", "top_logprobs", "text_offset")
-
 
 LONG_LIST = 256
 """Entries; a longer list is spelled and encoded in a thread, by so many at once: some milliseconds of Python's lock."""
@@ -26,13 +26,15 @@ LONG_LIST = 256
 class Choice:
     """One sample on its way: the chunk each delta makes, and the whole when it is complete."""
 
+    spellers: type[Speller]
+
     def __init__(self, index: int, tokenizer: Tokenizer, is_streamed: bool) -> None:
         self.index = index
         self._is_streamed = is_streamed  # nobody asks for the whole: nothing is kept
         self.finish_reason: FinishReason | None = None
         self._texts: list[str] = []
         self._logprobs: list[Json] = []
-        self._speller = Speller(tokenizer)
+        self._speller = self.spellers(tokenizer)
 
     def add(self, delta: Delta) -> Json:
         """Take a delta in; returns it as a chunk's choice."""
@@ -41,30 +43,56 @@ class Choice:
         if not self._is_streamed:
             self._texts.append(delta.text)
             self._logprobs += [] if logprobs is None else [logprobs]
-        return {"index": self.index, "text": delta.text, "logprobs": logprobs, "finish_reason": delta.finish_reason}
+        return {"index": self.index, **self.part(delta.text), "logprobs": logprobs, "finish_reason": delta.finish_reason}
 
     def whole(self) -> Json:
         """The complete sample."""
         assert self.finish_reason is not None, "a whole choice has ended"
-        logprobs = {key: [item for part in self._logprobs for item in part[key]] for key in LOGPROB_KEYS}
-        return {
-            "index": self.index,
-            "text": "".join(self._texts),
-            "logprobs": logprobs if self._logprobs else None,
-            "finish_reason": self.finish_reason,
-        }
+        logprobs = self.spellers.joined(self._logprobs) if self._logprobs else None
+        text = self.all("".join(self._texts))
+        return {"index": self.index, **text, "logprobs": logprobs, "finish_reason": self.finish_reason}
+
+    def part(self, text: str) -> Json:
+        """The next piece of text as a chunk shows it."""
+        raise NotImplementedError
+
+    def all(self, text: str) -> Json:
+        """The whole text as an answer shows it."""
+        raise NotImplementedError
 
 
 class Speller:
-    """Tokens' log-probabilities in OpenAI's spelling, with each token's place in the text of its sample."""
+    """Tokens' log-probabilities in OpenAI's spelling."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
+
+    def spell(self, logprobs: Sequence[TokenLogprob]) -> Json:
+        """The next tokens of the sample."""
+        raise NotImplementedError
+
+    @staticmethod
+    def joined(parts: Sequence[Json]) -> Json:
+        """Several spellings as one."""
+        return {key: [item for part in parts for item in part[key]] for key in parts[0] if parts[0][key] is not None}
+
+    def _text(self, raw: bytes) -> str:
+        """A token's text; one that is no text by itself is spelled `bytes:\\xe2`, as OpenAI does."""
+        try:
+            return raw.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
+
+
+class ListSpeller(Speller):
+    """As completions spell them: a list for each fact, and each token's place in the text of its sample."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        super().__init__(tokenizer)
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")  # a token may end inside a character
         self._offset = 0
 
     def spell(self, logprobs: Sequence[TokenLogprob]) -> Json:
-        """The next tokens of the sample."""
         return {
             "tokens": [self._text(self._bytes(each)) for each in logprobs],
             "token_logprobs": [each.logprob for each in logprobs],
@@ -78,13 +106,6 @@ class Speller:
             return self._tokenizer.bytes_of([logprob.token])
         return self._tokenizer.token_bytes(logprob.token)
 
-    def _text(self, raw: bytes) -> str:
-        """A token's text; one that is no text by itself is spelled `bytes:\\xe2`, as OpenAI does."""
-        try:
-            return raw.decode()
-        except UnicodeDecodeError:
-            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
-
     def _top(self, logprob: TokenLogprob) -> dict[str, float] | None:
         if logprob.logprob is None:
             return None
@@ -96,14 +117,75 @@ class Speller:
         return start
 
 
-class Completion:
-    """The answer to one completion call: every prompt's every sample."""
+class ItemSpeller(Speller):
+    """As conversations spell them: an object for each token."""
 
-    def __init__(self, id: str, requests: Sequence[Request], host: Host, is_streamed: bool) -> None:
-        self._head = {"id": f"cmpl-{id}", "object": "text_completion", "created": int(time.time()), "model": host.card.id}
+    def spell(self, logprobs: Sequence[TokenLogprob]) -> Json:
+        return {"content": [self._item(each) for each in logprobs], "refusal": None}
+
+    def _item(self, told: TokenLogprob) -> Json:
+        assert told.logprob is not None, "only a prompt's first token has none"
+        return self._entry(told.token, told.logprob) | {"top_logprobs": [self._entry(*each) for each in told.top]}
+
+    def _entry(self, token: int, logprob: float) -> Json:
+        raw = self._tokenizer.token_bytes(token)
+        return {"token": self._text(raw), "logprob": logprob, "bytes": list(raw)}
+
+    @staticmethod
+    def joined(parts: Sequence[Json]) -> Json:
+        return Speller.joined(parts) | {"refusal": None}
+
+
+class TextChoice(Choice):
+    """A sample of a completion."""
+
+    spellers = ListSpeller
+
+    def part(self, text: str) -> Json:
+        return {"text": text}
+
+    def all(self, text: str) -> Json:
+        return {"text": text}
+
+
+class ChatChoice(Choice):
+    """A sample of what the assistant says."""
+
+    spellers = ItemSpeller
+    _is_opened = False
+
+    def part(self, text: str) -> Json:
+        role = {} if self._is_opened else {"role": "assistant"}
+        self._is_opened = True
+        return {"delta": {**role, "content": text}}
+
+    def all(self, text: str) -> Json:
+        return {"message": {"role": "assistant", "content": text, "refusal": None}}
+
+
+@dataclass(frozen=True)
+class Form:
+    """One of OpenAI's two shapes of what was drawn."""
+
+    prefix: str  # of its id
+    whole: str  # its name
+    chunk: str  # that of a part
+    choice: type[Choice]
+
+
+TEXT = Form("cmpl", "text_completion", "text_completion", TextChoice)
+CHAT = Form("chatcmpl", "chat.completion", "chat.completion.chunk", ChatChoice)
+
+
+class Completion:
+    """The answer to one call that draws tokens: every prompt's every sample."""
+
+    def __init__(self, id: str, requests: Sequence[Request], host: Host, is_streamed: bool, form: Form) -> None:
+        name = form.chunk if is_streamed else form.whole
+        self._head = {"id": f"{form.prefix}-{id}", "object": name, "created": int(time.time()), "model": host.card.id}
         self._requests = requests
         self._samples = requests[0].n
-        self._choices = [Choice(index, host.tokenizer, is_streamed) for index in range(len(requests) * self._samples)]
+        self._choices = [form.choice(index, host.tokenizer, is_streamed) for index in range(len(requests) * self._samples)]
         self.is_long = False  # whether a thread should encode it
 
     async def take(self, prompt: int, delta: Delta) -> Json:
@@ -135,19 +217,28 @@ class Completion:
         return {"usage": self.usage(), "longserve": receipt([request.timings for request in self._requests])}
 
 
-def embeddings(vectors: Sequence[Embedding], requests: Sequence[Request], host: Host, as_base64: bool) -> Json:
+def embeddings(vectors: Sequence[Sequence[float]], requests: Sequence[Request], host: Host, as_base64: bool) -> Json:
     """The answer to an embedding call."""
     tokens = sum(len(request.tokens) for request in requests)
     return {
         "object": "list",
         "model": host.card.id,
         "data": [
-            {"object": "embedding", "index": index, "embedding": _packed(each.vector) if as_base64 else each.vector}
+            {"object": "embedding", "index": index, "embedding": _packed(each) if as_base64 else each}
             for index, each in enumerate(vectors)
         ],
         "usage": {"prompt_tokens": tokens, "total_tokens": tokens},
         "longserve": receipt([request.timings for request in requests]),
     }
+
+
+def cut(vector: list[float], dimensions: int | None) -> list[float]:
+    """The first so many numbers of a vector, at length one again where they have a length; None: all of them."""
+    if dimensions is None or dimensions >= len(vector):
+        return vector
+    first = vector[:dimensions]
+    length = math.hypot(*first)
+    return [each / length for each in first] if length else first
 
 
 def _packed(vector: Sequence[float]) -> str:

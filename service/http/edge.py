@@ -62,7 +62,7 @@ class Edge:
         """Let the call in and answer it; whatever goes wrong before the response begins becomes a response."""
         refusal: Response
         try:
-            self.keys.check(scope["path"], Headers(scope=scope))
+            scope["state"]["owner"] = self.keys.check(scope["path"], Headers(scope=scope))
             body = await exchange.share.read(Headers(scope=scope), receive)
             if body is not None:
                 await self.app(scope, _replay(body, receive), send)

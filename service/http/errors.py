@@ -33,6 +33,18 @@ class ModelNotFound(InvalidRequest):
     code = "model_not_found"
 
 
+class ChatNotOffered(InvalidRequest):
+    """The model has no chat template, or none that is safe."""
+
+    code = "chat_not_offered"
+
+
+class TemplateRefused(InvalidRequest):
+    """The model's chat template does not take these messages."""
+
+    code = "chat_template_refused"
+
+
 class WrongMediaType(InvalidRequest):
     """The body is not declared to be JSON."""
 
@@ -61,6 +73,12 @@ class Unauthorized(RequestError):
     """No key, or a key that is not ours."""
 
     code = "invalid_api_key"
+
+
+class RateLimited(QueueFull):
+    """The key has used up what it may for now; others have not."""
+
+    code = "rate_limit_exceeded"
 
 
 class NotReady(RequestError):
@@ -104,6 +122,10 @@ RETRY_AFTER_SECONDS = {Draining: 5.0, NotReady: 2.0, OutOfMemory: 5.0}
 """When to come back, for errors that do not compute it: a restarted or recovered replica is there by then."""
 
 
+ETA_HEADER = "x-longserve-eta-seconds"
+"""Of a full queue: predicted seconds until the work in front is done, where `Retry-After` has whole ones."""
+
+
 def status_of(error: RequestError) -> tuple[int, str]:
     """Status and error type of a typed error."""
     return _status_of_class(type(error))
@@ -137,6 +159,8 @@ def response_to(error: RequestError) -> Response:
     status, _ = status_of(error)
     seconds = getattr(error, "retry_after_seconds", RETRY_AFTER_SECONDS.get(type(error)))
     headers = {} if seconds is None else {"retry-after": str(max(1, math.ceil(seconds)))}
+    if isinstance(error, QueueFull):
+        headers[ETA_HEADER] = f"{error.retry_after_seconds:.3f}"
     if isinstance(error, Unauthorized):
         headers["www-authenticate"] = "Bearer"
     if isinstance(error, WrongEncoding):
@@ -170,8 +194,20 @@ async def _http(request: HttpRequest, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     if error.status_code == 405:
         return _wrong_method(request, (error.headers or {})["Allow"])
-    message = f"no route {quoted(request.url.path)}; /docs lists the routes" if error.status_code == 404 else str(error.detail)
+    message = _no_route(request.url.path) if error.status_code == 404 else str(error.detail)
     return _json(shaped(error.status_code, message), error.status_code, dict(error.headers or {}))
+
+
+POINTERS = {
+    "/v1/responses": "send the conversation to /v1/chat/completions, which keeps no state between calls",
+    "/v1/messages": "send the conversation to /v1/chat/completions",
+}
+"""Routes of others' that callers may look for here, and where to turn instead."""
+
+
+def _no_route(path: str) -> str:
+    pointer = next((told for start, told in POINTERS.items() if f"{path}/".startswith(f"{start}/")), "/docs lists the routes")
+    return f"no route {quoted(path)}: {pointer}"
 
 
 def _wrong_method(request: HttpRequest, routed: str) -> Response:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from service.engine.engine import Engine
     from service.exposition import Format
     from service.http.reader import Reader
+    from service.model.chat import ChatTemplate
 
 
 class Tokenizer(Protocol):
@@ -28,6 +29,10 @@ class Tokenizer(Protocol):
 
     @property
     def longest_token_bytes(self) -> int | None: ...
+
+    @property
+    def chat(self) -> ChatTemplate:
+        """Raises NoTemplate. For one thread only."""
 
     def encode(self, text: str, add_special_tokens: bool) -> list[int]: ...
 

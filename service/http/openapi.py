@@ -7,7 +7,7 @@ table in `errors.py`), headers, and the bounds that come from config and model.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from http import HTTPStatus
 from typing import Any
 
@@ -17,15 +17,18 @@ from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
 from service.engine.request import AUTO
-from service.http.answer_schemas import CompletionChunk, Error
+from service.http.answer_schemas import ChatChunk, CompletionChunk, Error
 from service.http.auth import OPEN_PATHS
-from service.http.errors import NotReady, codes
+from service.http.errors import ETA_HEADER, NotReady, codes
 from service.http.face import Host, ModelCard
 from service.http.schemas import (
+    MOST_BIAS,
+    MOST_BIASES,
     MOST_FIELDS,
-    NEUTRAL,
+    ChatBody,
     CompletionBody,
     DetokenizeBody,
+    Drawn,
     EmbeddingBody,
     PlanBody,
     TokenizeBody,
@@ -34,7 +37,7 @@ from service.http.schemas import (
 Json = dict[str, Any]
 
 REFERENCE = "#/components/schemas/{model}"
-BODIES = (CompletionBody, EmbeddingBody, PlanBody, TokenizeBody, DetokenizeBody)
+BODIES = (CompletionBody, ChatBody, EmbeddingBody, TokenizeBody, DetokenizeBody)
 
 ALWAYS = (400, 401, 408, 413, 415, 429, 500, 503)
 """Statuses of every route: a body is read, and bounded, wherever one is sent. 401 only where keys are asked for."""
@@ -61,10 +64,11 @@ TIMEOUT: Json = {
 EVENT: Json = {
     "type": "object",
     "required": ["data"],
+    "description": "Comments between events (lines that begin with a colon) say how far a long prompt has been read.",
     "properties": {
         "data": {
             "type": "string",
-            "description": "A CompletionChunk as JSON. Last: [DONE], or an Error as JSON when the answer failed half-way.",
+            "description": "A CompletionChunk or ChatChunk as JSON. Last: [DONE], or an Error as JSON after a failure.",
         }
     },
 }
@@ -83,15 +87,22 @@ RECEIPT = {
     **{f"x-longserve-{name}-seconds": _header(f"Seconds of {name}.", "number") for name in ("tokenize", "queue")},
     **{f"x-longserve-{name}-seconds": _header("Seconds, once known.", "number") for name in ("prefill", "decode")},
     "x-longserve-prefill-chunks": _header("Chunks so far.", "integer"),
+    "x-longserve-dropped-tokens": _header("Tokens of the input that truncate left out.", "integer"),
     "x-longserve-seen-tokens": _header("Tokens of the input that its last one sees in one layer, once known.", "integer"),
     "x-longserve-reserved-bytes": _header("Bytes reserved by the cost law.", "integer"),
     "x-longserve-measured-bytes": _header("Bytes as measured; absent where the widest step was not, or not yet.", "integer"),
     "x-longserve-batch-mates": _header("Most sequences a step was shared with so far.", "integer"),
 }
+EXPOSED = (*ANSWERED, *RECEIPT, "retry-after", ETA_HEADER)
+"""Headers of answers that a page of another origin may read, where it may call."""
+
 OPENMETRICS = "application/openmetrics-text"
 ERROR_HEADERS = {
     401: {"www-authenticate": _header("Bearer")},
-    429: {"retry-after": _header("Seconds until the work in front is done.", "integer")},
+    429: {
+        "retry-after": _header("Seconds until the work in front is done.", "integer"),
+        ETA_HEADER: _header("The same, as predicted, with its decimals.", "number"),
+    },
     503: {"retry-after": _header("Seconds.", "integer")},
 }
 
@@ -120,7 +131,7 @@ def operation(
         responses[200]["content"] = {kind: {"schema": {"type": "string"}} for kind in ("text/plain", OPENMETRICS)}
     else:
         responses[200]["model"] = answer
-    if body is CompletionBody:
+    if body is not None and issubclass(body, Drawn):
         responses[200]["content"] = {"text/event-stream": {"schema": EVENT}}
     extra: Json = {"parameters": [REQUEST_ID, *([TIMEOUT] if body else [])]}
     if body is not None:
@@ -145,22 +156,24 @@ def _reference(kind: type[BaseModel]) -> Json:
 def document(app: FastAPI, host: Host) -> Json:
     """The whole document, with the bounds in force now."""
     made = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
-    _, bodies = models_json_schema([(kind, "validation") for kind in (*BODIES, CompletionChunk)], ref_template=REFERENCE)
+    _, bodies = models_json_schema(
+        [(kind, "validation") for kind in (*BODIES, PlanBody, CompletionChunk, ChatChunk)], ref_template=REFERENCE
+    )
     schemas = made["components"]["schemas"] = made["components"]["schemas"] | bodies["$defs"]
     made["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
     for path, operations in made["paths"].items():
         for each in operations.values():
             each["responses"].pop("422", None)  # FastAPI's own, which nothing here sends
             each["security"] = [{}] if path in OPEN_PATHS else [{}, {"key": []}]
-    for name in ("CompletionBody", "EmbeddingBody", "TokenizeBody", "DetokenizeBody"):
-        _bound(schemas[name], host)
+    for kind in BODIES:
+        _bound(schemas[kind.__name__], kind.neutral, host)
     _relate(schemas)
     for unused in ("HTTPValidationError", "ValidationError"):
         schemas.pop(unused, None)
     return made
 
 
-def _bound(schema: Json, host: Host) -> None:
+def _bound(schema: Json, neutral: Mapping[str, Sequence[Any]], host: Host) -> None:
     """Write the bounds of this replica into a body's schema."""
     properties, limits = schema["properties"], host.config
     schema["maxProperties"] = MOST_FIELDS
@@ -171,6 +184,9 @@ def _bound(schema: Json, host: Host) -> None:
         "tokens": {"items": token},
         "max_tokens": {"maximum": host.card.max_length},
         "max_completion_tokens": {"maximum": host.card.max_length},
+        "dimensions": {"maximum": host.card.width},
+        "stop_token_ids": {"anyOf": [{"type": "array", "maxItems": MOST_BIASES, "items": token}, {"type": "null"}]},
+        "logit_bias": {"anyOf": [_biases(), {"type": "null"}]},
         "n": {"maximum": limits.max_samples},
         "best_of": {"maximum": limits.max_samples},
         "model": {"enum": [None, *model_ids(host.card, _backends(host))]},
@@ -179,9 +195,17 @@ def _bound(schema: Json, host: Host) -> None:
     for name, bound in bounds.items():
         if name in properties:
             properties[name] |= bound
-    for name, values in NEUTRAL.items():
+    for name, values in neutral.items():
+        if name in properties:
+            continue
         told = " or ".join(json.dumps(each) for each in values)
         properties[name] = {"enum": list(values), "description": f"Not offered: leave it out or send {told}."}
+
+
+def _biases() -> Json:
+    bias = {"type": "number", "minimum": -MOST_BIAS, "maximum": MOST_BIAS}
+    ids = {"type": "string", "pattern": "^(0|[1-9][0-9]{0,8})$"}  # of tokens that there are, as 400 tells
+    return {"type": "object", "maxProperties": MOST_BIASES, "additionalProperties": bias, "propertyNames": ids}
 
 
 def _prompts(token: Json, host: Host) -> Json:
@@ -195,6 +219,18 @@ def _relate(schemas: Json) -> None:
     """What JSON Schema can say of fields that depend on each other, and examples."""
     asks = {"properties": {"stream_options": {"type": "object"}}, "required": ["stream_options"]}
     streams = {"properties": {"stream": {"const": True}}, "required": ["stream"]}
+    schemas["ChatBody"] |= {
+        "if": asks,
+        "then": streams,
+        "examples": [
+            {"messages": [{"role": "user", "content": "def fibonacci(n):"}], "max_tokens": 8, "temperature": 0},
+            {
+                "messages": [{"role": "user", "content": [{"type": "text", "text": "import os"}]}],
+                "stream": True,
+                "max_tokens": 4,
+            },
+        ],
+    }
     schemas["CompletionBody"] |= {
         "if": asks,
         "then": streams,
@@ -206,13 +242,16 @@ def _relate(schemas: Json) -> None:
     schemas["EmbeddingBody"]["examples"] = [{"input": ["import os", "def f("], "encoding_format": "base64"}]
     schemas["TokenizeBody"]["examples"] = [{"prompt": "import os"}]
     schemas["DetokenizeBody"]["examples"] = [{"tokens": [1, 2, 3]}]
-    completion, embedding = _reference(CompletionBody), _reference(EmbeddingBody)
     schemas["PlanBody"] = {
         "title": "PlanBody",
         "description": PlanBody.__doc__,
         "oneOf": [
-            {"allOf": [completion], "not": {"required": ["input"]}},
-            {"allOf": [embedding], "not": {"required": ["prompt"]}},
+            {"allOf": [_reference(kind)], "not": {"anyOf": [{"required": [each]} for each in others]}}
+            for kind, others in (
+                (CompletionBody, ("messages", "input")),
+                (ChatBody, ("prompt", "input")),
+                (EmbeddingBody, ("prompt", "messages")),
+            )
         ],
         "examples": [{"prompt": "import os", "max_tokens": 8}, {"input": "import os"}],
     }

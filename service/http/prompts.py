@@ -4,32 +4,65 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
-from service.engine.request import AUTO, ContextTooLong, InvalidRequest, Request, Sampling, UnknownBackend, quoted
+from service.engine.request import AUTO, InvalidRequest, Request, Sampling, UnknownBackend, quoted
 from service.http.errors import ModelNotFound
 from service.http.face import Host
+from service.http.length import Side, check_text, check_tokens, cut
 from service.http.reader import Call
-from service.http.schemas import Attended, Body, CompletionBody, EmbeddingBody, PlanBody, Prompt
+from service.http.schemas import Attended, Body, ChatBody, CompletionBody, Drawn, EmbeddingBody, PlanBody, Prompt
 from service.timing import Timings
 
 DEFAULT_MAX_TOKENS = 16  # OpenAI's
-UTF8_BYTES = 4  # of one character, at most
+DEFAULT_CHAT_TOKENS = 1024  # or what the context leaves; OpenAI's is the context, whose bytes would be reserved
 
 
 async def completion_requests(body: CompletionBody, host: Host, call: Call) -> list[Request]:
     """One request per prompt. Raises InvalidRequest."""
+    asked = _drawing(body, host, call)
+    room = None if body.truncate is None else Room(host.card.max_length - asked.sampling.max_tokens, body.truncate)
+    return await _requests(asked, "prompt", body.prompt, body.with_special_tokens, room, host, call)
+
+
+async def chat_requests(body: ChatBody, host: Host, call: Call) -> list[Request]:
+    """The one request of a conversation, as the model's chat template writes it. Raises InvalidRequest."""
+    asked, start, most = _drawing(body, host, call), time.monotonic(), host.card.max_length
+    messages = [each.plain() for each in body.messages]
+    tokens = await host.reader.chat(messages, body.chat_template_kwargs or {}, None if body.truncate else most, call)
+    sampling, timings = asked.sampling, Timings()
+    if body.truncate is not None:
+        answer = min(DEFAULT_CHAT_TOKENS, most // 2) if body.most_tokens is None else sampling.max_tokens
+        tokens = Room(most - answer, body.truncate).fit(tokens, 1, timings)
+    check_tokens(len(tokens), most, "messages")
+    if body.most_tokens is None:
+        sampling = replace(sampling, max_tokens=max(1, min(DEFAULT_CHAT_TOKENS, most - len(tokens))))
+        _check_least(sampling)
+    timings.tokenize_seconds = time.monotonic() - start
+    return [replace(asked, id=f"{asked.id}-0", tokens=tokens, sampling=sampling, timings=timings, source="messages")]
+
+
+def _drawing(body: Drawn, host: Host, call: Call) -> Request:
+    """The request of a body that draws tokens, its prompt left out. Raises InvalidRequest."""
     if body.samples > host.config.max_samples:
         raise InvalidRequest(f"n may be at most {host.config.max_samples}, received {body.samples}", param="n")
     backend, sampling = backend_of(body, host), sampling_of(body)
-    asked = Request(call.id, "completion", (), backend, sampling, body.samples, call.deadline, trace=call.trace)
-    return await _requests(asked, "prompt", body.prompt, body.with_special_tokens, host, call)
+    check_ids([token for token, _ in sampling.logit_bias], host, "logit_bias")
+    check_ids(sampling.stop_token_ids, host, "stop_token_ids")
+    if body.most_tokens is not None or isinstance(body, CompletionBody):
+        _check_least(sampling)
+    return Request(call.id, "completion", (), backend, sampling, body.samples, call.deadline, trace=call.trace)
 
 
 async def embedding_requests(body: EmbeddingBody, host: Host, call: Call) -> list[Request]:
     """One request per input. Raises InvalidRequest."""
+    if (body.dimensions or 0) > host.card.width:
+        message = f"an embedding has {host.card.width} dimensions, received {body.dimensions}"
+        raise InvalidRequest(message, param="dimensions")
     asked = Request(call.id, "embedding", (), backend_of(body, host), deadline=call.deadline, trace=call.trace)
-    return await _requests(asked, "input", body.input, body.with_special_tokens, host, call)
+    asked.pooling = body.pooling or "mean"
+    room = None if body.truncate is None else Room(host.card.max_length, body.truncate)
+    return await _requests(asked, "input", body.input, body.with_special_tokens, room, host, call)
 
 
 async def planned_requests(body: PlanBody, host: Host, call: Call) -> list[Request]:
@@ -37,6 +70,8 @@ async def planned_requests(body: PlanBody, host: Host, call: Call) -> list[Reque
     asked = body.root
     if isinstance(asked, CompletionBody):
         return await completion_requests(asked, host, call)
+    if isinstance(asked, ChatBody):
+        return await chat_requests(asked, host, call)
     return await embedding_requests(asked, host, call)
 
 
@@ -66,71 +101,88 @@ def backend_of(body: Attended, host: Host) -> str | None:
     return named or body.attention
 
 
-def sampling_of(body: CompletionBody) -> Sampling:
+def sampling_of(body: Drawn) -> Sampling:
     """The body's wishes in the engine's terms, with OpenAI's defaults."""
     return Sampling(
         max_tokens=DEFAULT_MAX_TOKENS if body.most_tokens is None else body.most_tokens,
         temperature=1.0 if body.temperature is None else body.temperature,
         top_p=1.0 if body.top_p is None else body.top_p,
         top_k=max(body.top_k or 0, 0),
+        min_p=body.min_p or 0.0,
+        presence_penalty=body.presence_penalty or 0.0,
+        frequency_penalty=body.frequency_penalty or 0.0,
+        repetition_penalty=body.repetition_penalty or 1.0,
+        logit_bias=body.logit_bias,
         stop=body.stop,
+        stop_token_ids=body.stop_token_ids,
+        min_tokens=body.min_tokens or 0,
         seed=body.seed,
-        logprobs=body.logprobs,
-        echo=bool(body.echo),
+        logprobs=body.alternatives,
+        echo=isinstance(body, CompletionBody) and bool(body.echo),
         ignore_eos=bool(body.ignore_eos),
     )
 
 
+def _check_least(sampling: Sampling) -> None:
+    if sampling.min_tokens > sampling.max_tokens:
+        message = f"min_tokens may be at most max_tokens ({sampling.max_tokens}), received {sampling.min_tokens}"
+        raise InvalidRequest(message, param="min_tokens")
+
+
+@dataclass(frozen=True)
+class Room:
+    """What a caller who asks for it has an input cut to."""
+
+    tokens: int
+    side: Side
+
+    def fit(self, tokens: Sequence[int], leading: int, timings: Timings) -> Sequence[int]:
+        """The tokens that stay; writes down how many do not. Where an answer alone fills the context nothing is cut."""
+        if self.tokens < 1:
+            return tokens
+        kept = cut(tokens, self.tokens, self.side, leading)
+        timings.dropped_tokens = len(tokens) - len(kept)
+        return kept
+
+
 async def _requests(
-    asked: Request, param: str, prompts: Sequence[Prompt], add_special_tokens: bool, host: Host, call: Call
+    asked: Request, param: str, prompts: Sequence[Prompt], add_special_tokens: bool, room: Room | None, host: Host, call: Call
 ) -> list[Request]:
-    """`asked` once for every prompt, with the prompt's own tokens, id and clock."""
+    """`asked` once for every prompt, with the prompt's own tokens, id and clock. `room`: None refuses what is too long."""
     if len(prompts) > host.config.max_prompts:
         raise InvalidRequest(f"{param} may hold {host.config.max_prompts} entries, received {len(prompts)}", param=param)
     requests = []
     for index, prompt in enumerate(prompts):
         start = time.monotonic()
-        tokens = await tokens_of(prompt, add_special_tokens, host, param, call)
+        tokens = await tokens_of(prompt, add_special_tokens, room is not None, host, param, call)
         timings = Timings(tokenize_seconds=time.monotonic() - start)
         leading = host.tokenizer.leading if add_special_tokens and isinstance(prompt, str) else 0
+        if room is not None:
+            tokens = room.fit(tokens, leading, timings)
         requests.append(replace(asked, id=f"{asked.id}-{index}", tokens=tokens, timings=timings, leading=leading))
     return requests
 
 
-async def tokens_of(prompt: Prompt, add_special_tokens: bool, host: Host, param: str, call: Call) -> Sequence[int]:
+async def tokens_of(
+    prompt: Prompt, add_special_tokens: bool, may_be_longer: bool, host: Host, param: str, call: Call
+) -> Sequence[int]:
     """A prompt's token ids; those of a caller stay as they are.
 
     Raises:
         InvalidRequest: an empty prompt, an id that is none.
-        ContextTooLong: a text that is longer than the context alone.
+        ContextTooLong: a text that is longer than the context alone, unless it may be.
     """
     if not prompt:
         raise InvalidRequest(f"{param} is empty, it must have at least one token", param=param)
     if not isinstance(prompt, str):
         check_ids(prompt, host, param)
         return prompt
-    _check_length(prompt, host, param)
+    if not may_be_longer:
+        check_text(prompt, host.tokenizer.longest_token_bytes, host.card.max_length, param)
     tokens = await host.reader.encode(prompt, add_special_tokens, call)
-    if len(tokens) > host.card.max_length:  # the engine would say so too, after the other prompts have been read
-        raise ContextTooLong(
-            f"the input has {len(tokens)} tokens, but the model's context is {host.card.max_length} tokens",
-            param=param,
-            details={"prompt_tokens": len(tokens), "max_tokens": host.card.max_length},
-        )
+    if not may_be_longer:
+        check_tokens(len(tokens), host.card.max_length, param)  # the engine would, after the other prompts have been read
     return tokens
-
-
-def _check_length(text: str, host: Host, param: str) -> None:
-    """Raise ContextTooLong for a text that no way of cutting it into tokens could fit: what is read costs time."""
-    longest = host.tokenizer.longest_token_bytes
-    if longest is None or len(text) <= (most := host.card.max_length * longest) // UTF8_BYTES:
-        return
-    if (received := len(text.encode())) > most:
-        raise ContextTooLong(
-            f"the text has {received} bytes, but the model's context of {host.card.max_length} tokens holds {most} at most",
-            param=param,
-            details={"text_bytes": received, "most_bytes": most, "max_tokens": host.card.max_length},
-        )
 
 
 def check_ids(tokens: Sequence[int], host: Host, param: str) -> None:

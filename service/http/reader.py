@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Coroutine, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -61,6 +61,17 @@ class Reader:
         if len(text) <= SMALL_TEXT:
             return self._tokenizer.encode(text, add_special_tokens)
         return await _awaited(call, self._workers.run(len(text), worker.encode, text, add_special_tokens))
+
+    async def chat(
+        self, messages: Sequence[Mapping[str, str]], options: Mapping[str, Any], max_length: int | None, call: Call
+    ) -> Sequence[int]:
+        """A conversation's token ids; always in a worker, for the template is foreign code.
+
+        Raises:
+            InvalidRequest: and ContextTooLong, unless `max_length` is None.
+        """
+        size = sum(len(each["content"]) for each in messages)
+        return await _awaited(call, self._workers.run(size, worker.chat, messages, options, max_length))
 
     async def tokenized(self, text: str, add_special_tokens: bool, max_length: int, call: Call) -> bytes:
         """The answer to `/tokenize`, as JSON."""

@@ -1,4 +1,4 @@
-"""The routes: OpenAI's for models, completions and embeddings; ours for tokens, plans and the state of the service.
+"""The routes: OpenAI's for models, completions, chat and embeddings; ours for tokens, plans and the state of the service.
 
 One function per route, each in the order a reader would say it: what is asked, what it becomes, what is answered.
 """
@@ -14,14 +14,16 @@ from typing import Any, TypeVar
 
 from fastapi import FastAPI
 from pydantic import BaseModel
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.types import ASGIApp
 
 from service import exposition
-from service.engine.request import InvalidRequest, quoted
-from service.http import answers, errors
+from service.engine.request import InvalidRequest, Request, quoted
+from service.http import answers, docs, errors
 from service.http.answer_schemas import (
+    ChatAnswer,
     CompletionAnswer,
     DetokenizeAnswer,
     EmbeddingAnswer,
@@ -39,8 +41,9 @@ from service.http.body import check_media_type
 from service.http.edge import Edge
 from service.http.errors import ModelNotFound
 from service.http.face import Host
-from service.http.openapi import TIMEOUT_HEADER, document, model_ids, operation
+from service.http.openapi import EXPOSED, TIMEOUT_HEADER, document, model_ids, operation
 from service.http.prompts import (
+    chat_requests,
     check_ids,
     check_model,
     completion_requests,
@@ -48,7 +51,16 @@ from service.http.prompts import (
     planned_requests,
 )
 from service.http.reader import Call
-from service.http.schemas import CompletionBody, DetokenizeBody, EmbeddingBody, PlanBody, StreamOptions, TokenizeBody
+from service.http.schemas import (
+    ChatBody,
+    CompletionBody,
+    DetokenizeBody,
+    Drawn,
+    EmbeddingBody,
+    PlanBody,
+    StreamOptions,
+    TokenizeBody,
+)
 from service.http.streaming import CompletionStream, complete, embed
 
 NUMBER = re.compile(r"[0-9]{1,20}(\.[0-9]{1,400})?([eE][+-]?[0-9]{1,3})?")  # Python's own reading takes 1_0 and nan too
@@ -60,17 +72,28 @@ def create_app(host: Host, keys: Sequence[str] = (), echoes_request_id: bool = T
     """The ASGI app over one replica.
 
     Args:
-        keys: API keys, any of which lets a caller in; none: no key is asked for.
+        keys: API keys that let a caller in, beside those of the config's file; none, and no file: no key is asked for.
         echoes_request_id: False where a proxy in front answers with the request id itself.
     """
     app = FastAPI(
-        title="Longserve", description="Long inputs under switchable attention.", redoc_url=None, redirect_slashes=False
+        title="Longserve",
+        description="Long inputs under switchable attention.",
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
     )
     errors.install(app)
+    docs.install(app)
     app.openapi = lambda: document(app, host)  # type: ignore[method-assign]  # FastAPI's own way to extend it
     for add in (_add_inference, _add_models, _add_tokens, _add_state):
         add(app, host)
-    return Edge(app, host, ApiKeys(keys), echoes_request_id)
+    edge = Edge(app, host, ApiKeys(keys, host.config.api_keys_file), echoes_request_id)
+    origins = host.config.cors_origins
+    return (
+        edge
+        if not origins
+        else CORSMiddleware(edge, origins, allow_methods=("GET", "POST"), allow_headers=("*",), expose_headers=EXPOSED)
+    )
 
 
 def _add_inference(app: FastAPI, host: Host) -> None:
@@ -79,30 +102,32 @@ def _add_inference(app: FastAPI, host: Host) -> None:
         """Continue a prompt, or several."""
         call = _call(caller, host)
         body = await _body(call, CompletionBody, host)
-        requests = await completion_requests(body, host, call)
-        completion = Completion(call.id, requests, host, bool(body.stream))
-        if body.stream:
-            return CompletionStream(host, requests, completion, body.stream_options or StreamOptions())
-        answer = await complete(host, requests, completion, caller)
-        return _json(answer, answers.headers(requests))
+        return await _drawn(call, body, await completion_requests(body, host, call), answers.TEXT, host)
+
+    @app.post("/v1/chat/completions", **operation(ChatAnswer, ChatBody, has_receipt=True))
+    async def chat(caller: HttpRequest) -> Response:
+        """What the assistant says next in a conversation, which the model's own chat template writes as a prompt."""
+        call = _call(caller, host)
+        body = await _body(call, ChatBody, host)
+        return await _drawn(call, body, await chat_requests(body, host, call), answers.CHAT, host)
 
     @app.post("/v1/embeddings", **operation(EmbeddingAnswer, EmbeddingBody, has_receipt=True))
     async def embeddings(caller: HttpRequest) -> Response:
-        """The mean of the last hidden states of an input, or of several, at length one."""
+        """The last hidden states of an input, or of several, pooled, at length one."""
         call = _call(caller, host)
         body = await _body(call, EmbeddingBody, host)
         requests = await embedding_requests(body, host, call)
-        vectors = await embed(host, requests, caller)
+        vectors = [answers.cut(each.vector, body.dimensions) for each in await embed(host, requests, caller)]
         answer = answers.embeddings(vectors, requests, host, body.encoding_format == "base64")
         return JSONResponse(answer, headers=answers.headers(requests))
 
     @app.post("/v1/plan", **operation(PlanAnswer, PlanBody))
     async def plan(caller: HttpRequest) -> Response:
-        """What a completion or an embedding would cost, and whether it would be let in now. Computes nothing."""
+        """What a call of one of the others would cost, and whether it would be let in now. Computes nothing."""
         call = _call(caller, host)
         body = await _body(call, PlanBody, host)
         requests = await planned_requests(body, host, call)
-        return JSONResponse({"object": "list", "data": [dataclasses.asdict(host.engine.plan(each)) for each in requests]})
+        return JSONResponse({"object": "list", "data": [_planned(each, host) for each in requests]})
 
 
 def _add_models(app: FastAPI, host: Host) -> None:
@@ -176,6 +201,18 @@ def _add_state(app: FastAPI, host: Host) -> None:
         format = exposition.format_of(caller.headers.get("accept", ""))
         is_fresh = "no-cache" in caller.headers.get("cache-control", "")
         return Response(await host.metrics(format, is_fresh), headers={"content-type": exposition.CONTENT_TYPES[format]})
+
+
+def _planned(request: Request, host: Host) -> dict[str, Any]:
+    return dataclasses.asdict(host.engine.plan(request)) | {"dropped_tokens": request.timings.dropped_tokens}
+
+
+async def _drawn(call: Call, body: Drawn, requests: Sequence[Request], form: answers.Form, host: Host) -> Response:
+    """The answer to a call that draws tokens, whole or as a stream."""
+    completion = Completion(call.id, requests, host, bool(body.stream), form)
+    if body.stream:
+        return CompletionStream(host, requests, completion, body.stream_options or StreamOptions())
+    return _json(await complete(host, requests, completion, call.caller), answers.headers(requests))
 
 
 async def _body(call: Call, kind: type[B], host: Host) -> B:

@@ -8,9 +8,10 @@ silence from what was asked.
 from __future__ import annotations
 
 import json
+import re
 from array import array
-from collections.abc import Iterable, Sequence
-from typing import Annotated, Any, Literal
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import (
     BaseModel,
@@ -26,6 +27,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from service.engine.request import quoted
+from service.http.length import Side
 
 Prompt = str | Sequence[int]
 
@@ -40,20 +42,26 @@ MOST_STOPS = 16
 MOST_PROMPTS = 2048
 """In one call, whatever the config allows: OpenAI's bound."""
 
+MOST_BIASES = 1024
+"""Tokens of one `logit_bias`, and of `stop_token_ids`."""
+
+MOST_BIAS, MOST_PENALTY = 100.0, 2.0
+"""OpenAI's bounds, either side of zero."""
+
+MOST_MESSAGES = 2048
+"""Of one conversation, and parts of one message."""
+
+MOST_OPTIONS = 16
+"""Of a chat template."""
+
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "suffix": (None, ""),
-    "presence_penalty": (None, 0),
-    "frequency_penalty": (None, 0),
-    "repetition_penalty": (None, 1),
-    "logit_bias": (None, {}),
-    "min_p": (None, 0),
     "top_a": (None, 0),
-    "min_tokens": (None, 0),
     "max_new_tokens": (None,),
+    "store": (None, False),
     "typical_p": (None, 1),
     "use_beam_search": (None, False),
     "length_penalty": (None, 1),
-    "stop_token_ids": (None, []),
     "bad_words": (None, []),
     "truncate_prompt_tokens": (None,),
     "prompt_logprobs": (None,),
@@ -65,6 +73,34 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "dimensions": (None,),
 }
 """Fields of OpenAI's and other servers' that are not offered here, with the values that ask for nothing."""
+
+CHAT_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "tools": (None, []),
+    "tool_choice": (None, "none", "auto"),
+    "functions": (None, []),
+    "function_call": (None, "none", "auto"),
+    "modalities": (None, ["text"]),
+    "audio": (None,),
+    "web_search_options": (None,),
+    "reasoning_effort": (None,),
+    "verbosity": (None,),
+    "add_special_tokens": (None, False),
+    "add_generation_prompt": (None, True),
+    "continue_final_message": (None, False),
+    "chat_template": (None,),
+    "documents": (None, []),
+    "echo": (None, False),
+}
+"""The same of a conversation."""
+
+MESSAGE_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "tool_calls": (None, []),
+    "function_call": (None,),
+    "refusal": (None,),
+    "audio": (None,),
+    "annotations": (None, []),
+}
+"""The same of a message: clients send back what an assistant's message had in it."""
 
 
 def fault(param: str, message: str) -> PydanticCustomError:
@@ -117,6 +153,33 @@ def stops(value: Any) -> tuple[str, ...]:
     return tuple(found)
 
 
+TOKEN_ID = re.compile(r"0|[1-9][0-9]{0,8}")
+
+
+def biases(value: Any) -> tuple[tuple[int, float], ...]:
+    """What is added to the logits of single tokens, from an object. Raises ValueError."""
+    found = {} if value is None else value
+    if not isinstance(found, dict) or len(found) > MOST_BIASES:
+        raise ValueError(f"must be an object of {MOST_BIASES} token ids at most, received {quoted(value)}")
+    return tuple(_bias(token, bias) for token, bias in found.items())
+
+
+def _bias(token: str, bias: Any) -> tuple[int, float]:
+    if not TOKEN_ID.fullmatch(token):
+        raise ValueError(f"keys are token ids, received {quoted(token)}")
+    if type(bias) not in (int, float) or not -MOST_BIAS <= bias <= MOST_BIAS:
+        raise ValueError(f"a bias is a number from {-MOST_BIAS:g} to {MOST_BIAS:g}, received {quoted(bias)} for token {token}")
+    return int(token), float(bias)
+
+
+def stop_tokens(value: Any) -> tuple[int, ...]:
+    """The tokens that end an answer. Raises ValueError."""
+    found = token_ids([] if value is None else value)
+    if len(found) > MOST_BIASES:
+        raise ValueError(f"may hold {MOST_BIASES} token ids, received {len(found)}")
+    return tuple(found)
+
+
 TEXT: dict[str, Any] = {"type": "string", "minLength": 1}
 
 Prompts = Annotated[
@@ -131,6 +194,20 @@ Stops = Annotated[
     WithJsonSchema({"anyOf": [TEXT, {"type": "array", "maxItems": MOST_STOPS, "items": TEXT}, {"type": "null"}]}),
 ]
 
+Biases = Annotated[
+    tuple[tuple[int, float], ...],
+    PlainValidator(biases),
+    WithJsonSchema({"description": "Added to the logits of single tokens."}),
+]
+
+StopTokens = Annotated[
+    tuple[int, ...],
+    PlainValidator(stop_tokens),
+    WithJsonSchema({"description": "Tokens that end the answer, and are not shown."}),
+]
+
+Penalty = Annotated[float, Field(ge=-MOST_PENALTY, le=MOST_PENALTY, allow_inf_nan=False)]
+
 Name = Annotated[str, Field(min_length=1)]
 
 
@@ -138,6 +215,9 @@ class Body(BaseModel):
     """Base of all bodies: no value is converted, fields we do not know are passed over."""
 
     model_config = ConfigDict(extra="ignore", strict=True, frozen=True)
+
+    neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = NEUTRAL
+    """Known fields that are not offered, with the values that ask for nothing."""
 
     model: str | None = Field(default=None, description="A model id, or id@backend; left out: the one model served here.")
 
@@ -149,17 +229,17 @@ class Body(BaseModel):
         if len(value) > MOST_FIELDS:
             raise ValueError(f"the body may have {MOST_FIELDS} fields, received {len(value)}")
         for name in value.keys() - cls.model_fields.keys():
-            if name in NEUTRAL:
-                _check_neutral(name, value[name])
-            elif meant := _meant(name, (*cls.model_fields, *NEUTRAL)):
+            if name in cls.neutral:
+                _check_neutral(name, value[name], cls.neutral[name])
+            elif meant := _meant(name, (*cls.model_fields, *cls.neutral)):
                 raise fault(name, f"{quoted(name)} is no field, did you mean {meant}?")
         return value
 
 
-def _check_neutral(name: str, value: Any) -> None:
+def _check_neutral(name: str, value: Any, neutral: Sequence[Any]) -> None:
     """Raise a fault unless the value of a field that is not offered asks for nothing."""
-    if not any(value == each and isinstance(value, bool) == isinstance(each, bool) for each in NEUTRAL[name]):
-        allowed = " or ".join(json.dumps(each) for each in NEUTRAL[name] if each is not None) or "null"
+    if not any(value == each and isinstance(value, bool) == isinstance(each, bool) for each in neutral):
+        allowed = " or ".join(json.dumps(each) for each in neutral if each is not None) or "null"
         raise fault(name, f"{name} is not offered: leave it out or send {allowed}, received {quoted(value)}")
 
 
@@ -196,10 +276,14 @@ class Worded(Body):
         return self.add_special_tokens is not False
 
 
-class Attended(Worded):
+class Attended(Body):
     """A body that is answered by attending."""
 
     attention: Name | None = Field(default=None, description="The backend; left out: the default of the config in force.")
+    truncate: Side | None = Field(
+        default=None,
+        description="Where to leave tokens out of too long an input; the receipt says how many. Left out: it is refused.",
+    )
 
 
 class StreamOptions(BaseModel):
@@ -212,44 +296,46 @@ class StreamOptions(BaseModel):
     include_obfuscation: Literal[False] | None = Field(default=None, description="Not offered: leave it out or send false.")
 
 
-class CompletionBody(Attended):
-    """POST /v1/completions.
+class Drawn(Attended):
+    """A body that is answered by drawing tokens."""
 
-    Beside what the schema says: integers have no decimal point (1, not 1.0); prompt and max_tokens together fit the model's
-    context; max_tokens 0 needs echo: true; best_of equals n; model id@backend and attention agree; a field name one letter
-    off one of these is refused.
-    """
-
-    prompt: Prompts
-    max_tokens: int | None = Field(default=None, ge=0, le=INT64, description="Left out: 16.")
+    max_tokens: int | None = Field(default=None, ge=0, le=INT64)
     max_completion_tokens: int | None = Field(default=None, ge=0, le=INT64, description="Says the same as max_tokens.")
     n: int | None = Field(default=None, ge=1, le=INT64)
-    best_of: int | None = Field(default=None, ge=1, le=INT64, description="Not offered: leave it out or send n.")
     temperature: float | None = Field(default=None, ge=0, le=2, allow_inf_nan=False)
     top_p: float | None = Field(default=None, gt=0, le=1, allow_inf_nan=False)
     top_k: int | None = Field(default=None, ge=-1, le=INT64, description="0 or -1: all tokens.")
+    min_p: float | None = Field(
+        default=None,
+        ge=0,
+        le=1,
+        allow_inf_nan=False,
+        description="Leaves out tokens less likely than so many times the likeliest.",
+    )
+    presence_penalty: Penalty | None = Field(default=None, description="Off the logit of each token the answer has had.")
+    frequency_penalty: Penalty | None = Field(default=None, description="The same, once for each time it has had it.")
+    repetition_penalty: float | None = Field(
+        default=None, gt=0, le=100, allow_inf_nan=False, description="Of tokens of prompt and answer: above 1 makes them rarer."
+    )
+    logit_bias: Biases = ()
     stop: Stops = ()
+    stop_token_ids: StopTokens = ()
+    min_tokens: int | None = Field(
+        default=None, ge=0, le=INT64, description="Before any token may end the answer. At most max_tokens."
+    )
     seed: int | None = Field(default=None, ge=0, le=INT64)
-    logprobs: int | None = Field(default=None, ge=0, le=20)
-    echo: bool | None = None
     ignore_eos: bool | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = Field(default=None, description="Needs stream: true.")
     user: str | None = Field(default=None, description="Let in for clients' sake and not used.")
 
     @model_validator(mode="after")
-    def _is_one_question(self) -> CompletionBody:
+    def _says_one_thing(self) -> Self:
         if self.max_completion_tokens is not None and self.max_tokens not in (None, self.max_completion_tokens):
             message = f"received {self.max_tokens} and max_completion_tokens {self.max_completion_tokens}"
             raise fault("max_tokens", f"max_tokens and max_completion_tokens say the same: send one, {message}")
-        if self.best_of not in (None, self.samples):
-            message = f"best_of is not offered: leave it out or send n ({self.samples}), received {self.best_of}"
-            raise fault("best_of", message)
         if self.stream_options is not None and not self.stream:
             raise fault("stream_options", "stream_options needs stream: true")
-        if self.most_tokens == 0 and not self.echo:
-            message = "max_tokens 0 asks for no answer; it needs echo: true, else max_tokens must be at least 1"
-            raise fault("max_tokens", message)
         return self
 
     @property
@@ -262,8 +348,151 @@ class CompletionBody(Attended):
         """Tokens of one answer under either of the field's two names; None: not said."""
         return self.max_completion_tokens if self.max_tokens is None else self.max_tokens
 
+    @property
+    def alternatives(self) -> int | None:
+        """Of each token, told with its log-probability; None: neither is asked for."""
+        raise NotImplementedError
 
-class EmbeddingBody(Attended):
+
+class CompletionBody(Drawn, Worded):
+    """POST /v1/completions.
+
+    Beside what the schema says: integers have no decimal point (1, not 1.0); prompt and max_tokens together fit the model's
+    context; max_tokens left out means 16, and 0 needs echo: true; best_of equals n; model id@backend and attention agree; a
+    field name one letter off one of these is refused.
+    """
+
+    prompt: Prompts
+    best_of: int | None = Field(default=None, ge=1, le=INT64, description="Not offered: leave it out or send n.")
+    logprobs: int | None = Field(default=None, ge=0, le=20)
+    echo: bool | None = None
+
+    @model_validator(mode="after")
+    def _is_one_question(self) -> CompletionBody:
+        if self.best_of not in (None, self.samples):
+            message = f"best_of is not offered: leave it out or send n ({self.samples}), received {self.best_of}"
+            raise fault("best_of", message)
+        if self.most_tokens == 0 and not self.echo:
+            message = "max_tokens 0 asks for no answer; it needs echo: true, else max_tokens must be at least 1"
+            raise fault("max_tokens", message)
+        return self
+
+    @property
+    def alternatives(self) -> int | None:
+        return self.logprobs
+
+
+def content(value: Any) -> str:
+    """A message's text, which may come in parts; those are joined by line breaks. Raises ValueError for what is no text."""
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, list) or not 0 < len(value) <= MOST_MESSAGES:
+        received = f"must be a string or a list of 1 to {MOST_MESSAGES} text parts, received {quoted(value)}"
+        raise ValueError(received)
+    return "\n".join(_part(index, each) for index, each in enumerate(value))
+
+
+def _part(index: int, value: Any) -> str:
+    kind = value.get("type") if isinstance(value, dict) else None
+    if kind != "text" or not isinstance(value.get("text"), str) or len(value) > 2:
+        received = quoted(value if kind in (None, "text") else kind)
+        raise ValueError(
+            f'part {index} must be {{"type": "text", "text": "..."}}, other kinds are not offered, received {received}'
+        )
+    return str(value["text"])
+
+
+PART: dict[str, Any] = {
+    "type": "object",
+    "properties": {"type": {"const": "text"}, "text": {"type": "string"}},
+    "required": ["type", "text"],
+    "additionalProperties": False,
+}
+
+Content = Annotated[
+    str,
+    PlainValidator(content),
+    WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "minItems": 1, "maxItems": MOST_MESSAGES, "items": PART}]}),
+]
+
+
+class Message(BaseModel):
+    """One message of a conversation."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    role: Literal["developer", "system", "user", "assistant", "tool"] = Field(
+        description="As far as the model's chat template knows it; one that knows no developer gets system instead."
+    )
+    content: Content
+    name: str | None = Field(default=None, description="For templates that show it.")
+    tool_call_id: str | None = Field(default=None, description="For templates that show it.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _asks_only_for_what_is_offered(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        for name in value.keys() & MESSAGE_NEUTRAL.keys():
+            _check_neutral(name, value[name], MESSAGE_NEUTRAL[name])
+        return {name: each for name, each in value.items() if name not in MESSAGE_NEUTRAL}
+
+    def plain(self) -> dict[str, str]:
+        """As a template takes it."""
+        return self.model_dump(exclude_none=True)
+
+
+TEMPLATES_OWN = frozenset({"messages", "tools", "documents", "add_generation_prompt", "chat_template"})
+"""What a template gets of the service, whatever the caller says."""
+
+
+def scalar(value: Any) -> Any:
+    """A template's option. Raises ValueError for an object or a list."""
+    if isinstance(value, dict | list):
+        raise ValueError(f"must be a string, a number, a boolean or null, received {quoted(value)}")
+    return value
+
+
+Option = Annotated[
+    Any, PlainValidator(scalar), WithJsonSchema({"anyOf": [{"type": each} for each in ("string", "number", "boolean", "null")]})
+]
+
+
+class ChatBody(Drawn):
+    """POST /v1/chat/completions.
+
+    Beside what the schema says: integers have no decimal point (1, not 1.0); the conversation, as the model's chat template
+    writes it, and max_tokens together fit the model's context; max_tokens left out means 1024, or what the context leaves; the
+    template may ask for an order of roles; top_logprobs needs logprobs: true; model id@backend and attention agree; a field
+    name one letter off one of these is refused.
+    """
+
+    neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = NEUTRAL | CHAT_NEUTRAL
+
+    messages: list[Message] = Field(min_length=1, max_length=MOST_MESSAGES)
+    max_tokens: int | None = Field(default=None, ge=1, le=INT64)
+    max_completion_tokens: int | None = Field(default=None, ge=1, le=INT64, description="Says the same as max_tokens.")
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(default=None, ge=0, le=20, description="Needs logprobs: true.")
+    chat_template_kwargs: dict[str, Option] | None = Field(
+        default=None, max_length=MOST_OPTIONS, description="Options of the model's chat template, such as enable_thinking."
+    )
+
+    @model_validator(mode="after")
+    def _is_one_question(self) -> ChatBody:
+        if self.top_logprobs is not None and not self.logprobs:
+            raise fault("top_logprobs", "top_logprobs needs logprobs: true")
+        for name in self.chat_template_kwargs or {}:
+            if not name.isidentifier() or name in TEMPLATES_OWN:
+                raise fault("chat_template_kwargs", f"chat_template_kwargs may not set {quoted(name)}")
+        return self
+
+    @property
+    def alternatives(self) -> int | None:
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+
+class EmbeddingBody(Attended, Worded):
     """POST /v1/embeddings.
 
     Beside what the schema says: integers have no decimal point (1, not 1.0); an input fits the model's context; model
@@ -271,32 +500,43 @@ class EmbeddingBody(Attended):
     """
 
     input: Prompts
+    dimensions: int | None = Field(
+        default=None,
+        ge=1,
+        le=INT64,
+        description="The first so many numbers, at length one again; the model was not trained for it.",
+    )
+    pooling: Literal["mean", "last"] | None = Field(
+        default=None, description="Of the last hidden states: their mean, or that of the last token. Left out: mean."
+    )
     encoding_format: Literal["float", "base64"] | None = Field(default=None, description="Left out: float.")
     user: str | None = Field(default=None, description="Let in for clients' sake and not used.")
 
 
-COMPLETION, EMBEDDING = "a completion's plan", "an embedding's plan"
-"""Tags of the two, for no field has such a name."""
+PLANS = {"prompt": "a completion's plan", "messages": "a conversation's plan", "input": "an embedding's plan"}
+"""Tags of the three by the field that tells them apart; no field has such a name."""
 
 
 def _planned(value: Any) -> str | None:
-    """Which of the two bodies this is; None for both and for neither."""
-    asked = value.keys() & {"prompt", "input"}
-    return None if len(asked) != 1 else COMPLETION if "prompt" in asked else EMBEDDING
+    """Which of the bodies this is; None for several and for none."""
+    asked = [PLANS[name] for name in PLANS if name in value]
+    return asked[0] if len(asked) == 1 else None
 
 
 Planned = Annotated[
-    Annotated[CompletionBody, Tag(COMPLETION)] | Annotated[EmbeddingBody, Tag(EMBEDDING)],
+    Annotated[CompletionBody, Tag(PLANS["prompt"])]
+    | Annotated[ChatBody, Tag(PLANS["messages"])]
+    | Annotated[EmbeddingBody, Tag(PLANS["input"])],
     Discriminator(
         _planned,
         custom_error_type="plan",
-        custom_error_message="send the body of a completion (prompt) or of an embedding (input), and not of both",
+        custom_error_message="send the body of a completion (prompt), a chat (messages) or an embedding (input), and of one",
     ),
 ]
 
 
 class PlanBody(RootModel[Planned]):
-    """POST /v1/plan: the body of a completion or of an embedding, under the same rules."""
+    """POST /v1/plan: the body of a completion, a conversation or an embedding, under the same rules."""
 
 
 class TokenizeBody(Worded):

@@ -7,8 +7,8 @@ Every answer that was opened is closed, whatever happens: closing is what gives 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
-from contextlib import AsyncExitStack, aclosing, asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager, contextmanager
 from enum import Enum
 
 from starlette.requests import Request as HttpRequest
@@ -18,8 +18,10 @@ from starlette.types import Receive, Scope, Send
 from service.engine.request import Delta, Embedding, Request, RequestError
 from service.http import answers
 from service.http.answers import Completion
+from service.http.auth import Caller
 from service.http.errors import ClientGone, InternalError, body_of
 from service.http.face import Host
+from service.http.progress import progress
 from service.http.reader import left
 from service.http.schemas import StreamOptions
 
@@ -62,12 +64,13 @@ class Merged:
 
 @asynccontextmanager
 async def merged(host: Host, requests: Sequence[Request], caller: HttpRequest) -> AsyncGenerator[Merged]:
-    """Submit the requests and merge their answers; the exit cancels what is left. Raises the engine's refusals.
+    """Submit the requests and merge their answers; the exit cancels what is left. Raises the engine's refusals and the key's.
 
     The queue holds one item: what a slow reader leaves stays in its answer, which joins it.
     """
     queue: asyncio.Queue[Item | Signal | Exception] = asyncio.Queue(1)
     async with AsyncExitStack() as stack:
+        stack.enter_context(_charged(caller.state.owner, requests, host))
         opened = []
         for request in requests:
             opened.append(host.engine.submit(request))
@@ -75,6 +78,22 @@ async def merged(host: Host, requests: Sequence[Request], caller: HttpRequest) -
         tasks = [asyncio.create_task(_move(index, answer, queue)) for index, answer in enumerate(opened)]
         stack.push_async_callback(_end, [*tasks, asyncio.create_task(_watch(caller, queue))])
         yield Merged(queue, len(tasks))
+
+
+@contextmanager
+def _charged(owner: Caller, requests: Sequence[Request], host: Host) -> Iterator[None]:
+    """Count the call on its key's budgets: bytes while it lasts, and tokens as far as they were read and written."""
+    owner.enter()
+    plans = [] if owner.config.memory_share is None else [host.engine.plan(request) for request in requests]
+    try:
+        with owner.holding(sum(plan.needed_bytes for plan in plans), plans[0].budget_bytes if plans else 0):
+            yield
+    finally:
+        owner.used(sum(_read_and_written(request) for request in requests))
+
+
+def _read_and_written(request: Request) -> int:
+    return sum(chunk.tokens for chunk in request.timings.chunks) + request.timings.output_tokens
 
 
 async def _move(index: int, answer: AsyncIterator[Delta | Embedding], queue: asyncio.Queue[Item | Signal | Exception]) -> None:
@@ -123,8 +142,8 @@ class CompletionStream(Response):
     """A completion as server-sent events.
 
     The response begins with the first item, so that a failure until then has its true status; or after a silence of
-    `stream_ping_seconds`, with a comment, so that no proxy on the way gives up on a long prefill. A later failure is an
-    event `{"error": ...}` and the end, without `[DONE]`.
+    `stream_ping_seconds`, with a comment that says how far it is, so that no proxy on the way gives up on a long prefill. A
+    later failure is an event `{"error": ...}` and the end, without `[DONE]`.
     """
 
     def __init__(self, host: Host, requests: Sequence[Request], completion: Completion, options: StreamOptions) -> None:
@@ -150,7 +169,10 @@ class CompletionStream(Response):
     async def _events(self, item: Item | Signal, running: Merged) -> AsyncGenerator[bytes]:
         try:
             while item is not Signal.END:
-                yield b": waiting\n\n" if item is Signal.SILENCE else await self._chunk(item)
+                if item is Signal.SILENCE:
+                    yield progress(self.requests, self.host).comment
+                else:
+                    yield await self._chunk(item)
                 item = await running.next(self.host.config.stream_ping_seconds)
             if self.options.include_usage:
                 yield _event(answers.encoded(self.completion.usage_chunk()))

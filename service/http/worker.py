@@ -8,23 +8,37 @@ from __future__ import annotations
 
 import gc
 import json
+import mmap
 import pickle
+import resource
+import signal
 import socket
 import sys
 from array import array
-from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
 
 from pydantic import BaseModel
 
 from service.engine.request import RequestError
 from service.http.body import parse
+from service.http.errors import ChatNotOffered, TemplateRefused
 from service.http.face import Tokenizer
+from service.http.length import check_text
+from service.model import chat as templates
 from service.model import tokenizer as files
 
 B = TypeVar("B", bound=BaseModel)
 
 LENGTH_BYTES = 8
+
+TEMPLATE_SECONDS, TEMPLATE_BYTES = 5.0, 2**30
+"""What a chat template, a foreign program, may take for one conversation."""
+
+TEMPLATE_GROWTH, TEMPLATE_CHARACTERS = 8, 2**20
+"""What it may write: so many times the characters of the messages, and so many more."""
 
 
 def framed(value: Any) -> tuple[bytes, bytes]:
@@ -41,6 +55,52 @@ def read(tokenizer: Tokenizer, raw: bytes, kind: type[B]) -> B:
 def encode(tokenizer: Tokenizer, text: str, add_special_tokens: bool) -> Sequence[int]:
     """A text's token ids."""
     return array("i", tokenizer.encode(text, add_special_tokens))
+
+
+def chat(
+    tokenizer: Tokenizer, messages: Sequence[Mapping[str, str]], options: Mapping[str, Any], max_length: int | None
+) -> Sequence[int]:
+    """A conversation's token ids. Raises ChatNotOffered, TemplateRefused, and ContextTooLong unless `max_length` is None."""
+    most = TEMPLATE_GROWTH * sum(len(text) for each in messages for text in each.values()) + TEMPLATE_CHARACTERS
+    try:
+        with _bounded():
+            template = tokenizer.chat
+            text = template.render(messages, options, most)
+    except templates.NoTemplate as error:
+        raise ChatNotOffered(f"this model offers no chat: {error}; /v1/completions continues any text") from None
+    except templates.Refused as error:
+        raise TemplateRefused(f"{error!s:.400}", param="messages") from None
+    except TimeoutError:
+        raise TemplateRefused(f"the model's chat template took more than {TEMPLATE_SECONDS:g} s", param="messages") from None
+    if max_length is not None:
+        check_text(text, tokenizer.longest_token_bytes, max_length, "messages")
+    return array("i", template.encode(text))
+
+
+@contextmanager
+def _bounded() -> Iterator[None]:
+    """Time and memory of foreign code in this process, which has no other thread: TimeoutError or MemoryError beyond it."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    now = int(Path("/proc/self/statm").read_text().split()[0]) * mmap.PAGESIZE
+    rung: list[bool] = []
+
+    def ring(*_: object) -> NoReturn:
+        rung.append(True)
+        raise TimeoutError
+
+    before = signal.signal(signal.SIGALRM, ring)
+    resource.setrlimit(resource.RLIMIT_AS, (now + TEMPLATE_BYTES, hard))
+    signal.setitimer(signal.ITIMER_REAL, TEMPLATE_SECONDS)
+    try:
+        yield
+    except Exception as error:
+        if rung:
+            raise TimeoutError from error  # Jinja may stumble over it and raise something else
+        raise
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+        signal.signal(signal.SIGALRM, before)
 
 
 def tokenized(tokenizer: Tokenizer, text: str, add_special_tokens: bool, max_length: int) -> bytes:

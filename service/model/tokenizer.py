@@ -1,7 +1,7 @@
 """Text to tokens and back: a Hugging Face `tokenizer.json`, run by the `tokenizers` library.
 
-The chat and padding machinery of transformers is left out. Which special tokens go around a text, Llama's begin-of-text for
-one, is what the file's own post-processor says.
+The padding machinery of transformers is left out; chat is `chat.py`'s. Which special tokens go around a text, Llama's
+begin-of-text for one, is what the file's own post-processor says.
 """
 
 from __future__ import annotations
@@ -19,16 +19,26 @@ import tokenizers
 from numpy.typing import NDArray
 
 from service.model import files
+from service.model.chat import ChatTemplate, NoTemplate
 
 
 class Tokenizer:
     """A tokenizer loaded from a checkpoint directory. Safe to call from several threads."""
 
     def __init__(
-        self, core: tokenizers.Tokenizer, eos_id: int | None, max_length: int | None = None, vocab_size: int | None = None
+        self,
+        core: tokenizers.Tokenizer,
+        eos_id: int | None,
+        max_length: int | None = None,
+        vocab_size: int | None = None,
+        directory: Path | None = None,
     ) -> None:
-        """vocab_size: the model's; a control token beyond it is none here. Raises ValueError for another token beyond it."""
+        """vocab_size: the model's; a control token beyond it is none here. directory: where the chat template is.
+
+        Raises ValueError for another token beyond the vocabulary.
+        """
         self._core = core
+        self._directory = directory
         self.eos_id = eos_id
         self.max_length = max_length
         self._core.no_padding()
@@ -60,7 +70,7 @@ class Tokenizer:
         if eos_id is None and settings.get("eos_token"):
             token = settings["eos_token"]
             eos_id = core.token_to_id(token["content"] if isinstance(token, dict) else token)
-        return cls(core, eos_id, settings.get("model_max_length"), vocab_size)
+        return cls(core, eos_id, settings.get("model_max_length"), vocab_size, Path(directory))
 
     @property
     def ids(self) -> Collection[int]:
@@ -115,6 +125,13 @@ class Tokenizer:
     def token_bytes(self, token: int) -> bytes:
         """The bytes that a token stands for within a text. Raises KeyError for an id that is no token."""
         return self._bytes[token]
+
+    @cached_property
+    def chat(self) -> ChatTemplate:
+        """The checkpoint's chat template. Raises NoTemplate, which says why there is none."""
+        if self._directory is None:
+            raise NoTemplate("it has no files")
+        return ChatTemplate.load(self._directory, self._core)
 
     @cached_property
     def longest_token_bytes(self) -> int | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from array import array
 from collections import Counter
 
 import pytest
@@ -11,7 +13,7 @@ from hypothesis import strategies as st
 
 from service.engine.meter import StorageCounter
 from service.engine.request import Sampling
-from service.engine.sampling import bytes_per_logit, draw, logprobs, uniform
+from service.engine.sampling import PIECE, Past, bytes_per_logit, draw, logprobs, uniform
 
 LOGITS = torch.randn(1, 50, generator=torch.Generator().manual_seed(3)) * 2
 SETTINGS = [
@@ -115,3 +117,114 @@ def test_a_draw_takes_the_bytes_its_law_says(settings: Sampling) -> None:
         logits = torch.nn.functional.linear(torch.randn(3, 8).bfloat16(), weight).float()
         draw(logits, [settings] * 3, [uniform(0, i, 0) for i in range(3)])
     assert counter.peak_bytes == pytest.approx(bytes_per_logit(settings) * logits.numel(), rel=0.01)  # indices beside
+
+
+SMALL = 12  # ids of a vocabulary in which texts repeat themselves
+ENDS = (3,)
+TEXTS = st.lists(st.integers(0, SMALL - 1), max_size=30)
+ADJUSTING = st.builds(
+    Sampling,
+    temperature=st.sampled_from([0.0, 0.5, 1.0, 2.0]),
+    top_p=st.sampled_from([1.0, 0.7]),
+    top_k=st.sampled_from([0, 4]),
+    min_p=st.sampled_from([0.0, 0.05, 0.3, 1.0]),
+    presence_penalty=st.sampled_from([0.0, 1.5, -2.0]),
+    frequency_penalty=st.sampled_from([0.0, 0.4, -1.0]),
+    repetition_penalty=st.sampled_from([1.0, 1.3, 0.6]),
+    logit_bias=st.dictionaries(st.integers(0, SMALL - 1), st.sampled_from([-100.0, -1.0, 2.5, 100.0]), max_size=4).map(
+        lambda found: tuple(found.items())
+    ),
+    stop_token_ids=st.lists(st.integers(0, SMALL - 1), max_size=2).map(tuple),
+    min_tokens=st.integers(0, 20),
+)
+
+
+def adjusted(logits: list[float], settings: Sampling, past: Past) -> list[float]:
+    """The logits that are drawn from, by the definition of each field, one token at a time."""
+    biases, found = dict(settings.logit_bias), []
+    for token, logit in enumerate(logits):
+        if token in past.prompt or token in past.output:
+            logit = logit / settings.repetition_penalty if logit > 0 else logit * settings.repetition_penalty
+        logit += biases.get(token, 0.0)
+        logit -= settings.frequency_penalty * past.output.count(token) + settings.presence_penalty * (token in past.output)
+        is_early_end = token in (*ENDS, *settings.stop_token_ids) and len(past.output) < settings.min_tokens
+        found.append(-math.inf if is_early_end else logit)
+    return found
+
+
+def chances(logits: list[float], settings: Sampling) -> list[float]:
+    """Each token's chance at a temperature, after min_p, top_k and top_p in this order."""
+    best = max(logits)
+    weights = [math.exp((logit - best) / settings.temperature) for logit in logits]
+    weights = [weight if weight >= settings.min_p else 0.0 for weight in weights]
+    ranked = sorted(range(len(weights)), key=lambda i: -weights[i])
+    ranked, kept, reached = ranked[: settings.top_k or None], [], 0.0
+    for i in ranked:
+        if kept and reached >= settings.top_p - 1e-12:
+            break
+        kept.append(i)
+        reached += weights[i] / sum(weights[j] for j in ranked)
+    total = sum(weights[i] for i in kept)
+    return [weights[i] / total if i in kept else 0.0 for i in range(len(weights))]
+
+
+@given(ADJUSTING, TEXTS, TEXTS, st.integers(0, 99), st.floats(0, 0.999))
+def test_every_field_does_what_its_definition_says(
+    settings: Sampling, prompt: list[int], output: list[int], seed: int, number: float
+) -> None:
+    logits = torch.randn(1, SMALL, generator=torch.Generator().manual_seed(seed)) * 3
+    past = Past(array("i", prompt), array("i", output))
+    (drawn,) = draw(logits, [settings], [number], [past], ENDS)
+    wanted = adjusted(logits[0].tolist(), settings, past)
+    if settings.temperature == 0:
+        assert wanted[drawn.token] == pytest.approx(max(wanted), abs=1e-4)  # float32 rounds a bias of 100 to 1e-5
+        return
+    shares = chances(wanted, settings)
+    ranked = settings.top_k > 0 or settings.top_p < 1  # a cumulative weight over tokens by rank, else by id
+    order = sorted(range(SMALL), key=lambda i: -wanted[i]) if ranked else list(range(SMALL))
+    before = sum(shares[i] for i in order[: order.index(drawn.token)])
+    assert before - 1e-4 <= number <= before + shares[drawn.token] + 1e-4
+    assert shares[drawn.token] > 0
+
+
+@given(st.lists(st.tuples(ADJUSTING, TEXTS, TEXTS), min_size=2, max_size=4), st.integers(0, 99))
+def test_a_row_with_penalties_draws_the_same_token_in_any_company(
+    rows: list[tuple[Sampling, list[int], list[int]]], seed: int
+) -> None:
+    logits = torch.randn(len(rows), SMALL, generator=torch.Generator().manual_seed(seed))
+    settings, numbers = [row[0] for row in rows], [uniform(seed, i, 0) for i in range(len(rows))]
+    pasts = [Past(array("i", prompt), array("i", output)) for _, prompt, output in rows]
+    before = logits.clone()
+    together = draw(logits, settings, numbers, pasts, ENDS)
+    alone = [draw(logits[[i]], [settings[i]], [numbers[i]], [pasts[i]], ENDS)[0] for i in range(len(rows))]
+    assert together == alone
+    assert torch.equal(logits, before), "the logits themselves stay as they are, for the log-probabilities"
+
+
+@pytest.mark.parametrize("length", [PIECE - 1, PIECE, PIECE + 1, 3 * PIECE])
+def test_a_text_of_several_pieces_is_penalised_as_one(length: int) -> None:
+    text = [i % 5 for i in range(length)]
+    settings = Sampling(temperature=0, repetition_penalty=2.0, frequency_penalty=0.001, presence_penalty=1.0)
+    logits = torch.tensor([[6.0, 5.9, 5.8, 5.7, 5.6, 0.5, -1.0]])
+    past = Past(array("i", text), array("i", text))
+    (drawn,) = draw(logits, [settings], [0.0], [past], ENDS)
+    wanted = adjusted(logits[0].tolist(), settings, past)
+    assert drawn.token == wanted.index(max(wanted))
+
+
+def test_log_probabilities_are_told_before_penalties_and_bias() -> None:
+    settings = Sampling(temperature=0, logprobs=2, logit_bias=((0, -100.0),), presence_penalty=2.0)
+    (drawn,) = draw(LOGITS, [settings], [0.0], [Past(array("i"), array("i", [1]))], ENDS)
+    (told,) = logprobs(LOGITS, [drawn.token], [2])
+    assert drawn.logprob == told
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_draw_with_penalties_takes_the_bytes_its_law_says(temperature: float) -> None:
+    settings = Sampling(temperature=temperature, presence_penalty=1.0, repetition_penalty=1.1, min_p=0.1)
+    weight, counter, count = torch.randn(40_960, 8).bfloat16(), StorageCounter(), 3
+    past = Past(array("i", range(20_000)), array("i", range(20_000)))
+    with torch.inference_mode(), counter:
+        logits = torch.nn.functional.linear(torch.randn(count, 8).bfloat16(), weight).float()
+        draw(logits, [settings] * count, [uniform(0, i, 0) for i in range(count)], [past] * count, ENDS)
+    assert counter.peak_bytes <= 1.1 * bytes_per_logit(settings) * logits.numel()

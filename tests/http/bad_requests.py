@@ -7,16 +7,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-COMPLETIONS, EMBEDDINGS, PLAN = "/v1/completions", "/v1/embeddings", "/v1/plan"
+COMPLETIONS, EMBEDDINGS, PLAN, CHAT = "/v1/completions", "/v1/embeddings", "/v1/plan", "/v1/chat/completions"
 TOKENIZE, DETOKENIZE, MODELS = "/tokenize", "/detokenize", "/v1/models"
 POSTS = {COMPLETIONS: {"prompt": "a"}, EMBEDDINGS: {"input": "a"}, PLAN: {"prompt": "a"}}
-POSTS |= {TOKENIZE: {"prompt": "a"}, DETOKENIZE: {"tokens": [1]}}
+POSTS |= {TOKENIZE: {"prompt": "a"}, DETOKENIZE: {"tokens": [1]}, CHAT: {"messages": [{"role": "user", "content": "a"}]}}
 """Every route that takes a body, with the smallest good one."""
 
 GETS = (MODELS, "/v1/models/x", "/health", "/ready", "/info", "/metrics")
 JSON = {"content-type": "application/json"}
 
-VOCABULARY, CONTEXT = 4096, 32_768  # the embedded model's
+VOCABULARY, CONTEXT, WIDTH = 4096, 32_768, 256  # the embedded model's
 MOST_BODY_BYTES, MOST_PROMPTS, MOST_SAMPLES = 200_000, 4, 3
 INT64 = 2**63 - 1
 
@@ -155,6 +155,62 @@ INTEGERS = [
     for name in ("max_tokens", "max_completion_tokens", "n", "best_of", "top_k", "seed", "logprobs")
     for row in values(name, True, False, "1", "", 1.0, 1.5, [], {}, [1], -2, 2**63, 2**64, 10**40, paths=(COMPLETIONS, PLAN))
 ]
+
+
+def message(param: str, *given: Mapping[str, Any]) -> list[Bad]:
+    """Rows of a conversation's second message that is wrong."""
+    first = {"role": "user", "content": "a"}
+    return wrong(CHAT, param, *({"messages": [first, {**first, **each}]} for each in given))
+
+
+MESSAGES = [
+    *values("messages", None, True, 1, "a", {}, [], paths=(CHAT,)),
+    *wrong(CHAT, "messages.0", {"messages": ["a"]}, {"messages": [None]}, {"messages": [[]]}),
+    *wrong(CHAT, "messages.0.role", {"messages": [{"content": "a"}]}),
+    *wrong(CHAT, "messages.0.content", {"messages": [{"role": "user"}]}),
+    *message("messages.1.role", *({"role": each} for each in (None, 1, "", "User", "function", "critic", ["user"]))),
+    *message("messages.1.content", *({"content": each} for each in (None, 1, True, {}, [], ["a"], [None], [{}], [[]]))),
+    *message("messages.1.content", {"content": [{"type": "text"}]}, {"content": [{"type": "text", "text": 1}]}),
+    *message("messages.1.content", {"content": [{"type": "text", "text": "a", "more": 1}]}, {"content": [{"text": "a"}]}),
+    *message(
+        "messages.1.content",
+        *(
+            {"content": [{"type": "text", "text": "a"}, {"type": kind, kind: {"url": "data:,"}}]}
+            for kind in ("image_url", "input_audio", "file", "video_url", "refusal")
+        ),
+    ),
+    *message("messages.1.name", {"name": 1}, {"name": []}),
+    *message("messages.1.contents", {"contents": "a"}),
+    *message("tool_calls", {"tool_calls": [{"id": "a"}]}, {"tool_calls": {}}),
+    *message("function_call", {"function_call": {"name": "a"}}),
+    *wrong(CHAT, "messages", {"messages": [{"role": "user", "content": "a"}] * 2049}),
+    *values("tools", [{"type": "function"}], {}, "auto", paths=(CHAT,)),
+    *values("tool_choice", "required", {"type": "function"}, True, paths=(CHAT,)),
+    *values("functions", [{"name": "f"}], paths=(CHAT,)),
+    *values("modalities", ["text", "audio"], [], paths=(CHAT,)),
+    *values("audio", {}, paths=(CHAT,)),
+    *values("reasoning_effort", "high", paths=(CHAT,)),
+    *values("continue_final_message", True, paths=(CHAT,)),
+    *values("chat_template", "{{ 1 }}", paths=(CHAT,)),
+    *values("max_tokens", 0, -1, 1.5, "1", paths=(CHAT,)),
+    *values("logprobs", 1, 0, "true", [], paths=(CHAT,)),
+    *values("top_logprobs", -1, 21, True, "1", 2, paths=(CHAT,)),
+    *wrong(CHAT, "top_logprobs", {"logprobs": False, "top_logprobs": 1}),
+    *values("chat_template_kwargs", 1, "a", [], {str(i): 1 for i in range(17)}, {"a b": 1}, {"messages": 1}, paths=(CHAT,)),
+    *wrong(CHAT, "chat_template_kwargs.a", {"chat_template_kwargs": {"a": []}}, {"chat_template_kwargs": {"a": {}}}),
+    *values("stream_options", {}, {"include_usage": True}, paths=(CHAT,)),
+    *values("mesages", [], paths=(CHAT,)),
+    *values("n", 0, MOST_SAMPLES + 1, paths=(CHAT,)),
+    *wrong(CHAT, "max_tokens", {"max_tokens": 1, "max_completion_tokens": 2}),
+    *wrong(PLAN, None, {"messages": [{"role": "user", "content": "a"}]}),
+    *wrong(CHAT, "messages", {"max_tokens": CONTEXT}, {"max_tokens": INT64}, code="context_length_exceeded"),
+    *wrong(
+        CHAT,
+        "messages",
+        *({"messages": [{"role": "user", "content": text}]} for text in ("b " * 60_000, "x = 1\n" * 20_000)),
+        code="context_length_exceeded",
+    ),
+]
 RANGES = [
     *values("n", 0, MOST_SAMPLES + 1, INT64, paths=(COMPLETIONS, PLAN)),
     *values("best_of", 0, 2, INT64),
@@ -170,6 +226,33 @@ NUMBERS = [
     for name in ("temperature", "top_p")
     for row in values(name, True, False, "1", "", [], {}, -1, -1e-300, 2.5, 1e300, 10**400)
 ] + values("top_p", 0, 0.0, 1.0000001)
+PENALTIES = [
+    *values("presence_penalty", "0", [], False, 2.1, -2.1, 10**400, paths=(COMPLETIONS, CHAT)),
+    *values("frequency_penalty", "0", {}, True, 2.1, -3),
+    *values("repetition_penalty", 0, -1, "1", True, 101),
+    *values("min_p", -0.1, 1.1, True, "0"),
+    *values("logit_bias", [], False, "a", 1, {"a": 1}, {"-1": 1}, {"1.0": 1}, {"01": 1}, {" 1": 1}, {"": 1}, {"٣": 1}),
+    *values("logit_bias", {"1": True}, {"1": "1"}, {"1": None}, {"1": []}, {"1": 101}, {"1": -100.5}, {"1": 10**400}),
+    *values("logit_bias", {"4096": 1}, {"999999999": 1}, {"1000000000": 1}, paths=(COMPLETIONS, PLAN, CHAT)),
+    *values("logit_bias", {str(each): 1 for each in range(1025)}),
+    *values("stop_token_ids", 1, "a", {}, [True], ["1"], [1.0], [None], [VOCABULARY], [-1], [2**31], [1] * 1025),
+    *values("min_tokens", -1, 1.5, True, "1", 17, INT64, paths=(COMPLETIONS, PLAN)),
+    *wrong(COMPLETIONS, "min_tokens", {"max_tokens": 3, "min_tokens": 4}),
+    *wrong(CHAT, "min_tokens", {"max_tokens": 3, "min_tokens": 4}, {"min_tokens": 1025}),
+    *values("dimensions", 0, -1, WIDTH + 1, INT64, 2**63, True, 1.0, "8", [], paths=(EMBEDDINGS,)),
+    *values("pooling", "", "max", "Mean", 1, True, [], paths=(EMBEDDINGS,)),
+]
+TRUNCATE = [
+    *values("truncate", "", "Left", "start", True, 1, [], paths=(COMPLETIONS, EMBEDDINGS, CHAT, PLAN)),
+    *wrong(
+        COMPLETIONS,
+        "prompt",
+        *({"prompt": [7] * 9, "truncate": "left", "max_tokens": most} for most in (CONTEXT, INT64)),
+        code="context_length_exceeded",
+    ),
+    *wrong(CHAT, "messages", {"truncate": "left", "max_tokens": CONTEXT}, code="context_length_exceeded"),
+    *wrong(COMPLETIONS, "truncates", {"truncates": "left"}),
+]
 FLAGS = [
     row for name in ("echo", "ignore_eos", "stream", "add_special_tokens") for row in values(name, 0, 1, "true", "", [], {})
 ]
@@ -215,19 +298,14 @@ SLIPS = [
     *wrong(DETOKENIZE, "token", {"token": 1}),
 ]
 NOT_OFFERED = [
-    *values("presence_penalty", 0.5, False, "0", []),
-    *values("frequency_penalty", 1, False),
-    *values("repetition_penalty", 1.1, True),
-    *values("logit_bias", {"5": 1}, [], False),
     *values("suffix", "b", False),
     *values("response_format", {"type": "json_object"}, {}, "text"),
-    *values("min_p", 0.1),
     *values("max_new_tokens", 5),
-    *values("stop_token_ids", [1]),
     *values("use_beam_search", True, 0),
     *values("guided_json", {}),
-    *values("dimensions", 8, 192, paths=(EMBEDDINGS,)),
-    *values("presence_penalty", 0.5, paths=(PLAN,)),
+    *values("dimensions", 8, 192),
+    *values("prompt_logprobs", 1),
+    *values("guided_json", {}, paths=(PLAN,)),
     *values("encoding_format", "", "hex", "Float", 1, True, [], paths=(EMBEDDINGS,)),
 ]
 NAMES = [
@@ -307,7 +385,15 @@ ROUTES = [
     ),
     *(
         Bad(path, b"{}", 404, "not_found")
-        for path in ("/completions", "/v1/chat", "/v1/completions/x", "/TOKENIZE", "/" + "x" * 2000)
+        for path in (
+            "/completions",
+            "/v1/chat",
+            "/v1/completions/x",
+            "/TOKENIZE",
+            "/" + "x" * 2000,
+            "/v1/responses",
+            "/v1/messages",
+        )
     ),
     *(
         Bad(path, None, 405, "method_not_allowed", method=method)
@@ -333,8 +419,11 @@ ROWS: dict[str, list[Bad]] = {
     "missing fields": MISSING,
     "prompts and tokens": PROMPTS,
     "integers": INTEGERS,
+    "messages": MESSAGES,
     "ranges": RANGES,
     "numbers": NUMBERS,
+    "penalties, biases and ends": PENALTIES,
+    "truncate": TRUNCATE,
     "flags": FLAGS,
     "texts": TEXTS,
     "stops": STOPS,

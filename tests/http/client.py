@@ -45,12 +45,15 @@ class Client:
     replica: Any  # the one behind the url, where it is in this process
     patience_seconds: float = PATIENCE_SECONDS
 
-    def send(self, method: str, path: str, body: bytes | None = None, headers: Mapping[str, str] | None = None) -> Reply:
+    def send(
+        self, method: str, path: str, body: bytes | None = None, headers: Mapping[str, str] | None = None, raw: bool = False
+    ) -> Reply:
+        """`raw`: the answer may be no text."""
         with self._open() as connection:
             connection.request(method, path, body, dict(headers or {}))
             answer = connection.getresponse()
             names = {name.lower(): value for name, value in answer.getheaders()}
-            return Reply(answer.status, names, answer.read().decode())
+            return Reply(answer.status, names, answer.read().decode(errors="replace" if raw else "strict"))
 
     def get(self, path: str, **headers: str) -> Reply:
         return self.send("GET", path, headers=headers)
@@ -66,11 +69,17 @@ class Client:
     def complete(self, prompt: Any, **fields: Any) -> Reply:
         return self.post("/v1/completions", {"prompt": prompt, "max_tokens": 4, **fields})
 
+    def chat(self, *texts: str, **fields: Any) -> Reply:
+        """A conversation in which user and assistant take turns."""
+        said = [{"role": ("user", "assistant")[place % 2], "content": text} for place, text in enumerate(texts)]
+        return self.post("/v1/chat/completions", {"messages": said, "max_tokens": 4, **fields})
+
     @contextmanager
-    def uploaded(self, path: str, raw: bytes) -> Iterator[socket.socket]:
+    def uploaded(self, path: str, raw: bytes, headers: Mapping[str, str] | None = None) -> Iterator[socket.socket]:
         """A call whose body has been sent and of whose answer nothing has been read; the block's end hangs up."""
         host = urlsplit(self.url)
-        head = f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {len(raw)}\r\n\r\n"
+        fields = {"host": "x", "content-type": "application/json", "content-length": str(len(raw)), **(headers or {})}
+        head = f"POST {path} HTTP/1.1\r\n" + "".join(f"{name}: {value}\r\n" for name, value in fields.items()) + "\r\n"
         with socket.create_connection((str(host.hostname), int(host.port or 0)), timeout=self.patience_seconds) as line:
             line.sendall(head.encode() + raw)
             yield line

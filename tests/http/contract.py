@@ -8,12 +8,15 @@ from typing import Any
 import schemathesis
 from schemathesis import Case, GenerationMode
 
-from service.http.answer_schemas import CompletionChunk, Error
+from service.http.answer_schemas import ChatChunk, CompletionChunk, Error
 
-BEYOND_THE_SCHEMA = {"context_length_exceeded", "memory_budget_exceeded", "deadline_exceeded"}
+BEYOND_THE_SCHEMA = {"context_length_exceeded", "memory_budget_exceeded", "deadline_exceeded", "chat_template_refused"}
 """Codes with which a call may be refused although its body is all that the schema asks for."""
 
-RELATED = {"attention", "best_of", "max_tokens", "stream_options"}
+RELATED = {
+    *("attention", "best_of", "chat_template_kwargs", "logit_bias", "max_tokens", "min_tokens", "stop_token_ids"),
+    *("stream_options", "top_logprobs"),
+}
 """Fields that stand in a relation to others which the document tells in words."""
 
 
@@ -44,6 +47,6 @@ def an_event_is_a_chunk_or_an_error(ctx: Any, response: Any, case: Case) -> None
         return
     *chunks, last = [line.removeprefix("data: ") for line in response.text.split("\n\n") if line.startswith("data: ")]
     for chunk in chunks:
-        CompletionChunk.model_validate_json(chunk)
+        (ChatChunk if "/chat/" in case.operation.path else CompletionChunk).model_validate_json(chunk)
     if last != "[DONE]":
         Error.model_validate(json.loads(last))

@@ -174,12 +174,45 @@ def test_a_caller_who_hangs_up_before_the_answer_gives_its_bytes_back(service: C
     assert eventually(lambda: service.replica.engine.snapshot().bytes_in_use == 0)
 
 
-def test_a_long_silence_is_broken_by_comments_that_clients_pass_over(service: Client) -> None:
-    from service.config import AttentionConfig, HttpConfig, ServiceConfig, UserConfig
-    from service.plain import listening_in_thread
+def test_a_bias_decides_what_is_drawn(service: Client) -> None:
+    (wanted,) = service.post("/tokenize", {"prompt": "q", "add_special_tokens": False}).json["tokens"]
+    answer = service.complete("import os", logit_bias={str(wanted): 100}, max_tokens=5, temperature=0).json
+    assert answer["choices"][0]["text"] == "qqqqq"
+    free = service.complete("import os", max_tokens=5, temperature=0, logprobs=0).json["choices"][0]["logprobs"]["tokens"]
+    (first,) = service.post("/tokenize", {"prompt": free[0], "add_special_tokens": False}).json["tokens"]
+    banned = service.complete("import os", max_tokens=5, temperature=0, logprobs=0, logit_bias={str(first): -100}).json
+    assert free[0] not in banned["choices"][0]["logprobs"]["tokens"]
 
-    config = ServiceConfig(threads=1, http=HttpConfig(stream_ping_seconds=0.001))
-    with listening_in_thread(config, UserConfig(attention=AttentionConfig())) as (url, replica):
-        reply = Client(url, replica).complete("import os " * 2000, stream=True)
-    assert ": waiting\n\n" in reply.text
-    assert reply.events[-1] == "[DONE]"
+
+def test_penalties_end_a_repetition(service: Client) -> None:
+    def answer(**fields: float) -> list[str]:
+        choice = service.complete("a = [1, 1, 1, 1,", temperature=0, max_tokens=60, ignore_eos=True, logprobs=0, **fields)
+        return list(choice.json["choices"][0]["logprobs"]["tokens"])
+
+    free = len(set(answer()))
+    for name in ("presence_penalty", "frequency_penalty"):
+        assert len(set(answer(**{name: 2.0}))) > free
+    assert len(set(answer(repetition_penalty=1.5))) > free
+
+
+def test_a_stop_token_ends_the_answer_and_is_not_shown(service: Client) -> None:
+    asked = {"temperature": 0, "max_tokens": 12}
+    free = service.complete("import os", **asked, logprobs=0).json["choices"][0]["logprobs"]["tokens"]
+    (stop,) = service.post("/tokenize", {"prompt": free[4], "add_special_tokens": False}).json["tokens"]
+    choice = service.complete("import os", **asked, stop_token_ids=[stop]).json["choices"][0]
+    assert choice["text"] == "".join(free[: free.index(free[4])])
+    assert choice["finish_reason"] == "stop"
+
+
+def test_min_tokens_puts_the_end_off(service: Client) -> None:
+    eos = service.replica.tokenizer.eos_id
+    asked = {"logit_bias": {str(eos): 100}, "temperature": 0, "max_tokens": 20}
+    assert service.complete("import os", **asked).json["usage"]["completion_tokens"] == 1
+    assert service.complete("import os", **asked, min_tokens=7).json["usage"]["completion_tokens"] == 8
+    chat = service.chat("import os", **asked, min_tokens=7).json
+    assert chat["usage"]["completion_tokens"] == 8
+
+
+def test_min_p_of_one_leaves_the_likeliest_alone(service: Client) -> None:
+    best = service.complete("import os", temperature=0, max_tokens=8).json["choices"][0]["text"]
+    assert service.complete("import os", temperature=2, min_p=1, max_tokens=8).json["choices"][0]["text"] == best

@@ -54,8 +54,9 @@ def _the_service_goes_on(service: Client) -> Iterator[None]:
         ({"prompt": "a", "logprobs": 21}, ("logprobs", "20", "21")),
         ({"prompt": "a", "stream_options": {}}, ("stream_options", "stream")),
         ({"prompt": "a", "best_of": 2}, ("best_of", "n (1)")),
-        ({"prompt": "a", "presence_penalty": 0.5}, ("presence_penalty", "send 0", "0.5")),
-        ({"prompt": "a", "logit_bias": {"5": 1}}, ("logit_bias",)),
+        ({"prompt": "a", "presence_penalty": 2.5}, ("presence_penalty", "2", "2.5")),
+        ({"prompt": "a", "logit_bias": {"x": 1}}, ("logit_bias", "token ids", "'x'")),
+        ({"prompt": "a", "typical_p": 0.5}, ("typical_p", "send 1", "0.5")),
         ({"prompt": "a", "suffix": "b"}, ("suffix",)),
         ({"prompt": "a", "response_format": {"type": "json_object"}}, ("response_format",)),
     ],
@@ -124,13 +125,31 @@ GOOD = {
     "/v1/plan": {"prompt": "a"},
     "/tokenize": {"prompt": "a"},
     "/detokenize": {"tokens": [1]},
+    "/v1/chat/completions": {"messages": [{"role": "user", "content": "a"}], "max_tokens": 1},
 }
 SKULL = "\u2620"
 
 
 @pytest.mark.parametrize("path", GOOD)
 @pytest.mark.parametrize(
-    "field", ["model", "attention", "prompt", "input", "tokens", "user", "n", "stream_options", "suffix", "stop"]
+    "field",
+    [
+        *(
+            "model",
+            "attention",
+            "prompt",
+            "input",
+            "tokens",
+            "user",
+            "n",
+            "stream_options",
+            "suffix",
+            "stop",
+            "messages",
+            "tools",
+        ),
+        *("logit_bias", "stop_token_ids", "truncate", "chat_template_kwargs", "pooling"),
+    ],
 )
 def test_a_message_shows_at_most_two_hundred_characters_of_the_callers(service: Client, path: str, field: str) -> None:
     many = SKULL * 1000

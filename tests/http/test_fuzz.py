@@ -12,15 +12,39 @@ from tests.http.client import Client, eventually
 
 BODIES: list[tuple[str, dict[str, Any]]] = [
     ("/v1/completions", {"prompt": "import os", "max_tokens": 3, "temperature": 0.5, "top_p": 0.9, "top_k": 5, "seed": 1}),
+    (
+        "/v1/completions",
+        {
+            "prompt": "a",
+            "logit_bias": {"5": 1},
+            "stop_token_ids": [7],
+            "min_tokens": 1,
+            "min_p": 0.1,
+            "presence_penalty": 1,
+            "max_tokens": 2,
+        },
+    ),
     ("/v1/completions", {"prompt": [[1, 2], [3]], "max_tokens": 2, "n": 2, "stop": ["\n"], "logprobs": 2, "echo": True}),
     ("/v1/completions", {"prompt": ["a", "b"], "max_tokens": 2, "stream": True, "stream_options": {"include_usage": True}}),
     (
         "/v1/completions",
         {"prompt": "a", "attention": "performer", "model": "longserve-stdlib-5m", "user": "me", "max_tokens": 1},
     ),
-    ("/v1/embeddings", {"input": ["import os", "def f("], "encoding_format": "base64", "attention": "dense"}),
+    (
+        "/v1/embeddings",
+        {"input": ["import os", "def f("], "encoding_format": "base64", "attention": "dense", "truncate": "left"},
+    ),
     ("/v1/plan", {"prompt": "import os", "max_tokens": 100, "n": 3}),
     ("/v1/plan", {"input": [1, 2, 3]}),
+    ("/v1/plan", {"messages": [{"role": "user", "content": "a"}]}),
+    (
+        "/v1/chat/completions",
+        {"messages": [{"role": "user", "content": "a"}], "max_tokens": 2, "logprobs": True, "top_logprobs": 1},
+    ),
+    (
+        "/v1/chat/completions",
+        {"messages": [{"role": "system", "content": [{"type": "text", "text": "a"}]}], "max_tokens": 2, "stream": True},
+    ),
     ("/tokenize", {"prompt": "import os", "add_special_tokens": False}),
     ("/detokenize", {"tokens": [1, 2, 3]}),
 ]

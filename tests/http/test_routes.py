@@ -8,9 +8,12 @@ import struct
 from collections.abc import Iterator
 
 import pytest
+import torch
 from prometheus_client.parser import text_string_to_metric_families
 
+import attention
 from service.config import AttentionConfig, HttpConfig, ServiceConfig, UserConfig
+from service.model.checkpoint import load
 from service.plain import listening_in_thread
 from tests.http.client import Client
 from tests.http.conftest import BACKENDS
@@ -24,6 +27,29 @@ def test_embeddings_have_length_one_and_the_models_width(service: Client, backen
     for each in answer["data"]:
         assert len(each["embedding"]) == service.replica.card.width
         assert math.isclose(math.hypot(*each["embedding"]), 1, rel_tol=1e-5)  # float32 has 7 digits
+
+
+def test_fewer_dimensions_are_the_first_ones_at_length_one(service: Client) -> None:
+    whole, cut = (
+        service.post("/v1/embeddings", {"input": "import os", **wanted}).json["data"][0]["embedding"]
+        for wanted in ({}, {"dimensions": 8})
+    )
+    length = math.hypot(*whole[:8])
+    assert cut == pytest.approx([each / length for each in whole[:8]], rel=1e-9)
+
+
+@pytest.mark.parametrize("count", [1, 3, 600])  # 600 tokens are two chunks
+def test_last_is_the_hidden_state_of_the_last_token_and_mean_that_of_all(service: Client, count: int) -> None:
+    tokens = [7 + place % 90 for place in range(count)]
+    core = load()
+    with torch.inference_mode():
+        ids, backend = torch.tensor(tokens), attention.build("dense", {}, core.model.head_shape())
+        attend = lambda layer, q, k, v: backend.attend(q, k, v, attention.Segments((count,)), causal=True)  # noqa: E731
+        hidden = core.model.hidden(ids, torch.arange(count), attend).float()
+    for pooling, wanted in (("last", hidden[-1]), ("mean", hidden.mean(0))):
+        asked = {"input": tokens, "pooling": pooling, "attention": "dense"}
+        found = torch.tensor(service.post("/v1/embeddings", asked).json["data"][0]["embedding"])
+        assert torch.cosine_similarity(found, wanted, dim=0) > 0.999  # bfloat16 in chunks
 
 
 def test_base64_carries_the_same_numbers(service: Client) -> None:
@@ -40,7 +66,7 @@ def test_an_input_alone_embeds_as_it_does_among_others(service: Client) -> None:
 
 
 @pytest.mark.parametrize(
-    ("body", "word"), [({}, "input"), ({"input": ""}, "empty"), ({"input": "a", "dimensions": 8}, "dimensions")]
+    ("body", "word"), [({}, "input"), ({"input": ""}, "empty"), ({"input": "a", "dimensions": 800}, "dimensions")]
 )
 def test_a_wrong_embedding_body_is_refused_by_name(service: Client, body: dict[str, object], word: str) -> None:
     reply = service.post("/v1/embeddings", body)
@@ -181,19 +207,3 @@ def test_a_wrong_key_lets_nobody_in(guarded: Client, shown: str) -> None:
 @pytest.mark.parametrize("key", ["first", "second"])
 def test_every_key_lets_its_owner_in(guarded: Client, key: str) -> None:
     assert guarded.get("/v1/models", authorization=f"Bearer {key}").status == 200
-
-
-def test_openais_client_works_unchanged(service: Client) -> None:
-    import openai
-
-    with openai.OpenAI(base_url=f"{service.url}/v1", api_key="none", max_retries=0) as client:
-        model = client.models.list().data[0].id
-        whole = client.completions.create(model=model, prompt="import os", max_tokens=8, temperature=0)
-        parts = client.completions.create(model=model, prompt="import os", max_tokens=8, temperature=0, stream=True)
-        assert "".join(part.choices[0].text for part in parts) == whole.choices[0].text
-        vector = client.embeddings.create(model=model, input="import os").data[0].embedding
-        assert len(vector) == service.replica.card.width
-        with pytest.raises(openai.BadRequestError, match="sparse"):
-            client.completions.create(model=model, prompt="a", extra_body={"attention": "sparse"})
-        with pytest.raises(openai.NotFoundError):
-            client.completions.create(model="gpt-4", prompt="a")
