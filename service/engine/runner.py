@@ -217,5 +217,8 @@ def _add_sums(work: Work, segments: Segments, hidden: Tensor) -> None:
     """Add the hidden states of each member to its job's sum, or keep the last of them."""
     for member, (start, end, _) in zip(work.members, segments.spans(), strict=True):
         job = member.job
+        if job.request.pooling == "last":
+            job.summed = hidden[end - 1].float()
+            continue
         part = hidden[start:end].sum(0, dtype=torch.float32)
         job.summed = part if member.start == 0 or job.summed is None else job.summed + part

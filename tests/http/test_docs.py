@@ -42,4 +42,4 @@ def test_a_browser_without_a_network_shows_every_route(service: Client, tmp_path
     assert "Failed to load" not in shown and "No operations defined" not in shown
     missing = [path for path in (*POSTS, "/v1/models", "/health", "/metrics") if path not in shown]
     assert missing == []
-    assert "What the assistant says next in a conversation" in shown
+    assert "Long inputs under switchable attention." in shown

@@ -8,12 +8,15 @@ from typing import Any
 
 from service.engine.answer import Answer
 from service.engine.request import Delta, Request
-from service.http.answers import Choice
+from service.http.answers import TextChoice
+from service.http.auth import NOBODY
 from service.http.streaming import Signal, merged
 
 
 class Caller:
     """One that never hangs up."""
+
+    state = SimpleNamespace(owner=NOBODY)
 
     async def receive(self) -> dict[str, Any]:
         await asyncio.Event().wait()
@@ -49,7 +52,7 @@ def test_a_streamed_choice_keeps_nothing_of_what_it_has_told() -> None:
             return b"a"
 
     tokenizer: Any = Tokens()
-    choices = [Choice(0, tokenizer, is_streamed) for is_streamed in (True, False)]
+    choices = [TextChoice(0, tokenizer, is_streamed) for is_streamed in (True, False)]
     for choice in choices:
         for _ in range(3):
             assert choice.add(Delta(0, "a", (1,)))["text"] == "a"
