@@ -28,6 +28,7 @@ BY_RAY = ("service/app.py", "service/cli.py")
 SHARED = {
     "Tokenizer": "the face's protocol of the model's class",
     "Choice": "an answer's choice: as it is built, and as the document states it",
+    "ChatChoice": "the same of a conversation",
 }
 """Names of two public classes of the service, and why."""
 

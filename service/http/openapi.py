@@ -28,7 +28,7 @@ from service.http.schemas import (
     ChatBody,
     CompletionBody,
     DetokenizeBody,
-    Drawn,
+    DrawnBody,
     EmbeddingBody,
     PlanBody,
     TokenizeBody,
@@ -131,7 +131,7 @@ def operation(
         responses[200]["content"] = {kind: {"schema": {"type": "string"}} for kind in ("text/plain", OPENMETRICS)}
     else:
         responses[200]["model"] = answer
-    if body is not None and issubclass(body, Drawn):
+    if body is not None and issubclass(body, DrawnBody):
         responses[200]["content"] = {"text/event-stream": {"schema": EVENT}}
     extra: Json = {"parameters": [REQUEST_ID, *([TIMEOUT] if body else [])]}
     if body is not None:

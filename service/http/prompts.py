@@ -11,7 +11,7 @@ from service.http.errors import ModelNotFound
 from service.http.face import Host
 from service.http.length import Side, check_text, check_tokens, cut
 from service.http.reader import Call
-from service.http.schemas import Attended, Body, ChatBody, CompletionBody, Drawn, EmbeddingBody, PlanBody, Prompt
+from service.http.schemas import Attended, Body, ChatBody, CompletionBody, DrawnBody, EmbeddingBody, PlanBody, Prompt
 from service.timing import Timings
 
 DEFAULT_MAX_TOKENS = 16  # OpenAI's
@@ -42,7 +42,7 @@ async def chat_requests(body: ChatBody, host: Host, call: Call) -> list[Request]
     return [replace(asked, id=f"{asked.id}-0", tokens=tokens, sampling=sampling, timings=timings, source="messages")]
 
 
-def _drawing(body: Drawn, host: Host, call: Call) -> Request:
+def _drawing(body: DrawnBody, host: Host, call: Call) -> Request:
     """The request of a body that draws tokens, its prompt left out. Raises InvalidRequest."""
     if body.samples > host.config.max_samples:
         raise InvalidRequest(f"n may be at most {host.config.max_samples}, received {body.samples}", param="n")
@@ -101,7 +101,7 @@ def backend_of(body: Attended, host: Host) -> str | None:
     return named or body.attention
 
 
-def sampling_of(body: Drawn) -> Sampling:
+def sampling_of(body: DrawnBody) -> Sampling:
     """The body's wishes in the engine's terms, with OpenAI's defaults."""
     return Sampling(
         max_tokens=DEFAULT_MAX_TOKENS if body.most_tokens is None else body.most_tokens,

@@ -55,7 +55,7 @@ from service.http.schemas import (
     ChatBody,
     CompletionBody,
     DetokenizeBody,
-    Drawn,
+    DrawnBody,
     EmbeddingBody,
     PlanBody,
     StreamOptions,
@@ -207,7 +207,7 @@ def _planned(request: Request, host: Host) -> dict[str, Any]:
     return dataclasses.asdict(host.engine.plan(request)) | {"dropped_tokens": request.timings.dropped_tokens}
 
 
-async def _drawn(call: Call, body: Drawn, requests: Sequence[Request], form: answers.Form, host: Host) -> Response:
+async def _drawn(call: Call, body: DrawnBody, requests: Sequence[Request], form: answers.Form, host: Host) -> Response:
     """The answer to a call that draws tokens, whole or as a stream."""
     completion = Completion(call.id, requests, host, bool(body.stream), form)
     if body.stream:

@@ -296,7 +296,7 @@ class StreamOptions(BaseModel):
     include_obfuscation: Literal[False] | None = Field(default=None, description="Not offered: leave it out or send false.")
 
 
-class Drawn(Attended):
+class DrawnBody(Attended):
     """A body that is answered by drawing tokens."""
 
     max_tokens: int | None = Field(default=None, ge=0, le=INT64)
@@ -354,7 +354,7 @@ class Drawn(Attended):
         raise NotImplementedError
 
 
-class CompletionBody(Drawn, Worded):
+class CompletionBody(DrawnBody, Worded):
     """POST /v1/completions.
 
     Beside what the schema says: integers have no decimal point (1, not 1.0); prompt and max_tokens together fit the model's
@@ -458,7 +458,7 @@ Option = Annotated[
 ]
 
 
-class ChatBody(Drawn):
+class ChatBody(DrawnBody):
     """POST /v1/chat/completions.
 
     Beside what the schema says: integers have no decimal point (1, not 1.0); the conversation, as the model's chat template

@@ -21,7 +21,7 @@ from service.http.answers import Completion
 from service.http.auth import Caller
 from service.http.errors import ClientGone, InternalError, body_of
 from service.http.face import Host
-from service.http.progress import progress
+from service.http.headway import headway
 from service.http.reader import left
 from service.http.schemas import StreamOptions
 
@@ -170,7 +170,7 @@ class CompletionStream(Response):
         try:
             while item is not Signal.END:
                 if item is Signal.SILENCE:
-                    yield progress(self.requests, self.host).comment
+                    yield headway(self.requests, self.host).comment
                 else:
                     yield await self._chunk(item)
                 item = await running.next(self.host.config.stream_ping_seconds)

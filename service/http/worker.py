@@ -68,7 +68,7 @@ def chat(
             text = template.render(messages, options, most)
     except templates.NoTemplate as error:
         raise ChatNotOffered(f"this model offers no chat: {error}; /v1/completions continues any text") from None
-    except templates.Refused as error:
+    except templates.MessagesRefused as error:
         raise TemplateRefused(f"{error!s:.400}", param="messages") from None
     except TimeoutError:
         raise TemplateRefused(f"the model's chat template took more than {TEMPLATE_SECONDS:g} s", param="messages") from None

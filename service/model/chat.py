@@ -40,7 +40,7 @@ class NoTemplate(ValueError):
     """The checkpoint has no chat template, or none that can be used. The message says why."""
 
 
-class Refused(ValueError):
+class MessagesRefused(ValueError):
     """The template does not take these messages. The message says why, at times in the template's own words."""
 
 
@@ -82,7 +82,7 @@ class ChatTemplate:
         """The text of a conversation, control tokens as marks, up to where the assistant speaks.
 
         Raises:
-            Refused: the template raises, or writes more than `most_characters`.
+            MessagesRefused: the template raises, or writes more than `most_characters`.
         """
         told = [self._as_taken(each) for each in messages]
         return _rendered(self._template, {**options, **self._names, "messages": told}, most_characters)
@@ -93,13 +93,13 @@ class ChatTemplate:
         return [self._ids.get(each, each) for each in encoding.ids]
 
     def _as_taken(self, message: Message) -> Message:
-        """The message under a role that the template shows. Raises Refused."""
+        """The message under a role that the template shows. Raises MessagesRefused."""
         role = message["role"]
         if role not in self._passed_over:
             return message
         if role == "developer" and "system" not in self._passed_over:
             return {**message, "role": "system"}  # OpenAI's newer word for the same
-        raise Refused(f"this model's chat template knows no role {role}")
+        raise MessagesRefused(f"this model's chat template knows no role {role}")
 
     def _compile(self, source: str) -> jinja2.Template:
         """The template with its control tokens marked."""
@@ -142,7 +142,7 @@ class ChatTemplate:
             try:
                 wanted = _rendered(plain, {**names, "messages": messages})
                 marked = _rendered(self._template, {**self._names, "messages": messages})
-            except Refused:
+            except MessagesRefused:
                 continue
             if self.encode(marked) != self._encoded_with_controls(wanted):
                 raise NoTemplate(
@@ -163,7 +163,7 @@ class ChatTemplate:
         try:
             messages = [{"role": each, "content": PROBE if each == role else "a"} for each in PROBES[role]]
             return PROBE not in _rendered(self._template, {**self._names, "messages": messages})
-        except Refused:
+        except MessagesRefused:
             return role == "developer"  # of others the template itself says why
 
 
@@ -222,13 +222,13 @@ def _rendered(template: jinja2.Template, variables: Mapping[str, Any], most_char
         for part in template.generate({**nothing, **variables}):
             parts.append(part)
             if (size := size + len(part)) > most_characters:
-                raise Refused(f"the chat template writes more than {most_characters} characters for these messages")
+                raise MessagesRefused(f"the chat template writes more than {most_characters} characters for these messages")
     except TimeoutError:
         raise
-    except Refused:
+    except MessagesRefused:
         raise
     except Exception as error:  # foreign code: whatever it raises, it does not take these messages
-        raise Refused(
+        raise MessagesRefused(
             f"the model's chat template does not take these messages: {str(error) or type(error).__name__}"
         ) from error
     return "".join(parts)

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
-from service.model.chat import ChatTemplate, Message, NoTemplate, Refused
+from service.model.chat import ChatTemplate, Message, MessagesRefused, NoTemplate
 from service.model.checkpoint import EMBEDDED
 from service.model.tokenizer import Tokenizer
 
@@ -130,7 +130,7 @@ def test_a_template_that_is_none_is_not_offered() -> None:
 
 
 def test_a_templates_own_words_tell_why_it_refuses() -> None:
-    with pytest.raises(Refused, match="roles must take turns"):
+    with pytest.raises(MessagesRefused, match="roles must take turns"):
         tokens(OURS["instruct"], [{"role": "assistant", "content": "a"}])
 
 
@@ -147,20 +147,20 @@ def test_a_templates_own_words_tell_why_it_refuses() -> None:
     ],
 )
 def test_what_a_template_must_not_do_ends_as_a_refusal(source: str) -> None:
-    with pytest.raises(Refused):
+    with pytest.raises(MessagesRefused):
         tokens(template(source), [{"role": "user", "content": "a"}])
 
 
 def test_a_template_writes_no_more_than_it_may() -> None:
     made = template("{% for i in range(10000) %}{{ 'a' * 100 }}{% endfor %}")
-    with pytest.raises(Refused, match="more than 5000 characters"):
+    with pytest.raises(MessagesRefused, match="more than 5000 characters"):
         made.render([{"role": "user", "content": "a"}], {}, 5000)
 
 
 def test_a_role_that_a_template_passes_over_is_refused_by_name() -> None:
-    with pytest.raises(Refused, match="no role tool"):
+    with pytest.raises(MessagesRefused, match="no role tool"):
         tokens(OURS["thinking"], [{"role": "user", "content": "a"}, {"role": "tool", "content": "b"}])
-    with pytest.raises(Refused, match="no role system"):
+    with pytest.raises(MessagesRefused, match="no role system"):
         tokens(OURS["thinking"], [{"role": "system", "content": "a"}, {"role": "user", "content": "b"}])
 
 

@@ -16,7 +16,7 @@ from service.http.face import Host
 
 
 @dataclass(frozen=True)
-class Progress:
+class Headway:
     """Of one call's prompts together."""
 
     read_tokens: int
@@ -33,10 +33,10 @@ class Progress:
         return f"{told}\n\n".encode()
 
 
-def progress(requests: Sequence[Request], host: Host) -> Progress:
+def headway(requests: Sequence[Request], host: Host) -> Headway:
     """How far these requests are, which the engine has accepted."""
     read = sum(map(_read_tokens, requests))
-    return Progress(read, sum(len(request.tokens) for request in requests), _seconds(requests, host))
+    return Headway(read, sum(len(request.tokens) for request in requests), _seconds(requests, host))
 
 
 def _read_tokens(request: Request) -> int:

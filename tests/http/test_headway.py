@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from service.config import AttentionConfig, EngineConfig, HttpConfig, ServiceConfig, UserConfig
 from service.engine.request import QueueFull, Request, UnknownBackend
 from service.http.errors import response_to
-from service.http.progress import progress
+from service.http.headway import headway
 from service.plain import listening_in_thread
 from service.timing import Chunk, Timings
 from tests.http.client import Client, eventually
@@ -59,7 +59,7 @@ def reading(tokens: int, read: int, slowness: float, backend: str = "dense") -> 
 @given(st.lists(st.tuples(st.integers(1, 900), st.floats(0, 1), st.floats(0.1, 10)), min_size=1, max_size=3))
 def test_the_seconds_left_follow_the_forecast_and_how_it_has_held_so_far(found: list[tuple[int, float, float]]) -> None:
     requests = [reading(tokens, int(tokens * share), slowness) for tokens, share, slowness in found]
-    told = progress(requests, HOST)
+    told = headway(requests, HOST)
     wanted = 0.0
     for tokens, share, slowness in found:
         read = int(tokens * share)
@@ -71,12 +71,12 @@ def test_the_seconds_left_follow_the_forecast_and_how_it_has_held_so_far(found: 
 
 def test_who_waits_in_the_queue_is_told_what_the_queue_takes() -> None:
     waiting = Request("a", "completion", [1] * 50)
-    assert progress([waiting], HOST).comment == b": waiting; 0 of 50 tokens read, about 77.0 s to the first token\n\n"
+    assert headway([waiting], HOST).comment == b": waiting; 0 of 50 tokens read, about 77.0 s to the first token\n\n"
 
 
 def test_where_nobody_can_foresee_it_no_seconds_are_told() -> None:
-    assert progress([reading(50, 10, 1, "gone")], HOST).comment == b": waiting; 10 of 50 tokens read\n\n"
-    assert progress([reading(50, 50, 1)], HOST).comment == b": waiting\n\n"
+    assert headway([reading(50, 10, 1, "gone")], HOST).comment == b": waiting; 10 of 50 tokens read\n\n"
+    assert headway([reading(50, 50, 1)], HOST).comment == b": waiting\n\n"
 
 
 def test_a_full_queue_says_when_to_come_back() -> None:
