@@ -46,7 +46,7 @@ class Backends:
 
 @dataclass(frozen=True, eq=False)
 class Lane:
-    """One backend in force, ready to serve: its forecast and the pool of its states."""
+    """One backend in force, ready to serve: its forecast and the pool of its states, which has the backend of each layer."""
 
     name: str
     backend: AttentionBackend
@@ -60,7 +60,7 @@ class Lane:
 
         `slots`: each sequence's state, which takes its new tokens in.
         """
-        return self.backend.extending(*question, segments, self.pool, layer, slots, out)
+        return self.pool.backends[layer].extending(*question, segments, self.pool, layer, slots, out)
 
     def allocate(self, max_tokens: int) -> int:
         """A slot for the state of a sequence of up to `max_tokens` tokens. Raises PoolExhausted."""

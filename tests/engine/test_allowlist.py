@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
 from functools import partial
 
 import pytest
@@ -18,51 +16,6 @@ from service.engine.forecast import Course
 from service.model.transformer import Transformer
 from tests.engine import world
 from tests.engine.world import complete, completion, embed, embedding, is_empty, prompt, running
-
-_slots = itertools.count()
-
-
-@dataclass(frozen=True, eq=False)
-class Layered(Lane):
-    """A lane whose layers have a backend and a state each of their own."""
-
-    pools: tuple[StatePool, ...] = ()
-    parts: dict[int, list[int]] = field(default_factory=dict)  # a slot's number in each pool
-
-    def answering(
-        self, layer: int, question: tuple[Tensor, Tensor, Tensor], segments: Segments, slots: Sequence[int], out: Tensor
-    ) -> Iterator[None]:
-        pool, own = self.pools[layer], [self.parts[slot][layer] for slot in slots]
-        return pool.backend.extending(*question, segments, pool, 0, own, out)
-
-    def allocate(self, max_tokens: int) -> int:
-        return self._keep([pool.allocate(max_tokens) for pool in self.pools])
-
-    def copy(self, slot: int) -> int:
-        return self._keep([pool.copy(part) for pool, part in zip(self.pools, self.parts[slot], strict=True)])
-
-    def release(self, slot: int) -> None:
-        for pool, part in zip(self.pools, self.parts.pop(slot), strict=True):
-            pool.release(part)
-
-    def state_bytes(self, max_tokens: int) -> int:
-        return sum(pool.slot_bytes(max_tokens) for pool in self.pools)
-
-    def held_bytes(self, slots: Iterable[int]) -> int:
-        parts = (pair for slot in slots for pair in zip(self.pools, self.parts[slot], strict=True))
-        return sum(tensor.nbytes for pool, part in parts for tensor in pool.tensors(part).values())
-
-    @property
-    def bytes_in_use(self) -> int:
-        return sum(pool.bytes_in_use for pool in self.pools)
-
-    @property
-    def num_slots(self) -> int:
-        return len(self.parts)
-
-    def _keep(self, parts: list[int]) -> int:
-        self.parts[slot := next(_slots)] = parts
-        return slot
 
 
 class Whole(Lane):
@@ -93,12 +46,11 @@ async def test_a_lane_may_have_a_backend_and_a_state_for_each_layer() -> None:
         expected.append(int(model.logits(hidden(model, by_layer, expected, causal=True)[-1:]).argmax()))
     async with running(model, backends, chunk_tokens=16) as engine:
         own = engine._admission.lanes["dense"]
-        pools = tuple(backend.new_pool(1, 2**24) for backend in by_layer)
-        engine._admission.lanes = {"dense": Layered("dense", own.backend, own.course, own.pool, pools)}
+        engine._admission.lanes = {"dense": Lane("dense", own.backend, own.course, StatePool(by_layer, 2**24))}
         deltas = await complete(engine, completion(prompt(70), n=2, max_tokens=12))
         for index in (0, 1):
             assert [t for delta in deltas if delta.index == index for t in delta.tokens] == expected[70:]
-        assert is_empty(engine) and not any(pool.bytes_in_use for pool in pools)
+        assert is_empty(engine)
 
 
 async def test_a_lane_may_attend_both_ways_over_whole_sequences() -> None:
