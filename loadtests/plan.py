@@ -142,7 +142,7 @@ Drawn = tuple[tuple[Traffic, ...], dict[str, float]]
 """What a block sends, and the clipped share of each stream's lengths."""
 
 
-async def drawn(planned: Planned, seed: int, target: Target, model: str, cutter: Cutter) -> Drawn:
+async def drawn(planned: Planned, seed: int, target: Target, model: str, cutter: Cutter, ignore_eos: bool = True) -> Drawn:
     """Draw a block's schedule and cut its prompts. Raises TargetError and ScenarioError."""
     rng = np.random.default_rng((seed, int(planned.rng.integers(2**32))))
     found, clipped = [], {}
@@ -151,7 +151,7 @@ async def drawn(planned: Planned, seed: int, target: Target, model: str, cutter:
         asks = []
         for index, (length, output) in enumerate(zip(tokens, outputs, strict=True)):
             prompt = await cutter.prompt(length, index)
-            raw = body(stream.api, model, prompt.text, output)
+            raw = body(stream.api, model, prompt.text, output, ignore_eos)
             asks.append(
                 Ask(
                     stream.name,

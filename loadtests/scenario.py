@@ -172,6 +172,9 @@ class Common(Part):
     backends: tuple[str, ...] = Field(
         default=(), strict=False, description="Asked for as model@backend; left out: the model as it is served."
     )
+    ignore_eos: bool = Field(
+        default=True, description="Ask for answers as long as asked; false for servers that refuse the field."
+    )
     warm_up_requests: int = Field(default=2, ge=0, le=1000, description="Before each block and stream; not measured.")
     repeats: int = Field(default=1, ge=1, le=100)
     timeout_seconds: Seconds = 120.0

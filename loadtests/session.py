@@ -90,7 +90,8 @@ class Session:
 
     async def _block(self, planned: Planned) -> Block:
         model = self.target.model(self.scenario.model, planned.cell.backend or None)
-        traffic, clipped = await drawn(planned, self.scenario.seed, self.target, model, self.cutter)
+        asked = self.scenario
+        traffic, clipped = await drawn(planned, asked.seed, self.target, model, self.cutter, asked.ignore_eos)
         load = Load(self.target.url, self.target.headers, self.scenario.timeout_seconds, self.scenario.max_in_flight, traffic)
         processes = self.scenario.processes or generator.processes_for(planned.rate)
         started, before, began = result.now(), os.getloadavg()[0], time.monotonic()

@@ -164,11 +164,12 @@ async def _usage(target: Target, session: aiohttp.ClientSession, model: str, api
         ) from error
 
 
-def body(api: Api, model: str, text: str, output_tokens: int) -> bytes:
+def body(api: Api, model: str, text: str, output_tokens: int, ignore_eos: bool = False) -> bytes:
     """A request's JSON. `ignore_eos` makes the answer's length that which was asked, on servers that know it."""
     if api == "embeddings":
         return json.dumps({"model": model, "input": text, "encoding_format": "base64"}).encode()
-    asked: dict[str, Any] = {"model": model, "max_tokens": output_tokens, "temperature": 0, "ignore_eos": True}
+    asked: dict[str, Any] = {"model": model, "max_tokens": output_tokens, "temperature": 0}
+    asked |= {"ignore_eos": True} if ignore_eos else {}
     asked |= {"messages": [{"role": "user", "content": text}]} if api.startswith("chat") else {"prompt": text}
     if api in STREAMED:
         asked |= {"stream": True, "stream_options": {"include_usage": True}}

@@ -314,3 +314,12 @@ def test_a_file_that_is_no_report_is_refused(text: str, tmp_path: Path, capsys: 
     path.write_text(text)
     assert main(["report", str(path)]) == 2
     assert "no report of version 1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("ignore_eos", [True, False])
+def test_a_server_that_refuses_a_field_need_not_be_sent_it(
+    ignore_eos: bool, serve: Callable[[Stub], str], measure: Run
+) -> None:
+    stub = Stub()
+    measure(serve(stub), **sweep(ignore_eos=ignore_eos))
+    assert {"ignore_eos" in sent for sent in stub.bodies} == {ignore_eos}
