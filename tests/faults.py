@@ -4,7 +4,7 @@ Starts `longserve serve` with two replicas, measures its capacity, sends half of
 other happen to it; then starts it in ways that cannot work. A table tells of each fault what became of the requests sent from
 then until all was well again, and after how many seconds that was. An answer is whole, or it refuses (429, 503, with an error
 that a client can read; nobody listens), or it fails where the caller sees it (an error, a broken connection); what ends in none
-of these, or looks whole and is not, is lost. Exit status 1 when a request was lost, when a fault was not recovered from, or when
+of these, or looks whole and is not, is lost. Exit status 1 when a request was lost, a fault was not recovered from, or
 a start that cannot work was not refused with a reason.
 """
 
