@@ -7,9 +7,11 @@ of the image. The last test kills a node and starts another in its place, as a c
 from __future__ import annotations
 
 import concurrent.futures
+import http.client
 import os
 import re
 import secrets
+import shutil
 import signal
 import subprocess
 import sys
@@ -108,7 +110,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         finally:
             for address in list(cluster.nodes):
                 cluster.kill(address)
-            subprocess.run(["rm", "-rf", folder], check=True)
+            shutil.rmtree(folder, ignore_errors=True)  # some process may be writing its last line
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +129,7 @@ def replicas(service: Service) -> int:
     """How many answer a scrape."""
     try:
         return int(sum(service.metric("longserve_replicas", state="answered")))
-    except OSError:
+    except (OSError, ValueError, http.client.HTTPException):  # the one that was asked died under the question
         return 0
 
 
@@ -151,16 +153,25 @@ def test_each_node_has_a_replica_and_one_scrape_tells_of_both(cluster: Cluster, 
     assert sum(both.metric("longserve_replicas", state="missing")) == 0
 
 
+def names(service: Service) -> dict[int, str]:
+    """The replicas' names by their processes."""
+    return {each["pid"]: each["replica"] for each in service.status()[1]}
+
+
 def test_requests_and_streams_are_answered_by_both_nodes(both: Service) -> None:
-    before = both.metric("longserve_requests_total", outcome="ok")
+    replicas = sorted(names(both).values())
+
+    def answered() -> list[float]:
+        return [sum(both.metric("longserve_requests_total", outcome="ok", replica=name)) for name in replicas]
+
+    before = answered()
     with concurrent.futures.ThreadPoolExecutor(4) as callers:
         streams = [callers.submit(both.post, "/v1/completions", STREAM | {"max_tokens": 30}) for _ in range(12)]
         answers = [callers.submit(both.complete, "import os") for _ in range(12)]
     assert {answer.result().status for answer in answers} == {200}
     assert {stream.result().events[-1] for stream in streams} == {"[DONE]"}
-    after = both.metric("longserve_requests_total", outcome="ok")
-    assert sum(after) - sum(before) == 24
-    assert len(after) == 2 and min(after) > 0
+    more = [now - then for now, then in zip(answered(), before, strict=True)]
+    assert sum(more) == 24 and min(more) > 0
 
 
 def test_an_apply_reaches_both_nodes_and_restarts_neither(both: Service) -> None:
@@ -176,7 +187,7 @@ def test_an_apply_reaches_both_nodes_and_restarts_neither(both: Service) -> None
 
 @dataclass(frozen=True)
 class Call:
-    """What became of a request: when it was sent and ended, its status (None: no whole answer), and its words."""
+    """What became of a request: when it was sent and ended, its status (None: no whole answer), and what its caller was told."""
 
     sent: float
     ended: float
@@ -190,14 +201,15 @@ def call(service: Service, body: dict[str, Any]) -> Call:
         reply = service.post("/v1/completions", body)
         whole = not body.get("stream") or reply.status != 200 or reply.events[-1:] == ["[DONE]"]
         return Call(sent, time.monotonic(), reply.status if whole else None, reply.text)
-    except OSError as error:
-        return Call(sent, time.monotonic(), None, repr(error))
+    except (OSError, http.client.HTTPException) as error:
+        return Call(sent, time.monotonic(), None, f"error: {error!r}")
 
 
 def test_a_killed_node_fails_only_what_it_was_answering(cluster: Cluster, both: Service) -> None:
     """The last test of the module: it ends with another node."""
     calls: list[Call] = []
     stopped = threading.Event()
+    (victim,) = [name for pid, name in names(both).items() if pid in descendants(cluster.nodes[WORKER].pid)]
 
     def ask(body: dict[str, Any]) -> None:
         while not stopped.is_set():
@@ -207,7 +219,7 @@ def test_a_killed_node_fails_only_what_it_was_answering(cluster: Cluster, both: 
     with concurrent.futures.ThreadPoolExecutor(4) as callers:
         asked = [callers.submit(ask, body) for body in (STREAM, STREAM, {"prompt": "import os", "max_tokens": 40})]
         try:
-            assert eventually(lambda: sum(both.metric("longserve_requests_running")) >= 2)
+            assert eventually(lambda: sum(both.metric("longserve_requests_running", replica=victim)) >= 1)
             killed = time.monotonic()
             cluster.kill(WORKER)
             cluster.start(SUCCESSOR)
@@ -219,6 +231,7 @@ def test_a_killed_node_fails_only_what_it_was_answering(cluster: Cluster, both: 
             each.result()
     failed = [each for each in calls if each.status != 200]
     print(f"{len(calls)} requests, {len(failed)} failed, capacity back after {restored:.0f} s")
+    assert failed
     assert [each for each in failed if not each.sent <= killed <= each.ended] == []
     assert sum(each.sent > killed for each in calls) >= 10
     assert all("error" in each.text for each in failed)
