@@ -187,7 +187,7 @@ def test_an_apply_reaches_both_nodes_and_restarts_neither(both: Service) -> None
 
 @dataclass(frozen=True)
 class Call:
-    """What became of a request: when it was sent and ended, its status (None: no whole answer), and what its caller was told."""
+    """What became of a request: when it was sent and ended, its status (None: no whole answer), what its caller was told."""
 
     sent: float
     ended: float
