@@ -33,6 +33,8 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow]
 BIN = Path(sys.executable).parent
 IMAGE = Path(__file__).parent.parent / "deploy" / "Dockerfile"
 HEAD, WORKER, SUCCESSOR = "127.0.0.2", "127.0.0.3", "127.0.0.4"  # 127.0.0.1 is a name for any address of the machine to Ray
+STARTS = 3
+BLOCKS = "will now block"  # what a started node tells last
 RESTORED_SECONDS = 180  # 60 is the promise on two idle cores; a test machine is shared
 STREAM = {"prompt": "import os", "max_tokens": 400, "stream": True, "ignore_eos": True}
 FILE = """
@@ -68,11 +70,21 @@ class Cluster:
     nodes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
 
     def start(self, address: str) -> None:
-        """A node on an address of the loopback, with room for one replica; the first one is the head."""
+        """A node on an address of the loopback, with room for one replica. Again, where Ray gave up waiting for itself."""
+        for _ in range(STARTS):
+            self._launch(address)
+            node = self.nodes[address]
+            assert eventually(lambda node=node: BLOCKS in self.log(address) or node.poll() is not None, START_SECONDS)
+            if node.poll() is None:
+                return
+            self.kill(address)
+        raise AssertionError(self.log(address))
+
+    def _launch(self, address: str) -> None:
         # each port named: Ray gives its agent 15 s to tell one it has chosen itself, which a busy machine may not keep
         ports = ("dashboard-agent-listen", "dashboard-agent-grpc", "runtime-env-agent", "metrics-export")
         options = [f"--{name}-port={free_port()}" for name in ports] + [f"--node-ip-address={address}", "--num-cpus=1"]
-        if self.nodes:
+        if address != HEAD:
             options += [f"--address={HEAD}:{self.port}"]
         else:
             options += ["--head", f"--port={self.port}", f"--dashboard-port={self.dashboard}", f"--temp-dir={self.folder}"]
