@@ -213,8 +213,9 @@ def apply(options: argparse.Namespace) -> int:
     from service import cluster
 
     with cluster.connected(_ray_address(file)):
-        _check_only_switch_differs(file, cluster.http_options(), cluster.deployed())
-        cluster.deploy(file)
+        running = cluster.deployed()
+        _check_only_switch_differs(file, cluster.http_options(), running)
+        cluster.deploy(file, running)
         cluster.wait_until_running(file, threading.Event())
         states = {application.name: _switched(application) for application in file.applications}
         print(json.dumps(states, indent=2))
@@ -222,7 +223,7 @@ def apply(options: argparse.Namespace) -> int:
         if served == file:
             return 0
         print("longserve apply: the switch failed; the former one stays in force, and the file's is forgotten", file=sys.stderr)
-        cluster.deploy(served)  # else a replica that is restarted would try the one that failed
+        cluster.deploy(served, running)  # else a replica that is restarted would try the one that failed
         for application in served.applications:
             _switched(application)
     return 1
@@ -244,15 +245,16 @@ def _as_served(file: ServeFile, states: Mapping[str, Sequence[Mapping[str, Any]]
 
 def _check_only_switch_differs(file: ServeFile, address: Mapping[str, Any], deployed: Mapping[str, Any]) -> None:
     """Raise Refused unless the running service is the file's but for user_config and what Serve changes in place."""
-    wanted = file.to_serve()
     if (address["host"], address["port"]) != (file.http_options.host, file.http_options.port):
         raise Refused(f"http_options: the service listens on {address['host']}:{address['port']}, which only a restart changes")
     if (names := sorted(deployed)) != sorted(application.name for application in file.applications):
         raise Refused(f"applications: the service runs {', '.join(names)}; another set needs a restart")
-    for index, application in enumerate(wanted["applications"]):
-        running = deployed[application["name"]]
-        for key in ("args", "import_path", "route_prefix", "runtime_env"):
-            if application.get(key) != running.get(key):
+    keys = ("args", "import_path", "route_prefix", "runtime_env")
+    for index, application in enumerate(file.applications):
+        told = deployed[application.name]  # by whoever deployed it, who may have left defaults out
+        running = ApplicationSection.model_validate({key: told[key] for key in keys if key in told})
+        for key in keys:
+            if getattr(application, key) != getattr(running, key):
                 raise Refused(f"applications.{index}.{key} differs from the running service's, which only a restart changes")
 
 

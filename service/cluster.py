@@ -106,9 +106,17 @@ def _reserved_cpus(file: ServeFile) -> int:
     return math.ceil(reserved)
 
 
-def deploy(file: ServeFile) -> None:
-    """Make the file the target of the running Serve. Replicas stay when only their `user_config` has changed."""
-    _client().deploy_apps(ServeDeploySchema.model_validate(file.to_serve()))
+def deploy(file: ServeFile, running: Mapping[str, Mapping[str, Any]] | None = None) -> None:
+    """Make the file the target of the running Serve. Replicas stay when only their `user_config` has changed.
+
+    running: what `deployed` tells, where the file is that but for the switch. Its `args` are sent as they came: Serve compares
+    them as data and would restart every replica for a default that one side writes out and the other leaves out.
+    """
+    wanted = file.to_serve()
+    for application in wanted["applications"]:
+        if running is not None:
+            application["args"] = running[application["name"]].get("args", {})
+    _client().deploy_apps(ServeDeploySchema.model_validate(wanted))
 
 
 def wait_until_running(file: ServeFile, stopped: threading.Event) -> bool:
@@ -147,7 +155,7 @@ def deployed() -> dict[str, Any]:
 
 
 def report(file: ServeFile) -> dict[str, Any]:
-    """Each application's status, and each of its replicas: state, process and switch."""
+    """Each application's status, and each of its replicas: state, switch, and process, which is None until it has a node."""
     return {
         application.name: _report_one(application, _details()["applications"].get(application.name))
         for application in file.applications
@@ -162,7 +170,8 @@ def _report_one(application: ApplicationSection, found: Mapping[str, Any] | None
     return {
         "status": str(found["status"].value),
         "replicas": [
-            {"pid": each["pid"], "state": str(each["state"].value), **switches.get(each["replica_id"], {})} for each in replicas
+            {"pid": each.get("pid"), "state": str(each["state"].value), **switches.get(each["replica_id"], {})}
+            for each in replicas
         ],
     }
 

@@ -1,14 +1,16 @@
-"""The command line where it is on its own: what it does when nobody reads what it prints."""
+"""The command line where it is on its own: when nobody reads what it prints, and what it makes of what Serve tells."""
 
 from __future__ import annotations
 
 import os
 import sys
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from service import cli, cluster
-from service.config import ApplicationSection, ServeFile
+from service.config import IMPORT_PATH, ApplicationSection, ServeFile
 
 
 def test_a_service_drains_although_nobody_reads_its_output(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -21,3 +23,34 @@ def test_a_service_drains_although_nobody_reads_its_output(monkeypatch: pytest.M
     cli._drain(file)
     assert drained == [30.0]
     print("more", flush=True)  # as the interpreter flushes at its end
+
+
+def deployed(**args: object) -> dict[str, dict[str, object]]:
+    """What Serve tells of a service that somebody has deployed with these `args` written out."""
+    return {"longserve": {"import_path": IMPORT_PATH, "route_prefix": "/", "args": args}}
+
+
+ADDRESS = {"host": "127.0.0.1", "port": 8000}
+
+
+def test_a_default_that_was_not_written_out_at_the_deployment_is_no_difference() -> None:
+    cli._check_only_switch_differs(ServeFile(applications=[ApplicationSection()]), ADDRESS, deployed(dtype="auto"))
+    with pytest.raises(cli.Refused, match=r"applications\.0\.args differs"):
+        cli._check_only_switch_differs(ServeFile(applications=[ApplicationSection()]), ADDRESS, deployed(threads=2))
+
+
+def test_an_applied_file_leaves_the_args_as_they_came(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Serve restarts every replica when the args differ as data, were they the same in meaning."""
+    sent: list[Any] = []
+    monkeypatch.setattr(cluster, "_client", lambda: SimpleNamespace(deploy_apps=sent.append))
+    cluster.deploy(ServeFile(applications=[ApplicationSection()]), deployed(dtype="auto"))
+    assert [each.args for each in sent[0].applications] == [{"dtype": "auto"}]
+
+
+def test_a_replica_without_a_process_is_reported_as_such(monkeypatch: pytest.MonkeyPatch) -> None:
+    starting = {"replica_id": "a", "state": SimpleNamespace(value="STARTING")}  # Serve leaves out what it does not know
+    found = {"status": SimpleNamespace(value="DEPLOYING"), "deployments": {"longserve": {"replicas": [starting]}}}
+    monkeypatch.setattr(cluster, "_details", lambda: {"applications": {"longserve": found}})
+    monkeypatch.setattr(cluster, "ask_replicas", lambda *_: [])
+    told = cluster.report(ServeFile(applications=[ApplicationSection()]))
+    assert told["longserve"]["replicas"] == [{"pid": None, "state": "STARTING"}]

@@ -1,0 +1,216 @@
+"""What deploys the service elsewhere is well-formed and agrees with it: image, containers, unit of systemd, Kubernetes.
+
+Nothing is built or started: hadolint, systemd-analyze and the Kubernetes API's own schemas read the files, and what the files
+say twice, or what the service's code says too, is compared.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import kubernetes_validate
+import pytest
+import yaml
+
+from service import cluster, config
+from service.machine import BESIDE_BUDGET_BYTES
+from tests.deploy.conftest import DEPLOY
+
+KUBERNETES = DEPLOY / "kubernetes"
+UNIT = DEPLOY / "systemd" / "longserve.service"
+SERVED = config.read(KUBERNETES / "serve.yaml")
+BUILT_IN = ("v1", "policy/v1", "networking.k8s.io/v1")  # whose schemas the Kubernetes API has; the others are operators'
+MIB = 1 << 20
+EXPOSED = "2.5"  # of 10, by systemd's own count; what is left is the network and the kernels written at run time
+KUBERAY = {  # the fields of KubeRay's API reference that may be used where
+    "spec": {"serveConfigV2", "excludeHeadPodFromServeSvc", "rayClusterConfig", "serveService", "upgradeStrategy"},
+    "rayClusterConfig": {"rayVersion", "authOptions", "headGroupSpec", "workerGroupSpecs", "gcsFaultToleranceOptions"},
+    "headGroupSpec": {"rayStartParams", "template", "serviceType", "headService"},
+    "workerGroupSpecs": {"groupName", "replicas", "minReplicas", "maxReplicas", "rayStartParams", "template"},
+}
+
+
+def objects() -> Iterator[tuple[str, Any]]:
+    """Every object of the kustomization's resources, by kind and name."""
+    for name in yaml.safe_load((KUBERNETES / "kustomization.yaml").read_text())["resources"]:
+        for found in yaml.safe_load_all((KUBERNETES / name).read_text()):
+            yield f"{found['kind']} {found['metadata']['name']}", found
+
+
+OBJECTS = dict(objects())
+RAY = OBJECTS["RayService longserve"]["spec"]
+HEAD = RAY["rayClusterConfig"]["headGroupSpec"]
+(WORKERS,) = RAY["rayClusterConfig"]["workerGroupSpecs"]
+PODS = {"head": HEAD["template"], "worker": WORKERS["template"]}
+
+
+def container(template: Any) -> Any:
+    (only,) = template["spec"]["containers"]
+    return only
+
+
+def in_bytes(quantity: str) -> int:
+    number, unit = re.fullmatch(r"(\d+)([MG]i)", quantity).groups()  # type: ignore[union-attr]
+    return int(number) * {"Mi": 1 << 20, "Gi": 1 << 30}[unit]
+
+
+def test_the_image_has_no_fault_that_hadolint_knows() -> None:
+    linter = shutil.which("hadolint", path=str(Path(sys.executable).parent)) or shutil.which("hadolint")
+    assert linter is not None, "hadolint is one of the dev extra's packages"
+    done = subprocess.run([linter, DEPLOY / "Dockerfile"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+def test_the_image_gives_ray_what_longserve_serve_would() -> None:
+    image = dict(re.findall(r"(RAY_\w+)=(\S+)", (DEPLOY / "Dockerfile").read_text()))
+    alone = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "RAY_DISABLE_DOCKER_CPU_WARNING", "RAY_SERVE_LOG_TO_STDERR"}
+    assert image == {name: value for name, value in cluster.ENVIRONMENT.items() if name not in alone}
+
+
+def test_the_image_copies_what_is_there_and_is_not_kept_out() -> None:
+    copied = re.findall(r"^COPY (?!--from)(.+) \S+$", (DEPLOY / "Dockerfile").read_text(), re.MULTILINE)
+    let_in = re.findall(r"^!(.+)$", (DEPLOY / "Dockerfile.dockerignore").read_text(), re.MULTILINE)
+    assert sorted(path for line in copied for path in line.split()) == sorted(let_in)
+    assert all((DEPLOY.parent / path).exists() for path in let_in)
+
+
+def test_the_containers_root_is_read_only_and_what_is_written_is_a_volume_of_the_image() -> None:
+    service = yaml.safe_load((DEPLOY / "compose.yaml").read_text())["services"]["longserve"]
+    volumes = re.search(r"^VOLUME \[(.+)\]$", (DEPLOY / "Dockerfile").read_text(), re.MULTILINE)
+    assert volumes is not None and service["read_only"]
+    written = {path.strip(' "') for path in volumes[1].split(",")}
+    assert {each.partition(":")[0] for each in service["tmpfs"]} == written
+    for name, pod in PODS.items():
+        mounts = {each["mountPath"]: each.get("readOnly", False) for each in container(pod)["volumeMounts"]}
+        assert container(pod)["securityContext"]["readOnlyRootFilesystem"], name
+        assert {path for path, read_only in mounts.items() if not read_only} == written | {"/dev/shm"}, name
+
+
+@pytest.mark.parametrize("name", [name for name, found in OBJECTS.items() if found["apiVersion"] in BUILT_IN])
+def test_an_object_has_the_schema_of_the_kubernetes_api(name: str) -> None:
+    kubernetes_validate.validate(OBJECTS[name], "1.37", strict=True)
+
+
+@pytest.mark.parametrize("part", PODS)
+def test_the_pods_that_ray_runs_in_have_the_schema_of_a_pod(part: str) -> None:
+    pod = {"apiVersion": "v1", "kind": "Pod", **PODS[part], "metadata": {"name": part, **PODS[part]["metadata"]}}
+    kubernetes_validate.validate(pod, "1.37", strict=True)
+
+
+def test_the_rayservice_has_only_fields_that_kuberay_has() -> None:
+    parts = {"spec": RAY, "rayClusterConfig": RAY["rayClusterConfig"], "headGroupSpec": HEAD, "workerGroupSpecs": WORKERS}
+    assert {name: sorted(part.keys() - KUBERAY[name]) for name, part in parts.items()} == {name: [] for name in parts}
+    params = [value for part in (HEAD, WORKERS) for value in part["rayStartParams"].values()]
+    assert all(isinstance(value, str) for value in params)
+
+
+def test_the_switch_is_written_once_and_reaches_ray_and_the_command_line() -> None:
+    kustomization = yaml.safe_load((KUBERNETES / "kustomization.yaml").read_text())
+    (generated,) = kustomization["configMapGenerator"]
+    (copied,) = kustomization["replacements"]
+    assert generated["files"] == ["serve.yaml"] and copied["source"]["name"] == generated["name"]
+    assert copied["source"]["fieldPath"] == "data.[serve.yaml]"
+    assert copied["targets"] == [{"select": {"kind": "RayService", "name": "longserve"}, "fieldPaths": ["spec.serveConfigV2"]}]
+    assert kustomization["generatorOptions"]["disableNameSuffixHash"], "a switch would change the pods"
+    for pod in PODS.values():
+        assert {"name": "config", "configMap": {"name": generated["name"]}} in pod["spec"]["volumes"]
+
+
+def test_every_replica_has_a_worker_with_its_cpus_and_none_is_left_without() -> None:
+    (application,) = SERVED.applications
+    (deployment,) = application.deployments
+    assert deployment.ray_actor_options is not None
+    cpus = str(application.args.threads)
+    assert WORKERS["replicas"] == WORKERS["minReplicas"] == deployment.num_replicas, "a worker without a replica is never ready"
+    assert deployment.max_replicas_per_node == 1
+    assert f"{deployment.ray_actor_options.num_cpus:g}" == WORKERS["rayStartParams"]["num-cpus"] == cpus
+    assert container(PODS["worker"])["resources"]["requests"]["cpu"] == cpus
+    assert HEAD["rayStartParams"]["num-cpus"] == "0"
+
+
+def test_a_worker_has_the_memory_that_its_replica_may_take() -> None:
+    numbers = [int(each.replace(",", "")) for each in re.findall(r"[\d,]*\d", _sum())]
+    *parts, total = numbers
+    assert sum(parts) == total
+    assert parts[0] * MIB == SERVED.applications[0].args.engine.memory_budget_bytes
+    assert parts[1] * MIB == BESIDE_BUDGET_BYTES
+    assert parts[5] * MIB == int(WORKERS["rayStartParams"]["object-store-memory"])
+    limits = container(PODS["worker"])["resources"]
+    assert total * MIB <= in_bytes(limits["requests"]["memory"]) == in_bytes(limits["limits"]["memory"])
+
+
+def test_callers_need_keys_and_the_pods_get_them_from_the_secret() -> None:
+    http = SERVED.applications[0].args.http
+    assert not SERVED.http_options.is_loopback
+    for pod in PODS.values():
+        (variable,) = container(pod)["env"]
+        assert variable["name"] == http.api_keys_env
+        secret = variable["valueFrom"]["secretKeyRef"]["name"]
+        (mount,) = [each for each in container(pod)["volumeMounts"] if each["name"] == "keys"]
+        assert str(Path(str(http.api_keys_file)).parent) == mount["mountPath"]
+        assert secret in [each["secret"]["secretName"] for each in pod["spec"]["volumes"] if each["name"] == "keys"]
+
+
+def test_policies_and_monitors_select_pods_and_ports_that_there_are() -> None:
+    labels = {name: pod["metadata"]["labels"] for name, pod in PODS.items()}
+    assert {tuple(each.items()) for each in labels.values()} == {(("app", "longserve"),)}
+    assert OBJECTS["NetworkPolicy longserve"]["spec"]["podSelector"]["matchLabels"] == labels["head"]
+    assert OBJECTS["PodMonitor longserve-ray"]["spec"]["selector"]["matchLabels"] == labels["head"]
+    for pod in PODS.values():
+        ports = {each["name"]: each["containerPort"] for each in container(pod)["ports"]}
+        assert ports["serve"] == SERVED.http_options.port
+        assert {each["port"] for each in OBJECTS["PodMonitor longserve-ray"]["spec"]["podMetricsEndpoints"]} <= ports.keys()
+    (scraped,) = OBJECTS["ScrapeConfig longserve"]["spec"]["staticConfigs"]
+    assert scraped["targets"] == [f"longserve-serve-svc.longserve.svc:{SERVED.http_options.port}"]
+
+
+def test_what_is_admitted_may_end_before_the_end_of_unit_container_and_pod() -> None:
+    (deployment,) = SERVED.applications[0].deployments
+    grace = PODS["worker"]["spec"]["terminationGracePeriodSeconds"]
+    assert SERVED.applications[0].args.drain_seconds < deployment.graceful_shutdown_timeout_s < grace
+    (local,) = config.read(DEPLOY / "local.yaml").applications
+    compose = yaml.safe_load((DEPLOY / "compose.yaml").read_text())["services"]["longserve"]["stop_grace_period"]
+    unit = re.search(r"^TimeoutStopSec=(\d+)$", UNIT.read_text(), re.MULTILINE)
+    assert unit is not None
+    assert local.args.drain_seconds < min(int(compose.removesuffix("s")), int(unit[1])) - cluster.END_SECONDS
+
+
+def test_the_files_for_many_calls_and_for_one_machine_serve_the_same() -> None:
+    local, many = (config.read(DEPLOY / name) for name in ("local.yaml", "throughput.yaml"))
+    assert many == local
+
+
+@pytest.fixture
+def unit(tmp_path: Path) -> Path:
+    """The unit with a command that is on this machine."""
+    found = tmp_path / UNIT.name
+    found.write_text(UNIT.read_text().replace("/opt/longserve/bin/longserve", "/bin/true"))
+    return found
+
+
+@pytest.mark.parametrize("asked", [["verify"], ["security", "--offline=true", f"--threshold={float(EXPOSED) * 10:.0f}"]])
+def test_systemd_takes_the_unit_and_finds_it_closed(unit: Path, asked: list[str]) -> None:
+    if shutil.which("systemd-analyze") is None:
+        pytest.skip("systemd-analyze is not here: it comes with systemd")
+    done = subprocess.run(["systemd-analyze", *asked, unit], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert unit.name not in done.stderr, done.stderr  # a key it does not know is a warning to it
+
+
+def test_the_unit_signals_the_service_alone() -> None:
+    lines = UNIT.read_text().splitlines()
+    assert "KillMode=mixed" in lines  # by default systemd signals Ray's daemons too, and nothing drains
+    assert "ExecReload=/opt/longserve/bin/longserve apply /etc/longserve/local.yaml" in lines
+
+
+def _sum() -> str:
+    """The sum of a worker's memory in the manifest's comment: its parts, then the total."""
+    lines = (KUBERNETES / "rayservice.yaml").read_text().splitlines()
+    text = " ".join(line.removeprefix("# ") for line in lines if line.startswith("#"))
+    return text.partition("MiB: ")[2].partition(", given as")[0]

@@ -1,0 +1,321 @@
+"""What callers see of each fault under half the load that the service takes: `python -m tests.faults [NAME ...]`.
+
+Starts `longserve serve` with two replicas, measures its capacity, sends half of that, open loop, and has one fault after the
+other happen to it; then starts it in ways that cannot work. A table tells of each fault what became of the requests sent from
+then until all was well again, and after how many seconds that was. An answer is whole, or it refuses (429, 503, with an error
+that a client can read; nobody listens), or it fails where the caller sees it (an error, a broken connection); what ends in none
+of these, or looks whole and is not, is lost. Exit status 1 when a request was lost, a fault was not recovered from, or
+a start that cannot work was not refused with a reason.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import yaml
+
+from tests.serving import LOCAL, Service, are_gone, descendants, free_port, serving
+
+LOAD = 0.5  # of the capacity
+CAPACITY_SECONDS, CALLERS = 10.0, 6
+BEFORE_SECONDS, AFTER_SECONDS = 2.0, 5.0  # of load around a fault and its recovery
+RECOVERED_SECONDS = 180.0
+TIMEOUT_SECONDS = 120.0  # what has not ended by then is lost
+BUDGET_BYTES = 128 << 20  # of a replica; small, so that four times as much is asked for soon
+LONG_TOKENS, LONG_BYTES = 8192, 28 << 20  # a dense request, and what it reserves
+SLOW_READERS, HALF_OPEN = 16, 200
+REPLICA, CONTROLLER, PROXY = "ray::ServeReplica", "ray::ServeController", "ray::ProxyActor"
+OUTCOMES = ("sent", "answered", "refused", "failed", "lost")
+
+
+def settings(data: Any) -> None:
+    application = data["applications"][0]
+    application["args"] |= {"threads": 1, "drain_seconds": 20}
+    application["args"]["engine"]["memory_budget_bytes"] = BUDGET_BYTES
+    application["args"]["http"] |= {"workers": 1}
+    application["args"]["http"]["line"] |= {"head_timeout_seconds": 5, "send_timeout_seconds": 10}
+    application["deployments"][0] |= {"num_replicas": 2, "health_check_period_s": 2, "health_check_timeout_s": 5}
+
+
+class Load:
+    """Requests at random times, and what becomes of them."""
+
+    def __init__(self, service: Service, session: aiohttp.ClientSession, seed: int) -> None:
+        self.service = service
+        self.tally: Counter[str] = Counter()
+        self.words: Counter[str] = Counter()
+        self._session = session
+        self._random = random.Random(seed)
+        self._under_way: set[asyncio.Task[None]] = set()
+
+    async def capacity(self) -> float:
+        """Requests a second that a few callers get answered, each one after the other."""
+        until = time.monotonic() + CAPACITY_SECONDS
+
+        async def call() -> None:
+            while time.monotonic() < until:
+                await self.send(self._body())
+
+        await asyncio.gather(*(call() for _ in range(CALLERS)))
+        return self.tally["answered"] / CAPACITY_SECONDS
+
+    def _body(self) -> dict[str, Any]:
+        stream = self._random.random() < 0.5
+        return {"prompt": "import os", "max_tokens": self._random.randint(1, 48), "ignore_eos": True, "stream": stream}
+
+    async def send(self, body: dict[str, Any]) -> None:
+        self.tally["sent"] += 1
+        outcome, words = await self._outcome(body)
+        self.tally[outcome] += 1
+        if outcome in ("failed", "lost"):
+            self.words[words] += 1
+
+    async def _outcome(self, body: dict[str, Any]) -> tuple[str, str]:
+        try:
+            async with self._session.post(f"{self.service.url}/v1/completions", json=body) as answer:
+                text = await answer.text()
+        except TimeoutError:
+            return "lost", "no end"
+        except aiohttp.ClientConnectorError:  # nobody listens: told at once, as by a 503
+            return "refused", "not connected"
+        except (aiohttp.ClientError, OSError) as error:
+            return "failed", type(error).__name__
+        if answer.status == 200 and (not body.get("stream") or text.rstrip().endswith("[DONE]")):
+            return "answered", ""
+        if '"error"' not in text:
+            return "lost", f"status {answer.status} and no error: {text[-60:]!r}"
+        refused = answer.status in (429, 503)
+        return ("refused" if refused else "failed"), f"status {answer.status}: {text[:60]!r}"
+
+    async def run(self, rate: float, stopped: asyncio.Event) -> None:
+        """Send until `stopped`, whatever becomes of what was sent before; then wait for all of it."""
+        while not stopped.is_set():
+            self.start(self._body())
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(stopped.wait(), self._random.expovariate(rate))
+        await asyncio.gather(*self._under_way)
+
+    def start(self, body: dict[str, Any]) -> None:
+        task = asyncio.create_task(self.send(body))
+        self._under_way.add(task)
+        task.add_done_callback(self._under_way.discard)
+
+
+def processes(service: Service, name: str) -> list[int]:
+    """The service's processes of a name, as Ray calls them."""
+    found = []
+    for pid in sorted(descendants(service.process.pid)):
+        with contextlib.suppress(OSError):
+            if Path(f"/proc/{pid}/cmdline").read_text().startswith(name):
+                found.append(pid)
+    return found
+
+
+def is_whole(service: Service) -> bool:
+    """Whether the service answers with two replicas that hold nothing back."""
+    try:
+        return sum(service.metric("longserve_replicas", state="answered")) == 2 and service.get("/ready").status == 200
+    except (OSError, ValueError):
+        return False
+
+
+Fault = Callable[[Load], Awaitable[Callable[[], bool]]]
+"""Has it happen; returns whether it is over, to be asked until it is so."""
+
+
+def signalled(name: str, number: signal.Signals) -> Fault:
+    """A process gets a signal; it is over when another one has its place."""
+
+    async def fault(load: Load) -> Callable[[], bool]:
+        victim = processes(load.service, name)[0]
+        os.kill(victim, number)
+        return lambda: victim not in processes(load.service, name) and len(processes(load.service, name)) > 0
+
+    return fault
+
+
+async def slow_readers(load: Load) -> Callable[[], bool]:
+    """Streams whose callers stop reading; the service hangs up on them, and their bytes come back."""
+    body = {"prompt": "import os", "max_tokens": 30_000, "stream": True, "ignore_eos": True}
+    held = contextlib.ExitStack()
+
+    def begin() -> None:
+        for _ in range(SLOW_READERS):
+            held.enter_context(load.service.half_read(body, read=500))
+
+    await asyncio.to_thread(begin)
+    asyncio.get_running_loop().call_later(30, held.close)
+    return lambda: sum(load.service.metric("longserve_requests_running")) < SLOW_READERS
+
+
+async def half_open(load: Load) -> Callable[[], bool]:
+    """Connections that begin a request and never end it; the service hangs up on all of them."""
+    host, _, port = load.service.url.removeprefix("http://").partition(":")
+    lines = [socket.create_connection((host, int(port))) for _ in range(HALF_OPEN)]
+    for line in lines:
+        line.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\n")
+        line.setblocking(False)
+
+    def hung_up(line: socket.socket) -> bool:
+        try:
+            return line.recv(65536) is not None
+        except BlockingIOError:
+            return False
+        except OSError:
+            return True
+
+    return lambda: all(hung_up(line) for line in lines)
+
+
+async def over_budget(load: Load) -> Callable[[], bool]:
+    """Four times the bytes that both replicas have for requests, asked for in one moment."""
+    for number in range(4 * 2 * BUDGET_BYTES // LONG_BYTES):
+        load.start({"prompt": [7 + number] * LONG_TOKENS, "max_tokens": 1, "attention": "dense"})
+    return lambda: sum(load.service.metric("longserve_requests_waiting")) < 4
+
+
+FAULTS: dict[str, Fault] = {
+    "replica killed": signalled(REPLICA, signal.SIGKILL),
+    "replica stalled": signalled(REPLICA, signal.SIGSTOP),
+    "controller killed": signalled(CONTROLLER, signal.SIGKILL),
+    "proxy killed": signalled(PROXY, signal.SIGKILL),
+    "slow readers": slow_readers,
+    "half-open connections": half_open,
+    "four times the bytes": over_budget,
+}
+
+
+async def under(fault: Fault, load: Load, rate: float) -> float | None:
+    """Seconds until all is well again after a fault; None when that takes too long."""
+    load.tally, load.words, stopped = Counter(), Counter(), asyncio.Event()
+    sending = asyncio.create_task(load.run(rate, stopped))
+    await asyncio.sleep(BEFORE_SECONDS)
+    began = time.monotonic()
+    over, seconds = await fault(load), None
+    while seconds is None and time.monotonic() - began < RECOVERED_SECONDS:
+        await asyncio.sleep(0.2)
+        with contextlib.suppress(OSError, ValueError):
+            if await asyncio.to_thread(over) and await asyncio.to_thread(is_whole, load.service):
+                seconds = time.monotonic() - began
+    await asyncio.sleep(AFTER_SECONDS)
+    stopped.set()
+    await sending
+    return seconds
+
+
+async def ended(load: Load, rate: float) -> float | None:
+    """Seconds that the service takes to end after SIGTERM under load; None when it does not end in order."""
+    load.tally, load.words, stopped = Counter(), Counter(), asyncio.Event()
+    process, below = load.service.process, descendants(load.service.process.pid)
+    sending = asyncio.create_task(load.run(rate, stopped))
+    await asyncio.sleep(BEFORE_SECONDS)
+    began = time.monotonic()
+    process.send_signal(signal.SIGTERM)
+    try:
+        code = await asyncio.to_thread(process.wait, RECOVERED_SECONDS)
+    except subprocess.TimeoutExpired:
+        code = None
+    seconds = time.monotonic() - began
+    stopped.set()
+    await sending
+    return seconds if code == 0 and are_gone(below) else None
+
+
+def row(name: str, load: Load, seconds: float | None) -> None:
+    told = "never" if seconds is None else f"{seconds:.1f}"
+    print(f"{name:<24}" + "".join(f"{load.tally[each]:>9}" for each in OUTCOMES) + f"{told:>9}", flush=True)
+    for words, number in load.words.most_common(3):
+        print(f"    {number} x {words}")
+
+
+async def run(service: Service, names: Sequence[str], seed: int) -> bool:
+    """All faults on one service; whether nothing was lost and all recovered from."""
+    timeout = aiohttp.ClientTimeout(total=TIMEOUT_SECONDS)
+    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), timeout=timeout) as session:
+        load = Load(service, session, seed)
+        rate = LOAD * await load.capacity()
+        print(f"{rate:.1f} requests/s, {LOAD:.0%} of the capacity; seconds are those to recover, or to end")
+        print(f"{'fault':<24}" + "".join(f"{each:>9}" for each in OUTCOMES) + f"{'seconds':>9}")
+        well = True
+        for name in names:
+            seconds = await (ended(load, rate) if name == "SIGTERM" else under(FAULTS[name], load, rate))
+            row(name, load, seconds)
+            well = well and seconds is not None and not load.tally["lost"]
+        return well
+
+
+@contextmanager
+def corrupt_checkpoint(folder: Path) -> Iterator[Callable[[Any], None]]:
+    shutil.copytree(Path(LOCAL).parent.parent / "service" / "model" / "embedded", folder / "corrupt")
+    weights = folder / "corrupt" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100_000])
+    yield lambda data: data["applications"][0]["args"].update(model=str(folder / "corrupt"))
+
+
+@contextmanager
+def too_little_memory(folder: Path) -> Iterator[Callable[[Any], None]]:
+    yield lambda data: data["applications"][0]["args"]["engine"].update(memory_budget_bytes=1 << 50)
+
+
+@contextmanager
+def port_taken(folder: Path) -> Iterator[Callable[[Any], None]]:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        yield lambda data: data["http_options"].update(port=other.getsockname()[1])
+
+
+STARTS = {"corrupt checkpoint": corrupt_checkpoint, "too little memory": too_little_memory, "port taken": port_taken}
+
+
+def refused(name: str) -> bool:
+    """Whether a start that cannot work ends by itself with status 1 and a reason in a line."""
+    with tempfile.TemporaryDirectory() as folder, STARTS[name](Path(folder)) as change:
+        data = yaml.safe_load(LOCAL.read_text())
+        data["http_options"]["port"] = free_port()
+        change(data)
+        file = Path(folder) / "start.yaml"
+        file.write_text(yaml.safe_dump(data))
+        began = time.monotonic()
+        done = subprocess.run(
+            [sys.executable, "-m", "service.cli", "serve", str(file)], capture_output=True, text=True, timeout=RECOVERED_SECONDS
+        )
+    told = done.stderr.strip().splitlines()[-1:]
+    print(f"{name:<24}status {done.returncode} after {time.monotonic() - began:.1f} s: {' '.join(told)[:160]}", flush=True)
+    return done.returncode == 1 and bool(told) and "Traceback" not in done.stderr
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.faults", description=__doc__.splitlines()[0] if __doc__ else None)
+    every = [*FAULTS, "SIGTERM", *STARTS]
+    parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(every))
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args(argv)
+    names = [name for name in every if name in (options.names or every)]
+    if unknown := set(options.names) - set(every):
+        parser.error(f"no such fault: {', '.join(sorted(unknown))}; there are {', '.join(every)}")
+    well, running = True, [name for name in names if name not in STARTS]
+    if running:
+        with tempfile.TemporaryDirectory() as folder, serving(Path(folder) / "faults.yaml", settings) as service:
+            well = asyncio.run(run(service, running, options.seed))
+    starts = [refused(name) for name in names if name in STARTS]
+    return 0 if well and all(starts) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
