@@ -52,6 +52,13 @@ def append(state: dict[str, Tensor], k: Tensor, v: Tensor, past: int) -> Pair:
     return read(state, past + len(k), k.shape[1])
 
 
+def carry(state: dict[str, Tensor], into: dict[str, Tensor], tokens: int) -> None:
+    """Write the first `tokens` keys and values of a state that keeps all into another, as if they were appended there."""
+    for name in ("k", "v"):
+        into[name][:tokens] = state[name][:tokens]
+    _clear(into, 0, tokens)
+
+
 def append_step(states: Sequence[dict[str, Tensor]], k: Tensor, v: Tensor, past: Sequence[int]) -> None:
     """`append` of one token of each of B sequences, k, v (B, G, D)."""
     put(states, k, v, past)

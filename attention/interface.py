@@ -211,6 +211,21 @@ class AttentionBackend(ABC):
         """Sequence length from which all parts of the pattern are in play: checks look on both sides of it."""
         return 1
 
+    @property
+    def keeps_all(self) -> bool:
+        """Whether a state keeps position p at index p for good, so that it holds the state of each of its beginnings."""
+        return False
+
+    def carry(self, state: dict[str, Tensor], into: dict[str, Tensor], tokens: int) -> None:
+        """Make a fresh state of one layer that of the first `tokens` tokens of another, which may be of another size.
+
+        Both hold `tokens` tokens. `state` is of exactly so many, or of more where it `keeps_all`. What either lacks is
+        not in play yet at so many tokens.
+        """
+        for name in state.keys() & into.keys():
+            count = min(len(state[name]), len(into[name]))
+            into[name][:count] = state[name][:count]
+
     def state_bytes(self, max_tokens: int) -> int:
         """Bytes of `state(max_tokens)`: one layer, one sequence."""
         return sum(spec.nbytes for spec in self.state(max_tokens).values())

@@ -65,6 +65,10 @@ class Layered(AttentionBackend):
         return (True,)
 
     @property
+    def keeps_all(self) -> bool:
+        return all(kind.keeps_all for kind in self.counts)
+
+    @property
     def edge(self) -> int:
         return max(kind.edge for kind in self.counts)
 

@@ -115,6 +115,29 @@ class StatePool:
         tensors = [{name: tensor.clone() for name, tensor in each.items()} for each in old.tensors]
         return self._keep(old.max_tokens, tensors, list(old.held))
 
+    def adopt(self, other: StatePool, slot: int, tokens: int, max_tokens: int) -> int:
+        """A new slot for up to `max_tokens` tokens that continues from the first `tokens` in a slot of another pool.
+
+        That slot stays as it is. It holds exactly so many tokens, or more where every layer's backend `keeps_all`.
+
+        Raises:
+            PoolExhausted: the new slot does not fit.
+            ValueError: a pool of other backends, or a slot that does not hold the state of so many tokens.
+        """
+        held = other._slots[slot].held
+        if other.backends != self.backends:
+            raise ValueError("a slot can be taken over from a pool of the same backends only")
+        if any(at < tokens or (at > tokens and not own.keeps_all) for at, own in zip(held, self.backends, strict=True)):
+            raise ValueError(f"slot {slot} holds the state of {held[0]} tokens, of which that of {tokens} cannot be had")
+        if not 1 <= tokens <= max_tokens:
+            raise ValueError(f"a slot for {max_tokens} tokens cannot take {tokens} over")
+        new = self.allocate(max_tokens)
+        entry = self._slots[new]
+        for layer, backend in enumerate(self.backends):
+            backend.carry(other._slots[slot].views[layer], entry.views[layer], tokens)
+        entry.held[:] = [tokens] * len(self.backends)
+        return new
+
     def release(self, slot: int) -> None:
         """Give a slot's bytes back. Raises KeyError for a slot that is not in use."""
         self.bytes_in_use -= self.slot_bytes(self._slots.pop(slot).max_tokens)

@@ -53,6 +53,7 @@ def _read(config: Path) -> dict[str, Any]:
         data = yaml.safe_load(config.read_text())
         applications = data["applications"]
         for application in applications:
+            application["args"].setdefault("engine", {})["prefix_share"] = 0  # texts come again, and none may be found read
             model = application["args"].get("model", "embedded")
             if model != "embedded":  # relative to the file it stands in, which the copy is not
                 application["args"]["model"] = str((config.parent / model).resolve())

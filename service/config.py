@@ -42,6 +42,8 @@ class EngineConfig(Settings):
     slice_seconds: float = Field(default=0.001, gt=0)  # of prefill before running streams get their turn
     decode_share: float = Field(default=0.5, ge=0, lt=1)  # of the time, for running streams while prompts wait
     patience: float = Field(default=4, gt=0)  # wait, in its own predicted seconds, after which none may overtake it
+    prefix_share: float = Field(default=0.1, ge=0, le=1)  # of the budget, for states of prompts' beginnings; 0: none is kept
+    prefix_shared: bool = False  # a kept prefix serves every API key: faster, and times tell what others have asked
     memory_sample_share: float = Field(default=0.01, ge=0, le=1)  # of the time, for measuring what steps take; 1: every step
 
 

@@ -98,6 +98,7 @@ class Metrics:
         self.output_tokens = self._histogram("output_tokens", "Output length.", backend, TOKENS)
         self.prompt_tokens = self._counter("prompt_tokens", "Input tokens of the requests whose input was read.", backend)
         self.seen_tokens = self._counter("prompt_tokens_seen", "Those that the last of them sees in one layer.", backend)
+        self.cached_tokens = self._counter("prompt_tokens_cached", "Those whose state an earlier request had left.", backend)
         reserved = "State and workspace of a request by the cost law."
         self.reserved = Summary(f"{PREFIX}_request_reserved_bytes", reserved, by_length, registry=self.registry)
         self.measured = self._histogram(
@@ -173,6 +174,7 @@ class Metrics:
         _observe(self.prefill.labels(backend, length), timings.prefill_seconds, request.id)
         self.prompt_tokens.labels(backend).inc(len(request.tokens))
         self.seen_tokens.labels(backend).inc(timings.seen_tokens)
+        self.cached_tokens.labels(backend).inc(timings.cached_tokens)
 
     def _decoded(self, request: Request, length: str) -> None:
         timings, backend = request.timings, request.timings.backend
@@ -296,6 +298,14 @@ class Levels(Collector):
         yield CounterMetricFamily(f"{PREFIX}_model_busy_seconds", busy, value=now.busy_seconds)
         measuring = "Of it, time that went into measuring memory."
         yield CounterMetricFamily(f"{PREFIX}_memory_measuring_seconds", measuring, value=now.measuring_seconds)
+        results, lookups = (("hit", now.prefix_hits), ("miss", now.prefix_misses)), "Prompts that found a kept prefix, or none."
+        family = CounterMetricFamily(f"{PREFIX}_prefix_lookups", lookups, labels=("result",))
+        for result, count in results:
+            family.add_metric((result,), count)
+        yield family
+        evicted = "Kept prefixes that had to make room."
+        yield CounterMetricFamily(f"{PREFIX}_prefix_evictions", evicted, value=now.prefix_evictions)
+        yield _by_backend("prefix_bytes", "States of prefixes that are kept.", now.prefix_bytes)
         yield _by_backend("state_bytes", "Decode state held.", now.pool_bytes)
         yield _by_backend("state_slots", "Sequences whose decode state is held.", now.pool_slots)
 

@@ -30,6 +30,7 @@ class Timings:
     finished_at: float | None = None
     chunks: list[Chunk] = field(default_factory=list)  # of the prompt, as they were processed
     prompt_tokens: int = 0
+    cached_tokens: int = 0  # of the prompt, whose state was kept from an earlier request: they were not processed again
     dropped_tokens: int = 0  # of the input, as the caller asked: they are not among the prompt's
     output_tokens: int = 0
     batch_mates: int = 0  # most sequences it ever shared a step with, itself left out
@@ -94,6 +95,7 @@ def receipt(records: Sequence[Timings]) -> dict[str, str | int | float | None]:
         "why": records[0].why,
         **seconds,
         "prefill_chunks": sum(each.prefill_chunks for each in records),
+        "cached_tokens": sum(each.cached_tokens for each in records),
         "dropped_tokens": sum(each.dropped_tokens for each in records),
         "seen_tokens": sum(each.seen_tokens for each in records),
         "reserved_bytes": sum(each.reserved_bytes for each in records),

@@ -120,6 +120,13 @@ class BigBird(AttentionBackend):
             runs = self._cut_runs(block, block + 1 if causal else -(-total // size), total)
             yield min(total, (block + 1) * size) - past, runs
 
+    @property
+    def keeps_all(self) -> bool:
+        return True
+
+    def carry(self, state: dict[str, Tensor], into: dict[str, Tensor], tokens: int) -> None:
+        history.carry(state, into, tokens)
+
     def state(self, max_tokens: int) -> dict[str, StateTensor]:
         return history.keys_and_values(self.shape, max_tokens)
 

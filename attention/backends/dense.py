@@ -54,6 +54,13 @@ class Dense(AttentionBackend):
         history.append_step(states, k, v, past)
         self.softmax.step(q, states, [at + 1 for at in past], k.shape[1], out)
 
+    @property
+    def keeps_all(self) -> bool:
+        return True
+
+    def carry(self, state: dict[str, Tensor], into: dict[str, Tensor], tokens: int) -> None:
+        history.carry(state, into, tokens)
+
     def state(self, max_tokens: int) -> dict[str, StateTensor]:
         return history.keys_and_values(self.shape, max_tokens)
 

@@ -20,11 +20,12 @@ import torch
 from service.benchmark.alone import measure_engine
 from service.benchmark.bare import measure_bare, report
 from service.benchmark.peak import memory_trial
+from service.benchmark.prefix import measure_prefix
 from service.benchmark.served import measure_http
 from service.machine import BESIDE_BUDGET_BYTES
 from service.threads import in_passing_thread
 
-PARTS = ("bare", "engine", "memory", "http")
+PARTS = ("bare", "engine", "prefix", "memory", "http")
 
 
 def main() -> None:
@@ -34,7 +35,7 @@ def main() -> None:
     options = parser.parse_args()
     lengths = [16_384] if options.quick else [16_384, 32_768]
     repeats = 1 if options.quick else 2
-    parts = options.parts or PARTS[: 3 if options.quick else 4]
+    parts = options.parts or PARTS[: 4 if options.quick else 5]
     random.seed(0)
     result: dict[str, Any] = {"prefill_ratio": {}}
     if "bare" in parts:
@@ -43,6 +44,8 @@ def main() -> None:
         found = asyncio.run(measure_engine(lengths, repeats))
         result["prefill_ratio"]["engine"] = found.pop("prefill_ratio")
         result |= found
+    if "prefix" in parts:
+        result["prefix"] = asyncio.run(measure_prefix())
     if "memory" in parts:
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as fresh:
             result["peak_over_budget_bytes"] = fresh.submit(memory_trial).result()

@@ -11,7 +11,7 @@ import logging
 import math
 import time
 from array import array
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -59,6 +59,7 @@ class Plan:
     backend: str
     why: str
     prompt_tokens: int
+    cached_tokens: int  # of them, whose state is kept now: they would not be processed again
     total_tokens: int  # prompt and max_tokens
     terms: Mapping[str, int]  # bytes by term
     needed_bytes: int  # the sum of the terms
@@ -125,8 +126,21 @@ class Ledger:
 class Admission:
     """The door: which requests come in, under which lane, for how many bytes. Reserves nothing; the scheduler does."""
 
-    def __init__(self, known: NDArray[np.bool_], max_length: int, max_sequences: int, ledger: Ledger, queue: Queue) -> None:
-        """`known`: for each id of the model's vocabulary whether it is a token (V,)."""
+    def __init__(
+        self,
+        known: NDArray[np.bool_],
+        max_length: int,
+        max_sequences: int,
+        ledger: Ledger,
+        queue: Queue,
+        cached: Callable[[Request, Offer], int],
+    ) -> None:
+        """A door for a model's requests.
+
+        Args:
+            known: for each id of the model's vocabulary whether it is a token (V,).
+            cached: how many tokens of a prompt stand in a state that is kept.
+        """
         self.lanes: Mapping[str, Lane] = {}  # the allow-list in force
         self.default = AUTO
         self.is_closed = False  # nothing more is let in
@@ -135,6 +149,7 @@ class Admission:
         self._max_sequences = max_sequences
         self._ledger = ledger
         self._queue = queue
+        self._cached = cached
 
     def admit(self, request: Request) -> Offer:
         """What the request runs under, or its refusal: InvalidRequest and its kinds, QueueFull, Draining, DeadlineExceeded."""
@@ -163,11 +178,13 @@ class Admission:
         reason = NeverFits.code if needed > budget else Draining.code if self.is_closed else None
         reason = reason or (QueueFull.code if self._queue.why_full(len(offer.prompt)) else None)
         runs = self._ledger.fits(needed) and not self._queue.is_waiting
-        prefill = lane.course.seconds(len(offer.prompt))
+        cached = self._cached(request, offer)
+        prefill, whole = lane.course.seconds(len(offer.prompt)) - lane.course.seconds(cached), predicted_seconds(request, lane)
         return Plan(
             backend=lane.name,
             why=offer.why,
             prompt_tokens=len(offer.prompt),
+            cached_tokens=cached,
             total_tokens=request.total_tokens,
             terms=offer.need.terms,
             needed_bytes=needed,
@@ -180,7 +197,7 @@ class Admission:
             predicted_seconds={
                 "queue": self._queue.seconds_in_front(),
                 "prefill": prefill,
-                "decode": predicted_seconds(request, lane) - prefill,
+                "decode": whole - lane.course.seconds(len(offer.prompt)),
             },
         )
 

@@ -7,7 +7,7 @@ cost. Which backend answers which layer, causally or both ways, and where its st
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -46,12 +46,17 @@ class Backends:
 
 @dataclass(frozen=True, eq=False)
 class Lane:
-    """One backend in force, ready to serve: its forecast and the pool of its states, which has the backend of each layer."""
+    """One backend in force, ready to serve: its forecast, the pool of its states, which has the backend of each layer, and that
+    of the prefixes that are kept."""
 
     name: str
     backend: AttentionBackend
     course: Course
     pool: StatePool
+    kept: StatePool = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "kept", StatePool(self.pool.backends, self.pool.max_bytes))
 
     def answering(
         self, layer: int, question: tuple[Tensor, Tensor, Tensor], segments: Segments, slots: Sequence[int], out: Tensor
@@ -73,6 +78,18 @@ class Lane:
     def release(self, slot: int) -> None:
         """Give a slot back."""
         self.pool.release(slot)
+
+    def keep(self, slot: int, tokens: int) -> int:
+        """A copy of the state of a sequence's first `tokens` tokens, among those that are kept. Raises PoolExhausted."""
+        return self.kept.adopt(self.pool, slot, tokens, tokens)
+
+    def resume(self, kept: int, tokens: int, max_tokens: int) -> int:
+        """A slot that goes on from the first `tokens` of a kept state. Raises PoolExhausted."""
+        return self.pool.adopt(self.kept, kept, tokens, max_tokens)
+
+    def drop(self, kept: int) -> None:
+        """Give a kept state back."""
+        self.kept.release(kept)
 
     def state_bytes(self, max_tokens: int) -> int:
         """Bytes that such a slot takes, by the law of cost."""

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from service.config import EngineConfig
-from service.engine.admission import Admission, Ledger, Plan
+from service.engine.admission import Admission, Ledger, Offer, Plan
 from service.engine.allowlist import Backends, Lane, lane_for
 from service.engine.answer import Answer
 from service.engine.delivery import Delivery, attempt
@@ -29,6 +29,7 @@ from service.engine.departures import Departures
 from service.engine.forecast import measure_model, row_multiple
 from service.engine.job import Job
 from service.engine.observer import NullObserver, Observer, Snapshot
+from service.engine.prefixes import Prefixes
 from service.engine.request import Draining, ModelFailed, Request, RequestError
 from service.engine.runner import LOGIT_ROWS, Runner
 from service.engine.scheduler import Scheduler
@@ -89,13 +90,16 @@ class Engine:
         await self._on_model_thread(lambda: model.warm_up(rows, logit_rows))
         self._pace = await self._on_model_thread(lambda: measure_model(model))
         self._rows = await self._on_model_thread(lambda: row_multiple(model))
-        self._scheduler = Scheduler(config, self._ledger, can_pack=self._rows is not None)
+        prefixes = Prefixes(self._ledger, config.chunk_tokens, config.prefix_share, config.prefix_shared)
+        self._prefixes = prefixes
+        self._scheduler = Scheduler(config, self._ledger, self._rows is not None, prefixes)
         known = np.isin(np.arange(model.config.vocab_size), list(self._tokenizer.ids))
         longest = model.config.max_length
-        self._admission = Admission(known, longest, config.max_sequences, self._ledger, self._scheduler)
+        self._admission = Admission(known, longest, config.max_sequences, self._ledger, self._scheduler, self._cached)
         await self.swap(self._backends)
         unknown = torch.from_numpy(np.flatnonzero(~known))
-        self._runner = await self._on_model_thread(lambda: Runner(model, unknown, self._rows, config.memory_sample_share))
+        share = config.memory_sample_share
+        self._runner = await self._on_model_thread(lambda: Runner(model, unknown, self._rows, share, prefixes))
         self._delivery = Delivery(self._scheduler, self._runner, self._observer, model.config.eos_token_ids)
         self._departures = Departures(self._scheduler, self._delivery, self._wake.set)
         self._serving = asyncio.create_task(self._serve())
@@ -128,6 +132,8 @@ class Engine:
         self._admission.lanes = await self._opened(backends)
         self._admission.default = backends.default
         self._backends = backends
+        lanes = self._prefixes.lanes = frozenset(self._admission.lanes.values())
+        self._prefixes.forget(lambda kept: kept.lane not in lanes)
         self._wake.set()  # at rest, what the former ones leave free goes back to the system
 
     async def _opened(self, backends: Backends) -> dict[str, Lane]:
@@ -160,6 +166,8 @@ class Engine:
             raise
         answer = Answer(lambda: self._departures.mark(job, "cancelled", None))
         job = Job.create(request, offer, answer, self._tokenizer)
+        job.marks = self._prefixes.marks(request, offer.prompt)
+        self._scheduler.meet(job)
         if not self._scheduler.jobs:
             self._last_progress = time.monotonic()  # the hours at rest are no standstill
         self._scheduler.waiting.append(job)
@@ -170,6 +178,16 @@ class Engine:
     def plan(self, request: Request) -> Plan:
         """What the request would cost and whether it would be admitted now. Raises InvalidRequest, UnknownBackend."""
         return self._admission.plan(request)
+
+    def forget_prefixes(self) -> None:
+        """Let go of all prefixes that are kept, before the next step."""
+        self._prefixes.forget(lambda kept: True)
+        self._wake.set()
+
+    def _cached(self, request: Request, offer: Offer) -> int:
+        """Tokens of a prompt whose state is kept now."""
+        found = self._prefixes.find(offer.lane, self._prefixes.marks(request, offer.prompt), len(offer.prompt))
+        return 0 if found is None else found.tokens
 
     def snapshot(self) -> Snapshot:
         """The levels now. Safe from any thread."""
@@ -186,6 +204,10 @@ class Engine:
             budget_bytes=self._ledger.budget,
             pool_bytes={name: sum(each.bytes_in_use for each in lanes if each.name == name) for name in names},
             pool_slots={name: sum(each.num_slots for each in lanes if each.name == name) for name in names},
+            prefix_bytes={name: sum(each.kept.bytes_in_use for each in lanes if each.name == name) for name in names},
+            prefix_hits=self._prefixes.hits,
+            prefix_misses=self._prefixes.misses,
+            prefix_evictions=self._prefixes.evictions,
             draining=self._admission.is_closed,
             row_multiple=self._rows,
             busy_seconds=self._runner.busy_seconds,
@@ -206,6 +228,7 @@ class Engine:
     async def _step(self) -> None:
         """Schedule, run, deliver."""
         self._departures.see_off()
+        self._prefixes.see_off()
         work = self._scheduler.next(time.monotonic())
         if work is None:
             await self._rest()

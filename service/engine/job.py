@@ -20,6 +20,7 @@ from torch.nn import functional
 from service.engine.admission import Need, Offer
 from service.engine.allowlist import Lane
 from service.engine.answer import Answer
+from service.engine.prefixes import Found, Marks
 from service.engine.request import Request, TokenLogprob
 from service.engine.sampling import uniform
 from service.engine.text import TextStream
@@ -36,6 +37,7 @@ class Sequence:
     output: array[int] = field(default_factory=lambda: array("i"))
     past: int = 0  # tokens in the state
     slot: int | None = None
+    found: Found | None = None  # what it will go on from; the first `past` tokens are in that state
     is_held: bool = False  # part of a step that has begun
     is_alone: bool = False  # shared a step that failed: runs by itself until it has proved innocent
     is_done: bool = False
@@ -64,9 +66,26 @@ class Sequence:
         """The number by which its next token is drawn."""
         return uniform(self.job.seed, self.index, len(self.output))
 
+    def go_on_from(self, found: Found | None) -> None:
+        """Begin behind a kept prefix, or at the beginning. For a sequence that has no state yet."""
+        course, prompt = self.job.lane.course, self.job.prompt
+        self.found, self.past = found, 0 if found is None else found.tokens
+        self.job.service_seconds = course.seconds(len(prompt)) - course.seconds(self.past)
+
+    def take_slot(self) -> None:
+        """Take a slot, unless it has one: a fresh one, or one that goes on from what was found. Raises PoolExhausted."""
+        if self.slot is not None:
+            return
+        found, self.found = self.found, None
+        if found is None:
+            self.slot = self.job.lane.allocate(self.job.max_length)
+        else:
+            self.slot = self.job.lane.resume(found.kept.slot, found.tokens, self.job.max_length)
+            self.job.request.timings.cached_tokens = found.tokens
+
     def free(self) -> None:
         """Give the state back."""
-        slot, self.slot = self.slot, None
+        slot, self.slot, self.found = self.slot, None, None
         if slot is not None:
             self.job.lane.release(slot)
 
@@ -79,6 +98,7 @@ class Sequence:
     def rewind(self) -> None:
         """Forget the state, and copies of it, so that all tokens are processed again, alone."""
         self.past, self.is_alone, self.is_held = 0, True, False
+        self.job.request.timings.cached_tokens = 0
         for sequence in (self, *self.job.siblings):
             sequence.free()
 
@@ -94,7 +114,7 @@ class Job:
     answer: Answer
     seed: int
     deadline: float  # time.monotonic() value
-    service_seconds: float  # predicted for its prefill: the length that decides who overtakes whom
+    service_seconds: float  # predicted for what of its prompt is to be processed: the length that decides who overtakes whom
     sequences: list[Sequence] = field(default_factory=list)
     siblings: list[Sequence] = field(default_factory=list)  # samples that have not joined yet
     summed: Tensor | None = None  # float32 (C,): sum of the hidden states so far, embeddings only
@@ -102,6 +122,8 @@ class Job:
     echo: StringIO = field(default_factory=StringIO)  # the prompt's text, for an answer that begins with it
     echoed: int = 0  # tokens of the prompt that stand in it, or are left out
     is_over: bool = False
+    marks: Marks = ()  # of the beginnings of its prompt that may be kept
+    to_keep: frozenset[int] = frozenset()  # behind so many tokens of the prompt
 
     @classmethod
     def create(cls, request: Request, offer: Offer, answer: Answer, tokenizer: Tokenizer) -> Job:
@@ -155,7 +177,7 @@ class Job:
     def remaining_seconds(self) -> float:
         """Predicted prefill seconds still to come."""
         past = min(self.sequences[0].past, len(self.prompt))
-        return self.service_seconds - self.lane.course.seconds(past)
+        return self.lane.course.seconds(len(self.prompt)) - self.lane.course.seconds(past)
 
     @property
     def remaining_tokens(self) -> int:

@@ -48,6 +48,10 @@ class Snapshot:
     budget_bytes: int
     pool_bytes: Mapping[str, int]  # decode state by backend
     pool_slots: Mapping[str, int]
+    prefix_bytes: Mapping[str, int]  # states of prefixes that are kept, by backend
+    prefix_hits: int  # completions so far that went on from one
+    prefix_misses: int  # and those that found none
+    prefix_evictions: int  # kept states that had to make room
     draining: bool
     row_multiple: int | None  # None: answers may differ in the last bits by what shares the batch
     busy_seconds: float  # the model thread has computed for so long

@@ -67,6 +67,8 @@ class Request:
     trace: Mapping[str, str] = field(default_factory=dict)  # the caller's W3C trace context, by header
     leading: int = 0  # of the tokens: special ones that the service put in front of a text; an echo leaves them out
     pooling: Pooling = "mean"
+    owner: str = ""  # who asks: a prefix that was computed for one is no other's, unless the config says so
+    reuses: bool = True  # may go on from a kept prefix, and leave one
     source: str | None = None  # the caller's name for what the tokens come from; None: by kind
 
     @property

@@ -14,6 +14,7 @@ from torch import Tensor
 from attention import Segments
 from service.engine.job import Job
 from service.engine.meter import Meter, Metering, counting_seconds
+from service.engine.prefixes import Prefixes
 from service.engine.request import TokenLogprob
 from service.engine.sampling import Past, draw, logprobs
 from service.engine.work import Member, Work
@@ -25,14 +26,18 @@ LOGIT_ROWS = 64  # rows of an echoed prompt whose logits exist at one time
 class Runner:
     """Runs steps of work on one model."""
 
-    def __init__(self, model: Transformer, unknown: Tensor, row_multiple: int | None, sample_share: float) -> None:
+    def __init__(
+        self, model: Transformer, unknown: Tensor, row_multiple: int | None, sample_share: float, prefixes: Prefixes
+    ) -> None:
         """A runner of one model. Runs it a little.
 
         Args:
             unknown: int64 (U,), ids that are no tokens. None of them is drawn or told as an alternative.
             row_multiple: packed rows are padded to a multiple of it (see `forecast`) that the model has a height for.
             sample_share: of the time, for measuring what steps take in memory.
+            prefixes: what keeps the states behind a prompt's whole chunks.
         """
+        self._prefixes = prefixes
         self._model = model
         self._unknown = unknown.to(model.device)
         self._eos_ids = list(model.config.eos_token_ids)
@@ -61,11 +66,18 @@ class Runner:
                     if any(gives_way() for _ in work.stages):
                         return False
                 _branch(work)
+                self._keep(work)
                 return True
         finally:
             seconds = time.perf_counter() - start
             work.seconds += seconds
             self.busy_seconds += seconds
+
+    def _keep(self, work: Work) -> None:
+        """Keep the states that now stand where they are worth it."""
+        for member in work.members:
+            if member.end in member.job.to_keep and not member.sequence.output and member.sequence.slot is not None:
+                self._prefixes.keep(work.lane, member.sequence.slot, member.job.marks, member.end)
 
     def measured(self, work: Work) -> None:
         """Book what a step that has ended took in memory, with the metering and with its members' requests."""

@@ -14,13 +14,14 @@ from service.config import EngineConfig
 from service.engine.admission import Ledger
 from service.engine.allowlist import Lane
 from service.engine.job import Job, Sequence
+from service.engine.prefixes import Prefixes, bytes_of
 from service.engine.work import Member, StepKind, Work
 
 
 class Scheduler:
     """Makes the next step of work, and reserves the bytes of the jobs that enter with it."""
 
-    def __init__(self, config: EngineConfig, ledger: Ledger, can_pack: bool) -> None:
+    def __init__(self, config: EngineConfig, ledger: Ledger, can_pack: bool, prefixes: Prefixes) -> None:
         """`can_pack`: prompts may share a call of the model without changing each other's numbers."""
         self.waiting: list[Job] = []
         self.running: list[Job] = []
@@ -29,6 +30,7 @@ class Scheduler:
         self._config = config
         self._ledger = ledger
         self._can_pack = can_pack
+        self._prefixes = prefixes
         self._owed = 0.0  # seconds that streams are owed for prefill that went before them
         self._served: WeakKeyDictionary[Lane, int] = WeakKeyDictionary()  # decode steps are dealt in turn among lanes
         self._turn = 0
@@ -153,8 +155,11 @@ class Scheduler:
         for job in sorted(jobs, key=lambda job: -self._urgency(job, now)):
             self.suspect = job
             if job in entered:
+                if job.sequences[0].found is not None:
+                    self.meet(job, before)  # another of its pack failed before their step began: look again
                 yield from _unprocessed(job)
             elif not is_closed and self._has_room(job, before):
+                self.meet(job, before)
                 before.append(job)
                 yield job.sequences[0]
             elif job.urgency(now) > self._config.patience:
@@ -165,6 +170,15 @@ class Scheduler:
         jobs = [job, *before]
         num_sequences = self.num_sequences + sum(each.request.n for each in jobs)
         return self._ledger.fits(sum(each.need.total for each in jobs)) and num_sequences <= self._config.max_sequences
+
+    def meet(self, job: Job, before: Iterable[Job] = ()) -> None:
+        """Let a job that waits go on from what is kept of its prompt now, if there is room for that, too."""
+        found = self._prefixes.find(job.lane, job.marks, len(job.prompt))
+        jobs = [job, *before]
+        others = [each.sequences[0].found for each in before]
+        wanted = bytes_of([each for each in (found, *others) if each is not None])
+        fits = self._ledger.fits(sum(each.need.total for each in jobs) + wanted)
+        job.sequences[0].go_on_from(found if fits else None)
 
     def _pack(self, first: Sequence, others: Iterable[Sequence]) -> list[Sequence]:
         """Sequences whose next chunks together are no longer than one may be."""
@@ -181,17 +195,19 @@ class Scheduler:
             pack.append(other)
         return pack
 
-    def _let_in(self, pack: Iterable[Sequence]) -> None:
-        """Let those of a pack in that wait."""
+    def _let_in(self, pack: list[Sequence]) -> None:
+        """Let those of a pack in that wait; kept prefixes make room, but for those that the pack goes on from."""
         for sequence in pack:
             self.suspect = sequence.job
             if sequence.job not in self.running:
                 self._enter(sequence.job)
+        self._prefixes.make_room(self._ledger.free, {each.found.kept for each in pack if each.found is not None})
 
     def _enter(self, job: Job) -> None:
         self._ledger.hold(job, job.need.total)
         self.waiting.remove(job)
         self.running.append(job)
+        job.to_keep = self._prefixes.enter(job.lane, job.marks, job.sequences[0].found)
 
     def _hold(self, kind: StepKind, lane: Lane, sequences: list[Sequence]) -> Work:
         """The next step of these sequences. They are marked when nothing more can go wrong."""

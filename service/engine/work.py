@@ -85,8 +85,7 @@ class Work:
     def allocate(self) -> None:
         """A slot for every member that has none. Raises PoolExhausted."""
         for member in self.members:
-            if member.sequence.slot is None:
-                member.sequence.slot = self.lane.allocate(member.job.max_length)
+            member.sequence.take_slot()
 
     def answering(self, layer: int, question: tuple[Tensor, Tensor, Tensor], segments: Segments, out: Tensor) -> Iterator[None]:
         """Answer a layer's question for all members, see `Lane.answering`."""

@@ -28,6 +28,7 @@ class Receipt(Record):
     prefill_seconds: Seconds | None
     decode_seconds: Seconds | None
     prefill_chunks: Count
+    cached_tokens: Count = Field(description="Of the input, whose state was kept from an earlier request.")
     dropped_tokens: Count = Field(description="Of the input, by truncate; 0: all of it was read.")
     seen_tokens: Count = Field(description="Of the input, by its last token in one layer.")
     reserved_bytes: Count = Field(description="State and workspace by the cost law.")
@@ -35,10 +36,15 @@ class Receipt(Record):
     batch_mates: Count
 
 
+class PromptTokens(Record):
+    cached_tokens: Count = Field(description="Of the prompt, whose state was kept from an earlier request.")
+
+
 class Usage(Record):
     prompt_tokens: Count
     completion_tokens: Count
     total_tokens: Count
+    prompt_tokens_details: PromptTokens
 
 
 class Logprobs(Record):
@@ -176,6 +182,7 @@ class PlanItem(Record):
     backend: str
     why: str
     prompt_tokens: Count
+    cached_tokens: Count = Field(description="Of the input, whose state is kept now.")
     dropped_tokens: Count = Field(description="Of the input, by truncate; 0: all of it would be read.")
     total_tokens: Count
     terms: dict[str, Count] = Field(description="Bytes by term.")

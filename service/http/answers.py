@@ -211,7 +211,13 @@ class Completion:
         """Tokens so far."""
         prompt = sum(len(request.tokens) for request in self._requests)
         answer = sum(request.timings.output_tokens for request in self._requests)
-        return {"prompt_tokens": prompt, "completion_tokens": answer, "total_tokens": prompt + answer}
+        cached = sum(request.timings.cached_tokens for request in self._requests)
+        return {
+            "prompt_tokens": prompt,
+            "completion_tokens": answer,
+            "total_tokens": prompt + answer,
+            "prompt_tokens_details": {"cached_tokens": cached},
+        }
 
     def _account(self) -> Json:
         return {"usage": self.usage(), "longserve": receipt([request.timings for request in self._requests])}

@@ -40,7 +40,7 @@ def headway(requests: Sequence[Request], host: Host) -> Headway:
 
 
 def _read_tokens(request: Request) -> int:
-    return sum(chunk.tokens for chunk in request.timings.chunks)
+    return request.timings.cached_tokens + sum(chunk.tokens for chunk in request.timings.chunks)
 
 
 def _seconds(requests: Sequence[Request], host: Host) -> float | None:
@@ -58,11 +58,14 @@ def _remaining(request: Request, host: Host) -> float:
     whole, read, timings = _predicted(request, len(request.tokens), host), _read_tokens(request), request.timings
     if not read or timings.admitted_at is None:
         return whole
-    before = _predicted(request, read, host)
-    return (whole - before) * (timings.chunks[-1].ended_at - timings.admitted_at) / before
+    before, kept = _predicted(request, read, host), _predicted(request, timings.cached_tokens, host)
+    slowness = (timings.chunks[-1].ended_at - timings.admitted_at) / (before - kept) if timings.chunks else 1.0
+    return (whole - before) * slowness
 
 
 def _predicted(request: Request, tokens: int, host: Host) -> float:
-    """Seconds for the first so many tokens of its prompt."""
-    part = replace(request, tokens=request.tokens[:tokens], backend=request.timings.backend)
+    """Seconds for the first so many tokens of its prompt, none of them kept."""
+    if not tokens:
+        return 0.0
+    part = replace(request, tokens=request.tokens[:tokens], backend=request.timings.backend, reuses=False)
     return host.engine.plan(part).predicted_seconds["prefill"]

@@ -87,6 +87,7 @@ RECEIPT = {
     **{f"x-longserve-{name}-seconds": _header(f"Seconds of {name}.", "number") for name in ("tokenize", "queue")},
     **{f"x-longserve-{name}-seconds": _header("Seconds, once known.", "number") for name in ("prefill", "decode")},
     "x-longserve-prefill-chunks": _header("Chunks so far.", "integer"),
+    "x-longserve-cached-tokens": _header("Tokens of the input whose state was kept from an earlier request.", "integer"),
     "x-longserve-dropped-tokens": _header("Tokens of the input that truncate left out.", "integer"),
     "x-longserve-seen-tokens": _header("Tokens of the input that its last one sees in one layer, once known.", "integer"),
     "x-longserve-reserved-bytes": _header("Bytes reserved by the cost law.", "integer"),

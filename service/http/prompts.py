@@ -51,7 +51,9 @@ def _drawing(body: DrawnBody, host: Host, call: Call) -> Request:
     check_ids(sampling.stop_token_ids, host, "stop_token_ids")
     if body.most_tokens is not None or isinstance(body, CompletionBody):
         _check_least(sampling)
-    return Request(call.id, "completion", (), backend, sampling, body.samples, call.deadline, trace=call.trace)
+    return Request(
+        call.id, "completion", (), backend, sampling, body.samples, call.deadline, trace=call.trace, owner=call.owner
+    )
 
 
 async def embedding_requests(body: EmbeddingBody, host: Host, call: Call) -> list[Request]:

@@ -35,6 +35,11 @@ class Call:
     caller: HttpRequest
 
     @property
+    def owner(self) -> str:
+        """Whose key was shown."""
+        return str(self.caller.state.owner.config.digest.hex())
+
+    @property
     def trace(self) -> dict[str, str]:
         """The caller's W3C trace context, by header."""
         return {name: self.caller.headers[name] for name in ("traceparent", "tracestate") if name in self.caller.headers}

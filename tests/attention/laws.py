@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from attention import AttentionBackend, HeadShape, PoolExhausted, Segments, backend_class, build, reference
+from attention import AttentionBackend, HeadShape, PoolExhausted, Segments, StateTensor, backend_class, build, reference
 from attention.kernels.features import native as features
 from attention.kernels.softmax import native as softmax
 from attention.truth import BOUNDS, check
@@ -270,6 +270,42 @@ class Laws:
                 pool.release(slot)
                 pool.release(copy)
                 assert pool.bytes_in_use == 0 and len(pool) == 0
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_a_state_carried_into_slots_of_other_sizes_goes_on_to_the_same_bits(
+        self, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        fresh = StateTensor.new
+
+        def poisoned(spec: StateTensor, *where: Any) -> Tensor:
+            return fresh(spec, *where) if spec.fill is not None else fresh(spec, *where).fill_(float("nan"))
+
+        monkeypatch.setattr(StateTensor, "new", poisoned)
+        for backend in self.causal_backends(dtype):
+            for count in (1, 60, 256, 300, min(backend.edge, 400), min(backend.edge, 400) + 131):
+                pool, kept = backend.new_pool(1, 1 << 30), backend.new_pool(1, 1 << 30)
+                ahead = 90 if backend.keeps_all else 0  # then the state of a longer text has that of its beginning
+                q, k, v = tokens(backend.shape, count + 133)
+                slot, longer, total = pool.allocate(count + 133), pool.allocate(count + ahead), count + ahead
+                for each, end in ((slot, count), (longer, total)):
+                    backend.extend(q[:end], k[:end], v[:end], Segments((end,)), pool, 0, [each])
+                other = pool.adopt(kept, kept.adopt(pool, longer, total, total), count, count + 133)
+                for past, end in ((count, count + 1), (count + 1, count + 132), (count + 132, count + 133)):
+                    part, step = slice(past, end), Segments((end - past,), (past,))
+                    wanted, found = (backend.extend(q[part], k[part], v[part], step, pool, 0, [s]) for s in (slot, other))
+                    assert torch.equal(found, wanted), (backend.options, count, past)
+
+    def test_a_slot_is_taken_over_for_no_tokens_but_those_it_holds(self) -> None:
+        for backend in self.causal_backends():
+            pool, stranger = backend.new_pool(1, 1 << 30), build("dense", None, backend.shape).new_pool(1, 1 << 30)
+            slot = pool.allocate(40)
+            backend.extend(*tokens(backend.shape, 8), Segments((8,)), pool, 0, [slot])
+            for count, most in ((9, 20), (0, 20), (8, 7), *(() if backend.keeps_all else ((7, 20),))):
+                with pytest.raises(ValueError, match=str(count)):
+                    pool.adopt(pool, slot, count, most)
+            with pytest.raises(ValueError, match="of the same backends only"):
+                stranger.adopt(pool, slot, 8, 20)
+            assert len(pool) == 1 and len(stranger) == 0
 
     def test_a_full_pool_refuses_and_keeps_its_count(self) -> None:
         for backend in self.causal_backends():

@@ -14,6 +14,7 @@ from service.engine.allowlist import Lane
 from service.engine.answer import Answer
 from service.engine.forecast import Course, Pace, Ramp
 from service.engine.job import Job
+from service.engine.prefixes import Prefixes
 from service.engine.request import Request, Sampling
 from service.engine.scheduler import Scheduler
 from service.engine.work import Work
@@ -32,7 +33,8 @@ LANE = Lane("dense", DENSE, COURSE, DENSE.new_pool(2, BUDGET))
 
 
 def make_scheduler(can_pack: bool = False, **config: object) -> Scheduler:
-    return Scheduler(EngineConfig(chunk_tokens=CHUNK, **config), Ledger(BUDGET), can_pack)
+    ledger = Ledger(BUDGET)
+    return Scheduler(EngineConfig(chunk_tokens=CHUNK, **config), ledger, can_pack, Prefixes(ledger, CHUNK, 0.1, False))
 
 
 def make_job(length: int, arrival: float = 0.0, needed: int = 100, max_tokens: int = 4, kind: str = "completion") -> Job:
