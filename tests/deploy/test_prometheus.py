@@ -106,16 +106,17 @@ def is_up(prometheus: Prometheus) -> bool:
 
 @pytest.fixture(scope="module")
 def load(service: Service, watch: Prometheus) -> Load:
-    """Requests of every backend and length, three at a time, each counted and timed by its caller."""
+    """Requests of every backend and length, three at a time, each counted and timed by its caller. Each prompt comes twice."""
     done = Load()
 
-    def send(backend: str, length: str) -> None:
+    def send(text: int, backend: str, length: str) -> None:
         start = time.monotonic()
-        reply = service.complete([7 + i % 4000 for i in range(LENGTHS[length])], attention=backend, ignore_eos=True)
+        prompt = [7 + (text + i) % 4000 for i in range(LENGTHS[length])]
+        reply = service.complete(prompt, attention=backend, ignore_eos=True)
         assert reply.status == 200, reply.text
         done.seconds[backend, length].append(time.monotonic() - start)
 
-    jobs = [(backend, length) for _ in range(REPEATS) for backend in BACKENDS for length in LENGTHS]
+    jobs = [(repeat // 2, backend, length) for repeat in range(REPEATS) for backend in BACKENDS for length in LENGTHS]
     with concurrent.futures.ThreadPoolExecutor(3) as callers:
         for job in [callers.submit(send, *each) for each in jobs]:
             job.result()

@@ -193,7 +193,7 @@ async def _steps(backend: str) -> list[Step]:
     loaded = checkpoint.load(str(checkpoint.EMBEDDED), "auto", "cpu")
     backends = Backends({backend: attention.build(backend, {}, loaded.model.head_shape())}, backend)
     watcher = world.Watcher()
-    config = EngineConfig(memory_budget_bytes=512 * MIB, memory_sample_share=1)
+    config = EngineConfig(memory_budget_bytes=512 * MIB, memory_sample_share=1, prefix_share=0)  # a copy is no step's own
     engine = Engine(loaded.model, loaded.tokenizer, backends, config, watcher)
     await engine.start()
     try:
