@@ -6,8 +6,9 @@ import asyncio
 import os
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
@@ -16,7 +17,7 @@ from service.config import EngineConfig, ServiceConfig, UserConfig
 from service.plain import listening
 from service.replica import Replica
 from tests.http.client import Client
-from tests.test_app_ray import service as service  # the fixture, once for a module here too
+from tests.serving import Service, serving
 
 DEPLOY = Path(__file__).parent.parent.parent / "deploy"
 SWITCH = {"default": "dense", "backends": {"dense": {}, "performer": {}}}
@@ -45,6 +46,19 @@ async def _everything() -> str:
         ):
             assert (await asyncio.to_thread(client.post, path, body)).status == status
         return await asyncio.to_thread(client.metrics)
+
+
+@pytest.fixture(scope="module")
+def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    """Two replicas that measure what every step takes, so that what is read once has numbers."""
+
+    def two_replicas(data: Any) -> None:
+        data["applications"][0]["args"]["threads"] = 1
+        data["applications"][0]["args"]["engine"]["memory_sample_share"] = 1
+        data["applications"][0]["deployments"][0]["num_replicas"] = 2
+
+    with serving(tmp_path_factory.mktemp("serve") / "two.yaml", two_replicas) as service:
+        yield service
 
 
 @pytest.fixture(scope="session")
