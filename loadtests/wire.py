@@ -186,11 +186,11 @@ class Connection(asyncio.Protocol):
             if self._head_bytes > MAX_HEAD_BYTES:
                 self._end(answer, NotHttp(f"no end of the headers within {MAX_HEAD_BYTES} bytes"))
 
-    def connection_lost(self, _: Exception | None) -> None:
+    def connection_lost(self, error: Exception | None) -> None:
         answer = self._answer
         if answer is None or answer.is_whole:
             return
-        if answer.status and not answer.headers.keys() & {"content-length", "transfer-encoding"}:
+        if error is None and answer.status and not answer.headers.keys() & {"content-length", "transfer-encoding"}:
             answer.end(time.monotonic())  # a body without a length ends with its connection
         else:
             answer.fail(CutOff("the server ended the connection"))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import socket
+import struct
 import time
 from collections.abc import Awaitable, Callable, Sequence
 
@@ -125,6 +127,23 @@ def test_what_is_no_whole_answer_is_named(sent: bytes, kind: type[Exception]) ->
             await whole(wire)
 
     asked(Server([sent], hangs_up=True), ask)
+
+
+def test_a_body_without_a_length_that_a_reset_cut_off_is_not_whole() -> None:
+    async def reset(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"{}")
+        writer.write(UNTIL_CLOSE)
+        await writer.drain()
+        await asyncio.sleep(0.05)
+        linger = struct.pack("ii", 1, 0)  # closed with a reset
+        writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+        writer.close()
+
+    async def ask(wire: Wire) -> None:
+        with pytest.raises(CutOff):
+            await whole(wire)
+
+    asked(reset, ask)
 
 
 def test_no_connection_is_named() -> None:
