@@ -181,14 +181,14 @@ async def test_who_must_see_the_whole_prompt_goes_on_from_nothing_and_leaves_not
 
 async def test_kept_prefixes_make_room_before_anybody_waits() -> None:
     async with running(chunk_tokens=CHUNK, prefix_share=1) as engine:
-        budget = 3 * engine.plan(completion(WHOLE[0], max_tokens=40)).needed_bytes
+        budget = 3 * engine.plan(completion(WHOLE[0], max_tokens=1500)).needed_bytes
     async with running(chunk_tokens=CHUNK, prefix_share=1, memory_budget_bytes=budget) as engine:
         for seed in range(40):
             await complete(engine, asked(prompt(400, seed)))
         levels = engine.snapshot()
         held = sum(levels.prefix_bytes.values())
         assert levels.prefix_evictions > 0 and 0.5 * budget < held <= budget
-        three = [completion(prompt(400, 50 + seed), max_tokens=40) for seed in range(3)]
+        three = [completion(prompt(400, 50 + seed), max_tokens=1500) for seed in range(3)]
         assert all(engine.plan(each).verdict == "runs" for each in three)
         answers = [engine.submit(each) for each in three]
         await until(lambda: engine.snapshot().running == 3)
