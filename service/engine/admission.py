@@ -157,7 +157,7 @@ class Admission:
             raise Draining("the service is stopping and admits nothing more")
         if request.deadline is not None and request.deadline <= time.monotonic():
             raise DeadlineExceeded("the deadline had passed before the request came")
-        offer = self._offer(request)
+        offer = self.offer(request)
         if offer.need.total > self._ledger.budget:
             raise refuse(self._planned(request, offer), request.param)
         if limit := self._queue.why_full(len(offer.prompt)):
@@ -167,9 +167,10 @@ class Admission:
 
     def plan(self, request: Request) -> Plan:
         """What the request would cost and whether it would be admitted now. Raises InvalidRequest, UnknownBackend."""
-        return self._planned(request, self._offer(request))
+        return self._planned(request, self.offer(request))
 
-    def _offer(self, request: Request) -> Offer:
+    def offer(self, request: Request) -> Offer:
+        """What the request would run under. Raises InvalidRequest, UnknownBackend."""
         prompt = check(request, self._known, self._max_length, self._max_sequences)
         return Offer(*choose(request, self.lanes, self.default, self._ledger.budget), prompt)
 

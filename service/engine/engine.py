@@ -14,6 +14,7 @@ import logging
 import time
 from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from typing import TypeVar
 
@@ -29,6 +30,7 @@ from service.engine.departures import Departures
 from service.engine.forecast import measure_model, row_multiple
 from service.engine.job import Job
 from service.engine.observer import NullObserver, Observer, Snapshot
+from service.engine.pins import Pin
 from service.engine.prefixes import Prefixes
 from service.engine.request import Draining, ModelFailed, Request, RequestError
 from service.engine.runner import LOGIT_ROWS, Runner
@@ -178,6 +180,28 @@ class Engine:
     def plan(self, request: Request) -> Plan:
         """What the request would cost and whether it would be admitted now. Raises InvalidRequest, UnknownBackend."""
         return self._admission.plan(request)
+
+    def pin(self, request: Request, seconds: float) -> tuple[Pin, Request]:
+        """A pin of the whole chunks that a prompt begins with, and the request to submit so that their state is kept.
+
+        Raises:
+            InvalidRequest, UnknownBackend: no such state can be.
+            NeverFits, PrefixNotKept: it would not fit beside what is pinned.
+        """
+        offer = self._admission.offer(request)
+        pin = self._prefixes.pin(request, offer.lane, offer.prompt, seconds)
+        nothing = replace(request.sampling, max_tokens=0)
+        return pin, replace(request, tokens=offer.prompt[: pin.tokens], backend=offer.lane.name, sampling=nothing, n=1)
+
+    def unpin(self, pin: Pin) -> None:
+        """End a pin, and let go of its state before the next step."""
+        self._prefixes.unpin(pin)
+        self._wake.set()
+
+    def pins(self, owner: str) -> dict[Pin, bool]:
+        """An owner's pins, and whether the state of each is there now; everybody's where prefixes are shared."""
+        current, is_shared = self._prefixes.pins.current(), self._config.prefix_shared
+        return {pin: self._prefixes.is_kept(pin.lane, pin.mark) for pin in current if is_shared or pin.owner == owner}
 
     def forget_prefixes(self) -> None:
         """Let go of all prefixes that are kept, before the next step."""

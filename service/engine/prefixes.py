@@ -10,13 +10,15 @@ begun in between, and at the last place up to which an earlier prompt was the sa
 
 Kept states have what no request has reserved of the memory budget, up to `prefix_share` of it. Which one goes first is told by
 GreedyDual-Size (Cao and Irani, USITS 1997): the seconds per byte that it saves, counted from its last use. Owned by the event
-loop between steps and by the model thread during one, as jobs are; `find` may be asked at any time.
+loop between steps and by the model thread during one, as jobs are; `find` may be asked at any time. What a caller has pinned
+goes last: see `pins`.
 """
 
 from __future__ import annotations
 
 import hashlib
 import logging
+import time
 from array import array
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Sequence
@@ -24,7 +26,8 @@ from dataclasses import dataclass
 
 from service.engine.admission import Ledger
 from service.engine.allowlist import Lane
-from service.engine.request import Request
+from service.engine.pins import Pin, Pins
+from service.engine.request import InvalidRequest, Request
 
 MOST_REMEMBERED = 1 << 14  # marks of earlier prompts, some 150 bytes each
 
@@ -60,6 +63,7 @@ class Prefixes:
         """`share`: of the ledger's budget, at most; 0 keeps nothing. `is_shared`: one owner's are everybody's."""
         self.lanes: Collection[Lane] = ()  # in force: for others nothing is kept
         self.limit = int(share * ledger.budget)
+        self.pins = Pins()
         self.num_bytes = self.hits = self.misses = self.evictions = 0
         self._ledger = ledger
         self._chunk = chunk
@@ -92,6 +96,38 @@ class Prefixes:
                 return Found(serving[-1], count * self._chunk)
         return None
 
+    # ---- what is pinned ---------------------------------------------------------------------------------------------
+
+    def pin(self, request: Request, lane: Lane, prompt: array[int], seconds: float) -> Pin:
+        """A pin of a prompt's whole chunks, whose state the next request that begins with them leaves.
+
+        Raises:
+            InvalidRequest: nothing is kept here, or the prompt has no whole chunk.
+            NeverFits, PrefixNotKept, InvalidRequest: see `Pins.add`.
+        """
+        if not self.limit:
+            raise InvalidRequest("no prefixes are kept here: engine.prefix_share is 0")
+        marks = self.marks(request, prompt)
+        if not marks:
+            message = f"only whole chunks of {self._chunk} tokens are kept, received {len(prompt)} tokens"
+            raise InvalidRequest(message, param=request.param)
+        tokens = len(marks) * self._chunk
+        pin = Pin(request.owner, lane, marks[-1], tokens, lane.state_bytes(tokens), time.monotonic() + seconds)
+        self.pins.add(pin, self.limit)
+        return pin
+
+    def unpin(self, pin: Pin) -> None:
+        """End a pin, and let go of its state before the next step unless another pin holds it."""
+        self.pins.remove(pin)
+        self.forget(lambda kept: kept.lane is pin.lane and kept.marks[-1] == pin.mark and not self._is_pinned(kept))
+
+    def is_kept(self, lane: Lane, mark: bytes) -> bool:
+        """Whether a state ends exactly there."""
+        return any(kept.marks[-1] == mark for kept in self._serving.get((lane, mark), ()))
+
+    def _is_pinned(self, kept: Kept) -> bool:
+        return self.pins.holds(kept.lane, kept.marks[-1])
+
     # ---- what is kept -----------------------------------------------------------------------------------------------
 
     def enter(self, lane: Lane, marks: Marks, found: Found | None) -> frozenset[int]:
@@ -120,7 +156,8 @@ class Prefixes:
     def keep(self, lane: Lane, slot: int, marks: Marks, tokens: int) -> None:
         """Keep a copy of a slot's state, which is that of the first `tokens` of a prompt. That it cannot be harms nobody."""
         marks = marks[: tokens // self._chunk]
-        if serving := self._serving.get((lane, marks[-1])):
+        serving, is_wished = self._serving.get((lane, marks[-1])), self.pins.holds(lane, marks[-1])
+        if serving and (not is_wished or self.is_kept(lane, marks[-1])):
             self._use(serving[-1])
             return
         try:
@@ -130,10 +167,11 @@ class Prefixes:
 
     def _keep(self, lane: Lane, slot: int, marks: Marks, tokens: int) -> None:
         num_bytes, room = lane.state_bytes(tokens), min(self.limit, self._ledger.free)
-        if lane not in self.lanes or num_bytes > room:
+        pinned = [each for each in self._kept if self._is_pinned(each)]
+        if lane not in self.lanes or num_bytes + sum(each.num_bytes for each in pinned) > room:
             return
         if lane.backend.keeps_all:  # serves its own beginnings, too
-            for each in [each for each in self._kept if each.lane is lane and each.marks[-1] in marks]:
+            for each in [each for each in self._kept if each.lane is lane and each.marks[-1] in marks and each not in pinned]:
                 self._drop(each)
         self.make_room(room - num_bytes)
         kept = Kept(lane, lane.keep(slot, tokens), tokens, num_bytes, marks if lane.backend.keeps_all else marks[-1:])
@@ -149,13 +187,14 @@ class Prefixes:
     # ---- what goes --------------------------------------------------------------------------------------------------
 
     def make_room(self, most: int, spared: Collection[Kept] = ()) -> None:
-        """Let go of kept states until they take no more than `most` bytes, or only spared ones are left."""
+        """Let go of kept states, pinned ones last, until they take at most `most` bytes or only spared ones are left."""
         if self.num_bytes <= most:
             return
-        going = sorted((each for each in self._kept if each not in spared), key=lambda each: -each.worth)
+        going = [each for each in self._kept if each not in spared]
+        going.sort(key=lambda each: (self._is_pinned(each), each.worth), reverse=True)
         while self.num_bytes > most and going:
             last = going.pop()
-            self._floor = last.worth
+            self._floor = max(self._floor, last.worth)
             self.evictions += 1
             self._drop(last)
 

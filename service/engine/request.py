@@ -198,6 +198,12 @@ class OutOfMemory(RequestError):
     code = "out_of_memory"
 
 
+class PrefixNotKept(RequestError):
+    """There is no room now for a prefix that is to be pinned: what runs or is pinned holds it."""
+
+    code = "prefix_not_kept"
+
+
 class ModelFailed(RequestError):
     """The model call failed for this request alone. Our fault: a 500, counted."""
 

@@ -201,6 +201,30 @@ class PlanAnswer(Record):
     data: list[PlanItem]
 
 
+class Prefix(Record):
+    """A pin: the beginning of a prompt, whose state is kept."""
+
+    id: str
+    object: Literal["prefix"]
+    backend: str
+    tokens: Count = Field(description="Of the beginning: whole chunks.")
+    bytes: Count = Field(description="Of its state while it is kept.")
+    is_kept: bool = Field(description="False: requests needed the room; the next one that begins alike puts it back.")
+    expires_at: int = Field(description="Seconds since 1970.")
+    replica: str = Field(description="Where it stands: other replicas know nothing of it.")
+
+
+class PrefixList(Record):
+    object: Literal["list"]
+    data: list[Prefix]
+
+
+class PrefixDeleted(Record):
+    id: str
+    object: Literal["prefix.deleted"]
+    deleted: Literal[True]
+
+
 class Model(Record):
     id: str
     object: Literal["model"]

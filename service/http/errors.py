@@ -14,6 +14,7 @@ from fastapi import FastAPI
 from starlette.exceptions import HTTPException
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
+from starlette.routing import Route
 
 from service.engine.request import (
     DeadlineExceeded,
@@ -21,6 +22,7 @@ from service.engine.request import (
     InvalidRequest,
     ModelFailed,
     OutOfMemory,
+    PrefixNotKept,
     QueueFull,
     RequestError,
     quoted,
@@ -31,6 +33,12 @@ class ModelNotFound(InvalidRequest):
     """No such model here."""
 
     code = "model_not_found"
+
+
+class PrefixNotFound(InvalidRequest):
+    """No such pin of this key's at the replica that answers."""
+
+    code = "prefix_not_found"
 
 
 class ChatNotOffered(InvalidRequest):
@@ -103,6 +111,7 @@ STATUS: dict[type[RequestError], tuple[int, str]] = {
     InvalidRequest: (400, "invalid_request_error"),
     Unauthorized: (401, "authentication_error"),
     ModelNotFound: (404, "invalid_request_error"),
+    PrefixNotFound: (404, "invalid_request_error"),
     BodyTooSlow: (408, "timeout_error"),
     DeadlineExceeded: (408, "timeout_error"),
     BodyTooLarge: (413, "invalid_request_error"),
@@ -115,10 +124,11 @@ STATUS: dict[type[RequestError], tuple[int, str]] = {
     Draining: (503, "server_error"),
     NotReady: (503, "server_error"),
     OutOfMemory: (503, "server_error"),
+    PrefixNotKept: (503, "server_error"),
 }
 """Status and OpenAI's error type; an error not listed takes its nearest ancestor's."""
 
-RETRY_AFTER_SECONDS = {Draining: 5.0, NotReady: 2.0, OutOfMemory: 5.0}
+RETRY_AFTER_SECONDS = {Draining: 5.0, NotReady: 2.0, OutOfMemory: 5.0, PrefixNotKept: 5.0}
 """When to come back, for errors that do not compute it: a restarted or recovered replica is there by then."""
 
 
@@ -193,7 +203,7 @@ async def _http(request: HttpRequest, error: Exception) -> Response:
     """404, 405 and their like, raised by the router; and the answer to OPTIONS, which it takes for a wrong method."""
     assert isinstance(error, HTTPException)
     if error.status_code == 405:
-        return _wrong_method(request, (error.headers or {})["Allow"])
+        return _wrong_method(request)
     message = _no_route(request.url.path) if error.status_code == 404 else str(error.detail)
     return _json(shaped(error.status_code, message), error.status_code, dict(error.headers or {}))
 
@@ -210,8 +220,11 @@ def _no_route(path: str) -> str:
     return f"no route {quoted(path)}: {pointer}"
 
 
-def _wrong_method(request: HttpRequest, routed: str) -> Response:
-    allowed = routed.replace("GET", "GET, HEAD") + ", OPTIONS"
+def _wrong_method(request: HttpRequest) -> Response:
+    """The router itself would name the methods of the first route of this path alone."""
+    routes = [each for each in request.app.routes if isinstance(each, Route) and each.path_regex.match(request.url.path)]
+    methods = {method for route in routes for method in route.methods or ()}
+    allowed = ", ".join(sorted(methods | {"OPTIONS"} | ({"HEAD"} if "GET" in methods else set())))
     if request.method == "OPTIONS":
         return Response(status_code=204, headers={"allow": allowed})
     message = f"{quoted(request.method, 20)} is not allowed on {request.url.path}, allowed: {allowed}"

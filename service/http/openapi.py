@@ -31,13 +31,14 @@ from service.http.schemas import (
     DrawnBody,
     EmbeddingBody,
     PlanBody,
+    PrefixBody,
     TokenizeBody,
 )
 
 Json = dict[str, Any]
 
 REFERENCE = "#/components/schemas/{model}"
-BODIES = (CompletionBody, ChatBody, EmbeddingBody, TokenizeBody, DetokenizeBody)
+BODIES = (CompletionBody, ChatBody, EmbeddingBody, PrefixBody, TokenizeBody, DetokenizeBody)
 
 ALWAYS = (400, 401, 408, 413, 415, 429, 500, 503)
 """Statuses of every route: a body is read, and bounded, wherever one is sent. 401 only where keys are asked for."""
@@ -180,7 +181,9 @@ def _bound(schema: Json, neutral: Mapping[str, Sequence[Any]], host: Host) -> No
     schema["maxProperties"] = MOST_FIELDS
     token = {"type": "integer", "minimum": 0, "maximum": host.tokenizer.vocab_size - 1}
     bounds: dict[str, Json] = {
-        "prompt": {"minLength": 0} if schema["title"] == "TokenizeBody" else _prompts(token, host),
+        "prompt": {"TokenizeBody": {"minLength": 0}, "PrefixBody": _prompt(token, host)}.get(
+            schema["title"], _prompts(token, host)
+        ),
         "input": _prompts(token, host),
         "tokens": {"items": token},
         "max_tokens": {"maximum": host.card.max_length},
@@ -209,11 +212,15 @@ def _biases() -> Json:
     return {"type": "object", "maxProperties": MOST_BIASES, "additionalProperties": bias, "propertyNames": ids}
 
 
-def _prompts(token: Json, host: Host) -> Json:
+def _prompt(token: Json, host: Host) -> Json:
     text = {"type": "string", "minLength": 1}
-    tokens = {"type": "array", "minItems": 1, "maxItems": host.card.max_length, "items": token}
+    return {"anyOf": [text, {"type": "array", "minItems": 1, "maxItems": host.card.max_length, "items": token}]}
+
+
+def _prompts(token: Json, host: Host) -> Json:
+    one = _prompt(token, host)["anyOf"]
     several = {"type": "array", "minItems": 1, "maxItems": host.config.max_prompts}
-    return {"anyOf": [text, tokens, several | {"items": text}, several | {"items": tokens}]}
+    return {"anyOf": [*one, *(several | {"items": each} for each in one)]}
 
 
 def _relate(schemas: Json) -> None:
@@ -239,6 +246,10 @@ def _relate(schemas: Json) -> None:
             {"prompt": "import os", "max_tokens": 8, "temperature": 0},
             {"prompt": [1, 2, 3], "max_tokens": 4, "stream": True, "stream_options": {"include_usage": True}},
         ],
+    }
+    schemas["PrefixBody"] |= {
+        "oneOf": [{"required": ["prompt"]}, {"required": ["messages"]}],
+        "examples": [{"prompt": "import os\n" * 400, "ttl_seconds": 600}],
     }
     schemas["EmbeddingBody"]["examples"] = [{"input": ["import os", "def f("], "encoding_format": "base64"}]
     schemas["TokenizeBody"]["examples"] = [{"prompt": "import os"}]

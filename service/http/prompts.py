@@ -11,7 +11,17 @@ from service.http.errors import ModelNotFound
 from service.http.face import Host
 from service.http.length import Side, check_text, check_tokens, cut
 from service.http.reader import Call
-from service.http.schemas import Attended, Body, ChatBody, CompletionBody, DrawnBody, EmbeddingBody, PlanBody, Prompt
+from service.http.schemas import (
+    Attended,
+    Body,
+    ChatBody,
+    CompletionBody,
+    DrawnBody,
+    EmbeddingBody,
+    PlanBody,
+    PrefixBody,
+    Prompt,
+)
 from service.timing import Timings
 
 DEFAULT_MAX_TOKENS = 16  # OpenAI's
@@ -54,6 +64,20 @@ def _drawing(body: DrawnBody, host: Host, call: Call) -> Request:
     return Request(
         call.id, "completion", (), backend, sampling, body.samples, call.deadline, trace=call.trace, owner=call.owner
     )
+
+
+async def prefix_request(body: PrefixBody, host: Host, call: Call) -> Request:
+    """The request of a prompt, or of a conversation as far as its own messages go. Raises InvalidRequest."""
+    backend = backend_of(body, host)
+    asked = Request(call.id, "completion", (), backend, deadline=call.deadline, trace=call.trace, owner=call.owner)
+    if body.prompt is not None:
+        return (await _requests(asked, "prompt", [body.prompt], body.with_special_tokens, None, host, call))[0]
+    messages, options = [each.plain() for each in body.messages or ()], body.chat_template_kwargs or {}
+    start, most = time.monotonic(), host.card.max_length
+    tokens = await host.reader.chat(messages, {**options, "add_generation_prompt": False}, most, call)
+    check_tokens(len(tokens), most, "messages")
+    timings = Timings(tokenize_seconds=time.monotonic() - start)
+    return replace(asked, tokens=tokens, timings=timings, source="messages")
 
 
 async def embedding_requests(body: EmbeddingBody, host: Host, call: Call) -> list[Request]:

@@ -10,7 +10,7 @@ import math
 import re
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from fastapi import FastAPI
 from pydantic import BaseModel
@@ -20,7 +20,7 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.types import ASGIApp
 
 from service import exposition
-from service.engine.request import InvalidRequest, Request, quoted
+from service.engine.request import InvalidRequest, PrefixNotKept, Request, quoted
 from service.http import answers, docs, errors
 from service.http.answer_schemas import (
     ChatAnswer,
@@ -32,6 +32,9 @@ from service.http.answer_schemas import (
     Model,
     ModelList,
     PlanAnswer,
+    Prefix,
+    PrefixDeleted,
+    PrefixList,
     Ready,
     TokenizeAnswer,
 )
@@ -39,7 +42,7 @@ from service.http.answers import Completion
 from service.http.auth import ApiKeys
 from service.http.body import check_media_type
 from service.http.edge import Edge
-from service.http.errors import ModelNotFound
+from service.http.errors import ModelNotFound, PrefixNotFound
 from service.http.face import Host
 from service.http.openapi import EXPOSED, TIMEOUT_HEADER, document, model_ids, operation
 from service.http.prompts import (
@@ -49,6 +52,7 @@ from service.http.prompts import (
     completion_requests,
     embedding_requests,
     planned_requests,
+    prefix_request,
 )
 from service.http.reader import Call
 from service.http.schemas import (
@@ -58,10 +62,14 @@ from service.http.schemas import (
     DrawnBody,
     EmbeddingBody,
     PlanBody,
+    PrefixBody,
     StreamOptions,
     TokenizeBody,
 )
-from service.http.streaming import CompletionStream, complete, embed
+from service.http.streaming import CompletionStream, complete, embed, read
+
+if TYPE_CHECKING:
+    from service.engine.pins import Pin
 
 NUMBER = re.compile(r"[0-9]{1,20}(\.[0-9]{1,400})?([eE][+-]?[0-9]{1,3})?")  # Python's own reading takes 1_0 and nan too
 
@@ -85,15 +93,12 @@ def create_app(host: Host, keys: Sequence[str] = (), echoes_request_id: bool = T
     errors.install(app)
     docs.install(app)
     app.openapi = lambda: document(app, host)  # type: ignore[method-assign]  # FastAPI's own way to extend it
-    for add in (_add_inference, _add_models, _add_tokens, _add_state):
+    for add in (_add_inference, _add_prefixes, _add_models, _add_tokens, _add_state):
         add(app, host)
     edge = Edge(app, host, ApiKeys(keys, host.config.api_keys_file), echoes_request_id)
     origins = host.config.cors_origins
-    return (
-        edge
-        if not origins
-        else CORSMiddleware(edge, origins, allow_methods=("GET", "POST"), allow_headers=("*",), expose_headers=EXPOSED)
-    )
+    methods = ("GET", "POST", "DELETE")
+    return CORSMiddleware(edge, origins, methods, ("*",), expose_headers=EXPOSED) if origins else edge
 
 
 def _add_inference(app: FastAPI, host: Host) -> None:
@@ -128,6 +133,60 @@ def _add_inference(app: FastAPI, host: Host) -> None:
         body = await _body(call, PlanBody, host)
         requests = await planned_requests(body, host, call)
         return JSONResponse({"object": "list", "data": [_planned(each, host) for each in requests]})
+
+
+def _add_prefixes(app: FastAPI, host: Host) -> None:
+    def shown(pin: Pin, is_kept: bool) -> dict[str, Any]:
+        return {
+            "id": pin.id,
+            "object": "prefix",
+            "backend": pin.lane.name,
+            "tokens": pin.tokens,
+            "bytes": pin.num_bytes,
+            "is_kept": is_kept,
+            "expires_at": math.ceil(time.time() + pin.until - time.monotonic()),
+            "replica": str(host.readiness()["replica"]),
+        }
+
+    def found(id: str, caller: HttpRequest) -> tuple[Pin, bool]:
+        pins = host.engine.pins(_call(caller, host).owner)
+        pin = next((each for each in pins if each.id == id), None)
+        if pin is None:
+            raise PrefixNotFound(f"no prefix {quoted(id)} is pinned here by this key")
+        return pin, pins[pin]
+
+    @app.post("/v1/prefixes", **operation(Prefix, PrefixBody, has_receipt=True))
+    async def pin(caller: HttpRequest) -> Response:
+        """Read a prompt's beginning, and keep its state for a while: who goes on from there does not pay for it again."""
+        call = _call(caller, host)
+        body = await _body(call, PrefixBody, host)
+        pin, request = host.engine.pin(await prefix_request(body, host, call), body.ttl_seconds)
+        try:
+            await read(host, request, caller)
+            if not host.engine.pins(call.owner).get(pin, False):
+                raise PrefixNotKept(f"no room is left now for {pin.num_bytes} bytes beside what runs and is pinned")
+        except BaseException:
+            host.engine.unpin(pin)
+            raise
+        return JSONResponse(shown(pin, True), headers=answers.headers([request]))
+
+    @app.get("/v1/prefixes", **operation(PrefixList))
+    async def prefixes(caller: HttpRequest) -> dict[str, Any]:
+        """What this key has pinned at this replica."""
+        pins = host.engine.pins(_call(caller, host).owner)
+        return {"object": "list", "data": [shown(*each) for each in pins.items()]}
+
+    @app.get("/v1/prefixes/{id}", **operation(Prefix, statuses=[404]))
+    async def prefix(id: str, caller: HttpRequest) -> dict[str, Any]:
+        """One of them."""
+        return shown(*found(id, caller))
+
+    @app.delete("/v1/prefixes/{id}", **operation(PrefixDeleted, statuses=[404]))
+    async def unpin(id: str, caller: HttpRequest) -> dict[str, Any]:
+        """Let go of one."""
+        pin, _ = found(id, caller)
+        host.engine.unpin(pin)
+        return {"id": pin.id, "object": "prefix.deleted", "deleted": True}
 
 
 def _add_models(app: FastAPI, host: Host) -> None:

@@ -126,6 +126,13 @@ def prompts(value: Any) -> list[Prompt]:
     raise ValueError("must hold at least one entry, and only strings, only token ids or only lists of token ids")
 
 
+def prompt(value: Any) -> Prompt:
+    """One prompt, as text or token ids. Raises ValueError for anything else, and for nothing."""
+    if not isinstance(value, str) and (not isinstance(value, list) or set(map(type, value)) != {int}):
+        raise ValueError(f"must be a string or a list of token ids, received {quoted(value)}")
+    return prompts(value)[0]
+
+
 def _entry(index: int, value: list[Any]) -> Sequence[int]:
     if set(map(type, value)) != {int}:
         raise ValueError(f"entry {index} must be a list of token ids, at least one, received something else")
@@ -187,6 +194,8 @@ Prompts = Annotated[
     PlainValidator(prompts),
     WithJsonSchema({"description": "One or many, as text or as token ids."}),  # openapi.py knows the bounds
 ]
+
+OnePrompt = Annotated[Prompt, PlainValidator(prompt), WithJsonSchema({"description": "As text or as token ids."})]
 
 Stops = Annotated[
     tuple[str, ...],
@@ -280,6 +289,11 @@ class Attended(Body):
     """A body that is answered by attending."""
 
     attention: Name | None = Field(default=None, description="The backend; left out: the default of the config in force.")
+
+
+class Cut(Attended):
+    """A body whose input may be cut to the model's context."""
+
     truncate: Side | None = Field(
         default=None,
         description="Where to leave tokens out of too long an input; the receipt says how many. Left out: it is refused.",
@@ -296,7 +310,7 @@ class StreamOptions(BaseModel):
     include_obfuscation: Literal[False] | None = Field(default=None, description="Not offered: leave it out or send false.")
 
 
-class DrawnBody(Attended):
+class DrawnBody(Cut):
     """A body that is answered by drawing tokens."""
 
     max_tokens: int | None = Field(default=None, ge=0, le=INT64)
@@ -458,6 +472,18 @@ Option = Annotated[
 ]
 
 
+TemplateOptions = Annotated[
+    dict[str, Option] | None,
+    Field(max_length=MOST_OPTIONS, description="Options of the model's chat template, such as enable_thinking."),
+]
+
+
+def _check_options(options: Mapping[str, Any] | None) -> None:
+    for name in options or {}:
+        if not name.isidentifier() or name in TEMPLATES_OWN:
+            raise fault("chat_template_kwargs", f"chat_template_kwargs may not set {quoted(name)}")
+
+
 class ChatBody(DrawnBody):
     """POST /v1/chat/completions.
 
@@ -474,17 +500,13 @@ class ChatBody(DrawnBody):
     max_completion_tokens: int | None = Field(default=None, ge=1, le=INT64, description="Says the same as max_tokens.")
     logprobs: bool | None = None
     top_logprobs: int | None = Field(default=None, ge=0, le=20, description="Needs logprobs: true.")
-    chat_template_kwargs: dict[str, Option] | None = Field(
-        default=None, max_length=MOST_OPTIONS, description="Options of the model's chat template, such as enable_thinking."
-    )
+    chat_template_kwargs: TemplateOptions = None
 
     @model_validator(mode="after")
     def _is_one_question(self) -> ChatBody:
         if self.top_logprobs is not None and not self.logprobs:
             raise fault("top_logprobs", "top_logprobs needs logprobs: true")
-        for name in self.chat_template_kwargs or {}:
-            if not name.isidentifier() or name in TEMPLATES_OWN:
-                raise fault("chat_template_kwargs", f"chat_template_kwargs may not set {quoted(name)}")
+        _check_options(self.chat_template_kwargs)
         return self
 
     @property
@@ -492,7 +514,7 @@ class ChatBody(DrawnBody):
         return (self.top_logprobs or 0) if self.logprobs else None
 
 
-class EmbeddingBody(Attended, Worded):
+class EmbeddingBody(Cut, Worded):
     """POST /v1/embeddings.
 
     Beside what the schema says: integers have no decimal point (1, not 1.0); an input fits the model's context; model
@@ -537,6 +559,31 @@ Planned = Annotated[
 
 class PlanBody(RootModel[Planned]):
     """POST /v1/plan: the body of a completion, a conversation or an embedding, under the same rules."""
+
+
+MOST_PIN_SECONDS = 7 * 86400
+
+
+class PrefixBody(Attended, Worded):
+    """POST /v1/prefixes: what later prompts, or conversations, begin with; one of `prompt` and `messages`.
+
+    Beside what the schema says: integers have no decimal point (1, not 1.0); at least one whole chunk of tokens; model
+    id@backend and attention agree; a field name one letter off one of these is refused.
+    """
+
+    neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = {"truncate": (None,)}
+
+    prompt: OnePrompt | None = None
+    messages: list[Message] | None = Field(default=None, min_length=1, max_length=MOST_MESSAGES)
+    chat_template_kwargs: TemplateOptions = None
+    ttl_seconds: float = Field(default=3600, gt=0, le=MOST_PIN_SECONDS, description="How long it is kept.")
+
+    @model_validator(mode="after")
+    def _is_one_text(self) -> PrefixBody:
+        if (self.prompt is None) == (self.messages is None):
+            raise fault("prompt", "send one of prompt and messages")
+        _check_options(self.chat_template_kwargs)
+        return self
 
 
 class TokenizeBody(Worded):

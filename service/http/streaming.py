@@ -128,6 +128,13 @@ async def complete(host: Host, requests: Sequence[Request], completion: Completi
     return answers.encoded(completion.whole())
 
 
+async def read(host: Host, request: Request, caller: HttpRequest) -> None:
+    """Wait until a request that asks for no answer has been processed. Raises RequestError."""
+    async with merged(host, [request], caller) as running:
+        while await running.next() is not Signal.END:
+            pass
+
+
 async def embed(host: Host, requests: Sequence[Request], caller: HttpRequest) -> list[Embedding]:
     """The inputs' embeddings, in the inputs' order. Raises RequestError."""
     found: dict[int, Embedding] = {}

@@ -13,8 +13,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from service.engine.engine import Engine
+from service.engine.pins import Pin
 from service.engine.prefixes import Prefixes
-from service.engine.request import Request
+from service.engine.request import InvalidRequest, NeverFits, PrefixNotKept, Request
 from tests.engine import world
 from tests.engine.world import complete, completion, embed, embedding, is_empty, prompt, running, until
 
@@ -246,3 +247,95 @@ async def test_nothing_is_kept_where_the_config_says_so() -> None:
     async with running(chunk_tokens=CHUNK, prefix_share=0) as engine:
         assert [await cached(engine, asked(WHOLE[0])) for _ in range(2)] == [0, 0]
         assert engine.snapshot().prefix_misses == 0
+
+
+async def pinned(engine: Engine, tokens: list[int], backend: str = "dense", owner: str = "", seconds: float = 600) -> Pin:
+    pin, request = engine.pin(asked(tokens, backend, owner), seconds)
+    await complete(engine, request)
+    return pin
+
+
+@pytest.mark.parametrize("backend", sorted(BACKENDS))
+async def test_a_pinned_beginning_outlives_what_else_is_kept(backend: str) -> None:
+    model = world.make_model()
+    made = world.make_backends(model, **BACKENDS)
+    async with running(model, made, chunk_tokens=CHUNK) as engine:
+        budget = 8 * engine.plan(asked(WHOLE[0], backend)).needed_bytes
+        share = min(1.0, 4.5 * engine._admission.lanes[backend].state_bytes(400) / budget)
+    async with running(model, made, chunk_tokens=CHUNK, prefix_share=share, memory_budget_bytes=budget) as engine:
+        pin = await pinned(engine, WHOLE[0][:330], backend)
+        assert (pin.tokens, pin.lane.name) == (320, backend) and pin.num_bytes == pin.lane.state_bytes(320)
+        for seed in range(6):
+            await complete(engine, asked(prompt(400, 100 + seed), backend))
+        assert engine.snapshot().prefix_evictions > 0
+        assert engine.pins("") == {pin: True}
+        assert await cached(engine, asked(WHOLE[0][:320] + prompt(20, 7), backend)) == 320
+
+
+@pytest.mark.parametrize("backend", sorted(BACKENDS))
+async def test_a_pin_is_met_exactly_where_a_longer_state_serves_already(backend: str) -> None:
+    model = world.make_model()
+    async with running(model, world.make_backends(model, **BACKENDS), chunk_tokens=CHUNK, prefix_share=1) as engine:
+        await complete(engine, asked(WHOLE[0], backend))
+        pin = await pinned(engine, WHOLE[0][:200], backend)
+        assert engine.pins("") == {pin: True} and pin.tokens == 192
+        await complete(engine, asked(WHOLE[0], backend))
+        assert engine.pins("") == {pin: True}
+
+
+async def test_a_pinned_beginning_makes_room_for_a_request_and_comes_back_with_the_next() -> None:
+    async with running(chunk_tokens=CHUNK, prefix_share=1) as engine:
+        budget = engine.plan(asked(WHOLE[0], max_tokens=1000)).needed_bytes
+    async with running(chunk_tokens=CHUNK, prefix_share=1, memory_budget_bytes=budget) as engine:
+        pin = await pinned(engine, WHOLE[0])
+        await complete(engine, asked(WHOLE[1], max_tokens=1000, stop_token_ids=tuple(range(257))))
+        assert engine.pins("") == {pin: False}
+        await complete(engine, asked(WHOLE[0]))
+        assert engine.pins("") == {pin: True}
+
+
+async def test_an_ended_pin_leaves_nothing() -> None:
+    async with running(chunk_tokens=CHUNK) as engine:
+        first, second = [await pinned(engine, WHOLE[0]) for _ in range(2)]
+        engine.unpin(first)
+        await asyncio.sleep(0.05)
+        assert engine.pins("") == {second: True}  # which holds the same state
+        engine.unpin(second)
+        await until(lambda: not any(engine.snapshot().prefix_bytes.values()))
+        assert engine.pins("") == {} and is_empty(engine)
+
+
+async def test_a_pin_whose_time_is_over_is_kept_as_others_are() -> None:
+    async with running(chunk_tokens=CHUNK) as engine:
+        await pinned(engine, WHOLE[0], seconds=1e-3)
+        await asyncio.sleep(2e-3)
+        assert engine.pins("") == {} and engine.snapshot().prefix_bytes["dense"] > 0
+        assert await cached(engine, asked(WHOLE[0])) == 384
+
+
+async def test_what_cannot_be_pinned_is_refused_and_pins_nothing() -> None:
+    async with running(chunk_tokens=CHUNK, prefix_share=0) as engine:
+        with pytest.raises(InvalidRequest, match="prefix_share is 0"):
+            engine.pin(asked(WHOLE[0]), 60)
+    async with running(chunk_tokens=CHUNK, prefix_share=1) as engine:
+        with pytest.raises(InvalidRequest, match="whole chunks of 32 tokens"):
+            engine.pin(asked(WHOLE[0][:31]), 60)
+        budget = engine.plan(asked(WHOLE[0])).needed_bytes
+    async with running(chunk_tokens=CHUNK, prefix_share=0.3, memory_budget_bytes=budget) as engine:
+        with pytest.raises(NeverFits, match="prefix_share"):
+            engine.pin(asked(WHOLE[0]), 60)
+        states = engine._prefixes.limit / engine._admission.lanes["dense"].state_bytes(CHUNK)
+        for seed in range(int(states)):
+            engine.pin(asked(prompt(CHUNK, seed)), 60)
+        with pytest.raises(PrefixNotKept, match="are pinned"):
+            engine.pin(asked(prompt(CHUNK, 99)), 60)
+        assert len(engine.pins("")) == int(states)
+
+
+async def test_a_key_sees_its_own_pins_alone() -> None:
+    async with running(chunk_tokens=CHUNK) as engine:
+        pin = await pinned(engine, WHOLE[0], owner="ann")
+        assert engine.pins("ann") == {pin: True} and engine.pins("bob") == {}
+    async with running(chunk_tokens=CHUNK, prefix_shared=True) as engine:
+        pin = await pinned(engine, WHOLE[0], owner="ann")
+        assert engine.pins("bob") == {pin: True}

@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 COMPLETIONS, EMBEDDINGS, PLAN, CHAT = "/v1/completions", "/v1/embeddings", "/v1/plan", "/v1/chat/completions"
-TOKENIZE, DETOKENIZE, MODELS = "/tokenize", "/detokenize", "/v1/models"
+TOKENIZE, DETOKENIZE, MODELS, PREFIXES = "/tokenize", "/detokenize", "/v1/models", "/v1/prefixes"
 POSTS = {COMPLETIONS: {"prompt": "a"}, EMBEDDINGS: {"input": "a"}, PLAN: {"prompt": "a"}}
 POSTS |= {TOKENIZE: {"prompt": "a"}, DETOKENIZE: {"tokens": [1]}, CHAT: {"messages": [{"role": "user", "content": "a"}]}}
+POSTS |= {PREFIXES: {"prompt": [1] * 512}}
 """Every route that takes a body, with the smallest good one."""
 
 GETS = (MODELS, "/v1/models/x", "/health", "/ready", "/info", "/metrics")

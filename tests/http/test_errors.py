@@ -338,3 +338,9 @@ def test_what_can_never_fit_is_refused_with_the_bytes_and_what_would_fit() -> No
         assert 0 < details["longest_tokens"] < 30_000
         assert details["backends_that_fit"] == ["performer"]
         assert Client(url, replica).complete([7] * 30_000, attention="performer", max_tokens=1).status == 200
+
+
+def test_a_wrong_method_is_told_every_method_of_the_path(service: Client) -> None:
+    for path, methods in (("/v1/prefixes", "GET, HEAD, OPTIONS, POST"), ("/v1/prefixes/x", "DELETE, GET, HEAD, OPTIONS")):
+        for method in ("PUT", "OPTIONS"):
+            assert service.send(method, path).headers["allow"] == methods
