@@ -55,6 +55,7 @@ OUTCOMES: Mapping[Outcome, str] = {
     "draining": "rejected",
     "out_of_memory": "internal",
     "model_failed": "internal",
+    "form_failed": "rejected",
 }
 
 

@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from service.engine.allowlist import Lane
+from service.engine.grammar import GRAMMAR_BYTES
 from service.engine.request import (
     AUTO,
     ContextTooLong,
@@ -293,6 +294,7 @@ def need(request: Request, lane: Lane, prompt_tokens: int | None = None) -> Need
         "logits": lane.course.vocab_size * max(request.n * bytes_per_logit(sampling), SCORE_BYTES if is_scored else 0),
         "answer": request.n * (sampling.max_tokens * TOKEN_BYTES + (prompt * ECHO_BYTES if sampling.echo else 0)),
         "logprobs": 0 if sampling.logprobs is None else scored * LOGPROB_BYTES * (1 + sampling.logprobs),
+        "grammar": 0 if sampling.grammar is None else (1 + request.n) * GRAMMAR_BYTES,
     }
     return Need(terms)
 

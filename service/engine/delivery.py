@@ -16,7 +16,7 @@ import torch
 
 from service.engine.job import Job, Sequence
 from service.engine.observer import Observer, Outcome, Step
-from service.engine.request import Delta, Embedding, FinishReason, ModelFailed, OutOfMemory, RequestError
+from service.engine.request import Delta, Embedding, FinishReason, InvalidRequest, ModelFailed, OutOfMemory, RequestError
 from service.engine.runner import Runner
 from service.engine.sampling import Drawn
 from service.engine.scheduler import Scheduler
@@ -120,6 +120,8 @@ class Delivery:
         timings.output_tokens += 1
         timings.first_token_at = timings.first_token_at or now
         sequence.spoke_at = now
+        if not self._keeps_form(sequence, drawn.token):
+            return
         sequence.output.append(drawn.token)
         if sampling.is_end(drawn.token, self._eos_token_ids):
             self._finish(sequence, "stop", sequence.text.flush())
@@ -127,10 +129,25 @@ class Delivery:
         settled = sequence.text.push(drawn.token, drawn.logprob)
         if settled.stopped:
             self._finish(sequence, "stop", settled)
+        elif sequence.grammar is not None and sequence.grammar.is_complete:
+            self._finish(sequence, "stop", settled + sequence.text.flush())
         elif len(sequence.output) == sampling.max_tokens:
             self._finish(sequence, "length", settled + sequence.text.flush())
         elif settled.text:
             _emit(sequence, settled, None)
+
+    def _keeps_form(self, sequence: Sequence, token: int) -> bool:
+        """Go on by a token in the sample's grammar. Where that fails, which is the form's own fault, the request ends."""
+        grammar = sequence.grammar
+        if grammar is None:
+            return True
+        if grammar.fault is None:
+            grammar.take(token)
+        if grammar.fault is None:
+            return True
+        error = InvalidRequest(f"the answer's form cannot be kept to: {grammar.fault:.300}", param=grammar.source)
+        self.end(sequence.job, "form_failed", error)
+        return False
 
     def _finish(self, sequence: Sequence, reason: FinishReason, settled: Settled) -> None:
         """End a sample, and its job with the last of them."""

@@ -28,11 +28,12 @@ from service.engine.answer import Answer
 from service.engine.delivery import Delivery, attempt
 from service.engine.departures import Departures
 from service.engine.forecast import measure_model, row_multiple
+from service.engine.grammar import Grammar, Grammars
 from service.engine.job import Job
 from service.engine.observer import NullObserver, Observer, Snapshot
 from service.engine.pins import Pin
 from service.engine.prefixes import Prefixes
-from service.engine.request import Draining, ModelFailed, Request, RequestError
+from service.engine.request import Constraint, Draining, ModelFailed, Request, RequestError
 from service.engine.runner import LOGIT_ROWS, Runner
 from service.engine.scheduler import Scheduler
 from service.engine.work import Work
@@ -99,6 +100,7 @@ class Engine:
         longest = model.config.max_length
         self._admission = Admission(known, longest, config.max_sequences, self._ledger, self._scheduler, self._cached)
         await self.swap(self._backends)
+        self._grammars = Grammars(self._tokenizer, model.config.vocab_size, model.config.eos_token_ids)
         unknown = torch.from_numpy(np.flatnonzero(~known))
         share = config.memory_sample_share
         self._runner = await self._on_model_thread(lambda: Runner(model, unknown, self._rows, share, prefixes))
@@ -180,6 +182,13 @@ class Engine:
     def plan(self, request: Request) -> Plan:
         """What the request would cost and whether it would be admitted now. Raises InvalidRequest, UnknownBackend."""
         return self._admission.plan(request)
+
+    def grammar(self, form: Constraint) -> Grammar:
+        """The grammar of a form, for `Sampling`. Takes milliseconds, the first time up to seconds; from any thread.
+
+        Raises InvalidRequest for a form that is none, or is beyond the limits.
+        """
+        return self._grammars.of(form)
 
     def pin(self, request: Request, seconds: float) -> tuple[Pin, Request]:
         """A pin of the whole chunks that a prompt begins with, and the request to submit so that their state is kept.

@@ -20,6 +20,7 @@ from torch.nn import functional
 from service.engine.admission import Need, Offer
 from service.engine.allowlist import Lane
 from service.engine.answer import Answer
+from service.engine.grammar import Grammar
 from service.engine.prefixes import Found, Marks
 from service.engine.request import Request, TokenLogprob
 from service.engine.sampling import uniform
@@ -34,6 +35,7 @@ class Sequence:
     job: Job
     index: int
     text: TextStream
+    grammar: Grammar | None = None  # what its answer must be, as far as it has come
     output: array[int] = field(default_factory=lambda: array("i"))
     past: int = 0  # tokens in the state
     slot: int | None = None
@@ -133,7 +135,11 @@ class Job:
         seed = random.getrandbits(32) if request.sampling.seed is None else request.sampling.seed
         deadline = math.inf if request.deadline is None else request.deadline
         job = cls(request, lane, offer.need, prompt, answer, seed, deadline, seconds, echoed=request.leading)
-        samples = [Sequence(job, index, TextStream(tokenizer, request.sampling.stop)) for index in range(request.n)]
+        grammar = request.sampling.grammar
+        samples = [
+            Sequence(job, index, TextStream(tokenizer, request.sampling.stop), grammar and grammar.copy())
+            for index in range(request.n)
+        ]
         job.sequences, job.siblings = samples[:1], samples[1:]
         timings.queued_at, timings.backend, timings.why = time.monotonic(), lane.name, offer.why
         timings.prompt_tokens, timings.reserved_bytes = len(prompt), offer.need.total

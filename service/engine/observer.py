@@ -16,7 +16,9 @@ from service.engine.request import Request
 if TYPE_CHECKING:
     from service.engine.work import StepKind
 
-Outcome = Literal["stop", "length", "embedded", "cancelled", "deadline_exceeded", "draining", "out_of_memory", "model_failed"]
+Outcome = Literal[
+    "stop", "length", "embedded", "cancelled", "deadline_exceeded", "draining", "out_of_memory", "model_failed", "form_failed"
+]
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,12 @@ from __future__ import annotations
 import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from service.timing import Timings
+
+if TYPE_CHECKING:
+    from service.engine.grammar import Grammar
 
 FinishReason = Literal["stop", "length"]
 
@@ -41,10 +44,20 @@ class Sampling:
     logit_bias: tuple[tuple[int, float], ...] = ()  # (token, what is added to its logit)
     stop_token_ids: tuple[int, ...] = ()  # end the answer, and are not shown
     min_tokens: int = 0  # of an answer, before any token may end it; stop strings may
+    grammar: Grammar | None = None  # what the answer's text must be
 
     def is_end(self, token: int, eos_ids: Collection[int]) -> bool:
         """Whether a drawn token ends the answer."""
         return token in self.stop_token_ids or (token in eos_ids and not self.ignore_eos)
+
+
+@dataclass(frozen=True)
+class Constraint:
+    """What an answer's text must be."""
+
+    kind: Literal["json", "regex", "choice"]
+    text: str  # a schema as JSON, a pattern, a list of strings as JSON
+    source: str  # the caller's name for it
 
 
 Pooling = Literal["mean", "last"]

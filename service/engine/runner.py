@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from attention import Segments
-from service.engine.job import Job
+from service.engine.job import Job, Sequence
 from service.engine.meter import Meter, Metering, counting_seconds
 from service.engine.prefixes import Prefixes
 from service.engine.request import TokenLogprob
@@ -178,8 +178,13 @@ class Runner:
             rows += [index] * len(drawing)
         logits = logits if len(rows) == len(ready) else logits[rows]
         settings = [sequence.job.request.sampling for sequence in sequences]
-        numbers, pasts = [s.number() for s in sequences], [Past(s.job.prompt, s.output) for s in sequences]
+        numbers, pasts = [s.number() for s in sequences], [_past(s) for s in sequences]
         work.drawn = list(zip(sequences, draw(logits, settings, numbers, pasts, self._eos_ids), strict=True))
+
+
+def _past(sequence: Sequence) -> Past:
+    grammar = sequence.grammar
+    return Past(sequence.job.prompt, sequence.output, None if grammar is None else grammar.allowed())
 
 
 def _branch(work: Work) -> None:

@@ -2,7 +2,8 @@
 1904.09751), and log-probabilities.
 
 In this order, each on what the one before left: repetition penalty (Keskar et al., arXiv 1909.05858, section 4.1), the bias,
-the penalties of frequency and presence, the ends that `min_tokens` puts off, temperature, min_p, top_k, top_p.
+the penalties of frequency and presence, the ends that `min_tokens` puts off, what the grammar forbids, temperature, min_p,
+top_k, top_p.
 
 A row is drawn by inverting its cumulative distribution at one uniform number, a function of its request's seed and of its
 place, and by the operations that its own settings ask for. So a seed gives the same answer whatever else is in the batch,
@@ -19,7 +20,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from service.engine.request import Sampling, TokenLogprob
@@ -39,6 +42,7 @@ class Past:
 
     prompt: array[int]
     output: array[int]
+    allowed: NDArray[np.bool_] | None = None  # by the row's grammar (V,); None: all tokens
 
 
 PIECE = 4096  # tokens of a text that are looked at together: what that takes is no part of the law of bytes
@@ -70,7 +74,7 @@ def draw(
     """Draw one token per row of logits (N, V), float32, at each row's number from [0, 1). A logit of -inf is never drawn.
 
     Args:
-        pasts: each row's text so far; may be left out where no row has a penalty, a bias or `min_tokens`.
+        pasts: each row's text so far; may be left out where no row has a penalty, a bias, `min_tokens` or a grammar.
         eos_ids: tokens that end an answer.
     """
     tokens = logits.argmax(-1)
@@ -118,7 +122,8 @@ def _top(settings: Sampling) -> int:
 
 def _is_adjusted(settings: Sampling) -> bool:
     """Whether the row's logits are changed before anything is drawn from them."""
-    return bool(_is_penalised(settings) or settings.repetition_penalty != 1 or settings.logit_bias or settings.min_tokens)
+    is_shaped = settings.logit_bias or settings.min_tokens or settings.grammar is not None
+    return bool(_is_penalised(settings) or settings.repetition_penalty != 1 or is_shaped)
 
 
 def _is_penalised(settings: Sampling) -> bool:
@@ -149,6 +154,8 @@ def _adjust(row: Tensor, before: Tensor, settings: Sampling, past: Past, eos_ids
         _penalise(row, settings, past.output)
     if len(past.output) < settings.min_tokens:
         row[[*eos_ids, *settings.stop_token_ids]] = -torch.inf
+    if past.allowed is not None:
+        row.masked_fill_(torch.from_numpy(~past.allowed).to(row.device), -torch.inf)
 
 
 def _penalise(row: Tensor, settings: Sampling, output: array[int]) -> None:

@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from service.engine.request import AUTO, InvalidRequest, Request, Sampling, UnknownBackend, quoted
+from service.engine.request import AUTO, Constraint, InvalidRequest, Request, Sampling, UnknownBackend, quoted
 from service.http.errors import ModelNotFound
 from service.http.face import Host
 from service.http.length import Side, check_text, check_tokens, cut
 from service.http.reader import Call
 from service.http.schemas import (
+    MOST_FORM,
     Attended,
     Body,
     ChatBody,
     CompletionBody,
     DrawnBody,
     EmbeddingBody,
+    ObjectFormat,
     PlanBody,
     PrefixBody,
     Prompt,
+    SchemaFormat,
 )
 from service.timing import Timings
 
@@ -30,14 +35,14 @@ DEFAULT_CHAT_TOKENS = 1024  # or what the context leaves; OpenAI's is the contex
 
 async def completion_requests(body: CompletionBody, host: Host, call: Call) -> list[Request]:
     """One request per prompt. Raises InvalidRequest."""
-    asked = _drawing(body, host, call)
+    asked = await _drawing(body, host, call)
     room = None if body.truncate is None else Room(host.card.max_length - asked.sampling.max_tokens, body.truncate)
     return await _requests(asked, "prompt", body.prompt, body.with_special_tokens, room, host, call)
 
 
 async def chat_requests(body: ChatBody, host: Host, call: Call) -> list[Request]:
     """The one request of a conversation, as the model's chat template writes it. Raises InvalidRequest."""
-    asked, start, most = _drawing(body, host, call), time.monotonic(), host.card.max_length
+    asked, start, most = await _drawing(body, host, call), time.monotonic(), host.card.max_length
     messages = [each.plain() for each in body.messages]
     tokens = await host.reader.chat(messages, body.chat_template_kwargs or {}, None if body.truncate else most, call)
     sampling, timings = asked.sampling, Timings()
@@ -52,7 +57,7 @@ async def chat_requests(body: ChatBody, host: Host, call: Call) -> list[Request]
     return [replace(asked, id=f"{asked.id}-0", tokens=tokens, sampling=sampling, timings=timings, source="messages")]
 
 
-def _drawing(body: DrawnBody, host: Host, call: Call) -> Request:
+async def _drawing(body: DrawnBody, host: Host, call: Call) -> Request:
     """The request of a body that draws tokens, its prompt left out. Raises InvalidRequest."""
     if body.samples > host.config.max_samples:
         raise InvalidRequest(f"n may be at most {host.config.max_samples}, received {body.samples}", param="n")
@@ -61,6 +66,8 @@ def _drawing(body: DrawnBody, host: Host, call: Call) -> Request:
     check_ids(sampling.stop_token_ids, host, "stop_token_ids")
     if body.most_tokens is not None or isinstance(body, CompletionBody):
         _check_least(sampling)
+    if (form := constraint_of(body)) is not None:
+        sampling = replace(sampling, grammar=await asyncio.to_thread(host.engine.grammar, form))
     return Request(
         call.id, "completion", (), backend, sampling, body.samples, call.deadline, trace=call.trace, owner=call.owner
     )
@@ -147,6 +154,27 @@ def sampling_of(body: DrawnBody) -> Sampling:
         echo=isinstance(body, CompletionBody) and bool(body.echo),
         ignore_eos=bool(body.ignore_eos),
     )
+
+
+def constraint_of(body: DrawnBody) -> Constraint | None:
+    """What the answer's text must be; None: it may be any. Raises InvalidRequest for what is too long."""
+    asked = body.response_format
+    if isinstance(asked, ObjectFormat):
+        return Constraint("json", '{"type": "object"}', "response_format")
+    if isinstance(asked, SchemaFormat):
+        form = Constraint("json", json.dumps(asked.json_schema.definition), "response_format")
+    elif body.guided_json is not None:
+        form = Constraint("json", json.dumps(body.guided_json), "guided_json")
+    elif body.guided_choice is not None:
+        form = Constraint("choice", json.dumps(body.guided_choice), "guided_choice")
+    elif body.guided_regex is not None:
+        form = Constraint("regex", body.guided_regex, "guided_regex")
+    else:
+        return None
+    if len(form.text) > MOST_FORM:
+        message = f"{form.source} may have {MOST_FORM} characters, received {len(form.text)}"
+        raise InvalidRequest(message, param=form.source)
+    return form
 
 
 def _check_least(sampling: Sampling) -> None:

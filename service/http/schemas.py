@@ -48,6 +48,11 @@ MOST_BIASES = 1024
 MOST_BIAS, MOST_PENALTY = 100.0, 2.0
 """OpenAI's bounds, either side of zero."""
 
+MOST_FORM = 2**16
+"""Characters of a schema or a pattern that an answer must keep to."""
+
+MOST_CHOICES = 1024
+
 MOST_MESSAGES = 2048
 """Of one conversation, and parts of one message."""
 
@@ -65,10 +70,6 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "bad_words": (None, []),
     "truncate_prompt_tokens": (None,),
     "prompt_logprobs": (None,),
-    "response_format": (None, {"type": "text"}),
-    "guided_json": (None,),
-    "guided_regex": (None,),
-    "guided_choice": (None,),
     "guided_grammar": (None,),
     "dimensions": (None,),
 }
@@ -310,6 +311,48 @@ class StreamOptions(BaseModel):
     include_obfuscation: Literal[False] | None = Field(default=None, description="Not offered: leave it out or send false.")
 
 
+class JsonSchema(BaseModel):
+    """A JSON schema with a name."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    name: str | None = None
+    description: str | None = None
+    definition: dict[str, Any] = Field(alias="schema")
+    strict: bool | None = Field(default=None, description="The schema is always kept to.")
+
+
+class TextFormat(BaseModel):
+    """Any text."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    type: Literal["text"]
+
+
+class ObjectFormat(BaseModel):
+    """Any JSON object."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    type: Literal["json_object"]
+
+
+class SchemaFormat(BaseModel):
+    """JSON that a schema describes."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    type: Literal["json_schema"]
+    json_schema: JsonSchema
+
+
+ResponseFormat = Annotated[TextFormat | ObjectFormat | SchemaFormat, Field(discriminator="type")]
+
+FORMS = ("response_format", "guided_json", "guided_regex", "guided_choice")
+"""Fields that ask for an answer of a given form."""
+
+
 class DrawnBody(Cut):
     """A body that is answered by drawing tokens."""
 
@@ -338,6 +381,14 @@ class DrawnBody(Cut):
         default=None, ge=0, le=INT64, description="Before any token may end the answer. At most max_tokens."
     )
     seed: int | None = Field(default=None, ge=0, le=INT64)
+    response_format: ResponseFormat | None = Field(default=None, description="What the answer must be; one form at most.")
+    guided_json: dict[str, Any] | None = Field(default=None, description="A JSON schema that the answer keeps to.")
+    guided_regex: str | None = Field(
+        default=None, min_length=1, max_length=MOST_FORM, description="A regular expression for the whole answer."
+    )
+    guided_choice: list[Name] | None = Field(
+        default=None, min_length=1, max_length=MOST_CHOICES, description="Texts of which the answer is one."
+    )
     ignore_eos: bool | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = Field(default=None, description="Needs stream: true.")
@@ -350,7 +401,16 @@ class DrawnBody(Cut):
             raise fault("max_tokens", f"max_tokens and max_completion_tokens say the same: send one, {message}")
         if self.stream_options is not None and not self.stream:
             raise fault("stream_options", "stream_options needs stream: true")
+        self._asks_for_one_form()
         return self
+
+    def _asks_for_one_form(self) -> None:
+        asked = [name for name in FORMS if getattr(self, name) not in (None, TextFormat(type="text"))]
+        if len(asked) > 1:
+            raise fault(asked[1], f"{asked[0]} and {asked[1]} both say what the answer must be: send one")
+        for name in ("ignore_eos", "min_tokens"):
+            if asked and getattr(self, name):
+                raise fault(name, f"{name} and {asked[0]} contradict each other: send one")
 
     @property
     def samples(self) -> int:

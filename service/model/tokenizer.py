@@ -77,6 +77,11 @@ class Tokenizer:
         """The ids that are tokens, added ones included. There may be holes between them."""
         return self._bytes.keys()
 
+    @cached_property
+    def controls(self) -> Collection[int]:
+        """The ids of special tokens, which are no part of a text."""
+        return frozenset(i for i, token in self._core.get_added_tokens_decoder().items() if token.special)
+
     def stranger(self, ids: Sequence[int]) -> int | None:
         """The place of the first id that is no token; None when all are."""
         wide = np.asarray(ids)

@@ -1,0 +1,147 @@
+"""Answers of a given form: which tokens may come next under a JSON schema, a regular expression or a choice.
+
+llguidance parses beside the model (Earley over lexemes made of regular-expression derivatives): microseconds a token, some
+milliseconds when a form is met for the first time. Its limits bound what the worst form may take.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Collection, Sequence
+from functools import cached_property
+from typing import NoReturn
+
+import numpy as np
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
+from numpy.typing import NDArray
+
+from service.engine.request import Constraint, InvalidRequest
+from service.model.tokenizer import Tokenizer
+
+MOST_STATES = 1 << 13
+BYTES_PER_STATE = 2048  # the library's own figure
+
+WHITESPACE = r"(\n[ \t]{0,24}| )?"
+"""Between the parts of JSON: none, a space, or a line break and what indents. Unbounded, a model might write nothing else."""
+
+GRAMMAR_BYTES = MOST_STATES * BYTES_PER_STATE
+"""Most that the parser of one sample takes."""
+
+
+class Grammar:
+    """The text of one sample so far, and what may follow. For one thread at a time."""
+
+    def __init__(self, matcher: LLMatcher, vocab_size: int, source: str) -> None:
+        self.source = source  # the caller's name for the form
+        self._matcher = matcher
+        self._vocab_size = vocab_size
+
+    def copy(self) -> Grammar:
+        """The same text, to go on from by itself."""
+        return Grammar(self._matcher.deep_copy(), self._vocab_size, self.source)
+
+    def allowed(self) -> NDArray[np.bool_]:
+        """For each id of the model's vocabulary whether it may come next (V,); where the parser has failed, all may."""
+        bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
+        return np.unpackbits(bits, bitorder="little", count=self._vocab_size).view(np.bool_)
+
+    def take(self, token: int) -> None:
+        """Go on by a token that was allowed."""
+        self._matcher.consume_token(token)
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether nothing more may come."""
+        return bool(self._matcher.is_stopped())
+
+    @property
+    def fault(self) -> str | None:
+        """Why the parser has failed, by one of its limits."""
+        return (self._matcher.get_error() or "the form is too complex") if self._matcher.is_error() else None
+
+
+class Grammars:
+    """Makes grammars over one model's tokens."""
+
+    def __init__(self, tokenizer: Tokenizer, vocab_size: int, eos_token_ids: Collection[int]) -> None:
+        """`vocab_size`: of the model's logits. `eos_token_ids`: tokens that end an answer."""
+        self._source = tokenizer
+        self._vocab_size = vocab_size
+        self._eos_token_ids = sorted(eos_token_ids)
+        self._lock = threading.Lock()
+
+    def of(self, form: Constraint) -> Grammar:
+        """The grammar of a form, at its beginning. Takes milliseconds, the first time up to seconds; from any thread.
+
+        Raises InvalidRequest for a form that is none, or is beyond the limits.
+        """
+        try:
+            text = _grammar(form)
+        except ValueError as error:
+            _refuse(form, str(error))
+        with self._lock:  # one at a time: compiling lets go of Python's lock
+            matcher = LLMatcher(self._tokenizer, text, log_level=0, limits=_limits())
+        if matcher.is_error():
+            _refuse(form, matcher.get_error())
+        return Grammar(matcher, self._vocab_size, form.source)
+
+    @cached_property
+    def _tokenizer(self) -> LLTokenizer:
+        return LLTokenizer(
+            TokenizerWrapper(_Tokens(self._source, self._vocab_size, self._eos_token_ids)),
+            eos_token=self._eos_token_ids or None,
+            slices=LLTokenizer.json_slices(),
+        )
+
+
+class _Tokens:
+    """The tokens as the library wants to see them; ids without text, and those that end an answer, are none."""
+
+    def __init__(self, tokenizer: Tokenizer, vocab_size: int, eos_token_ids: Sequence[int]) -> None:
+        self._tokenizer = tokenizer
+        ids, controls = set(tokenizer.ids), tokenizer.controls
+        self.tokens = [
+            tokenizer.token_bytes(i) if i in ids and i not in controls and i not in eos_token_ids else b""
+            for i in range(vocab_size)
+        ]
+        self.eos_token_id = eos_token_ids[0] if eos_token_ids else vocab_size - 1
+        self.bos_token_id = None
+        self.special_token_ids = [i for i, text in enumerate(self.tokens) if not text]
+        self._ids = {text: i for i, text in enumerate(self.tokens) if text}
+        self._most_bytes = max(map(len, self._ids))
+
+    def __call__(self, text: bytes | str) -> list[int]:
+        """Tokens of a text that must come next: the model's own way to write it, where that spells it to the byte."""
+        raw = text.encode() if isinstance(text, str) else text
+        ids = self._tokenizer.encode(raw.decode(errors="replace"))
+        return ids if b"".join(self.tokens[i] for i in ids) == raw else self._longest(raw)
+
+    def _longest(self, raw: bytes) -> list[int]:
+        """Of the tokens that fit the longest, again and again; what no token begins stays out."""
+        ids: list[int] = []
+        while raw:
+            fitting = [raw[:count] for count in range(min(len(raw), self._most_bytes), 0, -1) if raw[:count] in self._ids]
+            if not fitting:
+                break
+            ids.append(self._ids[fitting[0]])
+            raw = raw[len(fitting[0]) :]
+        return ids
+
+
+def _limits() -> LLParserLimits:
+    return LLParserLimits(max_lexer_states=MOST_STATES, verbose_errors=False)
+
+
+def _grammar(form: Constraint) -> str:
+    """In the library's own terms. Raises ValueError."""
+    if form.kind == "regex":
+        return str(LLMatcher.grammar_from_regex(form.text))
+    if form.kind == "choice":
+        return str(LLMatcher.grammar_from_lark("start: " + " | ".join(json.dumps(each) for each in json.loads(form.text))))
+    return str(LLMatcher.grammar_from_json_schema(form.text, overrides={"whitespace_pattern": WHITESPACE}))
+
+
+def _refuse(form: Constraint, why: str) -> NoReturn:
+    told = " ".join(why.split())
+    raise InvalidRequest(f"{form.source} is no form that can be kept to: {told:.300}", param=form.source)
