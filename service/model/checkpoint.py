@@ -7,11 +7,10 @@ safetensors only: nothing is ever unpickled, nothing is fetched. How a config is
 from __future__ import annotations
 
 import json
-import time
+import platform
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
@@ -153,21 +152,19 @@ def choose_dtype(dtype: str, device: str) -> tuple[torch.dtype, str]:
         if dtype not in DTYPES or (dtype == "float16" and torch.device(device).type == "cpu"):
             raise ValueError(f"dtype must be auto, float32, bfloat16 or (on CUDA) float16, received {dtype!r} for {device}")
         return DTYPES[dtype], "set in the config"
-    seconds = {kind: _product_seconds(kind, device) for kind in (torch.float32, torch.bfloat16)}
-    ratio = seconds[torch.float32] / seconds[torch.bfloat16]
-    chosen = torch.bfloat16 if ratio > 1.2 else torch.float32
-    return chosen, f"auto: bfloat16 products run at {ratio:.1f} times the speed of float32 ones here"
+    if multiplies_bfloat16(device):
+        return torch.bfloat16, "auto: this machine has instructions for products of bfloat16"
+    return torch.float32, "auto: this machine has no instructions for products of bfloat16"
 
 
-def _product_seconds(dtype: torch.dtype, device: str) -> float:
-    """Median seconds of a 512-cubed matrix product."""
-    a, b = (torch.ones(512, 512, dtype=dtype, device=device) for _ in range(2))
-    times = []
-    for _ in range(7):
-        start = time.perf_counter()
-        (a @ b)[0, 0].item()  # .item() waits for an accelerator
-        times.append(time.perf_counter() - start)
-    return median(times[2:])
+def multiplies_bfloat16(device: str) -> bool:
+    """Whether a device has instructions for products of bfloat16. Asked, not timed: a busy machine would answer otherwise, and
+    two replicas of one service would give different answers."""
+    if torch.device(device).type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    if platform.machine() in ("x86_64", "AMD64"):
+        return bool(torch.cpu._is_avx512_bf16_supported())  # AMX comes with it
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def _split(model: Transformer) -> Iterator[tuple[str, Tensor]]:

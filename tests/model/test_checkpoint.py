@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
+import platform
+import random
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -489,6 +493,17 @@ def test_packed_weights_give_the_same_products_to_the_bit() -> None:
     for count in (1, 3, 64, 700):
         tokens = draw(count, seed=count)
         assert torch.equal(our_logits(loaded, tokens), our_logits(plain, tokens)), count
+
+
+@pytest.mark.parametrize(("has_it", "dtype"), [(True, torch.bfloat16), (False, torch.float32)])
+def test_the_dtype_is_that_of_the_machine_however_busy_it_is(
+    monkeypatch: pytest.MonkeyPatch, has_it: bool, dtype: torch.dtype
+) -> None:
+    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: has_it)
+    ticks = itertools.count()
+    monkeypatch.setattr(time, "perf_counter", lambda: random.Random(next(ticks)).random())  # as of a machine that stands still
+    assert {choose_dtype("auto", "cpu")[0] for _ in range(20)} == {dtype}
 
 
 def test_float16_is_refused_on_cpu() -> None:
