@@ -15,7 +15,8 @@ watch: $(BIN)/prometheus  ## Prometheus and Grafana beside the running service; 
 
 test: $(VENV)/.dev-installed  ## all tests that need no GPU; without Prometheus those that need it are skipped
 	-@$(MAKE) --no-print-directory prometheus
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not ray" -n auto --maxprocesses 4 --dist loadfile
+	$(BIN)/python -m pytest -m ray
 
 MINUTES ?= 10
 soak: $(VENV)/.dev-installed  ## a real service under mixed traffic, switches and a killed replica for MINUTES

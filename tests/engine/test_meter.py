@@ -32,7 +32,7 @@ class Owner:
 
 OWNER = Owner()
 MIB = 2**20
-LENGTH = 16 * 1024  # the longest that is audited; its chunks pass through all the shorter ones
+LENGTH = 8 * 1024  # the longest that is audited; its chunks pass through all the shorter ones
 CAUSAL = [name for name in attention.names() if name != "longformer"]
 
 
