@@ -1,8 +1,8 @@
 """The attention switch: from a config to checked backends, at the start and beside the requests of a running replica.
 
 A change is a target. One background task works towards the newest target: it builds the backends beside those in force,
-checks each against its reference, and swaps one immutable object. When that fails the old ones stay in force, and the
-state and a gauge say so.
+checks each against its reference between the steps of requests, and swaps one immutable object. When that fails the old ones
+stay in force, and the state and a gauge say so. The old go when the last request that runs under them ends.
 """
 
 from __future__ import annotations
@@ -10,18 +10,21 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Mapping
-from typing import Any, Protocol
+from collections.abc import Generator, Mapping
+from functools import partial
+from typing import Any, Protocol, TypeVar
 
+import torch
 from pydantic import ValidationError
 
 import attention
-from attention import AttentionBackend, HeadShape, truth
+from attention import AttentionBackend, HeadShape, result, truth
 from service.config import AttentionConfig, UserConfig, explain
 from service.engine.engine import Backends
 from service.metrics import Metrics
 from service.threads import in_passing_thread
 
+T = TypeVar("T")
 logger = logging.getLogger("longserve.switch")
 
 
@@ -33,10 +36,21 @@ def parse(user_config: Any) -> UserConfig:
         raise ValueError("; ".join(explain(error, UserConfig))) from None
 
 
-class Swappable(Protocol):
-    """What takes new backends: the engine."""
+class Host(Protocol):
+    """Where a switch is at work, and what it gives the backends to: the engine."""
 
-    async def swap(self, backends: Backends) -> None: ...
+    async def beside(self, parts: Generator[None, None, T]) -> T:
+        """What a computation returns that is run in parts between whatever is more urgent."""
+
+    async def swap(self, backends: Backends) -> None:
+        """Put other backends in force."""
+
+
+class Startup(Host):
+    """Before the engine there is nothing more urgent."""
+
+    async def beside(self, parts: Generator[None, None, T]) -> T:
+        return await asyncio.to_thread(in_passing_thread, torch.inference_mode()(partial(result, parts)))
 
 
 class LastServed:
@@ -72,7 +86,7 @@ class Switch:
     async def build(self, config: AttentionConfig) -> Backends:
         """Build and check the backends to start with. Raises ValueError for one that cannot serve."""
         self._asked = self._asked or config
-        return await self._checked(config.for_checkpoint(self._native))
+        return await self._checked(config.for_checkpoint(self._native), Startup())
 
     async def put_in_force(self, config: AttentionConfig, backends: Backends) -> None:
         """Note that the engine serves `config` with `backends` now."""
@@ -84,7 +98,7 @@ class Switch:
         self._metrics.switched_to(described, backends.default, str(shape.dtype).removeprefix("torch."), str(shape.device))
         await self._last_served.keep(config)
 
-    def aim(self, config: AttentionConfig, engine: Swappable) -> None:
+    def aim(self, config: AttentionConfig, engine: Host) -> None:
         """Make `config` the target, and see to it that a task works towards it. Returns at once, never raises."""
         self._target = self._asked = config
         if self._task is None or self._task.done():
@@ -115,20 +129,20 @@ class Switch:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
 
-    async def _work(self, engine: Swappable) -> None:
+    async def _work(self, engine: Host) -> None:
         """Switch until what is in force is the newest target, or that one has failed."""
         while (target := self._target) is not None:
             self._target = None
             await self._switch_to(target, engine)
 
-    async def _switch_to(self, target: AttentionConfig, engine: Swappable) -> None:
+    async def _switch_to(self, target: AttentionConfig, engine: Host) -> None:
         start = time.monotonic()
         try:
             target = target.for_checkpoint(self._native)
             if target == self._in_force:
                 self._forget_failure()  # of another target, which nobody asks for any more
                 return
-            backends = await self._checked(target)
+            backends = await self._checked(target, engine)
             await engine.swap(backends)
         except Exception as error:  # whatever it is, the old backends go on serving
             logger.exception("the attention switch failed, the former backends stay in force")
@@ -147,24 +161,22 @@ class Switch:
         self._failure = None
         self._metrics.degraded.set(0)
 
-    async def _checked(self, config: AttentionConfig) -> Backends:
-        """The config's backends, built and checked off the event loop. Raises ValueError for one that answers wrongly."""
-
-        def build() -> dict[str, AttentionBackend]:
-            return in_passing_thread(lambda: {name: self._build(name, options) for name, options in config.backends.items()})
-
+    async def _checked(self, config: AttentionConfig, host: Host) -> Backends:
+        """The config's backends, built and checked. Raises ValueError for one that answers wrongly."""
         assert config.default is not None, "`for_checkpoint` names it"
-        return Backends(await asyncio.to_thread(build), config.default)
+        built = {name: await self._built(name, options, host) for name, options in config.backends.items()}
+        return Backends(built, config.default)
 
-    def _build(self, name: str, options: Mapping[str, Any] | None) -> AttentionBackend:
+    async def _built(self, name: str, options: Mapping[str, Any] | None, host: Host) -> AttentionBackend:
         """A checked backend. The one that serves, if its options are these: with it the engine keeps states and pace."""
         serving = self._serving.get(name)
         if serving is not None and serving.options == serving.Options.model_validate(dict(options or {})):
             return serving
-        backend = attention.build(name, options, self._shape)
+        build = partial(attention.build, name, options, self._shape)
+        backend = await asyncio.to_thread(in_passing_thread, build)
         if True not in backend.directions:
             raise ValueError(f"attention backend {name} has no causal form, and this model is causal")
-        verdicts = [truth.check(kind, max_length=self._max_length) for kind in attention.shares(backend)]
+        verdicts = [await host.beside(truth.checking(kind, max_length=self._max_length)) for kind in attention.shares(backend)]
         worst = max(verdicts, key=lambda verdict: (not verdict.passed, verdict.error))
         self._metrics.truth(name, worst.error, worst.bound)
         if not worst.passed:

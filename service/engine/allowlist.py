@@ -6,7 +6,7 @@ cost. Which backend answers which layer, causally or both ways, and where its st
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -108,8 +108,11 @@ class Lane:
         return len(self.pool)
 
 
-def lane_for(name: str, backend: AttentionBackend, model: Transformer, pace: Ramp, chunk: int, budget: int) -> Lane:
-    """Make a backend ready to serve: measure its pace beside the model's, and make room for states of `budget` bytes."""
+def lane_for(
+    name: str, backend: AttentionBackend, model: Transformer, pace: Ramp, chunk: int, budget: int
+) -> Generator[None, None, Lane]:
+    """Make a backend ready to serve, in parts: measure its pace beside the model's, make room for states of `budget` bytes."""
     layers, longest = model.config.num_hidden_layers, model.config.max_length
-    course = Course(model, Pace(layers, pace, measure_attention(backend, longest), backend), longest, chunk)
+    attention = yield from measure_attention(backend, longest)
+    course = Course(model, Pace(layers, pace, attention, backend), longest, chunk)
     return Lane(name, backend, course, backend.new_pool(layers, budget))

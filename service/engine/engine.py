@@ -12,11 +12,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Generator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import numpy as np
 import torch
@@ -145,9 +145,15 @@ class Engine:
         lanes, budget, chunk = dict(self._admission.lanes), self._ledger.budget, self._config.chunk_tokens
         for name, backend in backends.by_name.items():
             if name not in lanes or lanes[name].backend is not backend:
-                make = partial(lane_for, name, backend, self._model, self._pace, chunk, budget)
-                lanes[name] = await self._on_model_thread(make)
+                lanes[name] = await self.beside(lane_for(name, backend, self._model, self._pace, chunk, budget))
         return {name: lanes[name] for name in backends.names}
+
+    async def beside(self, parts: Generator[None, None, T]) -> T:
+        """What a computation in parts returns, run on the model thread at the mercy of requests: a slice between two steps."""
+        while True:
+            ended, value = await self._on_model_thread(lambda: _slice(parts, self._config.slice_seconds))
+            if ended:
+                return cast(T, value)
 
     # ---- requests ---------------------------------------------------------------------------------------------------
 
@@ -327,3 +333,16 @@ class Engine:
         for job in self._scheduler.jobs:
             self._delivery.end(job, "model_failed", ModelFailed("the engine failed"))
         self._idle.set()
+
+
+def _slice(parts: Generator[None, None, T], seconds: float) -> tuple[bool, T | None]:
+    """Run parts for so many seconds, one at least. Returns whether that was all of them, and then what they return."""
+    limit = time.perf_counter() + seconds
+    with torch.inference_mode():
+        while True:
+            try:
+                next(parts)
+            except StopIteration as end:
+                return True, end.value
+            if time.perf_counter() > limit:
+                return False, None

@@ -8,15 +8,19 @@ of packed rows. Measuring costs tenths of a second.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from attention import AttentionBackend, Segments, shares
+from attention import AttentionBackend, Segments, result, shares
 from service.model.transformer import Transformer
 
+T = TypeVar("T")
+
+DONE = object()  # no part, but the end
 REPEATS = 7
 PROBE_ROWS, PROBE_HISTORY = 256, 4096  # tokens of the measured call: enough for the products to reach their speed
 
@@ -58,19 +62,33 @@ class Pace:
 def measure_model(model: Transformer, tokens: int = 256) -> Ramp:
     """Time the model with attention left out, on 1 and on `tokens` tokens."""
 
-    def run(count: int) -> Callable[[], Tensor]:
+    def run(count: int) -> Callable[[], Iterator[None]]:
         ids = torch.zeros(count, dtype=torch.long, device=model.device)
-        return lambda: model.hidden(ids, ids, lambda layer, q, k, v: q)
 
-    return Ramp.through((1, _seconds(run(1))), (tokens, _seconds(run(tokens))))
+        def compute() -> Iterator[None]:
+            model.hidden(ids, ids, lambda layer, q, k, v: q)[0, 0].item()  # which waits for an accelerator
+            yield
+
+        return compute
+
+    with torch.inference_mode():
+        low, high = (result(_seconds(run(count))) for count in (1, tokens))
+    return Ramp.through((1, low), (tokens, high))
 
 
-def measure_attention(backend: AttentionBackend, max_length: int) -> dict[AttentionBackend, Ramp]:
+Measuring = Generator[None, None, T]
+"""A measurement in parts, which may be run between the steps of requests: its pauses are not counted."""
+
+
+def measure_attention(backend: AttentionBackend, max_length: int) -> Measuring[dict[AttentionBackend, Ramp]]:
     """Time one layer of each kind that a backend has."""
-    return {kind: _measure_layer(kind, max_length) for kind in shares(backend)}
+    ramps = {}
+    for kind in shares(backend):
+        ramps[kind] = yield from _measure_layer(kind, max_length)
+    return ramps
 
 
-def _measure_layer(backend: AttentionBackend, max_length: int) -> Ramp:
+def _measure_layer(backend: AttentionBackend, max_length: int) -> Measuring[Ramp]:
     """Time one layer's `extend` for one token without history and for a probe at the end of a long sequence."""
     shape = backend.shape
     tokens = min(PROBE_ROWS, max_length)
@@ -80,19 +98,23 @@ def _measure_layer(backend: AttentionBackend, max_length: int) -> Ramp:
     for tensor in pool.tensors(slot).values():
         tensor.zero_()
 
-    def run(count: int, past: int) -> Callable[[], Tensor]:
+    def run(count: int, past: int) -> Callable[[], Iterator[None]]:
         sizes = (shape.query_heads, shape.key_value_heads, shape.key_value_heads)
         q, k, v = (torch.randn(count, n, shape.head_width, device=shape.device).to(shape.dtype) for n in sizes)
 
-        def extend() -> Tensor:
+        def extend() -> Iterator[None]:
             pool.pretend(slot, past)
-            return backend.extend(q, k, v, Segments((count,), (past,)), pool, 0, (slot,))
+            out = torch.empty_like(q)
+            yield from backend.extending(q, k, v, Segments((count,), (past,)), pool, 0, (slot,), out)
+            out[0, 0, 0].item()  # waits for an accelerator
 
         return extend
 
-    points = [(1, 0), (tokens, history)]
-    low, high = ((backend.cost(n, n + past, causal=True).flops, _seconds(run(n, past))) for n, past in points)
-    return Ramp.through(low, high)
+    points = []
+    for count, past in ((1, 0), (tokens, history)):
+        seconds = yield from _seconds(run(count, past))
+        points.append((backend.cost(count, count + past, causal=True).flops, seconds))
+    return Ramp.through(*points)
 
 
 def row_multiple(model: Transformer, rows: int = 512) -> int | None:
@@ -120,14 +142,17 @@ def row_multiple(model: Transformer, rows: int = 512) -> int | None:
     return None
 
 
-def _seconds(run: Callable[[], Tensor]) -> float:
-    """Least seconds of a call: what the machine can do when nothing else wants it."""
+def _seconds(run: Callable[[], Iterator[None]]) -> Measuring[float]:
+    """Least seconds of a computation in parts: what the machine can do when nothing else wants it."""
     times = []
-    with torch.inference_mode():
-        for _ in range(REPEATS):
+    for _ in range(REPEATS):
+        parts, seconds, is_over = run(), 0.0, False
+        while not is_over:
             start = time.perf_counter()
-            run()[0, ..., 0].sum().item()  # .item() waits for an accelerator
-            times.append(time.perf_counter() - start)
+            is_over = next(parts, DONE) is DONE
+            seconds += time.perf_counter() - start
+            yield
+        times.append(seconds)
     return min(times)
 
 

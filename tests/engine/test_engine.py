@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import itertools
+import time
 import weakref
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -208,6 +212,33 @@ async def test_a_request_keeps_its_backend_over_a_swap() -> None:
         assert set(engine.snapshot().pool_bytes) == {"performer"}
     assert [t for delta in (first, *rest) if isinstance(delta, Delta) for t in delta.tokens] == expected
     assert later.timings.backend == "performer"
+
+
+async def test_a_new_backend_is_timed_in_slices_between_the_steps_of_a_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, events, parts = world.make_model(), [], 20
+    backends = world.make_backends(model, linear={}, default="linear")
+    new = backends.by_name["linear"]
+    honest = new.extending
+
+    def slow(*question: Any) -> Iterator[None]:
+        for _ in range(parts):
+            events.append("part")
+            time.sleep(0.002)  # longer than a slice
+            yield
+        yield from honest(*question)
+
+    monkeypatch.setattr(new, "extending", slow)
+    watcher = world.Watcher()
+    monkeypatch.setattr(watcher, "stepped", lambda step: events.append("step"))
+    async with running(model, watcher=watcher) as engine:
+        stream = asyncio.create_task(complete(engine, completion(max_tokens=2000)))
+        await until(lambda: "step" in events)
+        await engine.swap(backends)
+        assert not stream.done()
+        stream.cancel()
+    waits = [sum(1 for _ in group) for event, group in itertools.groupby(events) if event == "part"]
+    assert sum(waits) >= 2 * parts  # it was timed more than once
+    assert max(waits) <= parts // 4  # and nowhere near as a whole: the loop may be late now and then
 
 
 async def test_an_old_backend_dies_with_its_last_request() -> None:
