@@ -65,6 +65,7 @@ def check(backend: AttentionBackend, seed: int = 0, max_length: int = MOST) -> T
     return Truth(max(errors, key=_nan_last), BOUNDS[backend.shape.dtype], _uncovered(backend, longest, max_length))
 
 
+@torch.inference_mode()
 def checking(backend: AttentionBackend, seed: int = 0, max_length: int = MOST) -> Checking:
     """`check` of `extend` alone, which is all that a service asks a causal backend for, in parts."""
     longest = _longest(backend, max_length)

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import ray
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 from ray import serve
 from ray._common.network_utils import build_address
 from ray.experimental import internal_kv
@@ -29,9 +29,10 @@ from service.replica import Replica
 from service.switch import LastServed
 
 AUTO_REPLICAS = 100  # what Serve's `num_replicas: auto` may grow to
+KEPT_SWITCHES = 10  # of those that served last
 GATHER_SECONDS = 2.0  # a replica that takes longer to export its metrics is counted as missing
 
-
+_SWITCHES = TypeAdapter(list[AttentionConfig])
 logger = logging.getLogger("longserve.app")
 
 
@@ -45,6 +46,7 @@ class Longserve:
         self._name: str = self._context.replica_tag
         self._peers: Any = None  # a handle on this deployment, made at the first scrape
         self._started = False
+        self._kept = KeptByRay(self._context.app_name)
         self._replica = Replica(
             config,
             name=self._name,
@@ -52,7 +54,7 @@ class Longserve:
             gather=self._gather,
             echoes_request_id=False,  # Serve's proxy does
             place=_place(self._context),
-            last_served=KeptByRay(self._context.app_name),
+            last_served=self._kept,
         )
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
@@ -84,6 +86,12 @@ class Longserve:
         """This replica's switch, for `longserve apply`."""
         return dict(self._replica.readiness())
 
+    async def former(self) -> dict[str, Any] | None:
+        """The switch that served before the one in force, for `longserve apply --rollback`; None: there was no other."""
+        in_force = self._replica.readiness()["attention"]
+        former = [each.model_dump() for each in await self._kept.all()]
+        return next((each for each in reversed(former) if each != in_force), None)
+
     async def drain(self) -> None:
         """Admit nothing more and finish what runs, for `longserve serve` at its end."""
         await self._replica.drain()
@@ -105,21 +113,28 @@ class Longserve:
 
 
 class KeptByRay(LastServed):
-    """The switch that served last, in the key-value store of the Ray cluster: it lives as long as that."""
+    """The switches that served last, in the key-value store of the Ray cluster: they live as long as that."""
 
     def __init__(self, application: str) -> None:
-        self._key = f"switch:{application}"
+        self._key = f"switches:{application}"
 
     async def recall(self) -> AttentionConfig | None:
+        return next(reversed(await self.all()), None)
+
+    async def all(self) -> list[AttentionConfig]:
+        """The newest last. Never raises."""
         try:
             kept = await asyncio.to_thread(internal_kv._internal_kv_get, self._key, namespace=DEPLOYMENT)
-            return None if kept is None else AttentionConfig.model_validate_json(kept)
+            return [] if kept is None else _SWITCHES.validate_json(kept)
         except Exception:  # the store is away, or holds what another version wrote: as good as nothing kept
-            logger.exception("the switch that served last cannot be recalled")
-            return None
+            logger.exception("the switches that served last cannot be recalled")
+            return []
 
     async def keep(self, config: AttentionConfig) -> None:
-        kept = config.model_dump_json()
+        former = await self.all()
+        if former[-1:] == [config]:  # the other replicas say the same
+            return
+        kept = _SWITCHES.dump_json([*former, config][-KEPT_SWITCHES:])
         try:
             await asyncio.to_thread(internal_kv._internal_kv_put, self._key, kept, namespace=DEPLOYMENT)
         except Exception:  # it serves all the same

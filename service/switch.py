@@ -14,7 +14,6 @@ from collections.abc import Generator, Mapping
 from functools import partial
 from typing import Any, Protocol, TypeVar
 
-import torch
 from pydantic import ValidationError
 
 import attention
@@ -36,21 +35,26 @@ def parse(user_config: Any) -> UserConfig:
         raise ValueError("; ".join(explain(error, UserConfig))) from None
 
 
-class Host(Protocol):
-    """Where a switch is at work, and what it gives the backends to: the engine."""
+class Slices(Protocol):
+    """Where a computation in parts is run."""
 
     async def beside(self, parts: Generator[None, None, T]) -> T:
-        """What a computation returns that is run in parts between whatever is more urgent."""
+        """What it returns, its parts run between whatever is more urgent."""
+
+
+class Host(Slices, Protocol):
+    """Where a switch is at work, and what it gives the backends to: the engine."""
 
     async def swap(self, backends: Backends) -> None:
         """Put other backends in force."""
 
 
-class Startup(Host):
-    """Before the engine there is nothing more urgent."""
+class Startup:
+    """The slices before there is an engine: nothing is more urgent."""
 
     async def beside(self, parts: Generator[None, None, T]) -> T:
-        return await asyncio.to_thread(in_passing_thread, torch.inference_mode()(partial(result, parts)))
+        """What they return, from a passing thread."""
+        return await asyncio.to_thread(in_passing_thread, partial(result, parts))
 
 
 class LastServed:
@@ -161,21 +165,19 @@ class Switch:
         self._failure = None
         self._metrics.degraded.set(0)
 
-    async def _checked(self, config: AttentionConfig, host: Host) -> Backends:
+    async def _checked(self, config: AttentionConfig, host: Slices) -> Backends:
         """The config's backends, built and checked. Raises ValueError for one that answers wrongly."""
         assert config.default is not None, "`for_checkpoint` names it"
         built = {name: await self._built(name, options, host) for name, options in config.backends.items()}
         return Backends(built, config.default)
 
-    async def _built(self, name: str, options: Mapping[str, Any] | None, host: Host) -> AttentionBackend:
+    async def _built(self, name: str, options: Mapping[str, Any] | None, host: Slices) -> AttentionBackend:
         """A checked backend. The one that serves, if its options are these: with it the engine keeps states and pace."""
         serving = self._serving.get(name)
         if serving is not None and serving.options == serving.Options.model_validate(dict(options or {})):
             return serving
         build = partial(attention.build, name, options, self._shape)
         backend = await asyncio.to_thread(in_passing_thread, build)
-        if True not in backend.directions:
-            raise ValueError(f"attention backend {name} has no causal form, and this model is causal")
         verdicts = [await host.beside(truth.checking(kind, max_length=self._max_length)) for kind in attention.shares(backend)]
         worst = max(verdicts, key=lambda verdict: (not verdict.passed, verdict.error))
         self._metrics.truth(name, worst.error, worst.bound)

@@ -338,11 +338,10 @@ class Engine:
 def _slice(parts: Generator[None, None, T], seconds: float) -> tuple[bool, T | None]:
     """Run parts for so many seconds, one at least. Returns whether that was all of them, and then what they return."""
     limit = time.perf_counter() + seconds
-    with torch.inference_mode():
-        while True:
-            try:
-                next(parts)
-            except StopIteration as end:
-                return True, end.value
-            if time.perf_counter() > limit:
-                return False, None
+    while True:
+        try:
+            next(parts)
+        except StopIteration as end:
+            return True, end.value
+        if time.perf_counter() > limit:
+            return False, None

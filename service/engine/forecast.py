@@ -80,6 +80,7 @@ Measuring = Generator[None, None, T]
 """A measurement in parts, which may be run between the steps of requests: its pauses are not counted."""
 
 
+@torch.inference_mode()
 def measure_attention(backend: AttentionBackend, max_length: int) -> Measuring[dict[AttentionBackend, Ramp]]:
     """Time one layer of each kind that a backend has."""
     ramps = {}
