@@ -227,8 +227,7 @@ def apply(options: argparse.Namespace) -> int:
         file = _as_before(file) if options.rollback else file
         running = cluster.deployed()
         changes = _changes(file, cluster.http_options(), running)
-        for change in changes or ["nothing differs from what the service was told last"]:
-            print(change, flush=True)
+        print("\n".join(map(str, changes)) or "nothing differs from what the service was told last", flush=True)
         if not options.restart and (restarting := [change.key for change in changes if change.restarts]):
             raise Refused(f"{', '.join(restarting)} would restart the replicas; with --restart they are")
         _rehearse(path, file)
