@@ -55,14 +55,14 @@ def rehearse(args: ServiceConfig, switch: AttentionConfig, dtype: str, budget: i
     shape = config.head_shape(model.dtype, args.device)
     for name, options in switch.for_checkpoint(config.native).backends.items():
         backend = attention.build(name, options, shape)
-        for kind in shares(backend):
-            verdict = result(truth.checking(kind, max_length=min(REHEARSED_TOKENS, config.max_length)))
-            if not verdict.passed:
-                raise ValueError(f"{name} is off its definition by {verdict.error:.2g}, allowed: {verdict.bound:.2g}")
         pool = backend.new_pool(config.num_hidden_layers, 0)
         needed = pool.slot_bytes(1) + _course(model, backend, args.engine.chunk_tokens).prefill_bytes(1)
         if needed > budget:
             raise ValueError(f"{name} needs {needed} bytes for a request of one token, a replica's budget is {budget}")
+        for kind in shares(backend):
+            verdict = result(truth.checking(kind, max_length=min(REHEARSED_TOKENS, config.max_length)))
+            if not verdict.passed:
+                raise ValueError(f"{name} is off its definition by {verdict.error:.2g}, allowed: {verdict.bound:.2g}")
 
 
 def _sampling(directory: Path) -> str:
