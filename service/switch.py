@@ -42,7 +42,7 @@ class Slices(Protocol):
         """What it returns, its parts run between whatever is more urgent."""
 
 
-class Host(Slices, Protocol):
+class Swappable(Slices, Protocol):
     """Where a switch is at work, and what it gives the backends to: the engine."""
 
     async def swap(self, backends: Backends) -> None:
@@ -102,7 +102,7 @@ class Switch:
         self._metrics.switched_to(described, backends.default, str(shape.dtype).removeprefix("torch."), str(shape.device))
         await self._last_served.keep(config)
 
-    def aim(self, config: AttentionConfig, engine: Host) -> None:
+    def aim(self, config: AttentionConfig, engine: Swappable) -> None:
         """Make `config` the target, and see to it that a task works towards it. Returns at once, never raises."""
         self._target = self._asked = config
         if self._task is None or self._task.done():
@@ -133,13 +133,13 @@ class Switch:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
 
-    async def _work(self, engine: Host) -> None:
+    async def _work(self, engine: Swappable) -> None:
         """Switch until what is in force is the newest target, or that one has failed."""
         while (target := self._target) is not None:
             self._target = None
             await self._switch_to(target, engine)
 
-    async def _switch_to(self, target: AttentionConfig, engine: Host) -> None:
+    async def _switch_to(self, target: AttentionConfig, engine: Swappable) -> None:
         start = time.monotonic()
         try:
             target = target.for_checkpoint(self._native)
