@@ -39,7 +39,7 @@ from ray.serve.exceptions import RayServeException  # noqa: E402
 from ray.serve.schema import ServeDeploySchema  # noqa: E402
 
 from service.child import end_session  # noqa: E402
-from service.config import DEPLOYMENT, ApplicationSection, ServeFile  # noqa: E402
+from service.config import DEPLOYMENT, ApplicationSection, ServeFile, ServiceConfig  # noqa: E402
 from service.http.proxy import LIMITS  # noqa: E402
 
 OBJECT_STORE_BYTES = 100 * 2**20  # requests and answers do not pass through it; Ray's default takes 30 % of the memory
