@@ -130,7 +130,7 @@ def test_a_switch_under_load_fails_no_request_and_keeps_the_processes(service: S
         ({"backends": {"sparse": {}}}, "unknown attention backend 'sparse'"),
         ({"backends": {"dense": {}, "sliding_window": {"window": 0}}}, "sliding_window.window"),
         ({"backends": {"dense": {}, "performer": {"features": 10**9}}}, "performer.features"),
-        ({"backends": {"dense": {}, "longformer": {}}}, "longformer has no causal form"),
+        ({"default": "dense", "backends": {"dense": {}, "longformer": {}}}, "longformer has no causal form"),
     ],
 )
 def test_a_switch_that_cannot_serve_never_reaches_a_replica(
