@@ -128,12 +128,12 @@ def test_only_this_machine_and_this_user_reach_a_local_service(tmp_path: Path, s
 
 def test_a_switch_that_failed_neither_stays_nor_keeps_a_replica_from_starting(tmp_path: Path) -> None:
     with serving(tmp_path / "one.yaml", lambda data: None) as service:
-        good = service.file.read_text()
+        good, asked = service.file.read_text(), service.status()[1][0]["asked"]
         bad = service.rewrite(lambda data: switch_of(data).update(default="longformer", backends={"longformer": {}}))
         refused = service.apply(bad)
         assert refused.returncode == 2
         assert "no causal form" in refused.stderr
-        assert service.status()[1][0]["asked"] == service.status()[1][0]["attention"]  # no replica has heard of it
+        assert service.status()[1][0]["asked"] == asked  # no replica has heard of it
 
         refused = apply_unrehearsed(bad)
         assert refused.returncode == 1
