@@ -390,6 +390,9 @@ def plan(options: argparse.Namespace) -> int:
         size, seconds = found["needed_bytes"] / 2**20, sum(found["predicted_seconds"].values())
         why = f": {found['reason']}, longest {found['longest_tokens']} tokens" if found["reason"] else ""
         print(f"{backend:<16}{found['total_tokens']:>8}{size:>9.1f}{seconds:>9.2f}  {found['verdict']}{why}")
+    for told, wish in (("no wish", {}), ("auto", {"attention": "auto"})):
+        found = _get(f"{base}/v1/plan", application, {"prompt": text, "max_tokens": options.max_tokens, **wish})["data"][0]
+        print(f"{told}: {found['backend']} ({found['why']})")
     return 0
 
 

@@ -132,6 +132,14 @@ class ServiceConfig(Settings):
     http: HttpConfig = HttpConfig()
 
 
+class AutoConfig(Settings):
+    """How `auto` picks a backend, and what becomes of a request that cannot fit under the default."""
+
+    prefer: tuple[str, ...] = ()  # the only ones picked from, best answers first; none: the fastest of all
+    max_seconds: float | None = Field(default=None, gt=0)  # predicted, queue included; who takes longer is passed over
+    spill: bool = False  # what cannot fit under the default is offered under the next of `prefer` (or `backends`) that it fits
+
+
 class AttentionConfig(Settings):
     """The switch: the allow-list of backends with their options, in order, and which one serves when none is asked for.
 
@@ -140,6 +148,7 @@ class AttentionConfig(Settings):
 
     default: str | None = None  # None: the checkpoint's own, which is native where it has windows, else dense
     backends: dict[str, dict[str, Any] | None] = Field(default={"dense": {}}, min_length=1)
+    auto: AutoConfig = AutoConfig()
 
     @field_validator("backends")
     @classmethod
@@ -162,6 +171,9 @@ class AttentionConfig(Settings):
         if (self.default or "dense") not in (*self.backends, "auto", "native"):
             wanted = f"default must be auto, native or one of backends ({', '.join(self.backends)})"
             raise ValueError(f"{wanted}, received {self.default or 'none, which is dense'!r}")
+        prefer = self.auto.prefer
+        if len(set(prefer)) < len(prefer) or not {*prefer} <= {*self.backends, "native"}:
+            raise ValueError(f"auto.prefer must name some of backends ({', '.join(self.backends)}), each once")
         return self
 
     def for_checkpoint(self, native: Mapping[str, Any] | None) -> AttentionConfig:
@@ -174,13 +186,14 @@ class AttentionConfig(Settings):
         """
         backends = dict(self.backends)
         if native is None:
-            if "native" in (self.default, *backends):
+            if "native" in (self.default, *self.auto.prefer, *backends):
                 raise ValueError("native: this checkpoint sees everything in every layer, which is dense")
-            return AttentionConfig(default=self.default or "dense", backends=backends)
+            return self.model_copy(update={"default": self.default or "dense"})
         options = backends.pop("native", None) or {}
         if strange := [name for name in native if options.get(name, native[name]) != native[name]]:
             raise ValueError(f"native.{strange[0]}: that is the checkpoint's to say, {native[strange[0]]}")
-        return AttentionConfig(default=self.default or "native", backends={"native": {**options, **native}, **backends})
+        backends = {"native": {**options, **native}, **backends}
+        return self.model_copy(update={"default": self.default or "native", "backends": backends})
 
 
 class UserConfig(Settings):

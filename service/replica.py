@@ -24,6 +24,7 @@ from starlette.types import ASGIApp
 from service import exposition
 from service.config import AttentionConfig, EngineConfig, HttpConfig, ServiceConfig, UserConfig, api_keys
 from service.engine.engine import Engine
+from service.engine.profile import Profile
 from service.exposition import Families, Format, Gather, Gathered, Page
 from service.http.errors import NotReady
 from service.http.face import ModelCard
@@ -31,7 +32,7 @@ from service.http.reader import Reader
 from service.http.routes import create_app
 from service.http.workers import Workers
 from service.logs import LOGGERS
-from service.machine import Place, dealt_cpus, dealt_threads
+from service.machine import Place, available_cpus, cache_folder, dealt_cpus, dealt_threads, processor
 from service.metrics import Metrics
 from service.model import checkpoint
 from service.model.checkpoint import Checkpoint
@@ -116,7 +117,8 @@ class Replica:
         backends = await self._switch.build(attention)
         await self._workers.start()
         loaded, settings, observer = self._loaded, self._engine_settings(), self._traced or self._metrics
-        engine = Engine(loaded.model, loaded.tokenizer, backends, settings, observer, dealt_cpus(self._place))
+        profile = Profile(cache_folder(), self._pace_facts())
+        engine = Engine(loaded.model, loaded.tokenizer, backends, settings, observer, dealt_cpus(self._place), profile)
         await engine.start()
         await self._switch.put_in_force(attention, backends)
         self._metrics.threads.set(torch.get_num_threads())
@@ -125,6 +127,22 @@ class Replica:
         self._engine = engine
         gc.collect()
         gc.freeze()  # what is loaded stays: looking through it again would stop every thread for 0.1 s, now and then
+
+    def _pace_facts(self) -> dict[str, str | int]:
+        """All that the pace of model and backends depends on."""
+        model, shape = self._loaded.model, self._loaded.model.head_shape()
+        return {
+            "machine": torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else processor(),
+            "cpus": available_cpus(),
+            "threads": torch.get_num_threads(),
+            "precision": torch.get_float32_matmul_precision(),
+            "torch": torch.__version__,
+            "longserve": version("longserve"),
+            "model": str(model.config),
+            "impl": str(model.impl),
+            "dtype": str(shape.dtype),
+            "device": str(shape.device),
+        }
 
     def _engine_settings(self) -> EngineConfig:
         """The engine's settings, `memory_share` divided among the replicas that take from the same memory."""

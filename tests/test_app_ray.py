@@ -126,7 +126,7 @@ def test_a_switch_under_load_fails_no_request_and_keeps_the_processes(service: S
 @pytest.mark.parametrize(
     ("switch", "says"),
     [
-        ({"defalt": "dense"}, "user_config.attention.defalt: unknown key, allowed here: default, backends"),
+        ({"defalt": "dense"}, "user_config.attention.defalt: unknown key, allowed here: default, backends, auto"),
         ({"backends": {"sparse": {}}}, "unknown attention backend 'sparse'"),
         ({"backends": {"dense": {}, "sliding_window": {"window": 0}}}, "sliding_window.window"),
         ({"backends": {"dense": {}, "performer": {"features": 10**9}}}, "performer.features"),
@@ -168,7 +168,10 @@ def test_a_plan_is_told_on_the_command_line(service: Service, tmp_path: Path) ->
     text.write_text("import os\n" * 100)
     told = service.cli("plan", str(text), str(service.file))
     assert told.returncode == 0, told.stderr
-    assert [line.split()[0] for line in told.stdout.splitlines()[1:]] == list(BACKENDS)
+    *table, default, auto = told.stdout.splitlines()[1:]
+    assert [line.split()[0] for line in table] == list(BACKENDS)
+    assert default == "no wish: sliding_window (default)"
+    assert auto.startswith("auto: ") and all(f"{name} 0" in auto for name in BACKENDS)
 
 
 def test_a_model_that_cannot_be_served_is_told_as_the_reason(service: Service, tmp_path: Path) -> None:

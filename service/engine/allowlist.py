@@ -6,13 +6,16 @@ cost. Which backend answers which layer, causally or both ways, and where its st
 
 from __future__ import annotations
 
+import json
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from attention import AttentionBackend, Segments, StatePool
-from service.engine.forecast import Course, Pace, Ramp, measure_attention
+from attention import AttentionBackend, Segments, StatePool, shares
+from service.config import AutoConfig
+from service.engine.forecast import Course, Drift, Pace, Ramp, measure_attention
+from service.engine.profile import Profile
 from service.engine.request import AUTO
 from service.model.transformer import Transformer
 
@@ -27,6 +30,7 @@ class Backends:
 
     by_name: Mapping[str, AttentionBackend]
     default: str
+    auto: AutoConfig = field(default_factory=AutoConfig)
 
     def __post_init__(self) -> None:
         if not self.by_name:
@@ -46,17 +50,26 @@ class Backends:
 
 @dataclass(frozen=True, eq=False)
 class Lane:
-    """One backend in force, ready to serve: its forecast, the pool of its states, which has the backend of each layer, and that
-    of the prefixes that are kept."""
+    """One backend in force, ready to serve: its forecast, how that has held, the pool of its states, which has the backend of
+    each layer, and that of the prefixes that are kept."""
 
     name: str
     backend: AttentionBackend
     course: Course
     pool: StatePool
     kept: StatePool = field(init=False)
+    drift: Drift = field(default_factory=Drift)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "kept", StatePool(self.pool.backends, self.pool.max_bytes))
+
+    def prefill_seconds(self, tokens: int, done: int = 0, kind: str = "prefill") -> float:
+        """Predicted seconds of a prompt's tokens behind the first `done`, as steps of the kind have lately gone."""
+        return self.drift(kind) * (self.course.seconds(tokens) - self.course.seconds(done))
+
+    def decode_seconds(self, length: int) -> float:
+        """The same of a decode step that makes a sequence `length` tokens long."""
+        return self.drift("decode") * self.course.decode_seconds(length)
 
     def answering(
         self, layer: int, question: tuple[Tensor, Tensor, Tensor], segments: Segments, slots: Sequence[int], out: Tensor
@@ -109,10 +122,18 @@ class Lane:
 
 
 def lane_for(
-    name: str, backend: AttentionBackend, model: Transformer, pace: Ramp, chunk: int, budget: int
+    name: str, backend: AttentionBackend, model: Transformer, pace: Ramp, profile: Profile, chunk: int, budget: int
 ) -> Generator[None, None, Lane]:
-    """Make a backend ready to serve, in parts: measure its pace beside the model's, make room for states of `budget` bytes."""
-    layers, longest = model.config.num_hidden_layers, model.config.max_length
-    attention = yield from measure_attention(backend, longest)
-    course = Course(model, Pace(layers, pace, attention, backend), longest, chunk)
+    """Make a backend ready to serve, in parts: its pace beside the model's, and room for states of `budget` bytes.
+
+    The pace is the profile's; what is not in it is measured and kept there.
+    """
+    layers, longest, kinds = model.config.num_hidden_layers, model.config.max_length, list(shares(backend))
+    key = json.dumps(backend.describe(), sort_keys=True, default=str)
+    lines = profile.recall(key, len(kinds))
+    if lines is None:
+        measured = yield from measure_attention(backend, longest)
+        lines = [measured[kind] for kind in kinds]
+        profile.keep(key, lines)
+    course = Course(model, Pace(layers, pace, dict(zip(kinds, lines, strict=True)), backend), longest, chunk)
     return Lane(name, backend, course, backend.new_pool(layers, budget))

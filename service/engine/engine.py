@@ -21,18 +21,20 @@ from typing import TypeVar, cast
 import numpy as np
 import torch
 
+from attention import AttentionBackend
 from service.config import EngineConfig
 from service.engine.admission import Admission, Ledger, Offer, Plan
 from service.engine.allowlist import Backends, Lane, lane_for
 from service.engine.answer import Answer
 from service.engine.delivery import Delivery, attempt
 from service.engine.departures import Departures
-from service.engine.forecast import measure_model, row_multiple
+from service.engine.forecast import Ramp, measure_model, row_multiple
 from service.engine.grammar import Grammar, Grammars
 from service.engine.job import Job
 from service.engine.observer import NullObserver, Observer, Snapshot
 from service.engine.pins import Pin
 from service.engine.prefixes import Prefixes
+from service.engine.profile import Profile
 from service.engine.request import Constraint, Draining, ModelFailed, Request, RequestError
 from service.engine.runner import LOGIT_ROWS, Runner
 from service.engine.scheduler import Scheduler
@@ -62,14 +64,21 @@ class Engine:
         config: EngineConfig,
         observer: Observer | None = None,
         cpus: Collection[int] = (),
+        profile: Profile | None = None,
     ) -> None:
-        """Nothing runs before `start`. `cpus`: those that only this engine's model thread and its workers are to use."""
+        """Nothing runs before `start`.
+
+        Args:
+            cpus: those that only this engine's model thread and its workers are to use.
+            profile: the pace as an earlier engine has measured it here, if one has.
+        """
         self._model = model
         self._tokenizer = tokenizer
         self._backends = backends
         self._config = config
         self._observer = observer or NullObserver()
         self._cpus = sorted(cpus)
+        self._profile = profile or Profile()
         self._is_dead = False
         self._last_progress = time.monotonic()
         self._wake = asyncio.Event()
@@ -91,7 +100,7 @@ class Engine:
         self._thread = ThreadPoolExecutor(1, "longserve-model", initializer=give)
         rows, logit_rows = max(config.chunk_tokens, config.max_sequences), max(LOGIT_ROWS, config.max_sequences)
         await self._on_model_thread(lambda: model.warm_up(rows, logit_rows))
-        self._pace = await self._on_model_thread(lambda: measure_model(model))
+        self._pace = await self._on_model_thread(lambda: _pace_of(model, self._profile))
         self._rows = await self._on_model_thread(lambda: row_multiple(model))
         prefixes = Prefixes(self._ledger, config.chunk_tokens, config.prefix_share, config.prefix_shared)
         self._prefixes = prefixes
@@ -134,7 +143,7 @@ class Engine:
     async def swap(self, backends: Backends) -> None:
         """Put another allow-list in force for new requests. Requests in flight keep their backend."""
         self._admission.lanes = await self._opened(backends)
-        self._admission.default = backends.default
+        self._admission.default, self._admission.rules = backends.default, backends.auto
         self._backends = backends
         lanes = self._prefixes.lanes = frozenset(self._admission.lanes.values())
         self._prefixes.forget(lambda kept: kept.lane not in lanes)
@@ -142,11 +151,15 @@ class Engine:
 
     async def _opened(self, backends: Backends) -> dict[str, Lane]:
         """A lane for every backend; those that serve already keep theirs."""
-        lanes, budget, chunk = dict(self._admission.lanes), self._ledger.budget, self._config.chunk_tokens
+        lanes = dict(self._admission.lanes)
         for name, backend in backends.by_name.items():
             if name not in lanes or lanes[name].backend is not backend:
-                lanes[name] = await self.beside(lane_for(name, backend, self._model, self._pace, chunk, budget))
+                lanes[name] = await self.beside(self._lane_for(name, backend))
         return {name: lanes[name] for name in backends.names}
+
+    def _lane_for(self, name: str, backend: AttentionBackend) -> Generator[None, None, Lane]:
+        chunk, budget = self._config.chunk_tokens, self._ledger.budget
+        return lane_for(name, backend, self._model, self._pace, self._profile, chunk, budget)
 
     async def beside(self, parts: Generator[None, None, T]) -> T:
         """What a computation in parts returns, run on the model thread at the mercy of requests: a slice between two steps."""
@@ -293,6 +306,8 @@ class Engine:
             self._scheduler.account(work, work.seconds - before)
             if not is_over:
                 self._scheduler.pause(work)
+            elif work.meter is None:  # counting takes time of its own
+                work.lane.drift.note(work.kind, work.predicted_seconds, work.seconds)
         self._last_progress = time.monotonic()
         return is_over
 
@@ -333,6 +348,14 @@ class Engine:
         for job in self._scheduler.jobs:
             self._delivery.end(job, "model_failed", ModelFailed("the engine failed"))
         self._idle.set()
+
+
+def _pace_of(model: Transformer, profile: Profile) -> Ramp:
+    """The model's own pace: the profile's, else measured and kept there."""
+    if (kept := profile.recall("model", 1)) is None:
+        kept = [measure_model(model)]
+        profile.keep("model", kept)
+    return kept[0]
 
 
 def _slice(parts: Generator[None, None, T], seconds: float) -> tuple[bool, T | None]:

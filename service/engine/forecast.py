@@ -7,6 +7,7 @@ of packed rows. Measuring costs tenths of a second.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass
@@ -22,6 +23,9 @@ T = TypeVar("T")
 
 DONE = object()  # no part, but the end
 REPEATS = 7
+DRIFT_SECONDS = 1.5  # of steps, which outweigh all before them
+HALF_LIFE_SECONDS = 120.0
+MOST_DRIFT = math.log(10)  # either way: a step that was held up longer says nothing of the backend
 PROBE_ROWS, PROBE_HISTORY = 256, 4096  # tokens of the measured call: enough for the products to reach their speed
 
 
@@ -155,6 +159,32 @@ def _seconds(run: Callable[[], Iterator[None]]) -> Measuring[float]:
             yield
         times.append(seconds)
     return min(times)
+
+
+class Drift:
+    """How many times as long as predicted the steps of each kind take, as the running engine measures them.
+
+    Each second of steps counts for as much as all before it. With time it is forgotten, half of it in HALF_LIFE_SECONDS: what
+    a neighbour on the machine did to a backend that has not run since says nothing of it now.
+    """
+
+    def __init__(self) -> None:
+        self._logs: dict[str, tuple[float, float]] = {}  # by kind: logarithm, and when it was noted
+
+    def __call__(self, kind: str) -> float:
+        """What to multiply a prediction by."""
+        return math.exp(self._log(kind))
+
+    def note(self, kind: str, predicted: float, measured: float) -> None:
+        """A step has ended."""
+        if predicted > 0 and measured > 0:
+            found = max(-MOST_DRIFT, min(MOST_DRIFT, math.log(measured / predicted)))
+            weight, known = -math.expm1(-measured / DRIFT_SECONDS), self._log(kind)
+            self._logs[kind] = known + weight * (found - known), time.monotonic()
+
+    def _log(self, kind: str) -> float:
+        value, noted = self._logs.get(kind, (0.0, 0.0))
+        return float(value * 0.5 ** ((time.monotonic() - noted) / HALF_LIFE_SECONDS))
 
 
 class Course:

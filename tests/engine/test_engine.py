@@ -274,7 +274,7 @@ async def test_auto_takes_the_backend_it_predicts_to_be_fastest_and_says_so() ->
         plan = engine.plan(request)
         await complete(engine, request)
     assert request.timings.backend == plan.backend
-    assert request.timings.why.startswith("auto: predicted")
+    assert request.timings.why.startswith("auto: fastest, predicted")
     assert all(name in request.timings.why for name in world.BACKENDS)
 
 

@@ -9,11 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from service.config import EngineConfig
-from service.engine.admission import Ledger, Need, Offer
+from service.engine.admission import Ledger, Offer
 from service.engine.allowlist import Lane
 from service.engine.answer import Answer
 from service.engine.forecast import Course, Pace, Ramp
 from service.engine.job import Job
+from service.engine.need import Need
 from service.engine.prefixes import Prefixes
 from service.engine.request import Request, Sampling
 from service.engine.scheduler import Scheduler
