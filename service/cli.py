@@ -24,7 +24,7 @@ from types import FrameType
 from typing import Any
 
 from service.child import heeded, run_in_own_session
-from service.config import ApplicationSection, AttentionConfig, ConfigError, ServeFile, UserConfig, api_keys, read
+from service.config import ApplicationSection, AttentionConfig, ConfigError, ServeFile, UserConfig, admin_keys, api_keys, read
 from service.difference import RESTARTING, Change, differences
 from service.machine import available_cpus
 from service.model import files
@@ -154,6 +154,7 @@ def _check_startable(path: Path, file: ServeFile) -> None:
             raise ConfigError(f"{path}: applications.{index}.args.model: {error}") from error
         try:
             api_keys(application.args.http)
+            admin_keys(application.args.http)
         except ValueError as error:
             raise ConfigError(f"{path}: applications.{index}.args.{error}") from error
     host, port = file.http_options.host, file.http_options.port

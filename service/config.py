@@ -95,6 +95,7 @@ class HttpConfig(Settings):
 
     api_keys_env: str | None = None  # environment variable that holds the API keys, comma-separated
     api_keys_file: str | None = None  # YAML, `keys:` with name, key, limits (KeyConfig); without either no key is asked for
+    admin_keys_env: str | None = None  # environment variable with the keys that let into /admin; None: there is no /admin
     cors_origins: tuple[str, ...] = ()  # pages that may call from a browser, as https://host; "*": all; none: no page may
     max_body_bytes: int = Field(default=16 * 2**20, gt=0)  # counted while reading; above it 413
     max_bodies_bytes: int = Field(default=256 * 2**20, gt=0)  # of all bodies whose answer has not begun; above it 429
@@ -127,6 +128,7 @@ class ServiceConfig(Settings):
     log_file: str | None = None  # takes the log lines of all replicas of a machine; None: stderr
     traces: str | None = Field(default=None, pattern="^https?://")  # OTLP/HTTP: takes a trace per request; None: off
     stall_seconds: float = Field(default=60, gt=0)  # work waits and no step ends for so long: the replica is unhealthy
+    truth_check_seconds: float | None = Field(default=3600, gt=0)  # between two checks of what serves, when idle; None: none
     drain_seconds: float = Field(default=30, ge=0)  # what runs may take so long to end when the service stops
     engine: EngineConfig = EngineConfig()
     http: HttpConfig = HttpConfig()
@@ -307,11 +309,18 @@ def api_keys(config: HttpConfig) -> tuple[str, ...]:
     """The keys of the environment. Raises ValueError where the config asks for keys and environment or file have none."""
     if config.api_keys_file is not None:
         read_keys(Path(config.api_keys_file))  # in vain, but for its errors: the service reads it again and again
-    if config.api_keys_env is None:
-        return ()
-    keys = tuple(key.strip() for key in os.environ.get(config.api_keys_env, "").split(",") if key.strip())
+    return () if config.api_keys_env is None else _keys_in(config.api_keys_env, "api_keys_env")
+
+
+def admin_keys(config: HttpConfig) -> tuple[str, ...]:
+    """The keys that let into /admin; none: nobody is. Raises ValueError where the config names them and they are not there."""
+    return () if config.admin_keys_env is None else _keys_in(config.admin_keys_env, "admin_keys_env")
+
+
+def _keys_in(variable: str, field: str) -> tuple[str, ...]:
+    keys = tuple(key.strip() for key in os.environ.get(variable, "").split(",") if key.strip())
     if not keys:
-        raise ValueError(f"http.api_keys_env is {config.api_keys_env}, but that environment variable holds no key")
+        raise ValueError(f"http.{field} is {variable}, but that environment variable holds no key")
     return keys
 
 

@@ -10,7 +10,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections import deque
 from collections.abc import Generator, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any, Protocol, TypeVar
 
@@ -24,6 +26,8 @@ from service.metrics import Metrics
 from service.threads import in_passing_thread
 
 T = TypeVar("T")
+HISTORY = 20  # changes that are remembered
+
 logger = logging.getLogger("longserve.switch")
 
 
@@ -47,6 +51,9 @@ class Swappable(Slices, Protocol):
 
     async def swap(self, backends: Backends) -> None:
         """Put other backends in force."""
+
+    def withdraw(self, name: str, reason: str | None) -> None:
+        """Answer nothing more under a backend; None: it serves again."""
 
 
 class Startup:
@@ -86,6 +93,7 @@ class Switch:
         self._asked: AttentionConfig | None = None  # the last one asked for, in force or not
         self._failure: str | None = None
         self._task: asyncio.Task[None] | None = None
+        self._history: deque[Mapping[str, Any]] = deque(maxlen=HISTORY)
 
     async def build(self, config: AttentionConfig) -> Backends:
         """Build and check the backends to start with. Raises ValueError for one that cannot serve."""
@@ -127,6 +135,33 @@ class Switch:
         """Whether the background task is at work."""
         return self._task is not None and not self._task.done()
 
+    async def check_truth(self, engine: Swappable) -> list[Mapping[str, Any]]:
+        """Check all that serve again, between the steps of requests: one that is off its definition is withdrawn until a later
+        check finds it within the bound."""
+        found: list[Mapping[str, Any]] = []
+        for name, backend in list(self._serving.items()):
+            verdict = await self._verdict(backend, engine)
+            if self._serving.get(name) is backend:  # else it was switched away meanwhile
+                engine.withdraw(name, None if verdict.passed else _off(verdict))
+            if not verdict.passed:
+                logger.error("attention backend %s is withdrawn: %s", name, _off(verdict))
+            found.append({"backend": name, "error": verdict.error, "bound": verdict.bound, "passed": verdict.passed})
+        return found
+
+    async def rehearse(self, config: AttentionConfig, engine: Swappable) -> None:
+        """Build and check what a config names, and let go of it. Raises ValueError for a backend that cannot serve."""
+        await self._checked(config.for_checkpoint(self._native), engine)
+
+    @property
+    def history(self) -> list[Mapping[str, Any]]:
+        """The changes of late, the newest last."""
+        return list(self._history)
+
+    async def settled(self) -> None:
+        """Return when the background task has done its work."""
+        if self._task is not None:
+            await asyncio.wait([self._task])
+
     async def stop(self) -> None:
         """Give up a switch that is under way."""
         if self._task is not None:
@@ -154,7 +189,11 @@ class Switch:
         else:
             await self.put_in_force(target, backends)
             self._metrics.switches.labels("ok").inc()
-        self._metrics.switch_seconds.observe(time.monotonic() - start)
+        seconds = time.monotonic() - start
+        self._metrics.switch_seconds.observe(seconds)
+        self._history.append(
+            {"at": time.time(), "attention": target.model_dump(), "seconds": seconds, "failure": self._failure}
+        )
 
     def _fail(self, reason: str) -> None:
         self._failure = reason
@@ -178,12 +217,20 @@ class Switch:
             return serving
         build = partial(attention.build, name, options, self._shape)
         backend = await asyncio.to_thread(in_passing_thread, build)
+        verdict = await self._verdict(backend, host)
+        if not verdict.passed:
+            raise ValueError(f"attention backend {name} is {_off(verdict)}")
+        if verdict.uncovered:
+            logger.warning("the truth check of %s: %s", name, verdict.uncovered)
+        return backend
+
+    async def _verdict(self, backend: AttentionBackend, host: Slices) -> truth.Truth:
+        """The worst verdict on the kinds of layers that a backend has, told to the metrics."""
         verdicts = [await host.beside(truth.checking(kind, max_length=self._max_length)) for kind in attention.shares(backend)]
         worst = max(verdicts, key=lambda verdict: (not verdict.passed, verdict.error))
-        self._metrics.truth(name, worst.error, worst.bound)
-        if not worst.passed:
-            raise ValueError(f"attention backend {name} is off its definition by {worst.error:.2g}, allowed: {worst.bound:.2g}")
-        for verdict in verdicts:
-            if verdict.uncovered:
-                logger.warning("the truth check of %s: %s", name, verdict.uncovered)
-        return backend
+        self._metrics.truth(backend.name, worst.error, worst.bound)
+        return replace(worst, uncovered="; ".join(filter(None, (verdict.uncovered for verdict in verdicts))))
+
+
+def _off(verdict: truth.Truth) -> str:
+    return f"off its definition by {verdict.error:.2g}, allowed: {verdict.bound:.2g}"

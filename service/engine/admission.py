@@ -134,7 +134,7 @@ class Admission:
         self._cached = cached
 
     def admit(self, request: Request) -> Offer:
-        """What the request runs under, or its refusal: InvalidRequest and its kinds, QueueFull, Draining, DeadlineExceeded."""
+        """What the request runs under, or its refusal, as `Engine.submit` lists them."""
         if self.is_closed:
             raise Draining("the service is stopping and admits nothing more")
         if request.deadline is not None and request.deadline <= time.monotonic():
@@ -148,7 +148,7 @@ class Admission:
         return offer
 
     def plan(self, request: Request) -> Plan:
-        """What the request would cost and whether it would be admitted now. Raises InvalidRequest, UnknownBackend."""
+        """What the request would cost and whether it would be admitted now. Raises InvalidRequest and its kinds, Withdrawn."""
         return self._planned(request, self.offer(request))
 
     def offer(self, request: Request) -> Offer:

@@ -48,7 +48,7 @@ class Backends:
         return tuple(self.by_name)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Lane:
     """One backend in force, ready to serve: its forecast, how that has held, the pool of its states, which has the backend of
     each layer, and that of the prefixes that are kept."""
@@ -59,9 +59,10 @@ class Lane:
     pool: StatePool
     kept: StatePool = field(init=False)
     drift: Drift = field(default_factory=Drift)
+    withdrawn: str | None = None  # why nothing more is answered under it
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "kept", StatePool(self.pool.backends, self.pool.max_bytes))
+        self.kept = StatePool(self.pool.backends, self.pool.max_bytes)
 
     def prefill_seconds(self, tokens: int, done: int = 0, kind: str = "prefill") -> float:
         """Predicted seconds of a prompt's tokens behind the first `done`, as steps of the kind have lately gone."""

@@ -7,13 +7,13 @@ seconds, the fastest where there is no order or none keeps it. Who has no bytes 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from service.config import AutoConfig
 from service.engine.allowlist import Lane
 from service.engine.need import Need, need
-from service.engine.request import AUTO, Request, UnknownBackend
+from service.engine.request import AUTO, Request, UnknownBackend, Withdrawn
 
 Lanes = Mapping[str, Lane]
 
@@ -45,18 +45,28 @@ def choose(
 
     Raises:
         UnknownBackend: it names one that is not in the allow-list.
+        Withdrawn: nothing is answered under it just now.
     """
     asked, strange = request.backend or default, [name for name in request.prefer if name not in lanes]
     if asked != AUTO and asked not in lanes:
         raise UnknownBackend(asked, (*lanes, AUTO))
     if strange:
         raise UnknownBackend(strange[0], lanes)
+    prefer, limit = request.prefer or rules.prefer, request.max_seconds or rules.max_seconds
+    _check_serves(lanes, [asked] if asked != AUTO else prefer or lanes)
+    lanes = {name: lane for name, lane in lanes.items() if lane.withdrawn is None}
     if asked == AUTO:
-        prefer, limit = request.prefer or rules.prefer, request.max_seconds or rules.max_seconds
-        return _pick(request, lanes, prefer, limit, left, queue_seconds())
+        return _pick(request, lanes, tuple(name for name in prefer if name in lanes), limit, left, queue_seconds())
     choice = Pick(lanes[asked], "request" if request.backend else "default", need(request, lanes[asked]))
     is_spilling = rules.spill and not request.backend and choice.need.total > left[-1]
     return _spilled(request, choice, lanes, rules.prefer or tuple(lanes), left[-1]) if is_spilling else choice
+
+
+def _check_serves(lanes: Lanes, names: Iterable[str]) -> None:
+    """Raise Withdrawn unless one of them serves."""
+    reasons = {name: lanes[name].withdrawn for name in names}
+    if all(reasons.values()):
+        raise Withdrawn(*next((name, str(reason)) for name, reason in reasons.items()))
 
 
 def _pick(
@@ -79,7 +89,7 @@ def _pick(
 def _spilled(request: Request, choice: Pick, lanes: Lanes, order: tuple[str, ...], budget: int) -> Pick:
     """The next backend of the order that the budget holds; the choice as it is where none does."""
     asked = choice.lane.name
-    for name in order[order.index(asked) + 1 :] if asked in order else order:
+    for name in (name for name in (order[order.index(asked) + 1 :] if asked in order else order) if name in lanes):
         needed = need(request, lanes[name])
         if needed.total <= budget:
             why = f"spilled: {asked} needs {choice.need.total} bytes, the budget is {budget}"

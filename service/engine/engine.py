@@ -35,7 +35,7 @@ from service.engine.observer import NullObserver, Observer, Snapshot
 from service.engine.pins import Pin
 from service.engine.prefixes import Prefixes
 from service.engine.profile import Profile
-from service.engine.request import Constraint, Draining, ModelFailed, Request, RequestError
+from service.engine.request import Constraint, Draining, ModelFailed, Request, RequestError, Withdrawn
 from service.engine.runner import LOGIT_ROWS, Runner
 from service.engine.scheduler import Scheduler
 from service.engine.work import Work
@@ -133,12 +133,12 @@ class Engine:
             return
         self._admission.is_closed = True
         try:
-            await asyncio.wait_for(self._when_idle(), cap_seconds)
+            await asyncio.wait_for(self.when_idle(), cap_seconds)
         except TimeoutError:
             for job in self._scheduler.jobs:
                 error = Draining("the service is stopping; send the request again elsewhere")
                 self._departures.mark(job, "draining", error)
-            await self._when_idle()
+            await self.when_idle()
 
     async def swap(self, backends: Backends) -> None:
         """Put another allow-list in force for new requests. Requests in flight keep their backend."""
@@ -180,7 +180,7 @@ class Engine:
 
         Raises:
             InvalidRequest, UnknownBackend, ContextTooLong, NeverFits: it can never run.
-            QueueFull, Draining, DeadlineExceeded: not now.
+            QueueFull, Draining, DeadlineExceeded, Withdrawn: not now.
         """
         try:
             offer = self._admission.admit(request)
@@ -199,7 +199,7 @@ class Engine:
         return answer
 
     def plan(self, request: Request) -> Plan:
-        """What the request would cost and whether it would be admitted now. Raises InvalidRequest, UnknownBackend."""
+        """What the request would cost and whether it would be admitted now. Raises InvalidRequest and its kinds, Withdrawn."""
         return self._admission.plan(request)
 
     def grammar(self, form: Constraint) -> Grammar:
@@ -230,6 +230,26 @@ class Engine:
         """An owner's pins, and whether the state of each is there now; everybody's where prefixes are shared."""
         current, is_shared = self._prefixes.pins.current(), self._config.prefix_shared
         return {pin: self._prefixes.is_kept(pin.lane, pin.mark) for pin in current if is_shared or pin.owner == owner}
+
+    def withdraw(self, name: str, reason: str | None) -> None:
+        """Answer nothing more under a backend of the allow-list, and end what runs under it; None: it serves again."""
+        lane = self._admission.lanes[name]
+        lane.withdrawn = reason
+        for job in self._scheduler.jobs:
+            if reason is not None and job.lane is lane:
+                self._departures.mark(job, "withdrawn", Withdrawn(name, reason))
+
+    @property
+    def withdrawn(self) -> dict[str, str]:
+        """Backends of the allow-list under which nothing is answered, and why."""
+        return {name: lane.withdrawn for name, lane in self._admission.lanes.items() if lane.withdrawn is not None}
+
+    async def when_idle(self) -> None:
+        """Return when nothing runs or waits."""
+        while self._scheduler.jobs:
+            self._idle.clear()
+            self._wake.set()
+            await self._idle.wait()
 
     def forget_prefixes(self) -> None:
         """Let go of all prefixes that are kept, before the next step."""
@@ -321,12 +341,6 @@ class Engine:
         except TimeoutError:
             await self._on_model_thread(trim)
             await self._wake.wait()
-
-    async def _when_idle(self) -> None:
-        while self._scheduler.jobs:
-            self._idle.clear()
-            self._wake.set()
-            await self._idle.wait()
 
     async def _on_model_thread(self, call: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._thread, call)

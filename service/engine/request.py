@@ -207,6 +207,15 @@ class DeadlineExceeded(RequestError):
     code = "deadline_exceeded"
 
 
+class Withdrawn(RequestError):
+    """The backend was found to answer otherwise than its definition says; the message says by how much."""
+
+    code = "backend_withdrawn"
+
+    def __init__(self, backend: str, reason: str) -> None:
+        super().__init__(f"attention backend {backend} is withdrawn: {reason}", param="attention")
+
+
 class OutOfMemory(RequestError):
     """The machine refused memory to this request alone, after its batch was split."""
 

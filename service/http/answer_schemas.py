@@ -266,6 +266,7 @@ class Ready(Record):
     asked: Attention | None = Field(description="Asked for last.")
     switching: bool
     degraded: str | None = Field(description="Why the last change failed.")
+    withdrawn: dict[str, str] = Field(description="Backends that answer nothing, and why: they were off their definition.")
 
 
 class BackendFacts(Record):
