@@ -151,6 +151,7 @@ class AttentionConfig(Settings):
     default: str | None = None  # None: the checkpoint's own, which is native where it has windows, else dense
     backends: dict[str, dict[str, Any] | None] = Field(default={"dense": {}}, min_length=1)
     auto: AutoConfig = AutoConfig()
+    weights: dict[str, float] = {}  # of the calls without a wish, the share that a candidate answers in the default's place
 
     @field_validator("backends")
     @classmethod
@@ -176,6 +177,9 @@ class AttentionConfig(Settings):
         prefer = self.auto.prefer
         if len(set(prefer)) < len(prefer) or not {*prefer} <= {*self.backends, "native"}:
             raise ValueError(f"auto.prefer must name some of backends ({', '.join(self.backends)}), each once")
+        shares = self.weights.values()
+        if not {*self.weights} <= {*self.backends, "native"} or not all(share >= 0 for share in shares) or sum(shares) > 1:
+            raise ValueError(f"weights must name some of backends ({', '.join(self.backends)}), with shares of 1 in all")
         return self
 
     def for_checkpoint(self, native: Mapping[str, Any] | None) -> AttentionConfig:
@@ -188,7 +192,7 @@ class AttentionConfig(Settings):
         """
         backends = dict(self.backends)
         if native is None:
-            if "native" in (self.default, *self.auto.prefer, *backends):
+            if "native" in (self.default, *self.auto.prefer, *self.weights, *backends):
                 raise ValueError("native: this checkpoint sees everything in every layer, which is dense")
             return self.model_copy(update={"default": self.default or "dense"})
         options = backends.pop("native", None) or {}

@@ -208,7 +208,7 @@ class Switch:
         """The config's backends, built and checked. Raises ValueError for one that answers wrongly."""
         assert config.default is not None, "`for_checkpoint` names it"
         built = {name: await self._built(name, options, host) for name, options in config.backends.items()}
-        return Backends(built, config.default, config.auto)
+        return Backends(built, config.default, config.auto, config.weights)
 
     async def _built(self, name: str, options: Mapping[str, Any] | None, host: Slices) -> AttentionBackend:
         """A checked backend. The one that serves, if its options are these: with it the engine keeps states and pace."""

@@ -126,7 +126,7 @@ def test_a_switch_under_load_fails_no_request_and_keeps_the_processes(service: S
 @pytest.mark.parametrize(
     ("switch", "says"),
     [
-        ({"defalt": "dense"}, "user_config.attention.defalt: unknown key, allowed here: default, backends, auto"),
+        ({"defalt": "dense"}, "user_config.attention.defalt: unknown key, allowed here: default, backends, auto, weights"),
         ({"backends": {"sparse": {}}}, "unknown attention backend 'sparse'"),
         ({"backends": {"dense": {}, "sliding_window": {"window": 0}}}, "sliding_window.window"),
         ({"backends": {"dense": {}, "performer": {"features": 10**9}}}, "performer.features"),

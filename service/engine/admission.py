@@ -18,12 +18,10 @@ from typing import Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from service.config import AutoConfig
-from service.engine.allowlist import Lane
+from service.engine.allowlist import Backends, Lane
 from service.engine.choice import Pick, choose, decode_seconds, prefill_seconds
 from service.engine.need import fitting, longest_tokens
 from service.engine.request import (
-    AUTO,
     ContextTooLong,
     DeadlineExceeded,
     Draining,
@@ -123,8 +121,7 @@ class Admission:
             cached: how many tokens of a prompt stand in a state that is kept.
         """
         self.lanes: Mapping[str, Lane] = {}  # the allow-list in force
-        self.default = AUTO
-        self.rules = AutoConfig()
+        self.rules: Backends  # which of them answers whom
         self.is_closed = False  # nothing more is let in
         self._known = known
         self._max_length = max_length
@@ -155,7 +152,7 @@ class Admission:
         """What the request would run under. Raises InvalidRequest, UnknownBackend."""
         prompt = check(request, self._known, self._max_length, self._max_sequences)
         left = (self._ledger.free, self._ledger.budget)
-        choice = choose(request, self.lanes, self.default, self.rules, left, self._queue.seconds_in_front)
+        choice = choose(request, self.lanes, self.rules, left, self._queue.seconds_in_front)
         return Offer(choice.lane, choice.why, choice.need, prompt)
 
     def _planned(self, request: Request, offer: Offer) -> Plan:

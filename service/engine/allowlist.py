@@ -31,6 +31,7 @@ class Backends:
     by_name: Mapping[str, AttentionBackend]
     default: str
     auto: AutoConfig = field(default_factory=AutoConfig)
+    weights: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.by_name:

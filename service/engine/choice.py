@@ -1,4 +1,4 @@
-"""Which backend answers a request: the one it names, the default, what `auto` weighs, or what it spills to.
+"""Which backend answers a request: the one it names, a candidate, the default, what `auto` weighs, or what it spills to.
 
 `auto` picks by what is predicted here and now: the first of the operator's order (or the caller's) that keeps the limit of
 seconds, the fastest where there is no order or none keeps it. Who has no bytes left comes into question last.
@@ -7,11 +7,11 @@ seconds, the fastest where there is no order or none keeps it. Who has no bytes 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from hashlib import sha256
 
-from service.config import AutoConfig
-from service.engine.allowlist import Lane
+from service.engine.allowlist import Backends, Lane
 from service.engine.need import Need, need
 from service.engine.request import AUTO, Request, UnknownBackend, Withdrawn
 
@@ -23,15 +23,14 @@ class Pick:
     """A lane, and what the request would hold under it."""
 
     lane: Lane
-    why: str  # this lane: "request", "default", what `auto` weighed, or what did not fit
+    why: str  # this lane: "request", "candidate: ...", "default", what `auto` weighed, or what did not fit
     need: Need
 
 
 def choose(
     request: Request,
     lanes: Lanes,
-    default: str,
-    rules: AutoConfig,
+    rules: Backends,
     left: tuple[int, int],
     queue_seconds: Callable[[], float],
 ) -> Pick:
@@ -47,38 +46,45 @@ def choose(
         UnknownBackend: it names one that is not in the allow-list.
         Withdrawn: nothing is answered under it just now.
     """
-    asked, strange = request.backend or default, [name for name in request.prefer if name not in lanes]
-    if asked != AUTO and asked not in lanes:
-        raise UnknownBackend(asked, (*lanes, AUTO))
-    if strange:
-        raise UnknownBackend(strange[0], lanes)
-    prefer, limit = request.prefer or rules.prefer, request.max_seconds or rules.max_seconds
-    _check_serves(lanes, [asked] if asked != AUTO else prefer or lanes)
-    lanes = {name: lane for name, lane in lanes.items() if lane.withdrawn is None}
+    asked, why = _asked(request, rules, lanes)
+    for name, allowed in ((asked, (*lanes, AUTO)), *((name, tuple(lanes)) for name in request.prefer)):
+        if name not in allowed:
+            raise UnknownBackend(name, allowed)
+    order = [asked] if asked != AUTO else list(request.prefer or rules.auto.prefer or lanes)
+    serving = {name: lanes[name] for name in order if lanes[name].withdrawn is None}
+    if not serving:
+        raise Withdrawn(order[0], str(lanes[order[0]].withdrawn))
     if asked == AUTO:
-        return _pick(request, lanes, tuple(name for name in prefer if name in lanes), limit, left, queue_seconds())
-    choice = Pick(lanes[asked], "request" if request.backend else "default", need(request, lanes[asked]))
-    is_spilling = rules.spill and not request.backend and choice.need.total > left[-1]
-    return _spilled(request, choice, lanes, rules.prefer or tuple(lanes), left[-1]) if is_spilling else choice
+        limit, is_order = request.max_seconds or rules.auto.max_seconds, bool(request.prefer or rules.auto.prefer)
+        return _pick(request, serving, is_order, limit, left, queue_seconds())
+    pick = Pick(lanes[asked], why, need(request, lanes[asked]))
+    is_spilling = rules.auto.spill and not request.backend and pick.need.total > left[-1]
+    return _spilled(request, pick, lanes, rules.auto.prefer or tuple(lanes), left[-1]) if is_spilling else pick
 
 
-def _check_serves(lanes: Lanes, names: Iterable[str]) -> None:
-    """Raise Withdrawn unless one of them serves."""
-    reasons = {name: lanes[name].withdrawn for name in names}
-    if all(reasons.values()):
-        raise Withdrawn(*next((name, str(reason)) for name, reason in reasons.items()))
+def _asked(request: Request, rules: Backends, lanes: Lanes) -> tuple[str, str]:
+    """The backend to answer under, or auto, and why: by the request's own wish, as a candidate that serves, or by default."""
+    if request.backend:
+        return request.backend, "request"
+    place = int.from_bytes(sha256(request.caller.encode()).digest()[:8]) / 2**64  # of the caller, always the same
+    for name, share in rules.weights.items():
+        if 0 <= place < share and lanes[name].withdrawn is None:
+            return name, f"candidate: {share:g} of the calls"
+        place -= share
+    return rules.default, "default"
 
 
-def _pick(
-    request: Request, lanes: Lanes, prefer: tuple[str, ...], limit: float | None, left: tuple[int, int], queued: float
-) -> Pick:
-    """What `auto` picks of those whose bytes are free; where none is, of those that the budget holds; else of all."""
-    needs = {name: need(request, lanes[name]) for name in prefer or lanes}
+def _pick(request: Request, lanes: Lanes, is_order: bool, limit: float | None, left: tuple[int, int], queued: float) -> Pick:
+    """What `auto` picks of those whose bytes are free; where none is, of those that the budget holds; else of all.
+
+    lanes: those that come into question; `is_order`: the best first.
+    """
+    needs = {name: need(request, lane) for name, lane in lanes.items()}
     fitting = ([name for name in needs if needs[name].total <= room] for room in (*left, math.inf))
     seconds = {name: queued + predicted_seconds(request, lanes[name]) for name in next(filter(None, fitting))}
     quick = [name for name in seconds if limit is None or seconds[name] <= limit]
-    best = quick[0] if prefer and quick else min(seconds, key=lambda name: seconds[name])
-    rule = "preferred" if prefer and quick else "fastest"
+    best = quick[0] if is_order and quick else min(seconds, key=lambda name: seconds[name])
+    rule = "preferred" if is_order and quick else "fastest"
     rule += "" if limit is None else f" within {limit:g} s" if quick else f", none within {limit:g} s"
     told = ", ".join(f"{name} {value:.3g} s" for name, value in seconds.items())
     short = [name for name in needs if name not in seconds]
@@ -86,15 +92,14 @@ def _pick(
     return Pick(lanes[best], f"auto: {rule}, predicted {told}{without}", needs[best])
 
 
-def _spilled(request: Request, choice: Pick, lanes: Lanes, order: tuple[str, ...], budget: int) -> Pick:
-    """The next backend of the order that the budget holds; the choice as it is where none does."""
-    asked = choice.lane.name
-    for name in (name for name in (order[order.index(asked) + 1 :] if asked in order else order) if name in lanes):
+def _spilled(request: Request, pick: Pick, lanes: Lanes, order: tuple[str, ...], budget: int) -> Pick:
+    """The next backend of the order that the budget holds; the pick as it is where none does."""
+    asked = pick.lane.name
+    for name in order[order.index(asked) + 1 :] if asked in order else order:
         needed = need(request, lanes[name])
-        if needed.total <= budget:
-            why = f"spilled: {asked} needs {choice.need.total} bytes, the budget is {budget}"
-            return Pick(lanes[name], why, needed)
-    return choice
+        if needed.total <= budget and lanes[name].withdrawn is None:
+            return Pick(lanes[name], f"spilled: {asked} needs {pick.need.total} bytes, the budget is {budget}", needed)
+    return pick
 
 
 def predicted_seconds(request: Request, lane: Lane) -> float:

@@ -143,7 +143,7 @@ class Engine:
     async def swap(self, backends: Backends) -> None:
         """Put another allow-list in force for new requests. Requests in flight keep their backend."""
         self._admission.lanes = await self._opened(backends)
-        self._admission.default, self._admission.rules = backends.default, backends.auto
+        self._admission.rules = backends
         self._backends = backends
         lanes = self._prefixes.lanes = frozenset(self._admission.lanes.values())
         self._prefixes.forget(lambda kept: kept.lane not in lanes)

@@ -85,6 +85,7 @@ class Request:
     source: str | None = None  # the caller's name for what the tokens come from; None: by kind
     max_seconds: float | None = None  # to `auto`, in place of the config's
     prefer: tuple[str, ...] = ()  # the same, best first
+    caller: str = ""  # by whom a share of the calls is told from the rest: whoever is the same always belongs to it
 
     @property
     def total_tokens(self) -> int:

@@ -22,7 +22,7 @@ class Receipt(Record):
     """What the prompts of one call took: phases of the slowest, sums of bytes, tokens and chunks, the most batch mates."""
 
     backend: str = Field(description="The attention backend that served.")
-    why: str = Field(description="Why this one: request, default, what auto weighed, or what did not fit (spilled).")
+    why: str = Field(description="Why this one: request, candidate, default, what auto weighed, or what did not fit.")
     tokenize_seconds: Seconds | None
     queue_seconds: Seconds | None
     prefill_seconds: Seconds | None
@@ -257,6 +257,7 @@ class Attention(Record):
     default: str | None = Field(description="Null: the checkpoint's own, native where it has windows, else dense.")
     backends: dict[str, dict[str, Any] | None]
     auto: dict[str, Any] = Field(description="How auto picks: prefer, max_seconds, spill.")
+    weights: dict[str, float] = Field(description="Shares of the calls without a wish that candidates answer.")
 
 
 class Ready(Record):

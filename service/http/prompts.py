@@ -63,7 +63,7 @@ async def _drawing(body: DrawnBody, host: Host, call: Call) -> Request:
     if body.samples > host.config.max_samples:
         raise InvalidRequest(f"n may be at most {host.config.max_samples}, received {body.samples}", param="n")
     asked = Request(call.id, "completion", (), n=body.samples, deadline=call.deadline, trace=call.trace, owner=call.owner)
-    asked, sampling = _attended(asked, body, host), sampling_of(body)
+    asked, sampling = _attended(asked, body, host, call), sampling_of(body)
     check_ids([token for token, _ in sampling.logit_bias], host, "logit_bias")
     check_ids(sampling.stop_token_ids, host, "stop_token_ids")
     if body.most_tokens is not None or isinstance(body, CompletionBody):
@@ -76,7 +76,7 @@ async def _drawing(body: DrawnBody, host: Host, call: Call) -> Request:
 async def prefix_request(body: PrefixBody, host: Host, call: Call) -> Request:
     """The request of a prompt, or of a conversation as far as its own messages go. Raises InvalidRequest."""
     asked = Request(call.id, "completion", (), deadline=call.deadline, trace=call.trace, owner=call.owner)
-    asked = _attended(asked, body, host)
+    asked = _attended(asked, body, host, call)
     if body.prompt is not None:
         return (await _requests(asked, "prompt", [body.prompt], body.with_special_tokens, None, host, call))[0]
     messages, options = [each.plain() for each in body.messages or ()], body.chat_template_kwargs or {}
@@ -93,7 +93,7 @@ async def embedding_requests(body: EmbeddingBody, host: Host, call: Call) -> lis
         message = f"an embedding has {host.card.width} dimensions, received {body.dimensions}"
         raise InvalidRequest(message, param="dimensions")
     asked = Request(call.id, "embedding", (), deadline=call.deadline, trace=call.trace, pooling=body.pooling or "mean")
-    asked = _attended(asked, body, host)
+    asked = _attended(asked, body, host, call)
     room = None if body.truncate is None else Room(host.card.max_length, body.truncate)
     return await _requests(asked, "input", body.input, body.with_special_tokens, room, host, call)
 
@@ -121,7 +121,7 @@ def check_model(body: Body, host: Host) -> str | None:
     return backend
 
 
-def _attended(asked: Request, body: Attended, host: Host) -> Request:
+def _attended(asked: Request, body: Attended, host: Host, call: Call) -> Request:
     """The request under the backend asked for, by field or by model id; the engine knows which are allowed.
 
     Raises:
@@ -133,7 +133,7 @@ def _attended(asked: Request, body: Attended, host: Host) -> Request:
         raise InvalidRequest(f"model asks for {named} and attention for {told}: ask for one", param="attention")
     if isinstance(wish, AutoWish):
         return replace(asked, backend=AUTO, max_seconds=wish.auto.max_seconds, prefer=tuple(wish.auto.prefer or ()))
-    return replace(asked, backend=named or wish)
+    return replace(asked, backend=named or wish, caller=call.stays)
 
 
 def sampling_of(body: DrawnBody) -> Sampling:

@@ -182,3 +182,33 @@ async def test_what_no_backend_can_hold_is_refused_under_the_default() -> None:
     async with picking("dense", 100_000, spill=True) as engine:
         with pytest.raises(NeverFits, match="under dense"):
             engine.submit(asked())
+
+
+async def test_a_share_of_the_callers_has_the_candidate_and_keeps_it_when_the_share_grows() -> None:
+    async with picking("dense") as engine:
+        had: set[str] = set()
+        for share in (0.0, 0.1, 0.3, 1.0):
+            await engine.swap(replace(engine.backends, weights={"performer": share}))
+            picks = {str(caller): engine.plan(replace(asked(), caller=str(caller))) for caller in range(400)}
+            has = {caller for caller, plan in picks.items() if plan.backend == "performer"}
+            assert had <= has
+            assert len(has) == pytest.approx(400 * share, abs=40)  # four standard deviations, at most
+            assert all(picks[caller].why == f"candidate: {share:g} of the calls" for caller in has)
+            had = has
+        assert engine.plan(replace(asked("sliding_window"), caller="1")).backend == "sliding_window"
+
+
+async def test_two_candidates_share_what_they_are_given() -> None:
+    async with picking("dense") as engine:
+        await engine.swap(replace(engine.backends, weights={"performer": 0.25, "sliding_window": 0.25}))
+        picks = [engine.plan(replace(asked(), caller=str(caller))).backend for caller in range(400)]
+        assert [picks.count(name) for name in ORDER] == pytest.approx([200, 100, 100], abs=40)
+
+
+async def test_a_candidate_that_is_withdrawn_leaves_its_callers_to_the_default() -> None:
+    async with picking("dense") as engine:
+        await engine.swap(replace(engine.backends, weights={"performer": 1.0}))
+        engine.withdraw("performer", "it lies")
+        assert engine.plan(asked()).backend == "dense"
+        engine.withdraw("performer", None)
+        assert engine.plan(asked()).backend == "performer"
