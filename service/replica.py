@@ -23,8 +23,7 @@ from starlette.types import ASGIApp
 
 from service import exposition
 from service.config import AttentionConfig, EngineConfig, HttpConfig, ServiceConfig, UserConfig, admin_keys, api_keys
-from service.engine.engine import Engine
-from service.engine.profile import Profile
+from service.engine.engine import Engine, Profile
 from service.exposition import Families, Format, Gather, Gathered, Page
 from service.http.errors import NotReady
 from service.http.face import Admin, ModelCard

@@ -8,7 +8,7 @@ from pathlib import Path
 import attention
 from attention import AttentionBackend, result, shares, truth
 from service.config import AttentionConfig, ServiceConfig
-from service.engine.forecast import Course, Pace, Ramp
+from service.engine.forecast import Attending, Course, Pace, Ramp
 from service.model import checkpoint, files, rotary
 from service.model.config import ModelConfig
 from service.model.tokenizer import Tokenizer
@@ -113,7 +113,7 @@ def _table(config: ModelConfig, model: Transformer, args: ServiceConfig, switch:
 def _course(model: Transformer, backend: AttentionBackend, chunk: int) -> Course:
     """The course of a prefill, of which only the bytes are asked: no pace was measured."""
     none = Ramp(0.0, 0.0)
-    pace = Pace(model.config.num_hidden_layers, none, dict.fromkeys(shares(backend), none), backend)
+    pace = Pace(model.config.num_hidden_layers, none, dict.fromkeys(shares(backend), Attending(none, none)), backend)
     return Course(model, pace, model.config.max_length, chunk)
 
 

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from attention import AttentionBackend, Segments, StatePool, shares
 from service.config import AutoConfig
-from service.engine.forecast import Course, Drift, Pace, Ramp, measure_attention
+from service.engine.forecast import Attending, Course, Drift, Pace, Ramp, measure_attention
 from service.engine.profile import Profile
-from service.engine.request import AUTO
+from service.engine.request import AUTO, Withdrawn
 from service.model.transformer import Transformer
 
 
@@ -64,6 +64,10 @@ class Lane:
 
     def __post_init__(self) -> None:
         self.kept = StatePool(self.pool.backends, self.pool.max_bytes)
+
+    def refusal(self) -> Withdrawn:
+        """What callers are told while it is withdrawn."""
+        return Withdrawn(f"attention backend {self.name} is withdrawn: {self.withdrawn}", param="attention")
 
     def prefill_seconds(self, tokens: int, done: int = 0, kind: str = "prefill") -> float:
         """Predicted seconds of a prompt's tokens behind the first `done`, as steps of the kind have lately gone."""
@@ -132,10 +136,11 @@ def lane_for(
     """
     layers, longest, kinds = model.config.num_hidden_layers, model.config.max_length, list(shares(backend))
     key = json.dumps(backend.describe(), sort_keys=True, default=str)
-    lines = profile.recall(key, len(kinds))
+    lines = profile.recall(key, 2 * len(kinds))
     if lines is None:
-        measured = yield from measure_attention(backend, longest)
-        lines = [measured[kind] for kind in kinds]
+        measured = yield from measure_attention(backend, longest, chunk)
+        lines = [line for kind in kinds for line in (measured[kind].many, measured[kind].one)]
         profile.keep(key, lines)
-    course = Course(model, Pace(layers, pace, dict(zip(kinds, lines, strict=True)), backend), longest, chunk)
+    attending = dict(zip(kinds, map(Attending, lines[::2], lines[1::2]), strict=True))
+    course = Course(model, Pace(layers, pace, attending, backend), longest, chunk)
     return Lane(name, backend, course, backend.new_pool(layers, budget))

@@ -13,7 +13,7 @@ from hashlib import sha256
 
 from service.engine.allowlist import Backends, Lane
 from service.engine.need import Need, need
-from service.engine.request import AUTO, Request, UnknownBackend, Withdrawn
+from service.engine.request import AUTO, Request, UnknownBackend
 
 Lanes = Mapping[str, Lane]
 
@@ -53,7 +53,7 @@ def choose(
     order = [asked] if asked != AUTO else list(request.prefer or rules.auto.prefer or lanes)
     serving = {name: lanes[name] for name in order if lanes[name].withdrawn is None}
     if not serving:
-        raise Withdrawn(order[0], str(lanes[order[0]].withdrawn))
+        raise lanes[order[0]].refusal()
     if asked == AUTO:
         limit, is_order = request.max_seconds or rules.auto.max_seconds, bool(request.prefer or rules.auto.prefer)
         return _pick(request, serving, is_order, limit, left, queue_seconds())

@@ -35,7 +35,7 @@ from service.engine.observer import NullObserver, Observer, Snapshot
 from service.engine.pins import Pin
 from service.engine.prefixes import Prefixes
 from service.engine.profile import Profile
-from service.engine.request import Constraint, Draining, ModelFailed, Request, RequestError, Withdrawn
+from service.engine.request import Constraint, Draining, ModelFailed, Request, RequestError
 from service.engine.runner import LOGIT_ROWS, Runner
 from service.engine.scheduler import Scheduler
 from service.engine.work import Work
@@ -44,7 +44,7 @@ from service.model.tokenizer import Tokenizer
 from service.model.transformer import Transformer
 from service.threads import give_team_its_cpus
 
-__all__ = ["Answer", "Backends", "Engine", "Plan", "Snapshot"]
+__all__ = ["Answer", "Backends", "Engine", "Plan", "Profile", "Snapshot"]
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
@@ -237,7 +237,7 @@ class Engine:
         lane.withdrawn = reason
         for job in self._scheduler.jobs:
             if reason is not None and job.lane is lane:
-                self._departures.mark(job, "withdrawn", Withdrawn(name, reason))
+                self._departures.mark(job, "withdrawn", lane.refusal())
 
     @property
     def withdrawn(self) -> dict[str, str]:

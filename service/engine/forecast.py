@@ -1,8 +1,8 @@
 """What a computation will take, before it runs: seconds by a pace measured at start, bytes by the laws of cost.
 
-`Pace` is this machine's speed: straight lines, one for the model without attention, one per backend for a layer's
-attention over its flops. `Course` cuts a prefill into chunks by position. `row_multiple` is what this machine's products ask
-of packed rows. Measuring costs tenths of a second.
+`Pace` is this machine's speed: straight lines, one for the model without attention, two per backend for a layer's attention
+over its flops: of many tokens, which is bound by arithmetic, and of one, which is bound by memory. `Course` cuts a prefill into
+chunks by position. `row_multiple` is what this machine's products ask of packed rows. Measuring costs tenths of a second.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ REPEATS = 7
 DRIFT_SECONDS = 1.5  # of steps, which outweigh all before them
 HALF_LIFE_SECONDS = 120.0
 MOST_DRIFT = math.log(10)  # either way: a step that was held up longer says nothing of the backend
-PROBE_ROWS, PROBE_HISTORY = 256, 4096  # tokens of the measured call: enough for the products to reach their speed
+PROBE_HISTORY = 8192  # tokens before the measured ones: enough for the products to reach their speed, and to leave the caches
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,19 @@ class Ramp:
     @classmethod
     def through(cls, low: tuple[float, float], high: tuple[float, float]) -> Ramp:
         """The line through two (amount, seconds) measurements."""
-        slope = max(0.0, (high[1] - low[1]) / (high[0] - low[0]))
+        slope = max(0.0, (high[1] - low[1]) / (high[0] - low[0])) if high[0] > low[0] else 0.0
         return cls(max(0.0, low[1] - slope * low[0]), slope)
+
+
+@dataclass(frozen=True)
+class Attending:
+    """Seconds of one layer's attention over its flops."""
+
+    many: Ramp
+    one: Ramp  # of a single token
+
+    def __call__(self, queries: int, flops: float) -> float:
+        return (self.one if queries == 1 else self.many)(flops)
 
 
 @dataclass(frozen=True)
@@ -52,25 +63,25 @@ class Pace:
 
     layers: int
     model: Ramp  # over tokens, attention left out
-    attention: Mapping[AttentionBackend, Ramp]  # over flops, one layer of each kind that the backend has
+    attention: Mapping[AttentionBackend, Attending]  # one layer of each kind that the backend has
     backend: AttentionBackend
 
     def attention_seconds(self, queries: int, keys: int) -> float:
         """Predicted seconds of all layers' attention for `queries` tokens at the end of a sequence of `keys`."""
         kinds = shares(self.backend).items()
         return self.layers * sum(
-            share * self.attention[kind](kind.cost(queries, keys, causal=True).flops) for kind, share in kinds
+            share * self.attention[kind](queries, kind.cost(queries, keys, causal=True).flops) for kind, share in kinds
         )
 
 
 def measure_model(model: Transformer, tokens: int = 256) -> Ramp:
-    """Time the model with attention left out, on 1 and on `tokens` tokens."""
+    """Time the model with attention left out, on 1 and on `tokens` tokens, with the logits of the last one."""
 
     def run(count: int) -> Callable[[], Iterator[None]]:
         ids = torch.zeros(count, dtype=torch.long, device=model.device)
 
         def compute() -> Iterator[None]:
-            model.hidden(ids, ids, lambda layer, q, k, v: q)[0, 0].item()  # which waits for an accelerator
+            model.logits(model.hidden(ids, ids, lambda layer, q, k, v: q)[-1:])[0, 0].item()  # which waits for an accelerator
             yield
 
         return compute
@@ -85,18 +96,18 @@ Measuring = Generator[None, None, T]
 
 
 @torch.inference_mode()
-def measure_attention(backend: AttentionBackend, max_length: int) -> Measuring[dict[AttentionBackend, Ramp]]:
-    """Time one layer of each kind that a backend has."""
-    ramps = {}
+def measure_attention(backend: AttentionBackend, max_length: int, chunk: int) -> Measuring[dict[AttentionBackend, Attending]]:
+    """Time one layer of each kind that a backend has, as it comes in chunks of so many tokens and token by token."""
+    found = {}
     for kind in shares(backend):
-        ramps[kind] = yield from _measure_layer(kind, max_length)
-    return ramps
+        found[kind] = yield from _measure_layer(kind, max_length, chunk)
+    return found
 
 
-def _measure_layer(backend: AttentionBackend, max_length: int) -> Measuring[Ramp]:
-    """Time one layer's `extend` for one token without history and for a probe at the end of a long sequence."""
+def _measure_layer(backend: AttentionBackend, max_length: int, chunk: int) -> Measuring[Attending]:
+    """Time one layer's `extend` for one token without history, and for one and a chunk at the end of a long sequence."""
     shape = backend.shape
-    tokens = min(PROBE_ROWS, max_length)
+    tokens = min(chunk, max_length)
     history = min(PROBE_HISTORY, max_length - tokens)
     pool = backend.new_pool(1, backend.state_bytes(history + tokens))
     slot = pool.allocate(history + tokens)
@@ -116,10 +127,11 @@ def _measure_layer(backend: AttentionBackend, max_length: int) -> Measuring[Ramp
         return extend
 
     points = []
-    for count, past in ((1, 0), (tokens, history)):
+    for count, past in ((1, 0), (tokens, history), (1, history + tokens - 1)):
         seconds = yield from _seconds(run(count, past))
         points.append((backend.cost(count, count + past, causal=True).flops, seconds))
-    return Ramp.through(*points)
+    least, many, one = points
+    return Attending(Ramp.through(least, many), Ramp.through(least, one))
 
 
 def row_multiple(model: Transformer, rows: int = 512) -> int | None:

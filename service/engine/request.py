@@ -213,9 +213,6 @@ class Withdrawn(RequestError):
 
     code = "backend_withdrawn"
 
-    def __init__(self, backend: str, reason: str) -> None:
-        super().__init__(f"attention backend {backend} is withdrawn: {reason}", param="attention")
-
 
 class OutOfMemory(RequestError):
     """The machine refused memory to this request alone, after its batch was split."""
