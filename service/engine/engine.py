@@ -50,6 +50,7 @@ T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 STREAM_SLICES = 10  # slices after which a decode step gives way too: most end before, and a pause within one delays its streams
+REST = 2.0  # times a slice of what runs beside requests, for them: a part may take some 50 ms, an answer many steps
 REST_SECONDS = 1.0  # with nothing to do for so long, free heap goes back to the system
 
 
@@ -162,11 +163,16 @@ class Engine:
         return lane_for(name, backend, self._model, self._pace, self._profile, chunk, budget)
 
     async def beside(self, parts: Generator[None, None, T]) -> T:
-        """What a computation in parts returns, run on the model thread at the mercy of requests: a slice between two steps."""
+        """What a computation in parts returns, run on the model thread at the mercy of requests: a slice between two steps.
+
+        While requests are there, it leaves them the thread for REST times as long as each slice took.
+        """
         while True:
-            ended, value = await self._on_model_thread(lambda: _slice(parts, self._config.slice_seconds))
+            ended, value, seconds = await self._on_model_thread(lambda: _slice(parts, self._config.slice_seconds))
             if ended:
                 return cast(T, value)
+            if self._scheduler.jobs:
+                await asyncio.sleep(REST * seconds)
 
     # ---- requests ---------------------------------------------------------------------------------------------------
 
@@ -372,13 +378,13 @@ def _pace_of(model: Transformer, profile: Profile) -> Ramp:
     return kept[0]
 
 
-def _slice(parts: Generator[None, None, T], seconds: float) -> tuple[bool, T | None]:
-    """Run parts for so many seconds, one at least. Returns whether that was all of them, and then what they return."""
-    limit = time.perf_counter() + seconds
-    while True:
+def _slice(parts: Generator[None, None, T], limit: float) -> tuple[bool, T | None, float]:
+    """Run parts for `limit` seconds, one at least. Returns whether that was all, then what they return, and the seconds."""
+    start, seconds = time.perf_counter(), 0.0
+    while seconds <= limit:
         try:
             next(parts)
         except StopIteration as end:
-            return True, end.value
-        if time.perf_counter() > limit:
-            return False, None
+            return True, end.value, seconds
+        seconds = time.perf_counter() - start
+    return False, None, seconds

@@ -7,7 +7,7 @@ import gc
 import itertools
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import Any
 
 import pytest
@@ -293,3 +293,23 @@ async def test_batch_mates_are_counted() -> None:
         requests = [completion(prompt(8, seed=i), max_tokens=30) for i in range(4)]
         await asyncio.gather(*(complete(engine, request) for request in requests))
     assert max(request.timings.batch_mates for request in requests) == 3
+
+
+async def test_what_runs_beside_requests_leaves_them_the_thread_for_longer_than_it_took_it() -> None:
+    parts: list[tuple[float, float]] = []
+
+    def slow() -> Generator[None, None, int]:
+        for _ in range(5):
+            start = time.monotonic()
+            time.sleep(0.02)
+            parts.append((start, time.monotonic()))
+            yield
+        return 7
+
+    async with running() as engine:
+        answer = engine.submit(completion(max_tokens=2000))
+        await anext(answer)
+        assert await engine.beside(slow()) == 7
+        await answer.aclose()
+    for (start, end), (after, _) in itertools.pairwise(parts):
+        assert after - end >= 2 * (end - start) * 0.99
