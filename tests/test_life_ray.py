@@ -244,3 +244,27 @@ def test_twenty_switches_under_load_fail_no_request_and_keep_processes_and_memor
         assert service.cli("apply", "--rollback", str(service.file)).returncode == 0
         former = switch_of(yaml.safe_load(paths[-2].read_text()))["default"]
         assert {each["attention"]["default"] for each in service.status()[1]} == {former}
+
+
+def test_a_switch_over_http_reaches_all_replicas_and_those_that_are_started_later(tmp_path: Path) -> None:
+    def change(data: Any) -> None:
+        data["applications"][0]["args"]["http"]["admin_keys_env"] = "OPERATORS"
+        data["applications"][0]["deployments"][0]["num_replicas"] = 2
+
+    operator = {"authorization": "Bearer operator"}
+    with serving(tmp_path / "two.yaml", change, env=os.environ | {"OPERATORS": "operator"}) as service:
+        pids = service.pids()
+        wanted = {"default": "performer", "backends": {"dense": {}, "performer": {"features": 64}}}
+        reply = service.post("/admin/attention", wanted, operator)
+        assert reply.status == 200, reply.text
+        assert [each["attention"]["default"] for each in reply.json["replicas"]] == ["performer"] * 2
+        assert service.pids() == serving_under(service, "performer") == pids
+
+        refused = service.post("/admin/attention", {"default": "longformer", "backends": {"longformer": {}}}, operator)
+        assert (refused.status, refused.error["code"]) == (400, "invalid_request")
+        checks = service.post("/admin/truth-check", {}, operator).json["replicas"]
+        assert [all(each["passed"] for each in replica["checks"]) for replica in checks] == [True, True]
+
+        victim = min(pids)
+        os.kill(victim, signal.SIGKILL)
+        assert eventually(lambda: len(serving_under(service, "performer") - {victim}) == 2, 120)
