@@ -17,6 +17,7 @@ from attention import backends
 from attention.interface import AttentionBackend, BackendOptions
 from attention.layered import NAME as NATIVE
 from attention.layered import Layered, shares
+from attention.parts import result
 from attention.pool import PoolExhausted, StatePool, StateTensor
 from attention.shapes import Cost, HeadShape, Segments
 
@@ -33,6 +34,7 @@ __all__ = [
     "backend_class",
     "build",
     "names",
+    "result",
     "shares",
 ]
 

@@ -2,12 +2,14 @@
 
 Seeded input at a length that brings all parts of the pattern into play, three sequences in a batch, through `attend` in each
 direction and through `extend` in uneven chunks with single steps between; a sample of rows is compared with `reference`. It
-takes a fraction of a second, so the service runs it at start-up and before every switch. No input is longer than the model's
-context, nor than `MOST`: where a pattern's edge lies beyond that, the verdict says what was not covered.
+takes a fraction of a second, so the service runs it at start-up and before every switch, there in parts between the steps of
+its requests (`checking`). No input is longer than the model's context, nor than `MOST`: where a pattern's edge lies beyond
+that, the verdict says what was not covered.
 """
 
 from __future__ import annotations
 
+from collections.abc import Generator
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +17,7 @@ from torch import Tensor
 
 from attention import reference
 from attention.interface import AttentionBackend
+from attention.parts import result
 from attention.shapes import Segments
 
 # Largest error allowed on values drawn from N(0, 1), with scores of standard deviation 1 (largest about 5). bfloat16 rounds a
@@ -24,6 +27,7 @@ BOUNDS = {torch.bfloat16: 6e-2, torch.float16: 1e-2, torch.float32: 2e-5, torch.
 MOST = 16384  # tokens: a wider pattern would be checked for seconds and gigabytes, and the arithmetic is the same
 BEYOND = 131  # tokens behind the pattern's edge: more than a kernel's block of rows, and no multiple of it
 SAMPLE = 48  # rows compared per sequence, the first and last among them
+ROWS = 8  # of them whose reference is computed at once
 
 
 @dataclass(frozen=True)
@@ -40,23 +44,45 @@ class Truth:
         return self.error <= self.bound
 
 
+Checking = Generator[None, None, "Truth"]
+"""A check in parts, between which its caller may do something more urgent; it returns the verdict."""
+
+
 @torch.inference_mode()
 def check(backend: AttentionBackend, seed: int = 0, max_length: int = MOST) -> Truth:
-    """Compare a backend's answers with its definition's on seeded input. Changes nothing.
+    """Compare a backend's answers, in each direction, with its definition's on seeded input. Changes nothing.
 
     max_length: tokens of the longest sequence that will be asked for; no longer input is needed.
     """
-    longest = min(backend.edge + BEYOND, max_length, MOST)
-    segments = Segments((1, min(17, longest), longest))
+    longest = _longest(backend, max_length)
+    verdict = result(checking(backend, seed, max_length)) if True in backend.directions else None
+    segments = _segments(longest)
     q, k, v = _input(backend, segments.total, seed)
-    error = 0.0
+    errors = [] if verdict is None else [verdict.error]
     for causal in backend.directions:
-        wanted = _wanted(backend, q, k, v, segments, causal)
-        answers = [backend.attend(q, k, v, segments, causal=causal)]
-        if causal:
-            answers.append(_extended(backend, q, k, v, segments))
-        error = max([error, *(_distance(answer, wanted) for answer in answers)], key=_nan_last)
-    return Truth(error, BOUNDS[backend.shape.dtype], _uncovered(backend, longest, max_length))
+        wanted = result(_wanted(backend, q, k, v, segments, causal))
+        errors.append(_distance(backend.attend(q, k, v, segments, causal=causal), wanted))
+    return Truth(max(errors, key=_nan_last), BOUNDS[backend.shape.dtype], _uncovered(backend, longest, max_length))
+
+
+@torch.inference_mode()
+def checking(backend: AttentionBackend, seed: int = 0, max_length: int = MOST) -> Checking:
+    """`check` of `extend` alone, which is all that a service asks a causal backend for, in parts."""
+    longest = _longest(backend, max_length)
+    segments = _segments(longest)
+    q, k, v = _input(backend, segments.total, seed)
+    yield
+    answer = yield from _extended(backend, q, k, v, segments)
+    wanted = yield from _wanted(backend, q, k, v, segments, True)
+    return Truth(_distance(answer, wanted), BOUNDS[backend.shape.dtype], _uncovered(backend, longest, max_length))
+
+
+def _longest(backend: AttentionBackend, max_length: int) -> int:
+    return min(backend.edge + BEYOND, max_length, MOST)
+
+
+def _segments(longest: int) -> Segments:
+    return Segments((1, min(17, longest), longest))
 
 
 def _uncovered(backend: AttentionBackend, checked: int, max_length: int) -> str:
@@ -74,14 +100,18 @@ def _input(backend: AttentionBackend, tokens: int, seed: int) -> tuple[Tensor, T
     return tuple(x.to(shape.device, shape.dtype) for x in (q, k, v))  # type: ignore[return-value]
 
 
-def _wanted(backend: AttentionBackend, q: Tensor, k: Tensor, v: Tensor, segments: Segments, causal: bool) -> dict[int, Tensor]:
+def _wanted(
+    backend: AttentionBackend, q: Tensor, k: Tensor, v: Tensor, segments: Segments, causal: bool
+) -> Generator[None, None, dict[int, Tensor]]:
     """The reference's answer by packed index, for a sample of rows of each sequence."""
     wanted: dict[int, Tensor] = {}
+    at_once = ROWS if backend.exact else SAMPLE  # a kernel works the features of all keys out for any number of rows
     for start, end, _ in segments.spans():
-        rows = torch.linspace(0, end - start - 1, min(SAMPLE, end - start)).long()
         span = slice(start, end)
-        answers = reference.answer(backend, q[span].cpu(), k[span].cpu(), v[span].cpu(), causal=causal, rows=rows)
-        wanted.update(zip((rows + start).tolist(), answers, strict=True))
+        for rows in torch.linspace(0, end - start - 1, min(SAMPLE, end - start)).long().split(at_once):
+            answers = reference.answer(backend, q[span].cpu(), k[span].cpu(), v[span].cpu(), causal=causal, rows=rows)
+            wanted.update(zip((rows + start).tolist(), answers, strict=True))
+            yield
     return wanted
 
 
@@ -94,7 +124,7 @@ def _nan_last(error: float) -> tuple[bool, float]:
     return error != error, error
 
 
-def _extended(backend: AttentionBackend, q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
+def _extended(backend: AttentionBackend, q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Generator[None, None, Tensor]:
     """The whole batch through `extend`: half of each sequence, one token, the rest but one, one."""
     pool = backend.new_pool(1, sum(backend.state_bytes(length) for length in segments.lengths))
     slots = [pool.allocate(length) for length in segments.lengths]
@@ -107,6 +137,9 @@ def _extended(backend: AttentionBackend, q: Tensor, k: Tensor, v: Tensor, segmen
         starts = [start for start, _, _ in segments.spans()]
         index = torch.cat([torch.arange(starts[n] + past[n], starts[n] + past[n] + take[n]) for n in live])
         step = Segments(tuple(take[n] for n in live), tuple(past[n] for n in live))
-        answer[index] = backend.extend(q[index], k[index], v[index], step, pool, 0, [slots[n] for n in live])
+        out = q.new_empty(len(index), *q.shape[1:])
+        yield from backend.extending(q[index], k[index], v[index], step, pool, 0, [slots[n] for n in live], out)
+        answer[index] = out
+        yield
         past = [done + count for done, count in zip(past, take, strict=True)]
     return answer

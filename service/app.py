@@ -9,16 +9,18 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+import time
 from collections.abc import Mapping
 from typing import Any
 
 import ray
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 from ray import serve
 from ray._common.network_utils import build_address
 from ray.experimental import internal_kv
 from ray.serve import context as context_of_serve
 from ray.serve._private import replica as serve_replica
+from ray.serve.schema import ServeDeploySchema
 from starlette.types import ASGIApp
 
 from service import logs
@@ -29,9 +31,13 @@ from service.replica import Replica
 from service.switch import LastServed
 
 AUTO_REPLICAS = 100  # what Serve's `num_replicas: auto` may grow to
+KEPT_SWITCHES = 10  # of those that served last
+ASK_SECONDS = 10.0  # a replica's answer to a question about itself
+SWITCH_SECONDS = 120.0  # how long building and checking may take
+POLL_SECONDS = 0.1
 GATHER_SECONDS = 2.0  # a replica that takes longer to export its metrics is counted as missing
 
-
+_SWITCHES = TypeAdapter(list[AttentionConfig])
 logger = logging.getLogger("longserve.app")
 
 
@@ -45,6 +51,7 @@ class Longserve:
         self._name: str = self._context.replica_tag
         self._peers: Any = None  # a handle on this deployment, made at the first scrape
         self._started = False
+        self._kept = KeptByRay(self._context.app_name)
         self._replica = Replica(
             config,
             name=self._name,
@@ -52,7 +59,8 @@ class Longserve:
             gather=self._gather,
             echoes_request_id=False,  # Serve's proxy does
             place=_place(self._context),
-            last_served=KeptByRay(self._context.app_name),
+            last_served=self._kept,
+            admin=AdminByRay(self),
         )
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
@@ -80,9 +88,38 @@ class Longserve:
         """This replica's name and metrics, for the one that answers a scrape."""
         return self._name, await self._replica.export(format)
 
+    async def ask_all(self, method: str, *arguments: Any, seconds: float) -> list[Any]:
+        """What a method of this deployment answers in every replica that runs; an exception for one that does not answer."""
+        if self._peers is None:
+            self._peers = serve.get_deployment_handle(DEPLOYMENT, app_name=self._context.app_name)
+        asked = self._peers.broadcast(method, *arguments)
+        return list(await asked.results_async(timeout_s=seconds, return_exceptions=True))
+
+    async def rehearse(self, attention: AttentionConfig) -> None:
+        """Build and check a switch here. Raises ValueError for a backend that cannot serve."""
+        await self._replica.rehearse(attention)
+
+    async def redeploy(self, attention: AttentionConfig) -> None:
+        """Have Serve put a switch in force in all replicas, and in those that it starts later."""
+        await asyncio.to_thread(_redeploy, self._context.app_name, attention)
+
+    def admin_state(self) -> dict[str, Any]:
+        """This replica's switch and its changes of late."""
+        return self._replica.admin_state()
+
+    async def check_truth(self) -> dict[str, Any]:
+        """Check what this replica serves against its definition."""
+        return await self._replica.check_truth()
+
     def state(self) -> dict[str, Any]:
         """This replica's switch, for `longserve apply`."""
         return dict(self._replica.readiness())
+
+    async def former(self) -> dict[str, Any] | None:
+        """The switch that served before the one in force, for `longserve apply --rollback`; None: there was no other."""
+        in_force = self._replica.readiness()["attention"]
+        former = [each.model_dump() for each in await self._kept.all()]
+        return next((each for each in reversed(former) if each != in_force), None)
 
     async def drain(self) -> None:
         """Admit nothing more and finish what runs, for `longserve serve` at its end."""
@@ -93,10 +130,7 @@ class Longserve:
 
     async def _gather(self, format: Format) -> Gathered:
         """All replicas' metrics: this one's, and those of the peers that answer in time."""
-        if self._peers is None:
-            self._peers = serve.get_deployment_handle(DEPLOYMENT, app_name=self._context.app_name)
-        asked = self._peers.broadcast("export", format)
-        answers = await asked.results_async(timeout_s=GATHER_SECONDS, return_exceptions=True)
+        answers = await self.ask_all("export", format, seconds=GATHER_SECONDS)
         arrived = dict(answer for answer in answers if not isinstance(answer, BaseException))
         missing = len(answers) - len(arrived)
         if self._name not in arrived:  # Serve does not count it among those that answer: it starts, or it drains
@@ -104,22 +138,71 @@ class Longserve:
         return Gathered(list(arrived.values()), missing)
 
 
+class AdminByRay:
+    """The `Admin` of a deployment: asks all replicas, and has Serve keep the switch for those that it starts later."""
+
+    def __init__(self, deployment: Longserve) -> None:
+        self._deployment = deployment
+
+    async def states(self) -> list[Mapping[str, Any]]:
+        return await self._all("admin_state", ASK_SECONDS)
+
+    async def switch(self, attention: AttentionConfig) -> list[Mapping[str, Any]]:
+        await self._deployment.rehearse(attention)
+        await self._deployment.redeploy(attention)
+        wanted, deadline = attention.model_dump(), time.monotonic() + SWITCH_SECONDS
+        while time.monotonic() < deadline:
+            states = await self.states()
+            if all(state["asked"] == wanted and not state["switching"] for state in states):
+                break
+            await asyncio.sleep(POLL_SECONDS)
+        if failed := [state for state in states if state["degraded"]]:  # a replica that is restarted must not try it again
+            await self._deployment.redeploy(AttentionConfig.model_validate(failed[0]["attention"]))
+        return states
+
+    async def check_truth(self) -> list[Mapping[str, Any]]:
+        return await self._all("check_truth", SWITCH_SECONDS)
+
+    async def _all(self, method: str, seconds: float) -> list[Mapping[str, Any]]:
+        answers = await self._deployment.ask_all(method, seconds=seconds)
+        return [answer for answer in answers if not isinstance(answer, BaseException)]
+
+
+def _redeploy(application: str, attention: AttentionConfig) -> None:
+    """Tell Serve all that it was told, but for the switch of one application."""
+    user = UserConfig(attention=attention).model_dump(mode="json", exclude_none=True)
+    client = context_of_serve._get_global_client()
+    sections = [dict(each["deployed_app_config"] or {}) for each in client.get_serve_details()["applications"].values()]
+    for section in sections:
+        if section.get("name") == application:
+            (deployment,) = section.get("deployments") or [{"name": DEPLOYMENT}]
+            section["deployments"] = [{**deployment, "user_config": user}]
+    client.deploy_apps(ServeDeploySchema.model_validate({"applications": sections}))
+
+
 class KeptByRay(LastServed):
-    """The switch that served last, in the key-value store of the Ray cluster: it lives as long as that."""
+    """The switches that served last, in the key-value store of the Ray cluster: they live as long as that."""
 
     def __init__(self, application: str) -> None:
-        self._key = f"switch:{application}"
+        self._key = f"switches:{application}"
 
     async def recall(self) -> AttentionConfig | None:
+        return next(reversed(await self.all()), None)
+
+    async def all(self) -> list[AttentionConfig]:
+        """The newest last. Never raises."""
         try:
             kept = await asyncio.to_thread(internal_kv._internal_kv_get, self._key, namespace=DEPLOYMENT)
-            return None if kept is None else AttentionConfig.model_validate_json(kept)
+            return [] if kept is None else _SWITCHES.validate_json(kept)
         except Exception:  # the store is away, or holds what another version wrote: as good as nothing kept
-            logger.exception("the switch that served last cannot be recalled")
-            return None
+            logger.exception("the switches that served last cannot be recalled")
+            return []
 
     async def keep(self, config: AttentionConfig) -> None:
-        kept = config.model_dump_json()
+        former = await self.all()
+        if former[-1:] == [config]:  # the other replicas say the same
+            return
+        kept = _SWITCHES.dump_json([*former, config][-KEPT_SWITCHES:])
         try:
             await asyncio.to_thread(internal_kv._internal_kv_put, self._key, kept, namespace=DEPLOYMENT)
         except Exception:  # it serves all the same

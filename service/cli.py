@@ -18,17 +18,20 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from service.child import heeded, run_in_own_session
-from service.config import ApplicationSection, AttentionConfig, ConfigError, ServeFile, UserConfig, api_keys, read
+from service.config import ApplicationSection, AttentionConfig, ConfigError, ServeFile, UserConfig, admin_keys, api_keys, read
+from service.difference import RESTARTING, Change, differences
 from service.machine import available_cpus
 from service.model import files
 
 READY_SECONDS = 5.0  # how long an application that runs may take to answer through the proxy
 SAME_SIGNAL_SECONDS = 0.5  # a terminal and a wrapper may both pass on one Ctrl-C
+NICENESS = 5  # of an `apply`: its imports and its rehearsal must not take the CPUs from those who are served
 SWITCH_SECONDS = 120.0  # how long building and checking new backends may take
 BEHIND_THIS_FILE = Path(__file__).resolve().parent.parent / "deploy" / "local.yaml"
 INSTALLED = Path(sysconfig.get_path("data")) / "share" / "longserve" / "local.yaml"
@@ -56,7 +59,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
     for name, run, help in (
         ("serve", serve, "start the service and stay until Ctrl-C"),
-        ("apply", apply, "put an edited file's user_config in force in the running service"),
+        ("apply", apply, "put an edited file in force in the running service; tells first what it changes"),
         ("status", status, "how the running service stands"),
         ("plan", plan, "what a text would cost under each backend, and whether it would be let in now"),
         (
@@ -70,6 +73,9 @@ def _parser() -> argparse.ArgumentParser:
         if name == "plan":
             command.add_argument("text", type=argparse.FileType("r"), help="a file with the prompt; - reads standard input")
             command.add_argument("--max-tokens", type=int, default=16)
+        if name == "apply":
+            command.add_argument("--restart", action="store_true", help="also what restarts replicas")
+            command.add_argument("--rollback", action="store_true", help="the switch that served before, not the file's")
         if name == "check":
             command.add_argument("directory", type=Path, help="a checkpoint in Hugging Face format")
         command.add_argument("file", nargs="?", type=Path, help="a Serve config; by default deploy/local.yaml")
@@ -148,6 +154,7 @@ def _check_startable(path: Path, file: ServeFile) -> None:
             raise ConfigError(f"{path}: applications.{index}.args.model: {error}") from error
         try:
             api_keys(application.args.http)
+            admin_keys(application.args.http)
         except ValueError as error:
             raise ConfigError(f"{path}: applications.{index}.args.{error}") from error
     host, port = file.http_options.host, file.http_options.port
@@ -207,26 +214,90 @@ def _drain(file: ServeFile) -> None:
 
 
 def apply(options: argparse.Namespace) -> int:
-    """Put the file's `user_config` in force. Refused when the file differs from the running service in anything else."""
+    """Put the file in force; with --rollback the switch that served before, the rest of the file unchanged.
+
+    Tells what changes first. Refused where that would restart replicas and --restart is not given, and where a backend
+    cannot serve, before Ray hears of it.
+    """
+    os.setpriority(os.PRIO_PROCESS, 0, NICENESS)
     path = config_path(options.file)
     file = read(path)
     from service import cluster
 
     with cluster.connected(_ray_address(file)):
+        file = _as_before(file) if options.rollback else file
         running = cluster.deployed()
-        _check_only_switch_differs(file, cluster.http_options(), running)
+        changes = _changes(file, cluster.http_options(), running)
+        print("\n".join(map(str, changes)) or "nothing differs from what the service was told last", flush=True)
+        if not options.restart and (restarting := [change.key for change in changes if change.restarts]):
+            raise Refused(f"{', '.join(restarting)} would restart the replicas; with --restart they are")
+        _rehearse(path, file)
+        return _put_in_force(file, running)
+
+
+def _put_in_force(file: ServeFile, running: Mapping[str, Any]) -> int:
+    """Have Serve make the file true, wait for every replica, tell how it went."""
+    from service import cluster
+
+    try:
         cluster.deploy(file, running)
         cluster.wait_until_running(file, threading.Event())
-        states = {application.name: _switched(application) for application in file.applications}
-        print(json.dumps(states, indent=2))
-        served = _as_served(file, states)
-        if served == file:
-            return 0
-        print("longserve apply: the switch failed; the former one stays in force, and the file's is forgotten", file=sys.stderr)
-        cluster.deploy(served, running)  # else a replica that is restarted would try the one that failed
-        for application in served.applications:
-            _switched(application)
+    except cluster.DeployFailed as error:
+        raise Refused(f"the service does not run as the file says: {error}") from error
+    states = {application.name: _switched(application) for application in file.applications}
+    for name, replicas in states.items():
+        for state in replicas:
+            print(f"{name}, replica {state['replica']}: {_told_switch(state)}")
+    served = _as_served(file, states)
+    if served == file:
+        return 0
+    print("longserve apply: the switch failed; the former one stays in force, and the file's is forgotten", file=sys.stderr)
+    cluster.deploy(served, running)  # else a replica that is restarted would try the one that failed
+    for application in served.applications:
+        _switched(application)
     return 1
+
+
+def _told_switch(state: Mapping[str, Any]) -> str:
+    switch = state["attention"]
+    serves = f"serves {switch['default']} of {', '.join(switch['backends'])}"
+    return f"failed: {state['degraded']}; {serves} as before" if state["degraded"] else serves
+
+
+def _as_before(file: ServeFile) -> ServeFile:
+    """The file with the switch that served each application before the present one. Raises Refused where none has."""
+    from service import cluster
+
+    def before(application: ApplicationSection) -> ApplicationSection:
+        try:
+            found = [each for each in cluster.ask_replicas(application, "former", cluster.ASK_SECONDS) if each]
+        except cluster.Unanswered as error:
+            raise Refused(str(error)) from error
+        if not found:
+            raise Refused(f"no other switch has served {application.name} since it was started")
+        return _with_switch(application, AttentionConfig.model_validate(found[0]))
+
+    return file.model_copy(update={"applications": [before(application) for application in file.applications]})
+
+
+def _with_switch(application: ApplicationSection, attention: AttentionConfig) -> ApplicationSection:
+    (deployment,) = application.deployments
+    user = UserConfig(attention=attention)
+    return application.model_copy(update={"deployments": [deployment.model_copy(update={"user_config": user})]})
+
+
+def _rehearse(path: Path, file: ServeFile) -> None:
+    """Build and check the file's backends here, without weights. Raises ConfigError for one that cannot serve."""
+    from service.survey import rehearse
+
+    for index, application in enumerate(file.applications):
+        told = _get(f"{base_url(file, application)}/info", application)
+        switch = application.deployments[0].user_config.attention
+        try:
+            rehearse(application.args, switch, str(told["dtype"]), int(told["memory_budget_bytes"]))
+        except (ValueError, FileNotFoundError) as error:
+            where = f"applications.{index}.deployments.0.user_config.attention"
+            raise ConfigError(f"{path}: {where}: {error}") from error
 
 
 def _as_served(file: ServeFile, states: Mapping[str, Sequence[Mapping[str, Any]]]) -> ServeFile:
@@ -236,40 +307,51 @@ def _as_served(file: ServeFile, states: Mapping[str, Sequence[Mapping[str, Any]]
         former = [state["attention"] for state in states[application.name] if state["degraded"]]
         if not former:
             return application
-        user = UserConfig(attention=AttentionConfig.model_validate(former[0]))
-        (deployment,) = application.deployments
-        return application.model_copy(update={"deployments": [deployment.model_copy(update={"user_config": user})]})
+        return _with_switch(application, AttentionConfig.model_validate(former[0]))
 
     return file.model_copy(update={"applications": [served(application) for application in file.applications]})
 
 
-def _check_only_switch_differs(file: ServeFile, address: Mapping[str, Any], deployed: Mapping[str, Any]) -> None:
-    """Raise Refused unless the running service is the file's but for user_config and what Serve changes in place."""
+def _changes(file: ServeFile, address: Mapping[str, Any], deployed: Mapping[str, Any]) -> list[Change]:
+    """What the file changes of the running service. Raises Refused where only another service could be it."""
     if (address["host"], address["port"]) != (file.http_options.host, file.http_options.port):
         raise Refused(f"http_options: the service listens on {address['host']}:{address['port']}, which only a restart changes")
     if (names := sorted(deployed)) != sorted(application.name for application in file.applications):
         raise Refused(f"applications: the service runs {', '.join(names)}; another set needs a restart")
-    keys = ("args", "import_path", "route_prefix", "runtime_env")
-    for index, application in enumerate(file.applications):
-        told = deployed[application.name]  # by whoever deployed it, who may have left defaults out
-        running = ApplicationSection.model_validate({key: told[key] for key in keys if key in told})
-        for key in keys:
-            if getattr(application, key) != getattr(running, key):
-                raise Refused(f"applications.{index}.{key} differs from the running service's, which only a restart changes")
+    changes = []
+    for index, wanted in enumerate(file.to_serve()["applications"]):
+        found = differences(_meant(deployed[wanted["name"]]), wanted)
+        changes += [replace(change, key=f"applications.{index}.{change.key}") for change in found]
+    return changes
+
+
+def _meant(told: Mapping[str, Any]) -> dict[str, Any]:
+    """A deployed section with the defaults that whoever deployed it has left out."""
+    section = ApplicationSection.model_validate({key: told[key] for key in RESTARTING if key in told})
+    return {**told, **section.model_dump(mode="json", include=set(RESTARTING), exclude_none=True)}
 
 
 def _switched(application: ApplicationSection) -> list[dict[str, Any]]:
-    """The replicas' switches, once each has done with the file's. Raises Refused when that takes too long."""
+    """The replicas' switches, once each has done with the file's. Raises Refused when that takes too long.
+
+    One that dies meanwhile is waited for: Serve starts another in its place, with the file's switch.
+    """
     from service import cluster
 
     wanted = application.deployments[0].user_config.attention.model_dump()
-    deadline = time.monotonic() + SWITCH_SECONDS
+    deadline, last = time.monotonic() + SWITCH_SECONDS, ""
     while time.monotonic() < deadline:
-        states = cluster.ask_replicas(application, "state", cluster.ASK_SECONDS)
-        if all(state["asked"] == wanted and not state["switching"] for state in states):
-            return states
+        try:
+            states = cluster.ask_replicas(application, "state", cluster.ASK_SECONDS)
+        except cluster.Unanswered as error:
+            last = f" ({error})"
+        else:
+            done = [state for state in states if state["asked"] == wanted and not state["switching"]]
+            if len(done) == len(states) == cluster.num_replicas(application):
+                return states
         time.sleep(cluster.POLL_SECONDS)
-    raise Refused(f"{application.name} has not switched within {SWITCH_SECONDS:.0f} s; longserve status tells how it stands")
+    seconds = f"{SWITCH_SECONDS:.0f} s"
+    raise Refused(f"{application.name} has not switched within {seconds}{last}; longserve status tells how it stands")
 
 
 def _ray_address(file: ServeFile) -> str:
@@ -309,6 +391,9 @@ def plan(options: argparse.Namespace) -> int:
         size, seconds = found["needed_bytes"] / 2**20, sum(found["predicted_seconds"].values())
         why = f": {found['reason']}, longest {found['longest_tokens']} tokens" if found["reason"] else ""
         print(f"{backend:<16}{found['total_tokens']:>8}{size:>9.1f}{seconds:>9.2f}  {found['verdict']}{why}")
+    for told, wish in (("no wish", {}), ("auto", {"attention": "auto"})):
+        found = _get(f"{base}/v1/plan", application, {"prompt": text, "max_tokens": options.max_tokens, **wish})["data"][0]
+        print(f"{told}: {found['backend']} ({found['why']})")
     return 0
 
 

@@ -34,10 +34,12 @@ os.environ.update({name: value for name, value in ENVIRONMENT.items() if name no
 
 import ray  # noqa: E402
 from ray import serve  # noqa: E402
+from ray.exceptions import RayError  # noqa: E402
+from ray.serve.exceptions import RayServeException  # noqa: E402
 from ray.serve.schema import ServeDeploySchema  # noqa: E402
 
 from service.child import end_session  # noqa: E402
-from service.config import DEPLOYMENT, ApplicationSection, ServeFile  # noqa: E402
+from service.config import DEPLOYMENT, ApplicationSection, ServeFile, ServiceConfig  # noqa: E402
 from service.http.proxy import LIMITS  # noqa: E402
 
 OBJECT_STORE_BYTES = 100 * 2**20  # requests and answers do not pass through it; Ray's default takes 30 % of the memory
@@ -49,6 +51,10 @@ TOKEN = Path.home() / ".ray" / "auth_token"  # where Ray keeps it
 SERVE_NAMESPACE = "serve"
 
 logging.getLogger("ray.serve").setLevel(logging.ERROR)
+
+
+class Unanswered(Exception):
+    """A replica has not answered a question: it died under it, is not up yet, or took too long."""
 
 
 class DeployFailed(Exception):
@@ -109,13 +115,14 @@ def _reserved_cpus(file: ServeFile) -> int:
 def deploy(file: ServeFile, running: Mapping[str, Mapping[str, Any]] | None = None) -> None:
     """Make the file the target of the running Serve. Replicas stay when only their `user_config` has changed.
 
-    running: what `deployed` tells, where the file is that but for the switch. Its `args` are sent as they came: Serve compares
-    them as data and would restart every replica for a default that one side writes out and the other leaves out.
+    running: what `deployed` tells. Its `args` that mean the file's are sent as they came: Serve compares them as data and would
+    restart every replica for a default that one side writes out and the other leaves out.
     """
     wanted = file.to_serve()
-    for application in wanted["applications"]:
-        if running is not None:
-            application["args"] = running[application["name"]].get("args", {})
+    for application, section in zip(file.applications, wanted["applications"], strict=True):
+        told = (running or {}).get(application.name, {}).get("args", {})
+        if ServiceConfig.model_validate(told) == application.args:
+            section["args"] = told
     _client().deploy_apps(ServeDeploySchema.model_validate(wanted))
 
 
@@ -166,7 +173,10 @@ def _report_one(application: ApplicationSection, found: Mapping[str, Any] | None
     if found is None:
         return {"status": "NOT_STARTED", "replicas": []}
     replicas = found["deployments"][DEPLOYMENT]["replicas"]
-    switches = {state["replica"]: state for state in ask_replicas(application, "state", ASK_SECONDS)}
+    try:
+        switches = {state["replica"]: state for state in ask_replicas(application, "state", ASK_SECONDS)}
+    except Unanswered:  # told by each replica's lack of a switch
+        switches = {}
     return {
         "status": str(found["status"].value),
         "replicas": [
@@ -188,8 +198,17 @@ def _client() -> Any:
 
 
 def ask_replicas(application: ApplicationSection, method: str, timeout_seconds: float) -> list[Any]:
-    """Call a method of every running replica of an application. Raises what one of them raises, or TimeoutError."""
-    return list(_ask(application, method).results(timeout_s=timeout_seconds))
+    """Call a method of every running replica of an application. Raises Unanswered unless each has answered."""
+    try:
+        return list(_ask(application, method).results(timeout_s=timeout_seconds))
+    except (RayError, RayServeException, TimeoutError) as error:
+        told = str(error).strip().splitlines() or [type(error).__name__]
+        raise Unanswered(f"a replica of {application.name} has not answered: {told[0]}") from error
+
+
+def num_replicas(application: ApplicationSection) -> int:
+    """How many replicas of an application Serve wants just now."""
+    return int(_details()["applications"][application.name]["deployments"][DEPLOYMENT]["target_num_replicas"])
 
 
 def drain(file: ServeFile, seconds: float) -> list[str]:

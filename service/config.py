@@ -95,6 +95,7 @@ class HttpConfig(Settings):
 
     api_keys_env: str | None = None  # environment variable that holds the API keys, comma-separated
     api_keys_file: str | None = None  # YAML, `keys:` with name, key, limits (KeyConfig); without either no key is asked for
+    admin_keys_env: str | None = None  # environment variable with the keys that let into /admin; None: there is no /admin
     cors_origins: tuple[str, ...] = ()  # pages that may call from a browser, as https://host; "*": all; none: no page may
     max_body_bytes: int = Field(default=16 * 2**20, gt=0)  # counted while reading; above it 413
     max_bodies_bytes: int = Field(default=256 * 2**20, gt=0)  # of all bodies whose answer has not begun; above it 429
@@ -127,9 +128,18 @@ class ServiceConfig(Settings):
     log_file: str | None = None  # takes the log lines of all replicas of a machine; None: stderr
     traces: str | None = Field(default=None, pattern="^https?://")  # OTLP/HTTP: takes a trace per request; None: off
     stall_seconds: float = Field(default=60, gt=0)  # work waits and no step ends for so long: the replica is unhealthy
+    truth_check_seconds: float | None = Field(default=3600, gt=0)  # between two checks of what serves, when idle; None: none
     drain_seconds: float = Field(default=30, ge=0)  # what runs may take so long to end when the service stops
     engine: EngineConfig = EngineConfig()
     http: HttpConfig = HttpConfig()
+
+
+class AutoConfig(Settings):
+    """How `auto` picks a backend, and what becomes of a request that cannot fit under the default."""
+
+    prefer: tuple[str, ...] = ()  # the only ones picked from, best answers first; none: the fastest of all
+    max_seconds: float | None = Field(default=None, gt=0)  # predicted, queue included; who takes longer is passed over
+    spill: bool = False  # what cannot fit under the default is offered under the next of `prefer` (or `backends`) that it fits
 
 
 class AttentionConfig(Settings):
@@ -140,6 +150,8 @@ class AttentionConfig(Settings):
 
     default: str | None = None  # None: the checkpoint's own, which is native where it has windows, else dense
     backends: dict[str, dict[str, Any] | None] = Field(default={"dense": {}}, min_length=1)
+    auto: AutoConfig = AutoConfig()
+    weights: dict[str, float] = {}  # of the calls without a wish, the share that a candidate answers in the default's place
 
     @field_validator("backends")
     @classmethod
@@ -162,6 +174,12 @@ class AttentionConfig(Settings):
         if (self.default or "dense") not in (*self.backends, "auto", "native"):
             wanted = f"default must be auto, native or one of backends ({', '.join(self.backends)})"
             raise ValueError(f"{wanted}, received {self.default or 'none, which is dense'!r}")
+        prefer = self.auto.prefer
+        if len(set(prefer)) < len(prefer) or not {*prefer} <= {*self.backends, "native"}:
+            raise ValueError(f"auto.prefer must name some of backends ({', '.join(self.backends)}), each once")
+        shares = self.weights.values()
+        if not {*self.weights} <= {*self.backends, "native"} or not all(share >= 0 for share in shares) or sum(shares) > 1:
+            raise ValueError(f"weights must name some of backends ({', '.join(self.backends)}), with shares of 1 in all")
         return self
 
     def for_checkpoint(self, native: Mapping[str, Any] | None) -> AttentionConfig:
@@ -174,13 +192,14 @@ class AttentionConfig(Settings):
         """
         backends = dict(self.backends)
         if native is None:
-            if "native" in (self.default, *backends):
+            if "native" in (self.default, *self.auto.prefer, *self.weights, *backends):
                 raise ValueError("native: this checkpoint sees everything in every layer, which is dense")
-            return AttentionConfig(default=self.default or "dense", backends=backends)
+            return self.model_copy(update={"default": self.default or "dense"})
         options = backends.pop("native", None) or {}
         if strange := [name for name in native if options.get(name, native[name]) != native[name]]:
             raise ValueError(f"native.{strange[0]}: that is the checkpoint's to say, {native[strange[0]]}")
-        return AttentionConfig(default=self.default or "native", backends={"native": {**options, **native}, **backends})
+        backends = {"native": {**options, **native}, **backends}
+        return self.model_copy(update={"default": self.default or "native", "backends": backends})
 
 
 class UserConfig(Settings):
@@ -294,11 +313,18 @@ def api_keys(config: HttpConfig) -> tuple[str, ...]:
     """The keys of the environment. Raises ValueError where the config asks for keys and environment or file have none."""
     if config.api_keys_file is not None:
         read_keys(Path(config.api_keys_file))  # in vain, but for its errors: the service reads it again and again
-    if config.api_keys_env is None:
-        return ()
-    keys = tuple(key.strip() for key in os.environ.get(config.api_keys_env, "").split(",") if key.strip())
+    return () if config.api_keys_env is None else _keys_in(config.api_keys_env, "api_keys_env")
+
+
+def admin_keys(config: HttpConfig) -> tuple[str, ...]:
+    """The keys that let into /admin; none: nobody is. Raises ValueError where the config names them and they are not there."""
+    return () if config.admin_keys_env is None else _keys_in(config.admin_keys_env, "admin_keys_env")
+
+
+def _keys_in(variable: str, field: str) -> tuple[str, ...]:
+    keys = tuple(key.strip() for key in os.environ.get(variable, "").split(",") if key.strip())
     if not keys:
-        raise ValueError(f"http.api_keys_env is {config.api_keys_env}, but that environment variable holds no key")
+        raise ValueError(f"http.{field} is {variable}, but that environment variable holds no key")
     return keys
 
 

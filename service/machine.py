@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import math
 import os
+import platform
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,23 @@ CGROUP_V1 = Path("/sys/fs/cgroup/cpu")
 # What a warm process may take beside weights, runtime and budget: slack of the allocator, kernels that the matrix library
 # compiles and the scratch inside them. `python -m service.benchmark` measures it under four times the budget.
 BESIDE_BUDGET_BYTES = 64 << 20
+
+
+def cache_folder() -> Path | None:
+    """Where this user's programs keep what they can make again; None for a user without a home."""
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "longserve"
+    except RuntimeError:
+        return None
+
+
+def processor() -> str:
+    """The CPU's name, as the kernel has it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor())
 
 
 @dataclass(frozen=True)

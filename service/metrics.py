@@ -22,7 +22,7 @@ from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamil
 from prometheus_client.registry import Collector
 
 from service.engine.observer import Outcome, Snapshot, Step
-from service.engine.request import DeadlineExceeded, Draining, InvalidRequest, QueueFull, Request, RequestError
+from service.engine.request import DeadlineExceeded, Draining, InvalidRequest, QueueFull, Request, RequestError, Withdrawn
 from service.timing import receipt
 
 logger = logging.getLogger("longserve.request")
@@ -53,6 +53,7 @@ OUTCOMES: Mapping[Outcome, str] = {
     "cancelled": "cancelled",
     "deadline_exceeded": "timeout",
     "draining": "rejected",
+    "withdrawn": "internal",
     "out_of_memory": "internal",
     "model_failed": "internal",
     "form_failed": "rejected",
@@ -255,7 +256,7 @@ def _codes(cls: type[RequestError]) -> frozenset[str]:
 
 
 CLIENT_FAULTS = _codes(InvalidRequest)
-REFUSALS = (*CLIENT_FAULTS, QueueFull.code, Draining.code, DeadlineExceeded.code)
+REFUSALS = (*CLIENT_FAULTS, QueueFull.code, Draining.code, DeadlineExceeded.code, Withdrawn.code)
 
 
 def _observe(histogram: Histogram, value: float | None, id: str | None = None) -> None:

@@ -22,16 +22,16 @@ import torch
 from starlette.types import ASGIApp
 
 from service import exposition
-from service.config import AttentionConfig, EngineConfig, HttpConfig, ServiceConfig, UserConfig, api_keys
-from service.engine.engine import Engine
+from service.config import AttentionConfig, EngineConfig, HttpConfig, ServiceConfig, UserConfig, admin_keys, api_keys
+from service.engine.engine import Engine, Profile
 from service.exposition import Families, Format, Gather, Gathered, Page
 from service.http.errors import NotReady
-from service.http.face import ModelCard
+from service.http.face import Admin, ModelCard
 from service.http.reader import Reader
 from service.http.routes import create_app
 from service.http.workers import Workers
 from service.logs import LOGGERS
-from service.machine import Place, dealt_cpus, dealt_threads
+from service.machine import Place, available_cpus, cache_folder, dealt_cpus, dealt_threads, processor
 from service.metrics import Metrics
 from service.model import checkpoint
 from service.model.checkpoint import Checkpoint
@@ -56,6 +56,7 @@ class Replica:
         echoes_request_id: False where a proxy in front answers with the request id itself.
         place: among the replicas that share this machine.
         last_served: keeps the switch that served last for whoever is started in this replica's stead.
+        admin: does what an operator asks for over HTTP to all replicas; None: this is the only one.
 
     Raises:
         ValueError, FileNotFoundError: something in the config cannot be served.
@@ -71,6 +72,7 @@ class Replica:
         echoes_request_id: bool = True,
         place: Place = ALONE,
         last_served: LastServed | None = None,
+        admin: Admin | None = None,
     ) -> None:
         for logger in LOGGERS:
             logging.getLogger(logger).setLevel(config.log_level.upper())
@@ -92,10 +94,12 @@ class Replica:
         self._metrics.switching.set_function(lambda: float(self._switch.is_switching))
         self._traced = None if config.traces is None else _traced(self._metrics, config.traces, name)
         self._engine: Engine | None = None
+        self._admin = admin
+        self._watch: asyncio.Task[None] | None = None
         self._workers = Workers(_directory(config), config.http.workers, config.http.max_waiting_reads, self._metrics.read)
         self._metrics.tokenizer_waiting.set_function(lambda: self._workers.waiting)
         self.reader = Reader(self._loaded.tokenizer, self._workers)
-        self.app: ASGIApp = create_app(self, api_keys(config.http), echoes_request_id)
+        self.app: ASGIApp = create_app(self, api_keys(config.http), echoes_request_id, admin_keys(config.http))
 
     async def start(self, user_config: UserConfig | Mapping[str, Any]) -> None:
         """Build and check the backends, then start the engine.
@@ -116,15 +120,34 @@ class Replica:
         backends = await self._switch.build(attention)
         await self._workers.start()
         loaded, settings, observer = self._loaded, self._engine_settings(), self._traced or self._metrics
-        engine = Engine(loaded.model, loaded.tokenizer, backends, settings, observer, dealt_cpus(self._place))
+        profile = Profile(cache_folder(), self._pace_facts())
+        engine = Engine(loaded.model, loaded.tokenizer, backends, settings, observer, dealt_cpus(self._place), profile)
         await engine.start()
         await self._switch.put_in_force(attention, backends)
         self._metrics.threads.set(torch.get_num_threads())
         self._metrics.build.labels(version("longserve"), torch.__version__, self._loaded.id).set(1)
         self._metrics.watch(engine.snapshot)
         self._engine = engine
+        if (seconds := self.settings.truth_check_seconds) is not None:
+            self._watch = asyncio.create_task(self._watch_truth(seconds))
         gc.collect()
         gc.freeze()  # what is loaded stays: looking through it again would stop every thread for 0.1 s, now and then
+
+    def _pace_facts(self) -> dict[str, str | int]:
+        """All that the pace of model and backends depends on."""
+        model, shape = self._loaded.model, self._loaded.model.head_shape()
+        return {
+            "machine": torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else processor(),
+            "cpus": available_cpus(),
+            "threads": torch.get_num_threads(),
+            "precision": torch.get_float32_matmul_precision(),
+            "torch": torch.__version__,
+            "longserve": version("longserve"),
+            "model": str(model.config),
+            "impl": str(model.impl),
+            "dtype": str(shape.dtype),
+            "device": str(shape.device),
+        }
 
     def _engine_settings(self) -> EngineConfig:
         """The engine's settings, `memory_share` divided among the replicas that take from the same memory."""
@@ -142,6 +165,24 @@ class Replica:
         else:
             self._switch.aim(user.attention, self.engine)
 
+    async def rehearse(self, attention: AttentionConfig) -> None:
+        """Build and check what a switch names, beside the requests. Raises ValueError for a backend that cannot serve."""
+        await self._switch.rehearse(attention, self.engine)
+
+    async def settled(self) -> None:
+        """Return when no switch is under way."""
+        await self._switch.settled()
+
+    async def check_truth(self) -> dict[str, Any]:
+        """Check what serves against its definition, beside the requests; what is off it is withdrawn."""
+        return {"replica": self.name, "checks": await self._switch.check_truth(self.engine)}
+
+    async def _watch_truth(self, seconds: float) -> None:
+        while True:
+            await asyncio.sleep(seconds)
+            await self.engine.when_idle()
+            await self.check_truth()
+
     async def drain(self) -> None:
         """Admit nothing more; finish what runs within `drain_seconds`."""
         if self._engine is not None:
@@ -150,6 +191,8 @@ class Replica:
     async def stop(self) -> None:
         """End at once. Idempotent."""
         await self._switch.stop()
+        if self._watch is not None:
+            self._watch.cancel()
         if self._engine is not None:
             await self._engine.stop()
         await self._workers.stop()
@@ -193,8 +236,19 @@ class Replica:
         return f"no step has ended for {stalled:.0f} s while {now.running} requests run and {now.waiting} wait"
 
     def readiness(self) -> Mapping[str, Any]:
-        is_ready = self._engine is not None and not self._engine.snapshot().draining
-        return {"ready": is_ready, "replica": self.name, **self._switch.state()}
+        engine = self._engine
+        withdrawn = {} if engine is None else engine.withdrawn
+        serves = engine is not None and engine.backends.default not in withdrawn and len(withdrawn) < len(engine.backends.names)
+        is_ready = serves and engine is not None and not engine.snapshot().draining
+        return {"ready": is_ready, "replica": self.name, **self._switch.state(), "withdrawn": withdrawn}
+
+    def admin_state(self) -> dict[str, Any]:
+        """The switch, and its changes of late."""
+        return {**self.readiness(), "history": self._switch.history}
+
+    @property
+    def admin(self) -> Admin:
+        return self._admin or Alone(self)
 
     def info(self) -> Mapping[str, Any]:
         engine, model = self.engine, self._loaded.model
@@ -230,6 +284,25 @@ class Replica:
 
     async def _only_mine(self, format: Format) -> Gathered:
         return Gathered([await self.export(format)])
+
+
+class Alone:
+    """The `Admin` of a replica that is the only one."""
+
+    def __init__(self, replica: Replica) -> None:
+        self._replica = replica
+
+    async def states(self) -> list[Mapping[str, Any]]:
+        return [self._replica.admin_state()]
+
+    async def switch(self, attention: AttentionConfig) -> list[Mapping[str, Any]]:
+        await self._replica.rehearse(attention)
+        self._replica.retarget({"attention": attention.model_dump()})
+        await self._replica.settled()
+        return await self.states()
+
+    async def check_truth(self) -> list[Mapping[str, Any]]:
+        return [await self._replica.check_truth()]
 
 
 def _traced(metrics: Metrics, endpoint: str, name: str) -> Traced:

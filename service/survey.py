@@ -6,15 +6,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import attention
-from attention import AttentionBackend, shares
+from attention import AttentionBackend, result, shares, truth
 from service.config import AttentionConfig, ServiceConfig
-from service.engine.forecast import Course, Pace, Ramp
+from service.engine.forecast import Attending, Course, Pace, Ramp
 from service.model import checkpoint, files, rotary
 from service.model.config import ModelConfig
 from service.model.tokenizer import Tokenizer
 from service.model.transformer import Transformer
 
 LENGTHS = (1024, 4096, 16384, 65536, 262144)
+REHEARSED_TOKENS = 300  # of the longest sequence in a rehearsal: the replicas check the whole pattern
 SAMPLING = ("temperature", "top_p", "top_k", "repetition_penalty", "min_p")
 
 
@@ -38,6 +39,30 @@ def survey(directory: Path, args: ServiceConfig, switch: AttentionConfig) -> Ite
     yield f"sampling    {_sampling(directory)}"
     yield f"attends     {_own(config)}"
     yield from _table(config, model, args, switch.for_checkpoint(config.native))
+
+
+def rehearse(args: ServiceConfig, switch: AttentionConfig, dtype: str, budget: int) -> None:
+    """Build and check what a switch names as the replicas of `args` would, but for the weights: for their model's heads.
+
+    dtype, budget: the dtype the replicas serve in, and the bytes that each has for its requests.
+
+    Raises:
+        ValueError, FileNotFoundError: one of the backends cannot serve, or not even the shortest request in so many bytes.
+    """
+    directory = checkpoint.EMBEDDED if args.model == "embedded" else Path(args.model)
+    config = checkpoint.read_config(directory).up_to(args.max_length)
+    model = checkpoint.outline(config).to(checkpoint.DTYPES[dtype])
+    shape = config.head_shape(model.dtype, args.device)
+    for name, options in switch.for_checkpoint(config.native).backends.items():
+        backend = attention.build(name, options, shape)
+        pool = backend.new_pool(config.num_hidden_layers, 0)
+        needed = pool.slot_bytes(1) + _course(model, backend, args.engine.chunk_tokens).prefill_bytes(1)
+        if needed > budget:
+            raise ValueError(f"{name} needs {needed} bytes for a request of one token, a replica's budget is {budget}")
+        for kind in shares(backend):
+            verdict = result(truth.checking(kind, max_length=min(REHEARSED_TOKENS, config.max_length)))
+            if not verdict.passed:
+                raise ValueError(f"{name} is off its definition by {verdict.error:.2g}, allowed: {verdict.bound:.2g}")
 
 
 def _sampling(directory: Path) -> str:
@@ -88,7 +113,7 @@ def _table(config: ModelConfig, model: Transformer, args: ServiceConfig, switch:
 def _course(model: Transformer, backend: AttentionBackend, chunk: int) -> Course:
     """The course of a prefill, of which only the bytes are asked: no pace was measured."""
     none = Ramp(0.0, 0.0)
-    pace = Pace(model.config.num_hidden_layers, none, dict.fromkeys(shares(backend), none), backend)
+    pace = Pace(model.config.num_hidden_layers, none, dict.fromkeys(shares(backend), Attending(none, none)), backend)
     return Course(model, pace, model.config.max_length, chunk)
 
 

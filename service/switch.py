@@ -1,8 +1,8 @@
 """The attention switch: from a config to checked backends, at the start and beside the requests of a running replica.
 
 A change is a target. One background task works towards the newest target: it builds the backends beside those in force,
-checks each against its reference, and swaps one immutable object. When that fails the old ones stay in force, and the
-state and a gauge say so.
+checks each against its reference between the steps of requests, and swaps one immutable object. When that fails the old ones
+stay in force, and the state and a gauge say so. The old go when the last request that runs under them ends.
 """
 
 from __future__ import annotations
@@ -10,17 +10,23 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Mapping
-from typing import Any, Protocol
+from collections import deque
+from collections.abc import Generator, Mapping
+from dataclasses import replace
+from functools import partial
+from typing import Any, Protocol, TypeVar
 
 from pydantic import ValidationError
 
 import attention
-from attention import AttentionBackend, HeadShape, truth
+from attention import AttentionBackend, HeadShape, result, truth
 from service.config import AttentionConfig, UserConfig, explain
 from service.engine.engine import Backends
 from service.metrics import Metrics
 from service.threads import in_passing_thread
+
+T = TypeVar("T")
+HISTORY = 20  # changes that are remembered
 
 logger = logging.getLogger("longserve.switch")
 
@@ -33,10 +39,29 @@ def parse(user_config: Any) -> UserConfig:
         raise ValueError("; ".join(explain(error, UserConfig))) from None
 
 
-class Swappable(Protocol):
-    """What takes new backends: the engine."""
+class Slices(Protocol):
+    """Where a computation in parts is run."""
 
-    async def swap(self, backends: Backends) -> None: ...
+    async def beside(self, parts: Generator[None, None, T]) -> T:
+        """What it returns, its parts run between whatever is more urgent."""
+
+
+class Swappable(Slices, Protocol):
+    """Where a switch is at work, and what it gives the backends to: the engine."""
+
+    async def swap(self, backends: Backends) -> None:
+        """Put other backends in force."""
+
+    def withdraw(self, name: str, reason: str | None) -> None:
+        """Answer nothing more under a backend; None: it serves again."""
+
+
+class Startup:
+    """The slices before there is an engine: nothing is more urgent."""
+
+    async def beside(self, parts: Generator[None, None, T]) -> T:
+        """What they return, from a passing thread."""
+        return await asyncio.to_thread(in_passing_thread, partial(result, parts))
 
 
 class LastServed:
@@ -68,11 +93,12 @@ class Switch:
         self._asked: AttentionConfig | None = None  # the last one asked for, in force or not
         self._failure: str | None = None
         self._task: asyncio.Task[None] | None = None
+        self._history: deque[Mapping[str, Any]] = deque(maxlen=HISTORY)
 
     async def build(self, config: AttentionConfig) -> Backends:
         """Build and check the backends to start with. Raises ValueError for one that cannot serve."""
         self._asked = self._asked or config
-        return await self._checked(config.for_checkpoint(self._native))
+        return await self._checked(config.for_checkpoint(self._native), Startup())
 
     async def put_in_force(self, config: AttentionConfig, backends: Backends) -> None:
         """Note that the engine serves `config` with `backends` now."""
@@ -109,6 +135,33 @@ class Switch:
         """Whether the background task is at work."""
         return self._task is not None and not self._task.done()
 
+    async def check_truth(self, engine: Swappable) -> list[Mapping[str, Any]]:
+        """Check all that serve again, between the steps of requests: one that is off its definition is withdrawn until a later
+        check finds it within the bound."""
+        found: list[Mapping[str, Any]] = []
+        for name, backend in list(self._serving.items()):
+            verdict = await self._verdict(backend, engine)
+            if self._serving.get(name) is backend:  # else it was switched away meanwhile
+                engine.withdraw(name, None if verdict.passed else _off(verdict))
+            if not verdict.passed:
+                logger.error("attention backend %s is withdrawn: %s", name, _off(verdict))
+            found.append({"backend": name, "error": verdict.error, "bound": verdict.bound, "passed": verdict.passed})
+        return found
+
+    async def rehearse(self, config: AttentionConfig, engine: Swappable) -> None:
+        """Build and check what a config names, and let go of it. Raises ValueError for a backend that cannot serve."""
+        await self._checked(config.for_checkpoint(self._native), engine)
+
+    @property
+    def history(self) -> list[Mapping[str, Any]]:
+        """The changes of late, the newest last."""
+        return list(self._history)
+
+    async def settled(self) -> None:
+        """Return when the background task has done its work."""
+        if self._task is not None:
+            await asyncio.wait([self._task])
+
     async def stop(self) -> None:
         """Give up a switch that is under way."""
         if self._task is not None:
@@ -128,7 +181,7 @@ class Switch:
             if target == self._in_force:
                 self._forget_failure()  # of another target, which nobody asks for any more
                 return
-            backends = await self._checked(target)
+            backends = await self._checked(target, engine)
             await engine.swap(backends)
         except Exception as error:  # whatever it is, the old backends go on serving
             logger.exception("the attention switch failed, the former backends stay in force")
@@ -136,7 +189,11 @@ class Switch:
         else:
             await self.put_in_force(target, backends)
             self._metrics.switches.labels("ok").inc()
-        self._metrics.switch_seconds.observe(time.monotonic() - start)
+        seconds = time.monotonic() - start
+        self._metrics.switch_seconds.observe(seconds)
+        self._history.append(
+            {"at": time.time(), "attention": target.model_dump(), "seconds": seconds, "failure": self._failure}
+        )
 
     def _fail(self, reason: str) -> None:
         self._failure = reason
@@ -147,29 +204,33 @@ class Switch:
         self._failure = None
         self._metrics.degraded.set(0)
 
-    async def _checked(self, config: AttentionConfig) -> Backends:
-        """The config's backends, built and checked off the event loop. Raises ValueError for one that answers wrongly."""
-
-        def build() -> dict[str, AttentionBackend]:
-            return in_passing_thread(lambda: {name: self._build(name, options) for name, options in config.backends.items()})
-
+    async def _checked(self, config: AttentionConfig, host: Slices) -> Backends:
+        """The config's backends, built and checked. Raises ValueError for one that answers wrongly."""
         assert config.default is not None, "`for_checkpoint` names it"
-        return Backends(await asyncio.to_thread(build), config.default)
+        built = {name: await self._built(name, options, host) for name, options in config.backends.items()}
+        return Backends(built, config.default, config.auto, config.weights)
 
-    def _build(self, name: str, options: Mapping[str, Any] | None) -> AttentionBackend:
+    async def _built(self, name: str, options: Mapping[str, Any] | None, host: Slices) -> AttentionBackend:
         """A checked backend. The one that serves, if its options are these: with it the engine keeps states and pace."""
         serving = self._serving.get(name)
         if serving is not None and serving.options == serving.Options.model_validate(dict(options or {})):
             return serving
-        backend = attention.build(name, options, self._shape)
-        if True not in backend.directions:
-            raise ValueError(f"attention backend {name} has no causal form, and this model is causal")
-        verdicts = [truth.check(kind, max_length=self._max_length) for kind in attention.shares(backend)]
-        worst = max(verdicts, key=lambda verdict: (not verdict.passed, verdict.error))
-        self._metrics.truth(name, worst.error, worst.bound)
-        if not worst.passed:
-            raise ValueError(f"attention backend {name} is off its definition by {worst.error:.2g}, allowed: {worst.bound:.2g}")
-        for verdict in verdicts:
-            if verdict.uncovered:
-                logger.warning("the truth check of %s: %s", name, verdict.uncovered)
+        build = partial(attention.build, name, options, self._shape)
+        backend = await asyncio.to_thread(in_passing_thread, build)
+        verdict = await self._verdict(backend, host)
+        if not verdict.passed:
+            raise ValueError(f"attention backend {name} is {_off(verdict)}")
+        if verdict.uncovered:
+            logger.warning("the truth check of %s: %s", name, verdict.uncovered)
         return backend
+
+    async def _verdict(self, backend: AttentionBackend, host: Slices) -> truth.Truth:
+        """The worst verdict on the kinds of layers that a backend has, told to the metrics."""
+        verdicts = [await host.beside(truth.checking(kind, max_length=self._max_length)) for kind in attention.shares(backend)]
+        worst = max(verdicts, key=lambda verdict: (not verdict.passed, verdict.error))
+        self._metrics.truth(backend.name, worst.error, worst.bound)
+        return replace(worst, uncovered="; ".join(filter(None, (verdict.uncovered for verdict in verdicts))))
+
+
+def _off(verdict: truth.Truth) -> str:
+    return f"off its definition by {verdict.error:.2g}, allowed: {verdict.bound:.2g}"

@@ -39,7 +39,7 @@ class Timings:
     state_bytes: int = 0  # of the tensors that held its state, at most
     step_bytes: int | None = None  # its share, by tokens, of the largest measured peak of a step; None: not measured
     backend: str = ""
-    why: str = ""  # why this backend: "request", "default", or what `auto` measured
+    why: str = ""  # why this backend: "request", "default", what `auto` weighed, or what did not fit
 
     @property
     def prefill_chunks(self) -> int:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
 from collections.abc import Iterator
 
 import pytest
 import torch
 from hypothesis import settings
 
+CACHE = tempfile.TemporaryDirectory(prefix="longserve-tests-")
+os.environ["XDG_CACHE_HOME"] = CACHE.name  # what was measured on this machine before is not known here
 settings.register_profile("untimed", deadline=None)
 settings.load_profile("untimed")
 

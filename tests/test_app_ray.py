@@ -123,17 +123,44 @@ def test_a_switch_under_load_fails_no_request_and_keeps_the_processes(service: S
     assert service.pids() == pids
 
 
-def test_a_file_that_cannot_be_applied_is_refused_and_changes_nothing(service: Service, tmp_path: Path) -> None:
-    before = service.get("/ready").json["attention"]
-    typo = service.rewrite(lambda data: switch_of(data).update(defalt="dense"), tmp_path / "typo.yaml")
-    refused = service.apply(typo)
+@pytest.mark.parametrize(
+    ("switch", "says"),
+    [
+        ({"defalt": "dense"}, "user_config.attention.defalt: unknown key, allowed here: default, backends, auto, weights"),
+        ({"backends": {"sparse": {}}}, "unknown attention backend 'sparse'"),
+        ({"backends": {"dense": {}, "sliding_window": {"window": 0}}}, "sliding_window.window"),
+        ({"backends": {"dense": {}, "performer": {"features": 10**9}}}, "performer.features"),
+        ({"default": "dense", "backends": {"dense": {}, "longformer": {}}}, "longformer has no causal form"),
+    ],
+)
+def test_a_switch_that_cannot_serve_never_reaches_a_replica(
+    service: Service, tmp_path: Path, switch: dict[str, Any], says: str
+) -> None:
+    before = service.get("/ready").json["asked"]
+    wrong = service.rewrite(lambda data: switch_of(data).update(switch), tmp_path / "wrong.yaml")
+    refused = service.apply(wrong)
     assert refused.returncode == 2
-    assert "user_config.attention.defalt: unknown key, allowed here: default, backends" in refused.stderr
-    threads = service.rewrite(lambda data: data["applications"][0]["args"].update(threads=2), tmp_path / "threads.yaml")
-    refused = service.apply(threads)
+    assert says in refused.stderr and "Traceback" not in refused.stderr
+    assert service.get("/ready").json["asked"] == before
+
+
+@pytest.mark.parametrize(
+    ("change", "key"),
+    [
+        (lambda application: application["args"].update(threads=2), "args.threads"),
+        (
+            lambda application: application["deployments"][0].update(ray_actor_options={"num_cpus": 0.5}),
+            "deployments.0.ray_actor_options.num_cpus",
+        ),
+    ],
+)
+def test_what_would_restart_replicas_is_told_and_refused(service: Service, tmp_path: Path, change: Any, key: str) -> None:
+    pids = service.pids()
+    refused = service.apply(service.rewrite(lambda data: change(data["applications"][0]), tmp_path / "restart.yaml"))
     assert refused.returncode == 1
-    assert "applications.0.args differs" in refused.stderr
-    assert service.get("/ready").json["attention"] == before
+    assert f"applications.0.{key}: " in refused.stdout and "(restarts the replicas)" in refused.stdout
+    assert f"applications.0.{key} would restart the replicas; with --restart they are" in refused.stderr
+    assert service.pids() == pids
 
 
 def test_a_plan_is_told_on_the_command_line(service: Service, tmp_path: Path) -> None:
@@ -141,7 +168,10 @@ def test_a_plan_is_told_on_the_command_line(service: Service, tmp_path: Path) ->
     text.write_text("import os\n" * 100)
     told = service.cli("plan", str(text), str(service.file))
     assert told.returncode == 0, told.stderr
-    assert [line.split()[0] for line in told.stdout.splitlines()[1:]] == list(BACKENDS)
+    *table, default, auto = told.stdout.splitlines()[1:]
+    assert [line.split()[0] for line in table] == list(BACKENDS)
+    assert default == "no wish: sliding_window (default)"
+    assert auto.startswith("auto: ") and all(f"{name} 0" in auto for name in BACKENDS)
 
 
 def test_a_model_that_cannot_be_served_is_told_as_the_reason(service: Service, tmp_path: Path) -> None:

@@ -34,9 +34,9 @@ ADDRESS = {"host": "127.0.0.1", "port": 8000}
 
 
 def test_a_default_that_was_not_written_out_at_the_deployment_is_no_difference() -> None:
-    cli._check_only_switch_differs(ServeFile(applications=[ApplicationSection()]), ADDRESS, deployed(dtype="auto"))
-    with pytest.raises(cli.Refused, match=r"applications\.0\.args differs"):
-        cli._check_only_switch_differs(ServeFile(applications=[ApplicationSection()]), ADDRESS, deployed(threads=2))
+    for told, restarting in ((deployed(dtype="auto"), []), (deployed(threads=2), ["applications.0.args.threads"])):
+        changes = cli._changes(ServeFile(applications=[ApplicationSection()]), ADDRESS, told)
+        assert [change.key for change in changes if change.restarts] == restarting
 
 
 def test_an_applied_file_leaves_the_args_as_they_came(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,6 +18,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "loadtests": ("loadtests",),
     "service": (),  # what has no line of its own imports nothing of ours
     "service.child": (),
+    "service.difference": (),
     "service.exposition": (),
     "service.logs": (),
     "service.machine": (),
@@ -66,6 +67,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "service.child",
         "service.cluster",
         "service.config",
+        "service.difference",
         "service.machine",
         "service.model.files",
         "service.survey",

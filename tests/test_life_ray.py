@@ -10,7 +10,6 @@ import stat
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,7 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
+from tests import switching
 from tests.http.client import Reply, eventually
 from tests.serving import Service, are_gone, descendants, public_listeners, serving, switch_of
 
@@ -127,9 +128,14 @@ def test_only_this_machine_and_this_user_reach_a_local_service(tmp_path: Path, s
 
 def test_a_switch_that_failed_neither_stays_nor_keeps_a_replica_from_starting(tmp_path: Path) -> None:
     with serving(tmp_path / "one.yaml", lambda data: None) as service:
-        good = service.file.read_text()
+        good, asked = service.file.read_text(), service.status()[1][0]["asked"]
         bad = service.rewrite(lambda data: switch_of(data).update(default="longformer", backends={"longformer": {}}))
         refused = service.apply(bad)
+        assert refused.returncode == 2
+        assert "no causal form" in refused.stderr
+        assert service.status()[1][0]["asked"] == asked  # no replica has heard of it
+
+        refused = apply_unrehearsed(bad)
         assert refused.returncode == 1
         assert "no causal form" in refused.stdout
         code, (replica,) = service.status()
@@ -150,6 +156,23 @@ def test_a_switch_that_failed_neither_stays_nor_keeps_a_replica_from_starting(tm
         service.file.write_text(good)
         assert service.apply().returncode == 0
         assert service.status()[0] == 0
+
+
+def apply_unrehearsed(path: Path) -> subprocess.CompletedProcess[str]:
+    """`longserve apply` by a machine on which everything can serve: only the replicas find a fault."""
+    code = (
+        "import sys; from service import cli, survey\n"
+        "survey.rehearse = lambda *_: None; sys.exit(cli.main(['apply', sys.argv[1]]))"
+    )
+    return subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, timeout=60)
+
+
+def serving_under(service: Service, default: str) -> set[int]:
+    """The processes of the replicas that run and serve under a default; none while the service cannot be asked."""
+    try:
+        return {each["pid"] for each in service.status()[1] if each.get("attention", {}).get("default") == default}
+    except json.JSONDecodeError:
+        return set()
 
 
 def deploy_past_the_command(service: Service, path: Path) -> None:
@@ -198,52 +221,50 @@ def pinned(pid: int, cpus: int) -> set[int]:
 
 
 def test_twenty_switches_under_load_fail_no_request_and_keep_processes_and_memory(tmp_path: Path) -> None:
-    def two_replicas(data: Any) -> None:
-        data["applications"][0]["deployments"][0]["num_replicas"] = 2
-
-    with serving(tmp_path / "two.yaml", two_replicas) as service:
-        pids = service.pids()
-        storm(service, switches=5)  # the allocator and all caches reach their working size
-        before = resting_bytes(service)
-        storm(service, switches=20)
-        assert resting_bytes(service) <= 1.05 * before
+    with serving(tmp_path / "two.yaml", switching.two_replicas) as service:
+        pids, paths = service.pids(), switching.files(service, 20)
+        with switching.load(service):
+            switching.throw(paths[:5])  # the allocator and all caches reach their working size
+        before = switching.resting_bytes(service)
+        with switching.load(service) as asked:
+            switching.throw(paths)
+        assert {(each.status, each.is_whole) for each in asked} == {(200, True)}
+        assert {each.is_stream for each in asked} == {True, False}
+        assert switching.resting_bytes(service) <= 1.02 * before
         assert sum(service.metric("longserve_backend_switch_total", result="ok")) >= 2 * 25
         assert service.pids() == pids
 
+        default = switch_of(yaml.safe_load(paths[-1].read_text()))["default"]
+        killed = next(iter(pids))
+        os.kill(killed, signal.SIGKILL)
+        again = service.apply(paths[-1])  # asks while one of the replicas is dead, or not up again
+        assert again.returncode in (0, 1) and "Traceback" not in again.stderr, again.stderr
+        assert eventually(lambda: killed not in (up := serving_under(service, default)) and len(up) == 2, 60)
 
-def storm(service: Service, switches: int) -> None:
-    """So many switches under load, at none of which a request may fail."""
-    ended = threading.Event()
-
-    def ask() -> set[int]:
-        seen = set()
-        while not ended.is_set():
-            seen.add(service.complete("import os", max_tokens=4).status)
-            time.sleep(0.02)  # leaves the switches some of the CPUs
-        return seen
-
-    with concurrent.futures.ThreadPoolExecutor(3) as callers:
-        asked = [callers.submit(ask) for _ in range(3)]
-        try:
-            throw(service, switches)
-        finally:
-            ended.set()
-    assert set().union(*(future.result() for future in asked)) == {200}
+        assert service.cli("apply", "--rollback", str(service.file)).returncode == 0
+        former = switch_of(yaml.safe_load(paths[-2].read_text()))["default"]
+        assert {each["attention"]["default"] for each in service.status()[1]} == {former}
 
 
-def resting_bytes(service: Service) -> float:
-    """What the replicas take once they have rested and given free memory back."""
-    time.sleep(3)
-    return sum(service.metric("longserve_process_resident_memory_bytes"))
+def test_a_switch_over_http_reaches_all_replicas_and_those_that_are_started_later(tmp_path: Path) -> None:
+    def change(data: Any) -> None:
+        data["applications"][0]["args"]["http"]["admin_keys_env"] = "OPERATORS"
+        data["applications"][0]["deployments"][0]["num_replicas"] = 2
 
+    operator = {"authorization": "Bearer operator"}
+    with serving(tmp_path / "two.yaml", change, env=os.environ | {"OPERATORS": "operator"}) as service:
+        pids = service.pids()
+        wanted = {"default": "performer", "backends": {"dense": {}, "performer": {"features": 64}}}
+        reply = service.post("/admin/attention", wanted, operator)
+        assert reply.status == 200, reply.text
+        assert [each["attention"]["default"] for each in reply.json["replicas"]] == ["performer"] * 2
+        assert service.pids() == serving_under(service, "performer") == pids
 
-def throw(service: Service, times: int) -> None:
-    """Apply so many switches, each another default than the one before, from one process that need not start for each."""
-    defaults = (["performer", "sliding_window", "dense"] * times)[:times]
-    files = [
-        service.rewrite(lambda data, default=default: switch_of(data).update(default=default), service.file.with_stem(f"{i}"))
-        for i, default in enumerate(defaults)
-    ]
-    code = "import sys; from service.cli import main\nsys.exit(max(main(['apply', each]) for each in sys.argv[1:]))"
-    done = subprocess.run([sys.executable, "-c", code, *map(str, files)], capture_output=True, text=True, timeout=400)
-    assert done.returncode == 0, done.stderr
+        refused = service.post("/admin/attention", {"default": "longformer", "backends": {"longformer": {}}}, operator)
+        assert (refused.status, refused.error["code"]) == (400, "invalid_request")
+        checks = service.post("/admin/truth-check", {}, operator).json["replicas"]
+        assert [all(each["passed"] for each in replica["checks"]) for replica in checks] == [True, True]
+
+        victim = min(pids)
+        os.kill(victim, signal.SIGKILL)
+        assert eventually(lambda: len(serving_under(service, "performer") - {victim}) == 2, 120)

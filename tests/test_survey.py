@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 import attention
 from service import cli
+from service.config import AttentionConfig, ServiceConfig
 from service.model.checkpoint import load
+from service.survey import rehearse
 from tests.engine import world
 from tests.model.checkpoints import change, own_backend, write
 
@@ -67,3 +70,26 @@ def test_what_serving_would_refuse_is_refused_with_its_reason(tmp_path: Path, ca
     assert "odd_scale: 3.0" in capsys.readouterr().err
     assert cli.main(["check", str(tmp_path / "Some" / "Model-7B")]) == 1
     assert "Some/Model-7B is a repository of a hub" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("backends", "budget", "says"),
+    [
+        ({"longformer": {}}, 2**30, "longformer has no causal form"),
+        ({"dense": {}, "performer": {"features": 65536}}, 2**26, "performer needs [0-9]+ bytes for a request of one token"),
+        ({"native": {}}, 2**30, "native"),
+    ],
+)
+def test_a_backend_that_cannot_serve_is_found_without_weights(backends: dict[str, Any], budget: int, says: str) -> None:
+    switch = AttentionConfig.model_construct(default=next(iter(backends)), backends=backends)
+    with pytest.raises(ValueError, match=says):
+        rehearse(ServiceConfig(), switch, "float32", budget)
+
+
+def test_a_backend_that_answers_wrongly_does_not_pass_the_rehearsal(monkeypatch: pytest.MonkeyPatch) -> None:
+    sliding = attention.backend_class("sliding_window")
+    monkeypatch.setattr(sliding, "visible", lambda self, i, j, length: (i - j).abs() <= 3)
+    switch = AttentionConfig(default="sliding_window", backends={"sliding_window": {"window": 4}})
+    with pytest.raises(ValueError, match="sliding_window is off its definition"):
+        rehearse(ServiceConfig(), switch, "float32", 2**30)
+    rehearse(ServiceConfig(), AttentionConfig(), "float32", 2**30)

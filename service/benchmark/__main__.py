@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from service.benchmark.alone import measure_engine
+from service.benchmark.auto import measure_auto
 from service.benchmark.bare import measure_bare, report
 from service.benchmark.peak import memory_trial
 from service.benchmark.prefix import measure_prefix
@@ -25,7 +26,7 @@ from service.benchmark.served import measure_http
 from service.machine import BESIDE_BUDGET_BYTES
 from service.threads import in_passing_thread
 
-PARTS = ("bare", "engine", "prefix", "memory", "http")
+PARTS = ("bare", "engine", "auto", "prefix", "memory", "http")
 
 
 def main() -> None:
@@ -35,7 +36,7 @@ def main() -> None:
     options = parser.parse_args()
     lengths = [16_384] if options.quick else [16_384, 32_768]
     repeats = 1 if options.quick else 2
-    parts = options.parts or PARTS[: 4 if options.quick else 5]
+    parts = options.parts or PARTS[: 5 if options.quick else 6]
     random.seed(0)
     result: dict[str, Any] = {"prefill_ratio": {}}
     if "bare" in parts:
@@ -44,6 +45,8 @@ def main() -> None:
         found = asyncio.run(measure_engine(lengths, repeats))
         result["prefill_ratio"]["engine"] = found.pop("prefill_ratio")
         result |= found
+    if "auto" in parts:
+        result["auto"] = asyncio.run(measure_auto([512, 2048, 8192, *lengths]))
     if "prefix" in parts:
         result["prefix"] = asyncio.run(measure_prefix())
     if "memory" in parts:

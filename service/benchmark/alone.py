@@ -121,11 +121,11 @@ async def under_pressure(measure: Callable[[], Any], engine: Engine, name: str, 
     with pressed(engine, name, tokens):
         await asyncio.sleep(0.2)
         loaded = await measure()
-    await _quiet(engine)
+    await quiet(engine)
     return idle, loaded
 
 
-async def _quiet(engine: Engine) -> None:
+async def quiet(engine: Engine) -> None:
     """Wait until the requests that a cancelled task has left are gone."""
     while engine.snapshot().bytes_in_use:
         await asyncio.sleep(0.01)

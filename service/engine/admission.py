@@ -11,17 +11,17 @@ import logging
 import math
 import time
 from array import array
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from service.engine.allowlist import Lane
-from service.engine.grammar import GRAMMAR_BYTES
+from service.engine.allowlist import Backends, Lane
+from service.engine.choice import Pick, choose, decode_seconds, prefill_seconds
+from service.engine.need import fitting, longest_tokens
 from service.engine.request import (
-    AUTO,
     ContextTooLong,
     DeadlineExceeded,
     Draining,
@@ -29,28 +29,9 @@ from service.engine.request import (
     NeverFits,
     QueueFull,
     Request,
-    UnknownBackend,
 )
-from service.engine.sampling import bytes_per_logit
-
-# Of Python objects, measured with tracemalloc and rounded up, see tests/engine/test_answer.py:
-LOGPROB_BYTES = 256  # per token with log-probability and per alternative, of prompt and answer
-TOKEN_BYTES = 128  # per token of an answer that waits to be read: its id, and text of up to 24 characters at four bytes
-ECHO_BYTES = 64  # per token of a prompt that is given back with an answer, copies on the way included
-SCORE_BYTES = 64 * 12  # per entry of the vocabulary while an echoed prompt is scored, 64 rows at a time
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Need:
-    """Bytes a request holds from begin to end, by term."""
-
-    terms: Mapping[str, int]
-
-    @property
-    def total(self) -> int:
-        return sum(self.terms.values())
 
 
 @dataclass(frozen=True)
@@ -74,12 +55,9 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class Offer:
+class Offer(Pick):
     """What a request would run under, and what it would hold."""
 
-    lane: Lane
-    why: str  # this lane: "request", "default", or what `auto` measured
-    need: Need
     prompt: array[int]
 
 
@@ -143,7 +121,7 @@ class Admission:
             cached: how many tokens of a prompt stand in a state that is kept.
         """
         self.lanes: Mapping[str, Lane] = {}  # the allow-list in force
-        self.default = AUTO
+        self.rules: Backends  # which of them answers whom
         self.is_closed = False  # nothing more is let in
         self._known = known
         self._max_length = max_length
@@ -153,7 +131,7 @@ class Admission:
         self._cached = cached
 
     def admit(self, request: Request) -> Offer:
-        """What the request runs under, or its refusal: InvalidRequest and its kinds, QueueFull, Draining, DeadlineExceeded."""
+        """What the request runs under, or its refusal, as `Engine.submit` lists them."""
         if self.is_closed:
             raise Draining("the service is stopping and admits nothing more")
         if request.deadline is not None and request.deadline <= time.monotonic():
@@ -167,13 +145,15 @@ class Admission:
         return offer
 
     def plan(self, request: Request) -> Plan:
-        """What the request would cost and whether it would be admitted now. Raises InvalidRequest, UnknownBackend."""
+        """What the request would cost and whether it would be admitted now. Raises InvalidRequest and its kinds, Withdrawn."""
         return self._planned(request, self.offer(request))
 
     def offer(self, request: Request) -> Offer:
         """What the request would run under. Raises InvalidRequest, UnknownBackend."""
         prompt = check(request, self._known, self._max_length, self._max_sequences)
-        return Offer(*choose(request, self.lanes, self.default, self._ledger.budget), prompt)
+        left = (self._ledger.free, self._ledger.budget)
+        choice = choose(request, self.lanes, self.rules, left, self._queue.seconds_in_front)
+        return Offer(choice.lane, choice.why, choice.need, prompt)
 
     def _planned(self, request: Request, offer: Offer) -> Plan:
         lane, needed, budget = offer.lane, offer.need.total, self._ledger.budget
@@ -181,7 +161,6 @@ class Admission:
         reason = reason or (QueueFull.code if self._queue.why_full(len(offer.prompt)) else None)
         runs = self._ledger.fits(needed) and not self._queue.is_waiting
         cached = self._cached(request, offer)
-        prefill, whole = lane.course.seconds(len(offer.prompt)) - lane.course.seconds(cached), predicted_seconds(request, lane)
         return Plan(
             backend=lane.name,
             why=offer.why,
@@ -198,8 +177,8 @@ class Admission:
             backends_that_fit=fitting(request, self.lanes.values(), budget),
             predicted_seconds={
                 "queue": self._queue.seconds_in_front(),
-                "prefill": prefill,
-                "decode": whole - lane.course.seconds(len(offer.prompt)),
+                "prefill": prefill_seconds(request, lane, cached),
+                "decode": decode_seconds(request, lane),
             },
         )
 
@@ -252,69 +231,6 @@ def _checked_ids(request: Request, known: NDArray[np.bool_]) -> array[int]:
     if not known[ids].all():
         raise InvalidRequest(f"token id {ids[~known[ids]][0]} is no token of this model", param=request.param)
     return prompt
-
-
-def choose(request: Request, lanes: Mapping[str, Lane], default: str, budget: int) -> tuple[Lane, str, Need]:
-    """The lane a request runs under, why, and what it needs there. Raises UnknownBackend."""
-    asked = request.backend or default
-    if asked == AUTO:
-        return _fastest(request, lanes, budget)
-    if asked not in lanes:
-        raise UnknownBackend(asked, (*lanes, AUTO))
-    return lanes[asked], "request" if request.backend else "default", need(request, lanes[asked])
-
-
-def _fastest(request: Request, lanes: Mapping[str, Lane], budget: int) -> tuple[Lane, str, Need]:
-    """The lane of the least predicted seconds among those whose bytes fit the budget (among all, when none does)."""
-    needs = {name: need(request, lane) for name, lane in lanes.items()}
-    fits = [name for name in lanes if needs[name].total <= budget]
-    seconds = {name: predicted_seconds(request, lanes[name]) for name in fits or lanes}
-    best = min(seconds, key=lambda name: seconds[name])
-    told = ", ".join(f"{name} {value:.3g} s" for name, value in seconds.items())
-    return lanes[best], f"auto: predicted {told}", needs[best]
-
-
-def predicted_seconds(request: Request, lane: Lane) -> float:
-    """Seconds of the request on an idle engine."""
-    decode = 0 if request.kind == "embedding" else request.sampling.max_tokens
-    return lane.course.seconds(len(request.tokens)) + decode * lane.course.decode_seconds(request.total_tokens)
-
-
-def need(request: Request, lane: Lane, prompt_tokens: int | None = None) -> Need:
-    """Bytes the request holds under a backend; of a prompt of another length when `prompt_tokens` is given."""
-    sampling, prompt = request.sampling, len(request.tokens) if prompt_tokens is None else prompt_tokens
-    if request.kind == "embedding":
-        return Need({"state": lane.state_bytes(prompt), "step": lane.course.prefill_bytes(prompt)})
-    total = prompt + sampling.max_tokens
-    is_scored = sampling.echo and sampling.logprobs is not None
-    scored = request.n * sampling.max_tokens + (prompt if is_scored else 0)
-    terms = {
-        "state": request.n * lane.state_bytes(total),
-        "step": max(lane.course.prefill_bytes(total), request.n * lane.course.step_bytes(total - 1, total)),
-        "logits": lane.course.vocab_size * max(request.n * bytes_per_logit(sampling), SCORE_BYTES if is_scored else 0),
-        "answer": request.n * (sampling.max_tokens * TOKEN_BYTES + (prompt * ECHO_BYTES if sampling.echo else 0)),
-        "logprobs": 0 if sampling.logprobs is None else scored * LOGPROB_BYTES * (1 + sampling.logprobs),
-        "grammar": 0 if sampling.grammar is None else (1 + request.n) * GRAMMAR_BYTES,
-    }
-    return Need(terms)
-
-
-def longest_tokens(request: Request, lane: Lane, budget: int, max_length: int) -> int:
-    """The longest total, prompt and max_tokens, that the budget holds under a backend; 0 when none does."""
-    answer = request.total_tokens - len(request.tokens)
-    low, high = 0, max(0, max_length - answer)  # prompt lengths: low fits (or is 0), above high is not asked
-    while low < high:
-        middle = (low + high + 1) // 2
-        if need(request, lane, middle).total <= budget:
-            low = middle
-        else:
-            high = middle - 1
-    return low + answer if low else 0
-
-
-def fitting(request: Request, lanes: Iterable[Lane], budget: int) -> tuple[str, ...]:
-    """Names of the backends under which the request fits the whole budget."""
-    return tuple(lane.name for lane in lanes if need(request, lane).total <= budget)
 
 
 def refuse(plan: Plan, param: str) -> NeverFits:

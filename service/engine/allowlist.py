@@ -6,14 +6,17 @@ cost. Which backend answers which layer, causally or both ways, and where its st
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import json
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from attention import AttentionBackend, Segments, StatePool
-from service.engine.forecast import Course, Pace, Ramp, measure_attention
-from service.engine.request import AUTO
+from attention import AttentionBackend, Segments, StatePool, shares
+from service.config import AutoConfig
+from service.engine.forecast import Attending, Course, Drift, Pace, Ramp, measure_attention
+from service.engine.profile import Profile
+from service.engine.request import AUTO, Withdrawn
 from service.model.transformer import Transformer
 
 
@@ -27,6 +30,8 @@ class Backends:
 
     by_name: Mapping[str, AttentionBackend]
     default: str
+    auto: AutoConfig = field(default_factory=AutoConfig)
+    weights: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.by_name:
@@ -44,19 +49,33 @@ class Backends:
         return tuple(self.by_name)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Lane:
-    """One backend in force, ready to serve: its forecast, the pool of its states, which has the backend of each layer, and that
-    of the prefixes that are kept."""
+    """One backend in force, ready to serve: its forecast, how that has held, the pool of its states, which has the backend of
+    each layer, and that of the prefixes that are kept."""
 
     name: str
     backend: AttentionBackend
     course: Course
     pool: StatePool
     kept: StatePool = field(init=False)
+    drift: Drift = field(default_factory=Drift)
+    withdrawn: str | None = None  # why nothing more is answered under it
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "kept", StatePool(self.pool.backends, self.pool.max_bytes))
+        self.kept = StatePool(self.pool.backends, self.pool.max_bytes)
+
+    def refusal(self) -> Withdrawn:
+        """What callers are told while it is withdrawn."""
+        return Withdrawn(f"attention backend {self.name} is withdrawn: {self.withdrawn}", param="attention")
+
+    def prefill_seconds(self, tokens: int, done: int = 0, kind: str = "prefill") -> float:
+        """Predicted seconds of a prompt's tokens behind the first `done`, as steps of the kind have lately gone."""
+        return self.drift(kind) * (self.course.seconds(tokens) - self.course.seconds(done))
+
+    def decode_seconds(self, length: int) -> float:
+        """The same of a decode step that makes a sequence `length` tokens long."""
+        return self.drift("decode") * self.course.decode_seconds(length)
 
     def answering(
         self, layer: int, question: tuple[Tensor, Tensor, Tensor], segments: Segments, slots: Sequence[int], out: Tensor
@@ -108,8 +127,20 @@ class Lane:
         return len(self.pool)
 
 
-def lane_for(name: str, backend: AttentionBackend, model: Transformer, pace: Ramp, chunk: int, budget: int) -> Lane:
-    """Make a backend ready to serve: measure its pace beside the model's, and make room for states of `budget` bytes."""
-    layers, longest = model.config.num_hidden_layers, model.config.max_length
-    course = Course(model, Pace(layers, pace, measure_attention(backend, longest), backend), longest, chunk)
+def lane_for(
+    name: str, backend: AttentionBackend, model: Transformer, pace: Ramp, profile: Profile, chunk: int, budget: int
+) -> Generator[None, None, Lane]:
+    """Make a backend ready to serve, in parts: its pace beside the model's, and room for states of `budget` bytes.
+
+    The pace is the profile's; what is not in it is measured and kept there.
+    """
+    layers, longest, kinds = model.config.num_hidden_layers, model.config.max_length, list(shares(backend))
+    key = json.dumps(backend.describe(), sort_keys=True, default=str)
+    lines = profile.recall(key, 2 * len(kinds))
+    if lines is None:
+        measured = yield from measure_attention(backend, longest, chunk)
+        lines = [line for kind in kinds for line in (measured[kind].many, measured[kind].one)]
+        profile.keep(key, lines)
+    attending = dict(zip(kinds, map(Attending, lines[::2], lines[1::2]), strict=True))
+    course = Course(model, Pace(layers, pace, attending, backend), longest, chunk)
     return Lane(name, backend, course, backend.new_pool(layers, budget))

@@ -12,27 +12,29 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Generator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import numpy as np
 import torch
 
+from attention import AttentionBackend
 from service.config import EngineConfig
 from service.engine.admission import Admission, Ledger, Offer, Plan
 from service.engine.allowlist import Backends, Lane, lane_for
 from service.engine.answer import Answer
 from service.engine.delivery import Delivery, attempt
 from service.engine.departures import Departures
-from service.engine.forecast import measure_model, row_multiple
+from service.engine.forecast import Ramp, measure_model, row_multiple
 from service.engine.grammar import Grammar, Grammars
 from service.engine.job import Job
 from service.engine.observer import NullObserver, Observer, Snapshot
 from service.engine.pins import Pin
 from service.engine.prefixes import Prefixes
+from service.engine.profile import Profile
 from service.engine.request import Constraint, Draining, ModelFailed, Request, RequestError
 from service.engine.runner import LOGIT_ROWS, Runner
 from service.engine.scheduler import Scheduler
@@ -42,12 +44,13 @@ from service.model.tokenizer import Tokenizer
 from service.model.transformer import Transformer
 from service.threads import give_team_its_cpus
 
-__all__ = ["Answer", "Backends", "Engine", "Plan", "Snapshot"]
+__all__ = ["Answer", "Backends", "Engine", "Plan", "Profile", "Snapshot"]
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 STREAM_SLICES = 10  # slices after which a decode step gives way too: most end before, and a pause within one delays its streams
+REST = 2.0  # times a slice of what runs beside requests, for them: a part may take some 50 ms, an answer many steps
 REST_SECONDS = 1.0  # with nothing to do for so long, free heap goes back to the system
 
 
@@ -62,14 +65,21 @@ class Engine:
         config: EngineConfig,
         observer: Observer | None = None,
         cpus: Collection[int] = (),
+        profile: Profile | None = None,
     ) -> None:
-        """Nothing runs before `start`. `cpus`: those that only this engine's model thread and its workers are to use."""
+        """Nothing runs before `start`.
+
+        Args:
+            cpus: those that only this engine's model thread and its workers are to use.
+            profile: the pace as an earlier engine has measured it here, if one has.
+        """
         self._model = model
         self._tokenizer = tokenizer
         self._backends = backends
         self._config = config
         self._observer = observer or NullObserver()
         self._cpus = sorted(cpus)
+        self._profile = profile or Profile()
         self._is_dead = False
         self._last_progress = time.monotonic()
         self._wake = asyncio.Event()
@@ -91,7 +101,7 @@ class Engine:
         self._thread = ThreadPoolExecutor(1, "longserve-model", initializer=give)
         rows, logit_rows = max(config.chunk_tokens, config.max_sequences), max(LOGIT_ROWS, config.max_sequences)
         await self._on_model_thread(lambda: model.warm_up(rows, logit_rows))
-        self._pace = await self._on_model_thread(lambda: measure_model(model))
+        self._pace = await self._on_model_thread(lambda: _pace_of(model, self._profile))
         self._rows = await self._on_model_thread(lambda: row_multiple(model))
         prefixes = Prefixes(self._ledger, config.chunk_tokens, config.prefix_share, config.prefix_shared)
         self._prefixes = prefixes
@@ -124,17 +134,17 @@ class Engine:
             return
         self._admission.is_closed = True
         try:
-            await asyncio.wait_for(self._when_idle(), cap_seconds)
+            await asyncio.wait_for(self.when_idle(), cap_seconds)
         except TimeoutError:
             for job in self._scheduler.jobs:
                 error = Draining("the service is stopping; send the request again elsewhere")
                 self._departures.mark(job, "draining", error)
-            await self._when_idle()
+            await self.when_idle()
 
     async def swap(self, backends: Backends) -> None:
         """Put another allow-list in force for new requests. Requests in flight keep their backend."""
         self._admission.lanes = await self._opened(backends)
-        self._admission.default = backends.default
+        self._admission.rules = backends
         self._backends = backends
         lanes = self._prefixes.lanes = frozenset(self._admission.lanes.values())
         self._prefixes.forget(lambda kept: kept.lane not in lanes)
@@ -142,12 +152,27 @@ class Engine:
 
     async def _opened(self, backends: Backends) -> dict[str, Lane]:
         """A lane for every backend; those that serve already keep theirs."""
-        lanes, budget, chunk = dict(self._admission.lanes), self._ledger.budget, self._config.chunk_tokens
+        lanes = dict(self._admission.lanes)
         for name, backend in backends.by_name.items():
             if name not in lanes or lanes[name].backend is not backend:
-                make = partial(lane_for, name, backend, self._model, self._pace, chunk, budget)
-                lanes[name] = await self._on_model_thread(make)
+                lanes[name] = await self.beside(self._lane_for(name, backend))
         return {name: lanes[name] for name in backends.names}
+
+    def _lane_for(self, name: str, backend: AttentionBackend) -> Generator[None, None, Lane]:
+        chunk, budget = self._config.chunk_tokens, self._ledger.budget
+        return lane_for(name, backend, self._model, self._pace, self._profile, chunk, budget)
+
+    async def beside(self, parts: Generator[None, None, T]) -> T:
+        """What a computation in parts returns, run on the model thread at the mercy of requests: a slice between two steps.
+
+        While requests are there, it leaves them the thread for REST times as long as each slice took.
+        """
+        while True:
+            ended, value, seconds = await self._on_model_thread(lambda: _slice(parts, self._config.slice_seconds))
+            if ended:
+                return cast(T, value)
+            if self._scheduler.jobs:
+                await asyncio.sleep(REST * seconds)
 
     # ---- requests ---------------------------------------------------------------------------------------------------
 
@@ -161,7 +186,7 @@ class Engine:
 
         Raises:
             InvalidRequest, UnknownBackend, ContextTooLong, NeverFits: it can never run.
-            QueueFull, Draining, DeadlineExceeded: not now.
+            QueueFull, Draining, DeadlineExceeded, Withdrawn: not now.
         """
         try:
             offer = self._admission.admit(request)
@@ -180,7 +205,7 @@ class Engine:
         return answer
 
     def plan(self, request: Request) -> Plan:
-        """What the request would cost and whether it would be admitted now. Raises InvalidRequest, UnknownBackend."""
+        """What the request would cost and whether it would be admitted now. Raises InvalidRequest and its kinds, Withdrawn."""
         return self._admission.plan(request)
 
     def grammar(self, form: Constraint) -> Grammar:
@@ -211,6 +236,26 @@ class Engine:
         """An owner's pins, and whether the state of each is there now; everybody's where prefixes are shared."""
         current, is_shared = self._prefixes.pins.current(), self._config.prefix_shared
         return {pin: self._prefixes.is_kept(pin.lane, pin.mark) for pin in current if is_shared or pin.owner == owner}
+
+    def withdraw(self, name: str, reason: str | None) -> None:
+        """Answer nothing more under a backend of the allow-list, and end what runs under it; None: it serves again."""
+        lane = self._admission.lanes[name]
+        lane.withdrawn = reason
+        for job in self._scheduler.jobs:
+            if reason is not None and job.lane is lane:
+                self._departures.mark(job, "withdrawn", lane.refusal())
+
+    @property
+    def withdrawn(self) -> dict[str, str]:
+        """Backends of the allow-list under which nothing is answered, and why."""
+        return {name: lane.withdrawn for name, lane in self._admission.lanes.items() if lane.withdrawn is not None}
+
+    async def when_idle(self) -> None:
+        """Return when nothing runs or waits."""
+        while self._scheduler.jobs:
+            self._idle.clear()
+            self._wake.set()
+            await self._idle.wait()
 
     def forget_prefixes(self) -> None:
         """Let go of all prefixes that are kept, before the next step."""
@@ -287,6 +332,8 @@ class Engine:
             self._scheduler.account(work, work.seconds - before)
             if not is_over:
                 self._scheduler.pause(work)
+            elif work.meter is None:  # counting takes time of its own
+                work.lane.drift.note(work.kind, work.predicted_seconds, work.seconds)
         self._last_progress = time.monotonic()
         return is_over
 
@@ -300,12 +347,6 @@ class Engine:
         except TimeoutError:
             await self._on_model_thread(trim)
             await self._wake.wait()
-
-    async def _when_idle(self) -> None:
-        while self._scheduler.jobs:
-            self._idle.clear()
-            self._wake.set()
-            await self._idle.wait()
 
     async def _on_model_thread(self, call: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._thread, call)
@@ -327,3 +368,23 @@ class Engine:
         for job in self._scheduler.jobs:
             self._delivery.end(job, "model_failed", ModelFailed("the engine failed"))
         self._idle.set()
+
+
+def _pace_of(model: Transformer, profile: Profile) -> Ramp:
+    """The model's own pace: the profile's, else measured and kept there."""
+    if (kept := profile.recall("model", 1)) is None:
+        kept = [measure_model(model)]
+        profile.keep("model", kept)
+    return kept[0]
+
+
+def _slice(parts: Generator[None, None, T], limit: float) -> tuple[bool, T | None, float]:
+    """Run parts for `limit` seconds, one at least. Returns whether that was all, then what they return, and the seconds."""
+    start, seconds = time.perf_counter(), 0.0
+    while seconds <= limit:
+        try:
+            next(parts)
+        except StopIteration as end:
+            return True, end.value, seconds
+        seconds = time.perf_counter() - start
+    return False, None, seconds

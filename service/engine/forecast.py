@@ -1,24 +1,32 @@
 """What a computation will take, before it runs: seconds by a pace measured at start, bytes by the laws of cost.
 
-`Pace` is this machine's speed: straight lines, one for the model without attention, one per backend for a layer's
-attention over its flops. `Course` cuts a prefill into chunks by position. `row_multiple` is what this machine's products ask
-of packed rows. Measuring costs tenths of a second.
+`Pace` is this machine's speed: straight lines, one for the model without attention, two per backend for a layer's attention
+over its flops: of many tokens, which is bound by arithmetic, and of one, which is bound by memory. `Course` cuts a prefill into
+chunks by position. `row_multiple` is what this machine's products ask of packed rows. Measuring costs tenths of a second.
 """
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from attention import AttentionBackend, Segments, shares
+from attention import AttentionBackend, Segments, result, shares
 from service.model.transformer import Transformer
 
+T = TypeVar("T")
+
+DONE = object()  # no part, but the end
 REPEATS = 7
-PROBE_ROWS, PROBE_HISTORY = 256, 4096  # tokens of the measured call: enough for the products to reach their speed
+DRIFT_SECONDS = 1.5  # of steps, which outweigh all before them
+HALF_LIFE_SECONDS = 120.0
+MOST_DRIFT = math.log(10)  # either way: a step that was held up longer says nothing of the backend
+PROBE_HISTORY = 8192  # tokens before the measured ones: enough for the products to reach their speed, and to leave the caches
 
 
 @dataclass(frozen=True)
@@ -34,8 +42,19 @@ class Ramp:
     @classmethod
     def through(cls, low: tuple[float, float], high: tuple[float, float]) -> Ramp:
         """The line through two (amount, seconds) measurements."""
-        slope = max(0.0, (high[1] - low[1]) / (high[0] - low[0]))
+        slope = max(0.0, (high[1] - low[1]) / (high[0] - low[0])) if high[0] > low[0] else 0.0
         return cls(max(0.0, low[1] - slope * low[0]), slope)
+
+
+@dataclass(frozen=True)
+class Attending:
+    """Seconds of one layer's attention over its flops."""
+
+    many: Ramp
+    one: Ramp  # of a single token
+
+    def __call__(self, queries: int, flops: float) -> float:
+        return (self.one if queries == 1 else self.many)(flops)
 
 
 @dataclass(frozen=True)
@@ -44,55 +63,75 @@ class Pace:
 
     layers: int
     model: Ramp  # over tokens, attention left out
-    attention: Mapping[AttentionBackend, Ramp]  # over flops, one layer of each kind that the backend has
+    attention: Mapping[AttentionBackend, Attending]  # one layer of each kind that the backend has
     backend: AttentionBackend
 
     def attention_seconds(self, queries: int, keys: int) -> float:
         """Predicted seconds of all layers' attention for `queries` tokens at the end of a sequence of `keys`."""
         kinds = shares(self.backend).items()
         return self.layers * sum(
-            share * self.attention[kind](kind.cost(queries, keys, causal=True).flops) for kind, share in kinds
+            share * self.attention[kind](queries, kind.cost(queries, keys, causal=True).flops) for kind, share in kinds
         )
 
 
 def measure_model(model: Transformer, tokens: int = 256) -> Ramp:
-    """Time the model with attention left out, on 1 and on `tokens` tokens."""
+    """Time the model with attention left out, on 1 and on `tokens` tokens, with the logits of the last one."""
 
-    def run(count: int) -> Callable[[], Tensor]:
+    def run(count: int) -> Callable[[], Iterator[None]]:
         ids = torch.zeros(count, dtype=torch.long, device=model.device)
-        return lambda: model.hidden(ids, ids, lambda layer, q, k, v: q)
 
-    return Ramp.through((1, _seconds(run(1))), (tokens, _seconds(run(tokens))))
+        def compute() -> Iterator[None]:
+            model.logits(model.hidden(ids, ids, lambda layer, q, k, v: q)[-1:])[0, 0].item()  # which waits for an accelerator
+            yield
+
+        return compute
+
+    with torch.inference_mode():
+        low, high = (result(_seconds(run(count))) for count in (1, tokens))
+    return Ramp.through((1, low), (tokens, high))
 
 
-def measure_attention(backend: AttentionBackend, max_length: int) -> dict[AttentionBackend, Ramp]:
-    """Time one layer of each kind that a backend has."""
-    return {kind: _measure_layer(kind, max_length) for kind in shares(backend)}
+Measuring = Generator[None, None, T]
+"""A measurement in parts, which may be run between the steps of requests: its pauses are not counted."""
 
 
-def _measure_layer(backend: AttentionBackend, max_length: int) -> Ramp:
-    """Time one layer's `extend` for one token without history and for a probe at the end of a long sequence."""
+@torch.inference_mode()
+def measure_attention(backend: AttentionBackend, max_length: int, chunk: int) -> Measuring[dict[AttentionBackend, Attending]]:
+    """Time one layer of each kind that a backend has, as it comes in chunks of so many tokens and token by token."""
+    found = {}
+    for kind in shares(backend):
+        found[kind] = yield from _measure_layer(kind, max_length, chunk)
+    return found
+
+
+def _measure_layer(backend: AttentionBackend, max_length: int, chunk: int) -> Measuring[Attending]:
+    """Time one layer's `extend` for one token without history, and for one and a chunk at the end of a long sequence."""
     shape = backend.shape
-    tokens = min(PROBE_ROWS, max_length)
+    tokens = min(chunk, max_length)
     history = min(PROBE_HISTORY, max_length - tokens)
     pool = backend.new_pool(1, backend.state_bytes(history + tokens))
     slot = pool.allocate(history + tokens)
     for tensor in pool.tensors(slot).values():
         tensor.zero_()
 
-    def run(count: int, past: int) -> Callable[[], Tensor]:
+    def run(count: int, past: int) -> Callable[[], Iterator[None]]:
         sizes = (shape.query_heads, shape.key_value_heads, shape.key_value_heads)
         q, k, v = (torch.randn(count, n, shape.head_width, device=shape.device).to(shape.dtype) for n in sizes)
 
-        def extend() -> Tensor:
+        def extend() -> Iterator[None]:
             pool.pretend(slot, past)
-            return backend.extend(q, k, v, Segments((count,), (past,)), pool, 0, (slot,))
+            out = torch.empty_like(q)
+            yield from backend.extending(q, k, v, Segments((count,), (past,)), pool, 0, (slot,), out)
+            out[0, 0, 0].item()  # waits for an accelerator
 
         return extend
 
-    points = [(1, 0), (tokens, history)]
-    low, high = ((backend.cost(n, n + past, causal=True).flops, _seconds(run(n, past))) for n, past in points)
-    return Ramp.through(low, high)
+    points = []
+    for count, past in ((1, 0), (tokens, history), (1, history + tokens - 1)):
+        seconds = yield from _seconds(run(count, past))
+        points.append((backend.cost(count, count + past, causal=True).flops, seconds))
+    least, many, one = points
+    return Attending(Ramp.through(least, many), Ramp.through(least, one))
 
 
 def row_multiple(model: Transformer, rows: int = 512) -> int | None:
@@ -120,15 +159,44 @@ def row_multiple(model: Transformer, rows: int = 512) -> int | None:
     return None
 
 
-def _seconds(run: Callable[[], Tensor]) -> float:
-    """Least seconds of a call: what the machine can do when nothing else wants it."""
+def _seconds(run: Callable[[], Iterator[None]]) -> Measuring[float]:
+    """Least seconds of a computation in parts: what the machine can do when nothing else wants it."""
     times = []
-    with torch.inference_mode():
-        for _ in range(REPEATS):
+    for _ in range(REPEATS):
+        parts, seconds, is_over = run(), 0.0, False
+        while not is_over:
             start = time.perf_counter()
-            run()[0, ..., 0].sum().item()  # .item() waits for an accelerator
-            times.append(time.perf_counter() - start)
+            is_over = next(parts, DONE) is DONE
+            seconds += time.perf_counter() - start
+            yield
+        times.append(seconds)
     return min(times)
+
+
+class Drift:
+    """How many times as long as predicted the steps of each kind take, as the running engine measures them.
+
+    Each second of steps counts for as much as all before it. With time it is forgotten, half of it in HALF_LIFE_SECONDS: what
+    a neighbour on the machine did to a backend that has not run since says nothing of it now.
+    """
+
+    def __init__(self) -> None:
+        self._logs: dict[str, tuple[float, float]] = {}  # by kind: logarithm, and when it was noted
+
+    def __call__(self, kind: str) -> float:
+        """What to multiply a prediction by."""
+        return math.exp(self._log(kind))
+
+    def note(self, kind: str, predicted: float, measured: float) -> None:
+        """A step has ended."""
+        if predicted > 0 and measured > 0:
+            found = max(-MOST_DRIFT, min(MOST_DRIFT, math.log(measured / predicted)))
+            weight, known = -math.expm1(-measured / DRIFT_SECONDS), self._log(kind)
+            self._logs[kind] = known + weight * (found - known), time.monotonic()
+
+    def _log(self, kind: str) -> float:
+        value, noted = self._logs.get(kind, (0.0, 0.0))
+        return float(value * 0.5 ** ((time.monotonic() - noted) / HALF_LIFE_SECONDS))
 
 
 class Course:

@@ -17,10 +17,11 @@ from io import StringIO
 from torch import Tensor
 from torch.nn import functional
 
-from service.engine.admission import Need, Offer
+from service.engine.admission import Offer
 from service.engine.allowlist import Lane
 from service.engine.answer import Answer
 from service.engine.grammar import Grammar
+from service.engine.need import Need
 from service.engine.prefixes import Found, Marks
 from service.engine.request import Request, TokenLogprob
 from service.engine.sampling import uniform
@@ -183,7 +184,7 @@ class Job:
     def remaining_seconds(self) -> float:
         """Predicted prefill seconds still to come."""
         past = min(self.sequences[0].past, len(self.prompt))
-        return self.lane.course.seconds(len(self.prompt)) - self.lane.course.seconds(past)
+        return self.lane.prefill_seconds(len(self.prompt), past)
 
     @property
     def remaining_tokens(self) -> int:

@@ -17,7 +17,16 @@ if TYPE_CHECKING:
     from service.engine.work import StepKind
 
 Outcome = Literal[
-    "stop", "length", "embedded", "cancelled", "deadline_exceeded", "draining", "out_of_memory", "model_failed", "form_failed"
+    "stop",
+    "length",
+    "embedded",
+    "cancelled",
+    "deadline_exceeded",
+    "draining",
+    "withdrawn",
+    "out_of_memory",
+    "model_failed",
+    "form_failed",
 ]
 
 

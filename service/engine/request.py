@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 FinishReason = Literal["stop", "length"]
 
 AUTO = "auto"
-"""In the place of a backend's name: whichever is predicted to be fastest."""
+"""In the place of a backend's name: whichever is predicted to serve best, see `choice`."""
 
 MOST_QUOTED = 200
 """Characters of a caller's own words in one message."""
@@ -83,6 +83,9 @@ class Request:
     owner: str = ""  # who asks: a prefix that was computed for one is no other's, unless the config says so
     reuses: bool = True  # may go on from a kept prefix, and leave one
     source: str | None = None  # the caller's name for what the tokens come from; None: by kind
+    max_seconds: float | None = None  # to `auto`, in place of the config's
+    prefer: tuple[str, ...] = ()  # the same, best first
+    caller: str = ""  # by whom a share of the calls is told from the rest: whoever is the same always belongs to it
 
     @property
     def total_tokens(self) -> int:
@@ -203,6 +206,12 @@ class DeadlineExceeded(RequestError):
     """The request's deadline passed before its answer was complete."""
 
     code = "deadline_exceeded"
+
+
+class Withdrawn(RequestError):
+    """The backend was found to answer otherwise than its definition says; the message says by how much."""
+
+    code = "backend_withdrawn"
 
 
 class OutOfMemory(RequestError):

@@ -66,7 +66,7 @@ class Scheduler:
         """Predicted seconds until all that runs or waits is done: prefills one by one, decodes side by side."""
         jobs = self.jobs
         prefill = sum(job.remaining_seconds for job in jobs)
-        decode = max((job.remaining_tokens * job.lane.course.decode_seconds(len(job.prompt)) for job in jobs), default=0.0)
+        decode = max((job.remaining_tokens * job.lane.decode_seconds(len(job.prompt)) for job in jobs), default=0.0)
         return prefill + decode
 
     def remove(self, job: Job) -> None:

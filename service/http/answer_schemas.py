@@ -22,7 +22,7 @@ class Receipt(Record):
     """What the prompts of one call took: phases of the slowest, sums of bytes, tokens and chunks, the most batch mates."""
 
     backend: str = Field(description="The attention backend that served.")
-    why: str = Field(description="Why this one: request, default, or what auto predicted.")
+    why: str = Field(description="Why this one: request, candidate, default, what auto weighed, or what did not fit.")
     tokenize_seconds: Seconds | None
     queue_seconds: Seconds | None
     prefill_seconds: Seconds | None
@@ -256,6 +256,8 @@ class Health(Record):
 class Attention(Record):
     default: str | None = Field(description="Null: the checkpoint's own, native where it has windows, else dense.")
     backends: dict[str, dict[str, Any] | None]
+    auto: dict[str, Any] = Field(description="How auto picks: prefer, max_seconds, spill.")
+    weights: dict[str, float] = Field(description="Shares of the calls without a wish that candidates answer.")
 
 
 class Ready(Record):
@@ -265,6 +267,7 @@ class Ready(Record):
     asked: Attention | None = Field(description="Asked for last.")
     switching: bool
     degraded: str | None = Field(description="Why the last change failed.")
+    withdrawn: dict[str, str] = Field(description="Backends that answer nothing, and why: they were off their definition.")
 
 
 class BackendFacts(Record):

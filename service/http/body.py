@@ -17,7 +17,7 @@ from starlette.datastructures import Headers
 
 from service.engine.request import MOST_QUOTED, InvalidRequest, quoted
 from service.http.errors import WrongMediaType
-from service.http.schemas import PLANS
+from service.http.schemas import TAGS
 
 B = TypeVar("B", bound=BaseModel)
 
@@ -98,4 +98,4 @@ def _describe(fault: ErrorDetails, most: int) -> str:
 
 def _path(fault: ErrorDetails, most: int) -> str:
     """Where the fault stands; the keys of the path may be the caller's."""
-    return ".".join(str(part) for part in fault["loc"] if part not in PLANS.values())[:most]
+    return ".".join(str(part) for part in fault["loc"] if part not in TAGS)[:most]

@@ -15,6 +15,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.engine.request import RequestError
+from service.http import admin
 from service.http.auth import ApiKeys
 from service.http.errors import internal_error, response_to
 from service.http.face import Host
@@ -36,8 +37,12 @@ class Exchange:
 class Edge:
     """Wraps the app. `echoes_request_id` is False where a proxy in front already answers with the id."""
 
-    def __init__(self, app: ASGIApp, host: Host, keys: ApiKeys, echoes_request_id: bool = True) -> None:
+    def __init__(
+        self, app: ASGIApp, host: Host, keys: ApiKeys, echoes_request_id: bool = True, operators: ApiKeys | None = None
+    ) -> None:
+        """`operators`: the keys that let into /admin, which know no other route; None: there is no /admin."""
         self.app = app
+        self.operators = operators
         self.host = host
         self.keys = keys
         self.intake = Intake(host.config)
@@ -62,7 +67,8 @@ class Edge:
         """Let the call in and answer it; whatever goes wrong before the response begins becomes a response."""
         refusal: Response
         try:
-            scope["state"]["owner"] = self.keys.check(scope["path"], Headers(scope=scope))
+            keys = self.operators if self.operators is not None and scope["path"].startswith(admin.PREFIX) else self.keys
+            scope["state"]["owner"] = keys.check(scope["path"], Headers(scope=scope))
             body = await exchange.share.read(Headers(scope=scope), receive)
             if body is not None:
                 await self.app(scope, _replay(body, receive), send)

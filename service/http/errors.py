@@ -25,6 +25,7 @@ from service.engine.request import (
     PrefixNotKept,
     QueueFull,
     RequestError,
+    Withdrawn,
     quoted,
 )
 
@@ -89,6 +90,12 @@ class RateLimited(QueueFull):
     code = "rate_limit_exceeded"
 
 
+class SwitchFailed(RequestError):
+    """Not every replica came to serve the switch that was asked for; the former one is in force."""
+
+    code = "switch_failed"
+
+
 class NotReady(RequestError):
     """The replica has not been warmed up."""
 
@@ -121,14 +128,16 @@ STATUS: dict[type[RequestError], tuple[int, str]] = {
     ClientGone: (499, "client_error"),
     InternalError: (500, "server_error"),
     ModelFailed: (500, "server_error"),
+    SwitchFailed: (500, "server_error"),
     Draining: (503, "server_error"),
     NotReady: (503, "server_error"),
     OutOfMemory: (503, "server_error"),
     PrefixNotKept: (503, "server_error"),
+    Withdrawn: (503, "server_error"),
 }
 """Status and OpenAI's error type; an error not listed takes its nearest ancestor's."""
 
-RETRY_AFTER_SECONDS = {Draining: 5.0, NotReady: 2.0, OutOfMemory: 5.0, PrefixNotKept: 5.0}
+RETRY_AFTER_SECONDS = {Draining: 5.0, NotReady: 2.0, OutOfMemory: 5.0, PrefixNotKept: 5.0, Withdrawn: 60.0}
 """When to come back, for errors that do not compute it: a restarted or recovered replica is there by then."""
 
 

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
-from service.config import HttpConfig
+from service.config import AttentionConfig, HttpConfig
 
 if TYPE_CHECKING:
     from service.engine.engine import Engine
@@ -55,8 +55,27 @@ class ModelCard:
     width: int  # numbers in an embedding
 
 
+class Admin(Protocol):
+    """What an operator may do over HTTP, to all replicas of the application at once."""
+
+    async def states(self) -> Sequence[Mapping[str, Any]]:
+        """Each replica's switch, with its history."""
+
+    async def switch(self, attention: AttentionConfig) -> Sequence[Mapping[str, Any]]:
+        """Put another switch in force for good. Returns the states when each replica has switched, or failed to.
+
+        Raises ValueError for a backend that cannot serve; nothing has changed then.
+        """
+
+    async def check_truth(self) -> Sequence[Mapping[str, Any]]:
+        """Check what serves against its definition: each replica's verdicts."""
+
+
 class Host(Protocol):
     """One replica, as the routes see it."""
+
+    @property
+    def admin(self) -> Admin: ...
 
     @property
     def config(self) -> HttpConfig: ...

@@ -25,6 +25,8 @@ from service.http.schemas import (
     MOST_BIAS,
     MOST_BIASES,
     MOST_FIELDS,
+    MOST_PREFERRED,
+    AutoWish,
     ChatBody,
     CompletionBody,
     DetokenizeBody,
@@ -169,6 +171,7 @@ def document(app: FastAPI, host: Host) -> Json:
             each["security"] = [{}] if path in OPEN_PATHS else [{}, {"key": []}]
     for kind in BODIES:
         _bound(schemas[kind.__name__], kind.neutral, host)
+    schemas["AutoHints"]["properties"]["prefer"] |= {"anyOf": [_preferred(host), {"type": "null"}]}
     _relate(schemas)
     for unused in ("HTTPValidationError", "ValidationError"):
         schemas.pop(unused, None)
@@ -194,7 +197,7 @@ def _bound(schema: Json, neutral: Mapping[str, Sequence[Any]], host: Host) -> No
         "n": {"maximum": limits.max_samples},
         "best_of": {"maximum": limits.max_samples},
         "model": {"enum": [None, *model_ids(host.card, _backends(host))]},
-        "attention": {"enum": [None, *_backends(host), AUTO]},
+        "attention": {"anyOf": [{"enum": [None, *_backends(host), AUTO]}, _reference(AutoWish)]},
     }
     for name, bound in bounds.items():
         if name in properties:
@@ -204,6 +207,10 @@ def _bound(schema: Json, neutral: Mapping[str, Sequence[Any]], host: Host) -> No
             continue
         told = " or ".join(json.dumps(each) for each in values)
         properties[name] = {"enum": list(values), "description": f"Not offered: leave it out or send {told}."}
+
+
+def _preferred(host: Host) -> Json:
+    return {"type": "array", "minItems": 1, "maxItems": MOST_PREFERRED, "items": {"enum": list(_backends(host))}}
 
 
 def _biases() -> Json:

@@ -16,6 +16,7 @@ from service.http.reader import Call
 from service.http.schemas import (
     MOST_FORM,
     Attended,
+    AutoWish,
     Body,
     ChatBody,
     CompletionBody,
@@ -61,22 +62,21 @@ async def _drawing(body: DrawnBody, host: Host, call: Call) -> Request:
     """The request of a body that draws tokens, its prompt left out. Raises InvalidRequest."""
     if body.samples > host.config.max_samples:
         raise InvalidRequest(f"n may be at most {host.config.max_samples}, received {body.samples}", param="n")
-    backend, sampling = backend_of(body, host), sampling_of(body)
+    asked = Request(call.id, "completion", (), n=body.samples, deadline=call.deadline, trace=call.trace, owner=call.owner)
+    asked, sampling = _attended(asked, body, host, call), sampling_of(body)
     check_ids([token for token, _ in sampling.logit_bias], host, "logit_bias")
     check_ids(sampling.stop_token_ids, host, "stop_token_ids")
     if body.most_tokens is not None or isinstance(body, CompletionBody):
         _check_least(sampling)
     if (form := constraint_of(body)) is not None:
         sampling = replace(sampling, grammar=await asyncio.to_thread(host.engine.grammar, form))
-    return Request(
-        call.id, "completion", (), backend, sampling, body.samples, call.deadline, trace=call.trace, owner=call.owner
-    )
+    return replace(asked, sampling=sampling)
 
 
 async def prefix_request(body: PrefixBody, host: Host, call: Call) -> Request:
     """The request of a prompt, or of a conversation as far as its own messages go. Raises InvalidRequest."""
-    backend = backend_of(body, host)
-    asked = Request(call.id, "completion", (), backend, deadline=call.deadline, trace=call.trace, owner=call.owner)
+    asked = Request(call.id, "completion", (), deadline=call.deadline, trace=call.trace, owner=call.owner)
+    asked = _attended(asked, body, host, call)
     if body.prompt is not None:
         return (await _requests(asked, "prompt", [body.prompt], body.with_special_tokens, None, host, call))[0]
     messages, options = [each.plain() for each in body.messages or ()], body.chat_template_kwargs or {}
@@ -92,8 +92,8 @@ async def embedding_requests(body: EmbeddingBody, host: Host, call: Call) -> lis
     if (body.dimensions or 0) > host.card.width:
         message = f"an embedding has {host.card.width} dimensions, received {body.dimensions}"
         raise InvalidRequest(message, param="dimensions")
-    asked = Request(call.id, "embedding", (), backend_of(body, host), deadline=call.deadline, trace=call.trace)
-    asked.pooling = body.pooling or "mean"
+    asked = Request(call.id, "embedding", (), deadline=call.deadline, trace=call.trace, pooling=body.pooling or "mean")
+    asked = _attended(asked, body, host, call)
     room = None if body.truncate is None else Room(host.card.max_length, body.truncate)
     return await _requests(asked, "input", body.input, body.with_special_tokens, room, host, call)
 
@@ -121,17 +121,19 @@ def check_model(body: Body, host: Host) -> str | None:
     return backend
 
 
-def backend_of(body: Attended, host: Host) -> str | None:
-    """The backend asked for, by field or by model id; None: the default. The engine knows which are allowed.
+def _attended(asked: Request, body: Attended, host: Host, call: Call) -> Request:
+    """The request under the backend asked for, by field or by model id; the engine knows which are allowed.
 
     Raises:
         ModelNotFound, UnknownBackend, InvalidRequest: by the model id, or by two answers to one question.
     """
-    named = check_model(body, host)
-    if named is not None and body.attention not in (None, named):
-        asked = f"model asks for {named} and attention for {quoted(body.attention)}"
-        raise InvalidRequest(f"{asked}: ask for one", param="attention")
-    return named or body.attention
+    named, wish = check_model(body, host), body.attention
+    if named is not None and wish not in (None, named):
+        told = quoted(wish) if isinstance(wish, str) else AUTO
+        raise InvalidRequest(f"model asks for {named} and attention for {told}: ask for one", param="attention")
+    if isinstance(wish, AutoWish):
+        return replace(asked, backend=AUTO, max_seconds=wish.auto.max_seconds, prefer=tuple(wish.auto.prefer or ()))
+    return replace(asked, backend=named or wish, caller=call.stays)
 
 
 def sampling_of(body: DrawnBody) -> Sampling:

@@ -40,6 +40,11 @@ class Call:
         return str(self.caller.state.owner.config.digest.hex())
 
     @property
+    def stays(self) -> str:
+        """What keeps a caller under one backend while only a share of the calls is tried under it: the key, else the call."""
+        return self.owner if self.caller.state.owner.config.key or self.caller.state.owner.config.sha256 else self.id
+
+    @property
     def trace(self) -> dict[str, str]:
         """The caller's W3C trace context, by header."""
         return {name: self.caller.headers[name] for name in ("traceparent", "tracestate") if name in self.caller.headers}

@@ -21,7 +21,7 @@ from starlette.types import ASGIApp
 
 from service import exposition
 from service.engine.request import InvalidRequest, PrefixNotKept, Request, quoted
-from service.http import answers, docs, errors
+from service.http import admin, answers, docs, errors
 from service.http.answer_schemas import (
     ChatAnswer,
     CompletionAnswer,
@@ -76,12 +76,13 @@ NUMBER = re.compile(r"[0-9]{1,20}(\.[0-9]{1,400})?([eE][+-]?[0-9]{1,3})?")  # Py
 B = TypeVar("B", bound=BaseModel)
 
 
-def create_app(host: Host, keys: Sequence[str] = (), echoes_request_id: bool = True) -> ASGIApp:
+def create_app(host: Host, keys: Sequence[str] = (), echoes_request_id: bool = True, admin_keys: Sequence[str] = ()) -> ASGIApp:
     """The ASGI app over one replica.
 
     Args:
         keys: API keys that let a caller in, beside those of the config's file; none, and no file: no key is asked for.
         echoes_request_id: False where a proxy in front answers with the request id itself.
+        admin_keys: the keys that let into /admin; none: there is no /admin.
     """
     app = FastAPI(
         title="Longserve",
@@ -95,7 +96,10 @@ def create_app(host: Host, keys: Sequence[str] = (), echoes_request_id: bool = T
     app.openapi = lambda: document(app, host)  # type: ignore[method-assign]  # FastAPI's own way to extend it
     for add in (_add_inference, _add_prefixes, _add_models, _add_tokens, _add_state):
         add(app, host)
-    edge = Edge(app, host, ApiKeys(keys, host.config.api_keys_file), echoes_request_id)
+    if admin_keys:
+        admin.install(app, host)
+    operators = ApiKeys(admin_keys) if admin_keys else None
+    edge = Edge(app, host, ApiKeys(keys, host.config.api_keys_file), echoes_request_id, operators)
     origins = host.config.cors_origins
     methods = ("GET", "POST", "DELETE")
     return CORSMiddleware(edge, origins, methods, ("*",), expose_headers=EXPOSED) if origins else edge

@@ -39,6 +39,9 @@ MOST_FIELDS = 128
 
 MOST_STOPS = 16
 
+MOST_PREFERRED = 16
+"""Backends of one wish."""
+
 MOST_PROMPTS = 2048
 """In one call, whatever the config allows: OpenAI's bound."""
 
@@ -286,10 +289,42 @@ class Worded(Body):
         return self.add_special_tokens is not False
 
 
+class AutoHints(BaseModel):
+    """What a caller asks of auto, in place of the config's own rules."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    max_seconds: float | None = Field(
+        default=None, gt=0, allow_inf_nan=False, description="Predicted, queue included: who takes longer is passed over."
+    )
+    prefer: list[Name] | None = Field(
+        default=None, min_length=1, max_length=MOST_PREFERRED, description="Backends, the best first; no other is picked."
+    )
+
+
+class AutoWish(BaseModel):
+    """Auto, with hints."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    auto: AutoHints
+
+
+NAMED, HINTED = "a name", "auto with hints"
+"""Tags of what `attention` may be; no field has such a name."""
+
+Wish = Annotated[
+    Annotated[Name, Tag(NAMED)] | Annotated[AutoWish, Tag(HINTED)],
+    Discriminator(lambda value: HINTED if isinstance(value, dict | AutoWish) else NAMED),
+]
+
+
 class Attended(Body):
     """A body that is answered by attending."""
 
-    attention: Name | None = Field(default=None, description="The backend; left out: the default of the config in force.")
+    attention: Wish | None = Field(
+        default=None, description="The backend, or auto; left out: the default of the config in force."
+    )
 
 
 class Cut(Attended):
@@ -615,6 +650,10 @@ Planned = Annotated[
         custom_error_message="send the body of a completion (prompt), a chat (messages) or an embedding (input), and of one",
     ),
 ]
+
+
+TAGS = frozenset({*PLANS.values(), NAMED, HINTED})
+"""What stands in the path of a fault without being a field."""
 
 
 class PlanBody(RootModel[Planned]):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from attention import HeadShape, build, truth
+from attention import HeadShape, build, names, result, truth
 from attention.memory import peak_bytes
 
 SHAPE = HeadShape(2, 1, 16)
@@ -37,3 +37,18 @@ def test_a_mask_that_is_wrong_from_a_late_token_on_is_still_found(monkeypatch: p
     monkeypatch.setattr(type(backend), "visible", lambda self, i, j, length: (i - j).abs() <= 299)
     assert not truth.check(backend, max_length=1000).passed
     assert truth.check(backend, max_length=300).passed  # no such sequence shows the difference
+
+
+@pytest.mark.parametrize("name", names())
+def test_a_check_in_parts_finds_what_the_whole_one_finds(name: str) -> None:
+    backend = build(name, {}, SHAPE)
+    if True not in backend.directions:
+        pytest.skip("serves nothing")
+    found = result(truth.checking(backend, max_length=500))
+    assert found.passed and found.error <= truth.check(backend, max_length=500).error
+
+
+def test_a_check_in_parts_finds_a_wrong_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    backend = build("sliding_window", {"window": 300, "sinks": 0}, SHAPE)
+    monkeypatch.setattr(type(backend), "visible", lambda self, i, j, length: (i - j).abs() <= 299)
+    assert not result(truth.checking(backend, max_length=1000)).passed

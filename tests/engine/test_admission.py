@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service.engine import admission
+from service.engine import choice
 from service.engine.admission import Ledger
 from service.engine.request import NeverFits, QueueFull
 from tests.engine import world
@@ -96,9 +96,9 @@ async def test_a_plan_tells_what_submit_then_does() -> None:
 async def test_what_a_request_needs_is_worked_out_once_for_each_backend_that_is_considered(
     monkeypatch: pytest.MonkeyPatch, default: str, times: int
 ) -> None:
-    model, honest, asked = world.make_model(), admission.need, []
+    model, honest, asked = world.make_model(), choice.need, []
     async with running(model, world.make_backends(model, default)) as engine:
-        monkeypatch.setattr(admission, "need", lambda *args: (asked.append(1), honest(*args))[1])
+        monkeypatch.setattr(choice, "need", lambda *args: (asked.append(1), honest(*args))[1])
         await tokens_of(engine, completion())
     assert len(asked) == times
 

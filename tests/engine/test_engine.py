@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import itertools
+import time
 import weakref
+from collections.abc import Generator, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -210,6 +214,33 @@ async def test_a_request_keeps_its_backend_over_a_swap() -> None:
     assert later.timings.backend == "performer"
 
 
+async def test_a_new_backend_is_timed_in_slices_between_the_steps_of_a_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, events, parts = world.make_model(), [], 20
+    backends = world.make_backends(model, linear={}, default="linear")
+    new = backends.by_name["linear"]
+    honest = new.extending
+
+    def slow(*question: Any) -> Iterator[None]:
+        for _ in range(parts):
+            events.append("part")
+            time.sleep(0.002)  # longer than a slice
+            yield
+        yield from honest(*question)
+
+    monkeypatch.setattr(new, "extending", slow)
+    watcher = world.Watcher()
+    monkeypatch.setattr(watcher, "stepped", lambda step: events.append("step"))
+    async with running(model, watcher=watcher) as engine:
+        stream = asyncio.create_task(complete(engine, completion(max_tokens=2000)))
+        await until(lambda: "step" in events)
+        await engine.swap(backends)
+        assert not stream.done()
+        stream.cancel()
+    waits = [sum(1 for _ in group) for event, group in itertools.groupby(events) if event == "part"]
+    assert sum(waits) >= 2 * parts  # it was timed more than once
+    assert max(waits) <= parts // 4  # and nowhere near as a whole: the loop may be late now and then
+
+
 async def test_an_old_backend_dies_with_its_last_request() -> None:
     model = world.make_model()
     gone = []
@@ -243,7 +274,7 @@ async def test_auto_takes_the_backend_it_predicts_to_be_fastest_and_says_so() ->
         plan = engine.plan(request)
         await complete(engine, request)
     assert request.timings.backend == plan.backend
-    assert request.timings.why.startswith("auto: predicted")
+    assert request.timings.why.startswith("auto: fastest, predicted")
     assert all(name in request.timings.why for name in world.BACKENDS)
 
 
@@ -262,3 +293,23 @@ async def test_batch_mates_are_counted() -> None:
         requests = [completion(prompt(8, seed=i), max_tokens=30) for i in range(4)]
         await asyncio.gather(*(complete(engine, request) for request in requests))
     assert max(request.timings.batch_mates for request in requests) == 3
+
+
+async def test_what_runs_beside_requests_leaves_them_the_thread_for_longer_than_it_took_it() -> None:
+    parts: list[tuple[float, float]] = []
+
+    def slow() -> Generator[None, None, int]:
+        for _ in range(5):
+            start = time.monotonic()
+            time.sleep(0.02)
+            parts.append((start, time.monotonic()))
+            yield
+        return 7
+
+    async with running() as engine:
+        answer = engine.submit(completion(max_tokens=2000))
+        await anext(answer)
+        assert await engine.beside(slow()) == 7
+        await answer.aclose()
+    for (start, end), (after, _) in itertools.pairwise(parts):
+        assert after - end >= 2 * (end - start) * 0.99

@@ -9,11 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from service.config import EngineConfig
-from service.engine.admission import Ledger, Need, Offer
+from service.engine.admission import Ledger, Offer
 from service.engine.allowlist import Lane
 from service.engine.answer import Answer
-from service.engine.forecast import Course, Pace, Ramp
+from service.engine.forecast import Attending, Course, Pace, Ramp
 from service.engine.job import Job
+from service.engine.need import Need
 from service.engine.prefixes import Prefixes
 from service.engine.request import Request, Sampling
 from service.engine.scheduler import Scheduler
@@ -23,7 +24,7 @@ from tests.engine import world
 MODEL = world.make_model()
 TOKENIZER = world.make_tokenizer()
 DENSE = world.make_backends(MODEL).by_name["dense"]
-PACE = Pace(2, Ramp(0.001, 1e-5), {DENSE: Ramp(0.0, 1e-9)}, DENSE)
+PACE = Pace(2, Ramp(0.001, 1e-5), {DENSE: Attending(Ramp(0.0, 1e-9), Ramp(0.0, 1e-9))}, DENSE)
 BUDGET = 10_000
 
 

@@ -257,7 +257,19 @@ TRUNCATE = [
 FLAGS = [
     row for name in ("echo", "ignore_eos", "stream", "add_special_tokens") for row in values(name, 0, 1, "true", "", [], {})
 ]
-TEXTS = [row for name in ("user", "model", "attention") for row in values(name, 1, True, [], {}, ["a"])]
+TEXTS = [row for name in ("user", "model") for row in values(name, 1, True, [], {}, ["a"])] + [
+    *values("attention", 1, True, [], ["auto"]),
+    *wrong(COMPLETIONS, "attention.auto", {"attention": {}}, {"attention": {"auto": None}}, {"attention": {"auto": 2}}),
+    *wrong(PLAN, "attention.dense", {"attention": {"auto": {}, "dense": {}}}),
+    *wrong(CHAT, "attention.auto.max_second", {"attention": {"auto": {"max_second": 1}}}),
+    *wrong(
+        EMBEDDINGS, "attention.auto.max_seconds", *({"attention": {"auto": {"max_seconds": x}}} for x in (0, -1, True, "2", []))
+    ),
+    *wrong(COMPLETIONS, "attention.auto.prefer", *({"attention": {"auto": {"prefer": x}}} for x in ([], "dense", ["a"] * 17))),
+    *wrong(COMPLETIONS, "attention.auto.prefer.0", {"attention": {"auto": {"prefer": [1]}}}),
+    *wrong(COMPLETIONS, "attention", {"attention": {"auto": {"prefer": ["sparse"]}}}, code="unknown_backend"),
+    *wrong(COMPLETIONS, "attention", {"model": "{id}@dense", "attention": {"auto": {}}}),
+]
 STOPS = values("stop", 1, True, {}, "", [""], ["a", ""], [1], ["a", None], [["a"]], ["a"] * 17)
 STREAMS = [
     *values("stream_options", {}, {"include_usage": True}),

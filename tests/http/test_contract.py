@@ -44,7 +44,7 @@ def test_the_bounds_of_the_document_are_those_in_force(impatient: Client) -> Non
     completion = schemas["CompletionBody"]["properties"]
     assert completion["max_tokens"]["maximum"] == card.max_length
     assert completion["n"]["maximum"] == impatient.replica.config.max_samples
-    assert completion["attention"]["enum"] == [None, *impatient.replica.backends, "auto"]
+    assert completion["attention"]["anyOf"][0]["enum"] == [None, *impatient.replica.backends, "auto"]
     *_, several = completion["prompt"]["anyOf"]
     assert several["maxItems"] == impatient.replica.config.max_prompts
     assert several["items"]["items"]["maximum"] == impatient.replica.tokenizer.vocab_size - 1

@@ -71,17 +71,18 @@ async def test_metrics_answer_while_the_queue_is_full_and_while_it_drains() -> N
 
 
 async def test_metrics_answer_and_say_so_while_a_switch_is_under_way(monkeypatch: pytest.MonkeyPatch) -> None:
-    check, checking, checked = truth.check, threading.Event(), threading.Event()
+    honest, checking, checked = truth.checking, threading.Event(), threading.Event()
 
-    def slow(backend: Any, **kwargs: Any) -> truth.Truth:
+    def slow(backend: Any, **kwargs: Any) -> truth.Checking:
         checking.set()
-        checked.wait(30)
-        return check(backend, **kwargs)
+        while not checked.is_set():
+            yield
+        return (yield from honest(backend, **kwargs))
 
     replica = Replica(ServiceConfig(threads=1))
     async with listening(replica, USER) as url:
         client = Client(url, replica)
-        monkeypatch.setattr(truth, "check", slow)
+        monkeypatch.setattr(truth, "checking", slow)
         with contextlib.ExitStack() as stack:
             stack.callback(checked.set)
             replica.retarget({"attention": {"default": "linear", "backends": {"linear": {}}}})

@@ -102,6 +102,16 @@ def test_a_plan_computes_nothing_and_names_backend_bytes_and_verdict(service: Cl
     assert service.post("/v1/plan", {}).status == 400
 
 
+def test_who_leaves_the_backend_to_auto_may_say_what_matters_and_is_told_why(service: Client) -> None:
+    for backend in BACKENDS:
+        wish = {"auto": {"prefer": [backend], "max_seconds": 100}}
+        reply = service.complete("import os", attention=wish, max_tokens=1)
+        assert reply.json["longserve"]["backend"] == reply.headers["x-longserve-backend"] == backend
+        assert reply.json["longserve"]["why"].startswith(f"auto: preferred within 100 s, predicted {backend} ")
+        (plan,) = service.post("/v1/plan", {"input": "import os", "attention": wish}).json["data"]
+        assert (plan["backend"], plan["why"].split(",")[0]) == (backend, "auto: preferred within 100 s")
+
+
 def test_health_readiness_and_facts_are_told(service: Client) -> None:
     assert service.get("/health").json == {"status": "ok"}
     ready = service.get("/ready").json

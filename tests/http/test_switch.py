@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+import gc
+import weakref
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import pytest
@@ -26,6 +28,16 @@ async def service() -> AsyncIterator[Client]:
 
 def to(default: str, **backends: dict[str, Any]) -> dict[str, Any]:
     return {"attention": {"default": default, "backends": backends or {default: {}}}}
+
+
+def failing(error: float) -> Callable[..., truth.Checking]:
+    """A truth check that finds every backend off by so much."""
+
+    def checking(backend: AttentionBackend, **_: Any) -> truth.Checking:
+        yield
+        return truth.Truth(error, bound=0.1)
+
+    return checking
 
 
 async def served_by(service: Client, **fields: Any) -> str:
@@ -88,14 +100,14 @@ async def test_a_target_that_is_no_config_leaves_the_old_in_force(service: Clien
 
 
 async def test_a_backend_that_answers_wrongly_never_serves(service: Client, monkeypatch: pytest.MonkeyPatch) -> None:
-    honest = truth.check
-    monkeypatch.setattr(truth, "check", lambda backend, **_: truth.Truth(error=1.0, bound=0.1))
+    honest = truth.checking
+    monkeypatch.setattr(truth, "checking", failing(1.0))
     service.replica.retarget(to("performer"))
     state = await settled(service)
     assert "performer is off its definition by 1, allowed: 0.1" in state["degraded"]
     assert await served_by(service) == "dense"
     assert 'longserve_backend_degraded{replica="0"} 1.0' in await asyncio.to_thread(service.metrics)
-    monkeypatch.setattr(truth, "check", honest)
+    monkeypatch.setattr(truth, "checking", honest)
     service.replica.retarget(to("performer"))
     assert (await settled(service))["degraded"] is None
     assert await served_by(service) == "performer"
@@ -152,7 +164,7 @@ async def test_four_replicas_of_a_machine_promise_no_more_memory_than_one() -> N
 
 
 async def test_a_replica_with_a_wrong_backend_does_not_start(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(truth, "check", lambda backend, **_: truth.Truth(error=float("nan"), bound=0.1))
+    monkeypatch.setattr(truth, "checking", failing(float("nan")))
     replica = Replica(ServiceConfig(threads=1))
     with pytest.raises(ValueError, match="dense is off its definition"):
         await replica.start(UserConfig(attention=AttentionConfig()))
@@ -195,14 +207,14 @@ async def test_what_a_switch_leaves_as_it_is_is_neither_built_nor_timed_again(
 ) -> None:
     service.replica.retarget(to("dense", dense={}, sliding_window={"window": 100}, performer={}))
     assert (await settled(service))["degraded"] is None
-    engine, checked, honest = service.replica.engine, [], truth.check
+    engine, checked, honest = service.replica.engine, [], truth.checking
     before, routes = dict(engine.backends.by_name), dict(engine._admission.lanes)
 
-    def noted(backend: AttentionBackend, **rest: Any) -> truth.Truth:
+    def noted(backend: AttentionBackend, **rest: Any) -> truth.Checking:
         checked.append(backend.name)
         return honest(backend, **rest)
 
-    monkeypatch.setattr(truth, "check", noted)
+    monkeypatch.setattr(truth, "checking", noted)
     service.replica.retarget(to("performer", performer={}, sliding_window={"sinks": 4, "window": 100}, dense={}))
     assert (await settled(service))["attention"]["default"] == "performer"
     assert engine.backends.default == "performer" and not checked
@@ -214,3 +226,17 @@ async def test_what_a_switch_leaves_as_it_is_is_neither_built_nor_timed_again(
     assert engine.backends.by_name["dense"] is before["dense"]
     assert engine.backends.by_name["sliding_window"].options.model_dump()["window"] == 101
     assert await served_by(service, attention="sliding_window") == "sliding_window"
+
+
+async def test_a_former_backend_goes_with_the_last_request_that_runs_under_it(service: Client) -> None:
+    former = weakref.ref(service.replica.engine.backends.by_name["dense"])
+    task = asyncio.create_task(asyncio.to_thread(service.complete, "import os", max_tokens=400, ignore_eos=True))
+    while service.replica.engine.snapshot().running == 0:
+        await asyncio.sleep(0.001)
+    service.replica.retarget(to("performer"))
+    await settled(service)
+    assert former() is not None
+    assert (await task).status == 200
+    assert await served_by(service) == "performer"
+    gc.collect()
+    assert former() is None

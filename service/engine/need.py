@@ -1,0 +1,65 @@
+"""What a request holds from begin to end, in bytes, by the laws of cost: known before it runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from service.engine.allowlist import Lane
+from service.engine.grammar import GRAMMAR_BYTES
+from service.engine.request import Request
+from service.engine.sampling import bytes_per_logit
+
+# Of Python objects, measured with tracemalloc and rounded up, see tests/engine/test_answer.py:
+LOGPROB_BYTES = 256  # per token with log-probability and per alternative, of prompt and answer
+TOKEN_BYTES = 128  # per token of an answer that waits to be read: its id, and text of up to 24 characters at four bytes
+ECHO_BYTES = 64  # per token of a prompt that is given back with an answer, copies on the way included
+SCORE_BYTES = 64 * 12  # per entry of the vocabulary while an echoed prompt is scored, 64 rows at a time
+
+
+@dataclass(frozen=True)
+class Need:
+    """Bytes a request holds from begin to end, by term."""
+
+    terms: Mapping[str, int]
+
+    @property
+    def total(self) -> int:
+        return sum(self.terms.values())
+
+
+def need(request: Request, lane: Lane, prompt_tokens: int | None = None) -> Need:
+    """Bytes the request holds under a backend; of a prompt of another length when `prompt_tokens` is given."""
+    sampling, prompt = request.sampling, len(request.tokens) if prompt_tokens is None else prompt_tokens
+    if request.kind == "embedding":
+        return Need({"state": lane.state_bytes(prompt), "step": lane.course.prefill_bytes(prompt)})
+    total = prompt + sampling.max_tokens
+    is_scored = sampling.echo and sampling.logprobs is not None
+    scored = request.n * sampling.max_tokens + (prompt if is_scored else 0)
+    terms = {
+        "state": request.n * lane.state_bytes(total),
+        "step": max(lane.course.prefill_bytes(total), request.n * lane.course.step_bytes(total - 1, total)),
+        "logits": lane.course.vocab_size * max(request.n * bytes_per_logit(sampling), SCORE_BYTES if is_scored else 0),
+        "answer": request.n * (sampling.max_tokens * TOKEN_BYTES + (prompt * ECHO_BYTES if sampling.echo else 0)),
+        "logprobs": 0 if sampling.logprobs is None else scored * LOGPROB_BYTES * (1 + sampling.logprobs),
+        "grammar": 0 if sampling.grammar is None else (1 + request.n) * GRAMMAR_BYTES,
+    }
+    return Need(terms)
+
+
+def longest_tokens(request: Request, lane: Lane, budget: int, max_length: int) -> int:
+    """The longest total, prompt and max_tokens, that the budget holds under a backend; 0 when none does."""
+    answer = request.total_tokens - len(request.tokens)
+    low, high = 0, max(0, max_length - answer)  # prompt lengths: low fits (or is 0), above high is not asked
+    while low < high:
+        middle = (low + high + 1) // 2
+        if need(request, lane, middle).total <= budget:
+            low = middle
+        else:
+            high = middle - 1
+    return low + answer if low else 0
+
+
+def fitting(request: Request, lanes: Iterable[Lane], budget: int) -> tuple[str, ...]:
+    """Names of the backends under which the request fits the whole budget."""
+    return tuple(lane.name for lane in lanes if need(request, lane).total <= budget)
