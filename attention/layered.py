@@ -52,7 +52,7 @@ class Layered(AttentionBackend):
         if not options.windows:
             raise ValueError(f"{NAME} is the pattern of a checkpoint with windows of its own, and there is none")
         kinds = {window: _build(window, options, shape) for window in dict.fromkeys(options.windows)}
-        self.layers = tuple(kinds[window] for window in options.windows)
+        self.layers: tuple[AttentionBackend, ...] = tuple(kinds[window] for window in options.windows)
         self.counts: Mapping[AttentionBackend, int] = Counter(self.layers)
         self.impl = "+".join(sorted({kind.impl for kind in self.counts}))
 
@@ -62,7 +62,7 @@ class Layered(AttentionBackend):
 
     @property
     def directions(self) -> tuple[bool, ...]:
-        return (True,)
+        return tuple(causal for causal in (True, False) if all(causal in kind.directions for kind in self.counts))
 
     @property
     def keeps_all(self) -> bool:

@@ -87,7 +87,12 @@ class Replica:
         self._metrics = Metrics()
         model = self._loaded.model
         self._switch = Switch(
-            model.head_shape(), model.config.native, self._loaded.max_length, self._metrics, self._last_served
+            model.head_shape(),
+            model.config.native,
+            self._loaded.max_length,
+            self._metrics,
+            self._last_served,
+            model.config.is_causal,
         )
         self._metrics.switching.set_function(lambda: float(self._switch.is_switching))
         self._traced = None if config.traces is None else _traced(self._metrics, config.traces, name)
@@ -163,7 +168,18 @@ class Replica:
     @property
     def card(self) -> ModelCard:
         model = self._loaded.model.config
-        return ModelCard(self._loaded.id, int(self._started), self._loaded.max_length, model.hidden_size)
+        plan = model.pooled
+        return ModelCard(
+            self._loaded.id,
+            int(self._started),
+            self._loaded.max_length,
+            plan.width(model.hidden_size),
+            model.tasks,
+            plan.labels,
+            plan.is_normalized,
+            dict(plan.prompts),
+            plan.default_prompt,
+        )
 
     @property
     def tokenizer(self) -> Tokenizer:

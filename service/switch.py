@@ -54,10 +54,17 @@ class Switch:
     """The allow-list in force, the one aimed at, and how the way there went."""
 
     def __init__(
-        self, shape: HeadShape, native: Mapping[str, Any] | None, max_length: int, metrics: Metrics, last_served: LastServed
+        self,
+        shape: HeadShape,
+        native: Mapping[str, Any] | None,
+        max_length: int,
+        metrics: Metrics,
+        last_served: LastServed,
+        is_causal: bool = True,
     ) -> None:
-        """`native`: the options of the checkpoint's own backend, None where that is dense."""
+        """`native`: the options of the checkpoint's own backend, None where that is dense. `is_causal`: it is a decoder."""
         self._shape = shape
+        self._is_causal = is_causal
         self._native = native
         self._max_length = max_length
         self._metrics = metrics
@@ -154,7 +161,7 @@ class Switch:
             return in_passing_thread(lambda: {name: self._build(name, options) for name, options in config.backends.items()})
 
         assert config.default is not None, "`for_checkpoint` names it"
-        return Backends(await asyncio.to_thread(build), config.default)
+        return Backends(await asyncio.to_thread(build), config.default, self._is_causal)
 
     def _build(self, name: str, options: Mapping[str, Any] | None) -> AttentionBackend:
         """A checked backend. The one that serves, if its options are these: with it the engine keeps states and pace."""
@@ -162,8 +169,9 @@ class Switch:
         if serving is not None and serving.options == serving.Options.model_validate(dict(options or {})):
             return serving
         backend = attention.build(name, options, self._shape)
-        if True not in backend.directions:
-            raise ValueError(f"attention backend {name} has no causal form, and this model is causal")
+        if self._is_causal not in backend.directions:
+            missing = "causal form, and this model is causal" if self._is_causal else "form both ways, for an encoder"
+            raise ValueError(f"attention backend {name} has no {missing}")
         verdicts = [truth.check(kind, max_length=self._max_length) for kind in attention.shares(backend)]
         worst = max(verdicts, key=lambda verdict: (not verdict.passed, verdict.error))
         self._metrics.truth(name, worst.error, worst.bound)

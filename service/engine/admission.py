@@ -11,7 +11,7 @@ import logging
 import math
 import time
 from array import array
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -30,8 +30,10 @@ from service.engine.request import (
     QueueFull,
     Request,
     UnknownBackend,
+    check_task,
 )
 from service.engine.sampling import bytes_per_logit
+from service.model.pooling import Task
 
 # Of Python objects, measured with tracemalloc and rounded up, see tests/engine/test_answer.py:
 LOGPROB_BYTES = 256  # per token with log-probability and per alternative, of prompt and answer
@@ -135,12 +137,14 @@ class Admission:
         ledger: Ledger,
         queue: Queue,
         cached: Callable[[Request, Offer], int],
+        tasks: Collection[Task],
     ) -> None:
         """A door for a model's requests.
 
         Args:
             known: for each id of the model's vocabulary whether it is a token (V,).
             cached: how many tokens of a prompt stand in a state that is kept.
+            tasks: what may be asked for.
         """
         self.lanes: Mapping[str, Lane] = {}  # the allow-list in force
         self.default = AUTO
@@ -151,6 +155,7 @@ class Admission:
         self._ledger = ledger
         self._queue = queue
         self._cached = cached
+        self._tasks = tasks
 
     def admit(self, request: Request) -> Offer:
         """What the request runs under, or its refusal: InvalidRequest and its kinds, QueueFull, Draining, DeadlineExceeded."""
@@ -172,6 +177,7 @@ class Admission:
 
     def offer(self, request: Request) -> Offer:
         """What the request would run under. Raises InvalidRequest, UnknownBackend."""
+        check_task(request.kind, self._tasks)
         prompt = check(request, self._known, self._max_length, self._max_sequences)
         return Offer(*choose(request, self.lanes, self.default, self._ledger.budget), prompt)
 
@@ -230,7 +236,7 @@ def check(request: Request, known: NDArray[np.bool_], max_length: int, max_seque
         raise InvalidRequest("stop strings must not be empty", param="stop")
     total = request.total_tokens
     if total > max_length:
-        answer = "" if request.kind == "embedding" else f" and max_tokens {sampling.max_tokens}, together {total},"
+        answer = "" if request.is_pooled else f" and max_tokens {sampling.max_tokens}, together {total},"
         raise ContextTooLong(
             f"the input has {count} tokens{answer} but the model's context is {max_length} tokens",
             param=request.param,
@@ -276,14 +282,14 @@ def _fastest(request: Request, lanes: Mapping[str, Lane], budget: int) -> tuple[
 
 def predicted_seconds(request: Request, lane: Lane) -> float:
     """Seconds of the request on an idle engine."""
-    decode = 0 if request.kind == "embedding" else request.sampling.max_tokens
+    decode = 0 if request.is_pooled else request.sampling.max_tokens
     return lane.course.seconds(len(request.tokens)) + decode * lane.course.decode_seconds(request.total_tokens)
 
 
 def need(request: Request, lane: Lane, prompt_tokens: int | None = None) -> Need:
     """Bytes the request holds under a backend; of a prompt of another length when `prompt_tokens` is given."""
     sampling, prompt = request.sampling, len(request.tokens) if prompt_tokens is None else prompt_tokens
-    if request.kind == "embedding":
+    if request.is_pooled:
         return Need({"state": lane.state_bytes(prompt), "step": lane.course.prefill_bytes(prompt)})
     total = prompt + sampling.max_tokens
     is_scored = sampling.echo and sampling.logprobs is not None

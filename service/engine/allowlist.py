@@ -11,10 +11,12 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from attention import AttentionBackend, Segments, StatePool
+from attention import AttentionBackend, Segments, StatePool, whole
 from service.engine.forecast import Course, Pace, Ramp, measure_attention
 from service.engine.request import AUTO
 from service.model.transformer import Transformer
+
+BOTH_WAYS = "bidirectional, for the model is an encoder; causal"
 
 
 @dataclass(frozen=True)
@@ -22,22 +24,21 @@ class Backends:
     """Backends by name in the operator's order, and the default, one of them or `auto`.
 
     Raises:
-        ValueError: an empty list, a default that is not in it, or a backend that cannot continue a sequence.
+        ValueError: an empty list, a default that is not in it, or a backend that does not answer as the model attends.
     """
 
     by_name: Mapping[str, AttentionBackend]
     default: str
+    is_causal: bool = True  # the model is a decoder
 
     def __post_init__(self) -> None:
         if not self.by_name:
             raise ValueError("attention.backends must name at least one backend")
         if self.default not in (*self.by_name, AUTO):
             raise ValueError(f"attention.default must be {AUTO} or one of {', '.join(self.by_name)}, received {self.default!r}")
-        bidirectional = [name for name, backend in self.by_name.items() if True not in backend.directions]
-        if bidirectional:
-            raise ValueError(
-                f"attention.backends must be causal, for the model is a decoder; bidirectional only: {', '.join(bidirectional)}"
-            )
+        if others := [name for name, backend in self.by_name.items() if self.is_causal not in backend.directions]:
+            wanted = "causal, for the model is a decoder; bidirectional" if self.is_causal else BOTH_WAYS
+            raise ValueError(f"attention.backends must be {wanted} only: {', '.join(others)}")
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -109,7 +110,12 @@ class Lane:
 
 
 def lane_for(name: str, backend: AttentionBackend, model: Transformer, pace: Ramp, chunk: int, budget: int) -> Lane:
-    """Make a backend ready to serve: measure its pace beside the model's, and make room for states of `budget` bytes."""
-    layers, longest = model.config.num_hidden_layers, model.config.max_length
-    course = Course(model, Pace(layers, pace, measure_attention(backend, longest), backend), longest, chunk)
-    return Lane(name, backend, course, backend.new_pool(layers, budget))
+    """Make a backend ready to serve: measure its pace beside the model's, and make room for states of `budget` bytes.
+
+    An encoder reads a text at once, whatever its length, and keeps nothing of it.
+    """
+    layers, longest, is_causal = model.config.num_hidden_layers, model.config.max_length, model.config.is_causal
+    serving = backend if is_causal else whole(backend)
+    measured = measure_attention(serving, longest if is_causal else min(longest, chunk), has_history=is_causal)
+    course = Course(model, Pace(layers, pace, measured, serving), longest, chunk if is_causal else longest)
+    return Lane(name, backend, course, serving.new_pool(layers, budget))

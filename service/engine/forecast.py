@@ -65,15 +65,15 @@ def measure_model(model: Transformer, tokens: int = 256) -> Ramp:
     return Ramp.through((1, _seconds(run(1))), (tokens, _seconds(run(tokens))))
 
 
-def measure_attention(backend: AttentionBackend, max_length: int) -> dict[AttentionBackend, Ramp]:
-    """Time one layer of each kind that a backend has."""
-    return {kind: _measure_layer(kind, max_length) for kind in shares(backend)}
+def measure_attention(backend: AttentionBackend, max_length: int, has_history: bool = True) -> dict[AttentionBackend, Ramp]:
+    """Time one layer of each kind that a backend has. has_history: sequences are continued, not only read whole."""
+    return {kind: _measure_layer(kind, max_length, has_history) for kind in shares(backend)}
 
 
-def _measure_layer(backend: AttentionBackend, max_length: int) -> Ramp:
-    """Time one layer's `extend` for one token without history and for a probe at the end of a long sequence."""
+def _measure_layer(backend: AttentionBackend, max_length: int, has_history: bool) -> Ramp:
+    """Time one layer's `extend` for one token without history and for a probe at the end of a long sequence, or for a whole."""
     shape = backend.shape
-    tokens = min(PROBE_ROWS, max_length)
+    tokens = min(PROBE_ROWS, max_length) if has_history else max_length
     history = min(PROBE_HISTORY, max_length - tokens)
     pool = backend.new_pool(1, backend.state_bytes(history + tokens))
     slot = pool.allocate(history + tokens)
@@ -108,7 +108,7 @@ def row_multiple(model: Transformer, rows: int = 512) -> int | None:
 
     def compute(count: int) -> tuple[Tensor, Tensor]:
         hidden = model.hidden(ids[:count], ids[:count], lambda layer, q, k, v: q)
-        return hidden, model.logits(hidden[:16])
+        return hidden, model.logits(hidden[:16]) if model.config.is_causal else hidden[:0]
 
     with torch.inference_mode():
         hidden, logits = compute(rows)
