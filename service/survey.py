@@ -34,10 +34,26 @@ def survey(directory: Path, args: ServiceConfig, switch: AttentionConfig) -> Ite
     yield f"{args.name or checkpoint.id_of(directory)}: {config.model_type}, {count / 1e6:.1f} million parameters"
     yield f"dtype       {name}, {_mib(count * dtype.itemsize)} MiB of weights ({reason})"
     yield f"context     {config.max_length} tokens, vocabulary {len(tokenizer.ids)}{_positions(config)}"
-    yield f"ends        {', '.join(map(str, config.eos_token_ids)) or 'none: answers end by max_tokens alone'}"
-    yield f"sampling    {_sampling(directory)}"
+    yield f"offers      {_offer(config)}"
+    if config.is_causal:
+        yield f"ends        {', '.join(map(str, config.eos_token_ids)) or 'none: answers end by max_tokens alone'}"
+        yield f"sampling    {_sampling(directory)}"
     yield f"attends     {_own(config)}"
     yield from _table(config, model, args, switch.for_checkpoint(config.native))
+
+
+def _offer(config: ModelConfig) -> str:
+    """What it can be asked for, and how vectors are made."""
+    plan = config.pooled
+    if plan.labels:
+        told = ", ".join(plan.labels[:8]) + (", ..." if len(plan.labels) > 8 else "")
+        routes = "/v1/classify" + (", /v1/score, /v1/rerank" if len(plan.labels) == 1 else "")
+        return f"{routes}: {len(plan.labels)} labels ({told}) of the {plan.pooling} state, scores by {plan.activation}"
+    width, end = plan.width(config.hidden_size), "at length one" if plan.is_normalized else "of any length"
+    told = f"/v1/embeddings: {width} numbers of the {plan.pooling} state, {end}"
+    if plan.prompts:
+        told += f", prompts {', '.join(name for name, _ in plan.prompts)} (default: {plan.default_prompt or 'none'})"
+    return f"/v1/completions, {told}" if config.is_causal else told
 
 
 def _sampling(directory: Path) -> str:
@@ -58,6 +74,8 @@ def _positions(config: ModelConfig) -> str:
 
 
 def _own(config: ModelConfig) -> str:
+    if not config.is_causal:
+        return f"both ways, {_seen(config)}"
     if config.native is None:
         return "to everything in every layer: under any backend but dense answers are others than transformers'"
     layers = sum(window is not None for window in config.windows)
@@ -69,6 +87,15 @@ def _own(config: ModelConfig) -> str:
     return f"to {last}{cap}, as backend native"
 
 
+def _seen(config: ModelConfig) -> str:
+    """What an encoder's tokens see."""
+    if config.native is None:
+        return "to the whole text in every layer, as backend dense"
+    layers, seen = sum(window is not None for window in config.windows), sorted({w for w in config.windows if w is not None})
+    told = " or ".join(map(str, seen))
+    return f"{told} tokens on either side in {layers} of {len(config.windows)} layers, as backend native"
+
+
 def _table(config: ModelConfig, model: Transformer, args: ServiceConfig, switch: AttentionConfig) -> Iterator[str]:
     """A row per backend: MiB of one request by length."""
     longest = config.max_length
@@ -77,12 +104,13 @@ def _table(config: ModelConfig, model: Transformer, args: ServiceConfig, switch:
     shape = config.head_shape(model.dtype, args.device)
     for name, options in switch.backends.items():
         backend = attention.build(name, options, shape)
-        course, pool = _course(model, backend, args.engine.chunk_tokens), backend.new_pool(config.num_hidden_layers, 0)
+        backend, chunk = (backend, args.engine.chunk_tokens) if config.is_causal else (attention.whole(backend), longest)
+        course, pool = _course(model, backend, chunk), backend.new_pool(config.num_hidden_layers, 0)
         sizes = [pool.slot_bytes(length) + course.prefill_bytes(length) for length in lengths]
         marks = [name, *(["default"] if name == switch.default else []), *(["lossy"] if config.lossy(name) else [])]
         yield f"  {', '.join(marks):38}" + "".join(f"{_mib(size):>10}" for size in sizes)
-    if config.native is not None:
-        yield f"lossy: {config.lossy('the backend')}"
+    if why := config.lossy("the backend"):
+        yield f"lossy: {why}"
 
 
 def _course(model: Transformer, backend: AttentionBackend, chunk: int) -> Course:
