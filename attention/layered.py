@@ -1,9 +1,9 @@
 """A backend per layer: the windows that a checkpoint was trained with, layer by layer, as one backend, `native`.
 
 Mistral 7B sees a window in every layer, Qwen2 in its last ones, Gemma 3 everything in every sixth layer only. A layer without a
-window is dense, one with a window is a sliding window without sinks; layers of one kind share a backend. Scores may have a cap,
-as Gemma 2's (`kernels/softmax/capped.py`). A cost is that of a layer on average, with the workspace of the widest, so that
-`layers` times one is the model's, as everywhere.
+window is dense, one with a window is a sliding window, whose sinks are the checkpoint's; layers of one kind share a backend.
+Scores may have a cap, as Gemma 2's (`kernels/softmax/capped.py`). A cost is that of a layer on average, with the workspace of
+the widest, so that `layers` times one is the model's, as everywhere.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ class LayeredOptions(BackendOptions):
     windows: tuple[int | None, ...] = Field(
         (), description="of each layer: earlier tokens that a token sees, null for all of them; the checkpoint says it"
     )
+    sinks: int = Field(0, ge=0, description="first tokens that stay visible in layers with a window; the checkpoint says it")
     score_cap: float | None = Field(None, gt=0, description="a score s is weighed as cap tanh(s / cap); the checkpoint says it")
     impl: implementation.Impl = "auto"
 
@@ -130,7 +131,7 @@ def _build(window: int | None, options: LayeredOptions, shape: HeadShape) -> Att
     if window is None:
         built = Dense(DenseOptions(impl=impl), shape)
     else:
-        built = SlidingWindow(SlidingWindowOptions(window=window, sinks=0, impl=impl), shape)
+        built = SlidingWindow(SlidingWindowOptions(window=window, sinks=options.sinks, impl=impl), shape)
     if cap is not None:
         built.softmax, built.score_cap = Capped(cap), cap
     return built

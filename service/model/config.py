@@ -75,6 +75,7 @@ class ModelConfig:
     score_cap: float | None = None  # attention's scores s are weighed as cap tanh(s / cap)
     logit_cap: float | None = None  # logits x become cap tanh(x / cap)
     is_causal: bool = True  # False: an encoder, whose tokens see both sides and whose texts are computed whole
+    has_global_first: bool = False  # a text's first token sees all and is seen by all, by projections of its own
     num_token_types: int = 0  # embeddings that tell the first text of a pair from the second, and are added
     pooled: Pooled = MEAN
     served_length: int | None = None  # tokens of the longest sequence that is served, where that is less than the context
@@ -106,7 +107,8 @@ class ModelConfig:
         """The options of `native`, the checkpoint's own backend; None where it was trained to attend as `dense` does."""
         if self.score_cap is None and all(window is None for window in self.windows):
             return None
-        return {"windows": list(self.windows)} | ({} if self.score_cap is None else {"score_cap": self.score_cap})
+        others = {"score_cap": self.score_cap, "sinks": 1 if self.has_global_first else None}
+        return {"windows": list(self.windows)} | {name: value for name, value in others.items() if value is not None}
 
     def lossy(self, backend: str) -> str | None:
         """Why answers under a backend are not those the checkpoint was trained to give; None: they are, as far as it tells."""

@@ -11,8 +11,10 @@ Cost per token: 2 flops for every weight but the embedding's, and what attention
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+import math
+from collections.abc import Callable, Generator, Sequence
 from functools import partial
+from itertools import pairwise
 from typing import cast
 
 import torch
@@ -125,6 +127,8 @@ class Layer(nn.Module):
         _add_norm(self, "mlp_norm", config)
         self.qkv = Projection(width, (heads + 2 * groups) * depth, bias=config.attention_bias)
         self.out = Projection(heads * depth, width, bias=config.output_bias)
+        if config.has_global_first:
+            self.global_qkv = nn.Linear(width, 3 * heads * depth)
         if config.qk_norm:
             self.q_norm = nn.Parameter(torch.ones(depth))
             self.k_norm = nn.Parameter(torch.ones(depth))
@@ -179,6 +183,22 @@ class Layer(nn.Module):
         if self.config.query_scale != 1:
             q = q * self.config.query_scale
         return q, k, x[:, (heads + groups) * depth :].unflatten(1, (groups, depth))
+
+    def answer_first(self, x: Tensor, answer: Tensor, starts: Sequence[int]) -> None:
+        """Write the answers of the texts' first tokens, which see all of their text by projections of their own.
+
+        Keys and values are never made: q.(K x) is (K' q).x, and the sum of weighed V x is V of the weighed sum. Of the keys'
+        bias, which all scores share, nothing is left.
+        """
+        heads, depth = self.config.num_attention_heads, self.config.head_dim
+        queries, keys, values = self.global_qkv.weight.view(3, heads, depth, -1)
+        query_bias, _, value_bias = self.global_qkv.bias.view(3, heads, depth)
+        for start, end in pairwise((*starts, len(x))):
+            text = x[start:end]
+            query = (queries @ text[0] + query_bias) / math.sqrt(depth)  # (H, D)
+            scores = text @ torch.einsum("hd,hdc->ch", query, keys)  # (T, H)
+            seen = scores.float().softmax(0).to(text.dtype).T @ text  # (H, C)
+            answer[start] = torch.einsum("hc,hdc->hd", seen, values) + value_bias
 
     def output(self, x: Tensor, answer: Tensor) -> Tensor:
         """What the layer hands on, (T, C), from its input and attention's answer (T, H, D)."""
@@ -260,17 +280,28 @@ class Transformer(nn.Module):
         Returns:
             (T, C) in the model's dtype.
         """
-        turns, x = self._turns_by_layer(positions), self._embedded(tokens, positions, types)
-        for index, layer in enumerate(self.stack):
-            x = layer.output(x, attend(index, *layer.question(x, turns[index])))
-        return self._final(x)
+        stages = self.stages(tokens, positions, types)
+        question = next(stages)
+        while True:
+            assert question is not None, "a layer begins with a question"
+            answer = attend(*question)
+            del question  # the rest of the layer has no use for it
+            try:
+                stages.send(answer)
+                del answer
+                question = next(stages)
+            except StopIteration as end:
+                return cast(Tensor, end.value)
 
     def stages(self, tokens: Tensor, positions: Tensor, types: Tensor | None = None) -> Stages:
         """`hidden` turned inside out: who drives it answers each layer's question, and may pause at any."""
         turns, x = self._turns_by_layer(positions), self._embedded(tokens, positions, types)
+        starts = (positions == 0).nonzero().flatten().tolist() if self.config.has_global_first else ()
         for index, layer in enumerate(self.stack):
             answer = yield index, *layer.question(x, turns[index])
             assert answer is not None, "a question was left without an answer"
+            if starts:
+                layer.answer_first(x, answer, starts)
             x = layer.output(x, answer)
             del answer
             yield None

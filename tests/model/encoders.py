@@ -49,6 +49,8 @@ SHAPES: Mapping[str, dict[str, Any]] = {
         "hidden_dim": 80,
         "max_position_embeddings": LENGTH,
     },
+    "longformer": TINY
+    | {"max_position_embeddings": LENGTH + 2, "type_vocab_size": 1, "attention_window": [8, 20, 40], "pad_token_id": 1},
     "modernbert": TINY
     | {"num_hidden_layers": 4, "local_attention": 20}
     | dict.fromkeys(("pad_token_id", "eos_token_id", "bos_token_id", "cls_token_id", "sep_token_id"), 0),
