@@ -15,10 +15,12 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from attention import relative
 from attention.backends.dense import Dense, DenseOptions
 from attention.backends.sliding_window import SlidingWindow, SlidingWindowOptions
 from attention.interface import AttentionBackend, BackendOptions
 from attention.kernels import implementation
+from attention.kernels.softmax.biased import Biased
 from attention.kernels.softmax.capped import Capped
 from attention.parts import Parts
 from attention.pool import StatePool, StateTensor
@@ -35,6 +37,11 @@ class LayeredOptions(BackendOptions):
     )
     sinks: int = Field(0, ge=0, description="first tokens that stay visible in layers with a window; the checkpoint says it")
     score_cap: float | None = Field(None, gt=0, description="a score s is weighed as cap tanh(s / cap); the checkpoint says it")
+    score_bias: tuple[tuple[float, ...], ...] | None = Field(
+        None,
+        exclude=True,  # hundreds of numbers: `describe` is a label of metrics
+        description="of each head: added to scores by distance, see attention.relative; the checkpoint says it",
+    )
     impl: implementation.Impl = "auto"
 
 
@@ -63,6 +70,8 @@ class Layered(AttentionBackend):
 
     @property
     def directions(self) -> tuple[bool, ...]:
+        if self.options.score_bias is not None:
+            return (False,)
         return tuple(causal for causal in (True, False) if all(causal in kind.directions for kind in self.counts))
 
     @property
@@ -122,11 +131,14 @@ class Layered(AttentionBackend):
 
 
 def _build(window: int | None, options: LayeredOptions, shape: HeadShape) -> AttentionBackend:
-    cap, impl = options.score_cap, options.impl
-    if cap is not None:
+    cap, biases, impl = options.score_cap, options.score_bias, options.impl
+    if cap is not None or biases is not None:
         if impl not in ("auto", "torch"):
-            raise ValueError(f"impl is {impl!r}, but capped scores are computed by torch alone; allowed here: 'auto', 'torch'")
+            kind = "capped" if biases is None else "biased"
+            raise ValueError(f"impl is {impl!r}, but {kind} scores are computed by torch alone; allowed here: 'auto', 'torch'")
         impl = "torch"
+    if biases is not None and (cap is not None or window is not None):
+        raise ValueError("score_bias is for layers that see everything, their scores uncapped")
     built: Dense | SlidingWindow
     if window is None:
         built = Dense(DenseOptions(impl=impl), shape)
@@ -134,6 +146,9 @@ def _build(window: int | None, options: LayeredOptions, shape: HeadShape) -> Att
         built = SlidingWindow(SlidingWindowOptions(window=window, sinks=options.sinks, impl=impl), shape)
     if cap is not None:
         built.softmax, built.score_cap = Capped(cap), cap
+    if biases is not None:
+        built.score_bias = relative.table(biases).to(shape.device)
+        built.softmax = Biased(built.score_bias)
     return built
 
 

@@ -28,7 +28,8 @@ class Whole(AttentionBackend):
             raise ValueError(f"{inner.name} is causal only, and an encoder sees both sides")
         super().__init__(inner.options, inner.shape)
         self.inner = inner
-        self.impl, self.exact, self.score_cap = inner.impl, inner.exact, inner.score_cap  # type: ignore[misc]
+        self.impl, self.exact = inner.impl, inner.exact  # type: ignore[misc]
+        self.score_cap, self.score_bias = inner.score_cap, inner.score_bias
 
     @property
     def name(self) -> str:

@@ -89,6 +89,8 @@ def _own(config: ModelConfig) -> str:
 
 def _seen(config: ModelConfig) -> str:
     """What an encoder's tokens see."""
+    if config.score_bias is not None:
+        return "to the whole text in every layer, with biases by distance, as backend native"
     if config.native is None:
         return "to the whole text in every layer, as backend dense"
     layers, seen = sum(window is not None for window in config.windows), sorted({w for w in config.windows if w is not None})

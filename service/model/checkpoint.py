@@ -96,7 +96,7 @@ def read_layout(directory: Path) -> tuple[ModelConfig, Layout]:
     """
     config = read_config(directory)
     tensors = Tensors(directory, families.of(config.model_type).PREFIX)
-    config = _with_head(config, tensors)
+    config = families.complete(_with_head(config, tensors), tensors)
     body = list(families.of(config.model_type).weights(config))
     check(body, tensors, families.unused(config.model_type))
     behind = list(Folder(directory).weights()) if not config.pooled.labels else []

@@ -49,6 +49,7 @@ SHAPES: Mapping[str, dict[str, Any]] = {
         "hidden_dim": 80,
         "max_position_embeddings": LENGTH,
     },
+    "mpnet": TINY | {"max_position_embeddings": LENGTH + 2, "pad_token_id": 1},
     "longformer": TINY
     | {"max_position_embeddings": LENGTH + 2, "type_vocab_size": 1, "attention_window": [8, 20, 40], "pad_token_id": 1},
     "modernbert": TINY

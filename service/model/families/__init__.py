@@ -14,6 +14,7 @@ from typing import Any, Protocol, cast
 
 from service.model.config import Fields, ModelConfig
 from service.model.layout import Weight
+from service.model.weights import Tensors
 
 
 class Family(Protocol):
@@ -42,6 +43,12 @@ def names() -> tuple[str, ...]:
 def of(model_type: str) -> Family:
     """A family by its `model_type`."""
     return cast(Family, importlib.import_module(f"{__name__}.{model_type.replace('-', '_')}"))
+
+
+def complete(config: ModelConfig, tensors: Tensors) -> ModelConfig:
+    """A config with what its family reads from the weights, where it does. Raises ValueError."""
+    reading = getattr(of(config.model_type), "complete", None)
+    return config if reading is None else cast(ModelConfig, reading(config, tensors))
 
 
 def unused(model_type: str) -> str | None:

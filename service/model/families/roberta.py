@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from service.model.config import Fields, ModelConfig
 from service.model.families.bert import NAMES, classifier, shape
-from service.model.layout import Weight, encoder, pooler
+from service.model.layout import Names, Weight, encoder, pooler
 
 ARCHITECTURE = "RobertaForMaskedLM"
 PREFIX = "roberta."
@@ -14,17 +14,17 @@ UNUSED = r"(roberta\.pooler|lm_head)\."
 FIRST_POSITION = 2
 
 
-def stated(fields: Fields, name: str) -> ModelConfig:
+def stated(fields: Fields, name: str, types: int = 2) -> ModelConfig:
     """A config of RoBERTa's kind."""
     if (pad := fields.get("pad_token_id", 1)) != FIRST_POSITION - 1:
         raise ValueError(f"pad_token_id must be {FIRST_POSITION - 1}: positions begin behind it, the checkpoint says {pad!r}")
-    found = shape(fields, FIRST_POSITION)
+    found = shape(fields, FIRST_POSITION, types)
     return ModelConfig(model_type=name, **found, pooled=classifier(fields, found["hidden_size"]))
 
 
-def layout(config: ModelConfig, body: str) -> Iterator[Weight]:
+def layout(config: ModelConfig, body: str, names: Names = NAMES) -> Iterator[Weight]:
     """Its parameters, the classifier's included."""
-    yield from encoder(config, body, NAMES, FIRST_POSITION)
+    yield from encoder(config, body, names, FIRST_POSITION)
     if config.pooled.labels:
         yield from pooler(config, ("classifier.dense", "classifier.out_proj"))
 
