@@ -70,6 +70,7 @@ class ModelConfig:
     activation: Literal["silu", "gelu", "gelu_tanh", "relu"] = "silu"
     is_gated: bool = True  # the activation gates a second projection
     has_position_table: bool = False  # learned positions are added to the embeddings
+    first_position: int = 0  # the row of that table which a text's first token has; those before are no positions
     query_scale: float = 1.0  # beside attention's own 1 / sqrt(D)
     embed_scale: float = 1.0
     score_cap: float | None = None  # attention's scores s are weighed as cap tanh(s / cap)

@@ -75,15 +75,15 @@ class Names:
     mlp_norm: str
 
 
-def encoder(config: ModelConfig, body: str, names: Names, first_position: int = 0) -> Iterator[Weight]:
+def encoder(config: ModelConfig, body: str, names: Names) -> Iterator[Weight]:
     """Every parameter of an encoder of BERT's kind but those of its pooler.
 
-    body: what stands before all names. first_position: the row of the table of positions that a text's first token has.
+    body: what stands before all names.
     """
     width, wide, vocabulary = config.hidden_size, config.intermediate_size, config.vocab_size
-    rows = config.max_position_embeddings + first_position
+    first, rows = config.first_position, config.first_position + config.max_position_embeddings
     yield "embed.weight", (Part(f"{body}embeddings.word_embeddings.weight", (vocabulary, width)),)
-    table = Part(f"{body}embeddings.position_embeddings.weight", (rows, width), lambda x: x[first_position:])
+    table = Part(f"{body}embeddings.position_embeddings.weight", (rows, width), lambda x: x[first:])
     yield "positions.weight", (table,)
     if config.num_token_types:
         yield "types.weight", (Part(f"{body}embeddings.token_type_embeddings.weight", (config.num_token_types, width)),)

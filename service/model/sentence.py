@@ -79,6 +79,11 @@ class Folder:
             named = list(linear(f"pooler.layers.{layer}", ["linear"], plan.rows, plan.columns, plan.has_bias))
             yield named, Tensors(directory, "linear.")
 
+    @property
+    def folders(self) -> list[str]:
+        """Those beside the model that are there: a norm has none."""
+        return [folder for folder in self._folders if folder and (self._directory / folder).is_dir()]
+
     def _dense_places(self) -> list[int]:
         return [i for i, kind in enumerate(self._kinds) if kind == "Dense"]
 

@@ -1,7 +1,7 @@
 """Longformer (arXiv 2004.05150): RoBERTa with a window in every layer. A classifier's first token sees all and is seen by all.
 
 It does so by projections of its own. A checkpoint that embeds has no such token, as in transformers without a
-`global_attention_mask`.
+`global_attention_mask`, unless its config has `global_first_token`, as those of `longserve convert` do.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ def read(fields: Fields) -> ModelConfig:
     widths = stated if isinstance(stated, list) else [stated] * layers
     if len(widths) != layers or not all(isinstance(each, int) and each > 1 and each % 2 == 0 for each in widths):
         raise ValueError(f"attention_window must be even and above 1 for {layers} layers, the checkpoint says {stated}")
-    return replace(config, windows=tuple(each // 2 for each in widths), has_global_first=bool(config.pooled.labels))
+    is_global = fields.flag("global_first_token") or bool(config.pooled.labels)
+    return replace(config, windows=tuple(each // 2 for each in widths), has_global_first=is_global)
 
 
 def weights(config: ModelConfig) -> Iterator[Weight]:

@@ -11,20 +11,20 @@ from service.model.layout import Names, Weight, encoder, pooler
 ARCHITECTURE = "RobertaForMaskedLM"
 PREFIX = "roberta."
 UNUSED = r"(roberta\.pooler|lm_head)\."
-FIRST_POSITION = 2
 
 
 def stated(fields: Fields, name: str, types: int = 2) -> ModelConfig:
     """A config of RoBERTa's kind."""
-    if (pad := fields.get("pad_token_id", 1)) != FIRST_POSITION - 1:
-        raise ValueError(f"pad_token_id must be {FIRST_POSITION - 1}: positions begin behind it, the checkpoint says {pad!r}")
-    found = shape(fields, FIRST_POSITION, types)
+    pad = fields.get("pad_token_id", 1)
+    if isinstance(pad, bool) or not isinstance(pad, int) or pad < 0:
+        raise ValueError(f"pad_token_id must be a token, for positions begin behind its number, the checkpoint says {pad!r}")
+    found = shape(fields, pad + 1, types)
     return ModelConfig(model_type=name, **found, pooled=classifier(fields, found["hidden_size"]))
 
 
 def layout(config: ModelConfig, body: str, names: Names = NAMES) -> Iterator[Weight]:
     """Its parameters, the classifier's included."""
-    yield from encoder(config, body, names, FIRST_POSITION)
+    yield from encoder(config, body, names)
     if config.pooled.labels:
         yield from pooler(config, ("classifier.dense", "classifier.out_proj"))
 
