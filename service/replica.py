@@ -216,6 +216,9 @@ class Replica:
         engine, model = self.engine, self._loaded.model
         return {
             "model": self._loaded.id,
+            "tasks": list(model.config.tasks),
+            "labels": list(model.config.pooled.labels),
+            "prompts": [name for name, _ in model.config.pooled.prompts],
             "max_model_len": self._loaded.max_length,
             "parameters": sum(each.numel() for each in model.parameters()),
             "dtype": str(model.head_shape().dtype).removeprefix("torch."),

@@ -328,6 +328,9 @@ class AttentionFacts(Record):
 
 class Info(Record):
     model: str
+    tasks: list[Literal["completion", "embedding", "classification"]] = Field(description="What it can be asked for.")
+    labels: list[str] = Field(description="Of a classifier, in the order of its scores.")
+    prompts: list[str] = Field(description="Names of those that prompt_name may have.")
     max_model_len: int
     parameters: int
     dtype: str

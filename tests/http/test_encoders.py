@@ -183,6 +183,13 @@ def test_a_classifier_of_several_labels_scores_no_pairs(classifier: Client) -> N
     assert (refused.status, refused.error["code"]) == (400, "task_not_offered")
 
 
+def test_what_may_be_asked_stands_in_info(embedder: Client, reranker: Client, classifier: Client) -> None:
+    told = [{name: each.get("/info").json[name] for name in ("tasks", "labels", "prompts")} for each in (embedder, classifier)]
+    assert told[0] == {"tasks": ["embedding"], "labels": [], "prompts": ["query", "passage"]}
+    assert told[1] == {"tasks": ["classification"], "labels": ["sad", "so so", "glad"], "prompts": []}
+    assert reranker.get("/info").json["labels"] == ["LABEL_0"]
+
+
 def test_more_documents_than_a_call_may_have_are_refused(reranker: Client) -> None:
     refused = reranker.post("/v1/rerank", {"query": "a", "documents": ["b"] * 5})
     assert (refused.status, refused.error["param"]) == (400, "documents")
