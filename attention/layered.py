@@ -16,6 +16,7 @@ from pydantic import Field
 from torch import Tensor
 
 from attention import relative
+from attention.backends.bigbird import BigBird, BigBirdOptions
 from attention.backends.dense import Dense, DenseOptions
 from attention.backends.sliding_window import SlidingWindow, SlidingWindowOptions
 from attention.interface import AttentionBackend, BackendOptions
@@ -37,6 +38,9 @@ class LayeredOptions(BackendOptions):
     )
     sinks: int = Field(0, ge=0, description="first tokens that stay visible in layers with a window; the checkpoint says it")
     score_cap: float | None = Field(None, gt=0, description="a score s is weighed as cap tanh(s / cap); the checkpoint says it")
+    blocks: tuple[int, int] | None = Field(
+        None, description="BigBird's: tokens of a block, and blocks drawn for each; the checkpoint says it"
+    )
     score_bias: tuple[tuple[float, ...], ...] | None = Field(
         None,
         exclude=True,  # hundreds of numbers: `describe` is a label of metrics
@@ -139,8 +143,12 @@ def _build(window: int | None, options: LayeredOptions, shape: HeadShape) -> Att
         impl = "torch"
     if biases is not None and (cap is not None or window is not None):
         raise ValueError("score_bias is for layers that see everything, their scores uncapped")
-    built: Dense | SlidingWindow
-    if window is None:
+    if options.blocks is not None and (cap is not None or biases is not None or window is not None):
+        raise ValueError("blocks are for layers without windows, caps and biases")
+    built: Dense | SlidingWindow | BigBird
+    if options.blocks is not None:
+        built = BigBird(_bigbird(options, impl), shape)
+    elif window is None:
         built = Dense(DenseOptions(impl=impl), shape)
     else:
         built = SlidingWindow(SlidingWindowOptions(window=window, sinks=options.sinks, impl=impl), shape)
@@ -150,6 +158,14 @@ def _build(window: int | None, options: LayeredOptions, shape: HeadShape) -> Att
         built.score_bias = relative.table(biases).to(shape.device)
         built.softmax = Biased(built.score_bias)
     return built
+
+
+def _bigbird(options: LayeredOptions, impl: str) -> BigBirdOptions:
+    """As BigBird's checkpoints have it: the first and the last block are global, and a short sequence sees everything."""
+    assert options.blocks is not None, "asked for blocks only"
+    block, drawn = options.blocks
+    chosen = {"block": block, "random_blocks": drawn, "global_blocks": 1, "closing_blocks": 1, "full_blocks": 5 + 2 * drawn}
+    return BigBirdOptions.model_validate(chosen | {"impl": impl})
 
 
 def shares(backend: AttentionBackend) -> Mapping[AttentionBackend, float]:

@@ -37,8 +37,10 @@ BODIES = {"bert": "bert.", "roberta": "roberta.", "xlm-roberta": "roberta."}
 HEADS = {"bert": {"bert.pooler.dense": "classifier.dense", "classifier": "classifier.out_proj"}}
 """Tensors of a classifier whose names are others in Longformer, by family."""
 
-KEPT = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "modules.json")
-KEPT += ("config_sentence_transformers.json",)
+KEPT = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
+    *("modules.json", "config_sentence_transformers.json"),
+)
 REPORT = "conversion.json"
 TEXTS, LENGTHS = 24, (32, 128, 512, 2048)  # of the report: texts of each length that both read
 

@@ -91,6 +91,8 @@ def _seen(config: ModelConfig) -> str:
     """What an encoder's tokens see."""
     if config.score_bias is not None:
         return "to the whole text in every layer, with biases by distance, as backend native"
+    if config.blocks is not None:
+        return "in blocks of {} tokens, {} drawn for each, as backend native".format(*config.blocks)
     if config.native is None:
         return "to the whole text in every layer, as backend dense"
     layers, seen = sum(window is not None for window in config.windows), sorted({w for w in config.windows if w is not None})

@@ -75,6 +75,7 @@ class ModelConfig:
     embed_scale: float = 1.0
     score_cap: float | None = None  # attention's scores s are weighed as cap tanh(s / cap)
     score_bias: tuple[tuple[float, ...], ...] | None = None  # of each head: added to scores by distance (`attention.relative`)
+    blocks: tuple[int, int] | None = None  # BigBird's: tokens of a block, and blocks drawn for each
     logit_cap: float | None = None  # logits x become cap tanh(x / cap)
     is_causal: bool = True  # False: an encoder, whose tokens see both sides and whose texts are computed whole
     has_global_first: bool = False  # a text's first token sees all and is seen by all, by projections of its own
@@ -107,9 +108,15 @@ class ModelConfig:
     @property
     def native(self) -> dict[str, Any] | None:
         """The options of `native`, the checkpoint's own backend; None where it was trained to attend as `dense` does."""
-        if self.score_cap is None and self.score_bias is None and all(window is None for window in self.windows):
+        own = (self.score_cap, self.score_bias, self.blocks, *self.windows)
+        if all(each is None for each in own):
             return None
-        others = {"score_cap": self.score_cap, "score_bias": self.score_bias, "sinks": 1 if self.has_global_first else None}
+        others = {
+            "score_cap": self.score_cap,
+            "score_bias": self.score_bias,
+            "blocks": self.blocks,
+            "sinks": 1 if self.has_global_first else None,
+        }
         return {"windows": list(self.windows)} | {name: value for name, value in others.items() if value is not None}
 
     def lossy(self, backend: str) -> str | None:
@@ -121,6 +128,7 @@ class ModelConfig:
             return None if is_own else f"the encoder was trained to see the whole text, as dense does and {backend} does not"
         own = "windows of its own" if self.score_cap is None else "windows and capped scores of its own"
         own = own if self.score_bias is None else "biases of its own by distance"
+        own = own if self.blocks is None else "blocks of its own"
         return f"the checkpoint was trained with {own}, which native keeps and {backend} does not"
 
     @property

@@ -15,7 +15,7 @@ Pooling = Literal["mean", "last", "cls", "max"]
 Task = Literal["completion", "embedding", "classification"]
 """What is asked of a model: tokens, a vector, or a score for each label."""
 
-Activation = Literal["identity", "tanh", "relu", "gelu", "sigmoid", "softmax"]
+Activation = Literal["identity", "tanh", "relu", "gelu", "gelu_tanh", "sigmoid", "softmax"]
 
 
 @dataclass(frozen=True)

@@ -50,6 +50,7 @@ SHAPES: Mapping[str, dict[str, Any]] = {
         "max_position_embeddings": LENGTH,
     },
     "mpnet": TINY | {"max_position_embeddings": LENGTH + 2, "pad_token_id": 1},
+    "big_bird": TINY | {"block_size": 8, "num_random_blocks": 8},  # up to 21 blocks of 8 all is seen, as by transformers
     "longformer": TINY
     | {"max_position_embeddings": LENGTH + 2, "type_vocab_size": 1, "attention_window": [8, 20, 40], "pad_token_id": 1},
     "modernbert": TINY

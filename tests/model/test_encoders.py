@@ -5,9 +5,12 @@ from __future__ import annotations
 import asyncio
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
+from attention.backends.bigbird import BigBird
+from attention.layered import Layered
 from attention.memory import peak_bytes
 from service.engine.request import Request, TaskNotOffered
 from service.model.checkpoint import load
@@ -128,6 +131,25 @@ async def test_a_text_is_one_piece_and_its_bytes_are_those_of_the_law(tmp_path: 
         measured = peak_bytes(lambda: our_hidden(model, [text]))
     assert plan.terms["step"] >= measured - (1 << 20)
     assert plan.terms["step"] <= 1.5 * measured + (1 << 20)
+
+
+def test_bigbird_gives_long_texts_the_states_of_transformers_over_an_equal_pattern(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    modeling = pytest.importorskip("transformers.models.big_bird.modeling_big_bird")
+    directory = write(tmp_path, "big_bird", num_random_blocks=2, max_position_embeddings=400)
+    model, text, count = load(directory, dtype="float32").model, draw(203), 26
+    native = backends_of(model).by_name["native"]
+    assert isinstance(native, Layered)
+    kind = native.layers[0]
+    assert isinstance(kind, BigBird)
+    always = [{0, count - 1, b - 1, b, b + 1} for b in range(count)]
+    drawn = [sorted(set(kind.seen(b, count)) - always[b]) for b in range(1, count - 1)]
+    table = [np.array(drawn, dtype=np.int32)] * 4  # a head each; transformers draws in training only
+    monkeypatch.setattr(modeling.BigBirdBlockSparseAttention, "_bigbird_block_rand_mask_with_head", lambda *_, **__: table)
+    (expected,) = their_hidden(theirs(directory), [text])
+    (ours,) = our_hidden(model, [text])
+    torch.testing.assert_close(ours, expected, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -38,31 +38,40 @@ NAMES = Names(
 )
 
 
-def heads(fields: Fields, hidden: str = "hidden_size", count: str = "num_attention_heads") -> dict[str, Any]:
+def heads(
+    fields: Fields, hidden: str = "hidden_size", count: str = "num_attention_heads", vocabulary: int = 30522
+) -> dict[str, Any]:
     """Width and heads under the names that a family has for them."""
     width, number = fields.count(hidden, 768), fields.count(count, 12)
     if width % number:
         raise ValueError(f"{hidden} must be a multiple of {count}, the checkpoint says {width} and {number}")
     sizes = {"hidden_size": width, "num_attention_heads": number, "num_key_value_heads": number, "head_dim": width // number}
-    return {"vocab_size": fields.count("vocab_size", 30522), **sizes}
+    return {"vocab_size": fields.count("vocab_size", vocabulary), **sizes}
 
 
-def shape(fields: Fields, first_position: int = 0, types: int = 2) -> dict[str, Any]:
+def shape(
+    fields: Fields,
+    first_position: int = 0,
+    types: int = 2,
+    vocabulary: int = 30522,
+    longest: int = 512,
+    activation: str = "gelu",
+) -> dict[str, Any]:
     """What BERT's kin state alike, with the defaults of transformers."""
     fields.is_one("position_embedding_type", "absolute", None)
-    fields.is_one("hidden_act", *ACTIVATIONS)
+    fields.is_one("hidden_act", activation, *ACTIVATIONS)
     fields.is_one("is_decoder", False, None)
     for unread in ("tie_word_embeddings", "eos_token_id"):  # of heads that draw tokens
         fields.get(unread)
     layers = fields.count("num_hidden_layers", 12)
     return {
-        **heads(fields),
+        **heads(fields, vocabulary=vocabulary),
         "intermediate_size": fields.count("intermediate_size", 3072),
         "num_hidden_layers": layers,
-        "max_position_embeddings": fields.count("max_position_embeddings", 512) - first_position,
+        "max_position_embeddings": fields.count("max_position_embeddings", longest) - first_position,
         "first_position": first_position,
         "norm_eps": fields.number("layer_norm_eps", 1e-12),
-        "activation": ACTIVATIONS[fields.get("hidden_act", "gelu")],
+        "activation": ACTIVATIONS[fields.get("hidden_act", activation)],
         "num_token_types": fields.count("type_vocab_size", types) if types else 0,
         "ropes": (rotary.NONE,) * layers,
         "windows": (None,) * layers,
