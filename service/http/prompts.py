@@ -138,6 +138,8 @@ async def classified_requests(body: ClassifyBody | EmbeddingBody, host: Host, ca
 async def paired_requests(body: ScoreBody | RerankBody, host: Host, call: Call) -> list[Request]:
     """One request per pair of texts. Raises InvalidRequest."""
     (asked, room), param = _scoring(body, host, call), "text_2" if isinstance(body, ScoreBody) else "documents"
+    if body.truncate not in (None, "right"):
+        raise InvalidRequest(f"a pair can be cut at its end only: right, received {body.truncate}", param="truncate")
     _check_one_label(host)
     _check_count(len(body.pairs), param, host)
     return [
@@ -151,9 +153,9 @@ async def _paired(asked: Request, pair: tuple[str, str], room: Room | None, host
     if room is None:
         for text in pair:
             check_text(text, host.tokenizer.longest_token_bytes, most, param)
-    tokens, second = await host.reader.encode_pair(*pair, call)
+    tokens, begin, second = await host.reader.encode_pair(*pair, call)
     timings = Timings(tokenize_seconds=time.monotonic() - start)
-    if room is not None:
+    if room is not None and begin + host.tokenizer.trailing < most:  # else nothing would be left of the second text
         tokens = room.fit(tokens, host.tokenizer.leading, timings, host.tokenizer.trailing)
     check_tokens(len(tokens), most, param)
     return replace(asked, tokens=tokens, second=second, timings=timings)

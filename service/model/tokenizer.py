@@ -108,11 +108,16 @@ class Tokenizer:
         """How many it puts behind one."""
         return int(self._core.encode("a", add_special_tokens=True).special_tokens_mask[::-1].index(0))
 
-    def encode_pair(self, first: str, second: str) -> tuple[list[int], int | None]:
-        """Token ids of a pair of texts, special tokens around them, and where those of the second type begin, if any do."""
+    def encode_pair(self, first: str, second: str) -> tuple[list[int], int, int | None]:
+        """Token ids of a pair of texts, special tokens around them.
+
+        Returns:
+            the ids, where those of the second text begin (behind all, where it has none), and where those of the second type,
+            if any do.
+        """
         (encoding,) = self._core.encode_batch_fast([(first, second)], add_special_tokens=True)
-        types = encoding.type_ids
-        return list(encoding.ids), types.index(1) if 1 in types else None
+        texts, types = encoding.sequence_ids, encoding.type_ids
+        return list(encoding.ids), texts.index(1) if 1 in texts else len(texts), types.index(1) if 1 in types else None
 
     def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
         """Token ids of a text, with the special tokens around it that the file adds when asked to.

@@ -183,6 +183,21 @@ def test_a_classifier_of_several_labels_scores_no_pairs(classifier: Client) -> N
     assert (refused.status, refused.error["code"]) == (400, "task_not_offered")
 
 
+def test_of_a_pair_the_second_text_is_cut_and_only_when_asked(reranker: Client, crossing: Path) -> None:
+    long, most = "word " * 60, reranker.replica.card.max_length
+    body = {"text_1": "walk", "text_2": long, "use_activation": False}
+    whole = reranker.replica.tokenizer._core.encode("walk", long)
+    ids, types = ([*each[: most - 1], each[-1]] for each in (whole.ids, whole.type_ids))
+    with torch.inference_mode():
+        expected = theirs(crossing, CLASSIFIER)(torch.tensor([ids]), token_type_ids=torch.tensor([types])).logits[0, 0]
+    answer = reranker.post("/v1/score", {**body, "truncate": "right"}).json
+    assert answer["data"][0]["score"] == pytest.approx(expected.item(), abs=1e-4)
+    assert answer["longserve"]["dropped_tokens"] == len(whole.ids) - most
+    for asked, param in (({"truncate": "left"}, "truncate"), ({"truncate": "right", "text_1": long}, "text_2"), ({}, "text_2")):
+        refused = reranker.post("/v1/score", {**body, **asked})
+        assert (refused.status, refused.error["param"]) == (400, param)
+
+
 def test_what_may_be_asked_stands_in_info(embedder: Client, reranker: Client, classifier: Client) -> None:
     told = [{name: each.get("/info").json[name] for name in ("tasks", "labels", "prompts")} for each in (embedder, classifier)]
     assert told[0] == {"tasks": ["embedding"], "labels": [], "prompts": ["query", "passage"]}
