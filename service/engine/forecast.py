@@ -60,7 +60,8 @@ def measure_model(model: Transformer, tokens: int = 256) -> Ramp:
 
     def run(count: int) -> Callable[[], Tensor]:
         ids = torch.zeros(count, dtype=torch.long, device=model.device)
-        return lambda: model.hidden(ids, ids, lambda layer, q, k, v: q)
+        positions = torch.arange(count, device=model.device) % model.config.max_length
+        return lambda: model.hidden(ids, positions, lambda layer, q, k, v: q)
 
     return Ramp.through((1, _seconds(run(1))), (tokens, _seconds(run(tokens))))
 

@@ -98,7 +98,8 @@ class Runner:
     def _stages(self, work: Work) -> Generator[None, None, None]:
         """The computation of a step, pausing within layers."""
         ids, segments = self._packed(work)
-        positions = torch.nn.functional.pad(segments.positions(self._model.device), (0, len(ids) - segments.total))
+        padding = torch.arange(len(ids) - segments.total, device=self._model.device) % self._model.config.max_length
+        positions = torch.cat((segments.positions(self._model.device), padding))  # what is padded stands there as one more text
         hidden = yield from self._hidden(work, segments, self._model.stages(ids, positions, self._types(work, len(ids))))
         if work.kind == "embed":
             self._pool(work, segments, hidden)

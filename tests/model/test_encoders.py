@@ -81,6 +81,18 @@ async def test_a_classifier_gives_pairs_the_scores_that_transformers_gives(tmp_p
             engine.submit(world.embedding(ids.tolist()))
 
 
+async def test_what_a_packed_step_is_padded_with_is_no_part_of_its_last_text(tmp_path: Path) -> None:
+    """Longformer's first token sees all of its text: not the rows that only fill the product, and each text's own."""
+    loaded = load(write(tmp_path, "longformer", "AutoModelForSequenceClassification"), dtype="bfloat16")
+    ids, second = draw(67), draw(50)
+    (alone,) = our_hidden(loaded.model, [ids])
+    expected = loaded.model.pooler(alone[0].float())
+    async with world.running(loaded.model, backends_of(loaded.model), tokenizer=loaded.tokenizer) as engine:
+        requests = [Request(f"r{i}", "classification", each.tolist(), is_ended=False) for i, each in enumerate((second, ids))]
+        _, scores = await asyncio.gather(*(world.embed(engine, request) for request in requests))
+    torch.testing.assert_close(torch.tensor(scores), expected, rtol=0, atol=0.03)
+
+
 async def test_an_encoder_draws_no_tokens(tmp_path: Path) -> None:
     loaded = load(write(tmp_path, "bert"), dtype="float32")
     async with world.running(loaded.model, backends_of(loaded.model), tokenizer=loaded.tokenizer) as engine:
