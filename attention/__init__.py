@@ -2,7 +2,7 @@
 
 The face of the library: `names()` lists the backends, `build()` makes one, the rest are the words of `interface`, `shapes` and
 `pool`. A backend is one file in `backends/`; nothing registers it. `native`, beside
-them, is one of them per layer (`layered`).
+them, is one of them per layer (`layered`); `whole` makes one serve encoders.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from attention.layered import Layered, shares
 from attention.parts import result
 from attention.pool import PoolExhausted, StatePool, StateTensor
 from attention.shapes import Cost, HeadShape, Segments
+from attention.whole import whole
 
 __all__ = [
     "NATIVE",
@@ -36,6 +37,7 @@ __all__ = [
     "names",
     "result",
     "shares",
+    "whole",
 ]
 
 

@@ -52,6 +52,7 @@ class AttentionBackend(ABC):
         packed: by the value of `causal`, what answers a whole packed batch in one call, where the implementation can.
         exact: True when the backend is a softmax over the keys that `visible` names; False for kernels of their own.
         score_cap: where it is set, a score s is weighed as cap tanh(s / cap).
+        score_bias: where it is set, what is added to scores by distance, a `relative.table`.
     """
 
     Options: ClassVar[type[BackendOptions]]
@@ -59,6 +60,7 @@ class AttentionBackend(ABC):
     impl: str = "torch"
     packed: Mapping[bool, Callable[[Tensor, Tensor, Tensor, Segments], Tensor]] = MappingProxyType({})
     score_cap: float | None = None
+    score_bias: Tensor | None = None
 
     def __init__(self, options: BackendOptions, shape: HeadShape) -> None:
         self.options = options

@@ -1,9 +1,9 @@
 """A backend per layer: the windows that a checkpoint was trained with, layer by layer, as one backend, `native`.
 
 Mistral 7B sees a window in every layer, Qwen2 in its last ones, Gemma 3 everything in every sixth layer only. A layer without a
-window is dense, one with a window is a sliding window without sinks; layers of one kind share a backend. Scores may have a cap,
-as Gemma 2's (`kernels/softmax/capped.py`). A cost is that of a layer on average, with the workspace of the widest, so that
-`layers` times one is the model's, as everywhere.
+window is dense, one with a window is a sliding window, whose sinks are the checkpoint's; layers of one kind share a backend.
+Scores may have a cap, as Gemma 2's (`kernels/softmax/capped.py`). A cost is that of a layer on average, with the workspace of
+the widest, so that `layers` times one is the model's, as everywhere.
 """
 
 from __future__ import annotations
@@ -15,10 +15,13 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from attention import relative
+from attention.backends.bigbird import BigBird, BigBirdOptions
 from attention.backends.dense import Dense, DenseOptions
 from attention.backends.sliding_window import SlidingWindow, SlidingWindowOptions
 from attention.interface import AttentionBackend, BackendOptions
 from attention.kernels import implementation
+from attention.kernels.softmax.biased import Biased
 from attention.kernels.softmax.capped import Capped
 from attention.parts import Parts
 from attention.pool import StatePool, StateTensor
@@ -33,7 +36,16 @@ class LayeredOptions(BackendOptions):
     windows: tuple[int | None, ...] = Field(
         (), description="of each layer: earlier tokens that a token sees, null for all of them; the checkpoint says it"
     )
+    sinks: int = Field(0, ge=0, description="first tokens that stay visible in layers with a window; the checkpoint says it")
     score_cap: float | None = Field(None, gt=0, description="a score s is weighed as cap tanh(s / cap); the checkpoint says it")
+    blocks: tuple[int, int] | None = Field(
+        None, description="BigBird's: tokens of a block, and blocks drawn for each; the checkpoint says it"
+    )
+    score_bias: tuple[tuple[float, ...], ...] | None = Field(
+        None,
+        exclude=True,  # hundreds of numbers: `describe` is a label of metrics
+        description="of each head: added to scores by distance, see attention.relative; the checkpoint says it",
+    )
     impl: implementation.Impl = "auto"
 
 
@@ -52,7 +64,7 @@ class Layered(AttentionBackend):
         if not options.windows:
             raise ValueError(f"{NAME} is the pattern of a checkpoint with windows of its own, and there is none")
         kinds = {window: _build(window, options, shape) for window in dict.fromkeys(options.windows)}
-        self.layers = tuple(kinds[window] for window in options.windows)
+        self.layers: tuple[AttentionBackend, ...] = tuple(kinds[window] for window in options.windows)
         self.counts: Mapping[AttentionBackend, int] = Counter(self.layers)
         self.impl = "+".join(sorted({kind.impl for kind in self.counts}))
 
@@ -62,7 +74,9 @@ class Layered(AttentionBackend):
 
     @property
     def directions(self) -> tuple[bool, ...]:
-        return (True,)
+        if self.options.score_bias is not None:
+            return (False,)
+        return tuple(causal for causal in (True, False) if all(causal in kind.directions for kind in self.counts))
 
     @property
     def keeps_all(self) -> bool:
@@ -121,19 +135,37 @@ class Layered(AttentionBackend):
 
 
 def _build(window: int | None, options: LayeredOptions, shape: HeadShape) -> AttentionBackend:
-    cap, impl = options.score_cap, options.impl
-    if cap is not None:
+    cap, biases, impl = options.score_cap, options.score_bias, options.impl
+    if cap is not None or biases is not None:
         if impl not in ("auto", "torch"):
-            raise ValueError(f"impl is {impl!r}, but capped scores are computed by torch alone; allowed here: 'auto', 'torch'")
+            kind = "capped" if biases is None else "biased"
+            raise ValueError(f"impl is {impl!r}, but {kind} scores are computed by torch alone; allowed here: 'auto', 'torch'")
         impl = "torch"
-    built: Dense | SlidingWindow
-    if window is None:
+    if biases is not None and (cap is not None or window is not None):
+        raise ValueError("score_bias is for layers that see everything, their scores uncapped")
+    if options.blocks is not None and (cap is not None or biases is not None or window is not None):
+        raise ValueError("blocks are for layers without windows, caps and biases")
+    built: Dense | SlidingWindow | BigBird
+    if options.blocks is not None:
+        built = BigBird(_bigbird(options, impl), shape)
+    elif window is None:
         built = Dense(DenseOptions(impl=impl), shape)
     else:
-        built = SlidingWindow(SlidingWindowOptions(window=window, sinks=0, impl=impl), shape)
+        built = SlidingWindow(SlidingWindowOptions(window=window, sinks=options.sinks, impl=impl), shape)
     if cap is not None:
         built.softmax, built.score_cap = Capped(cap), cap
+    if biases is not None:
+        built.score_bias = relative.table(biases).to(shape.device)
+        built.softmax = Biased(built.score_bias)
     return built
+
+
+def _bigbird(options: LayeredOptions, impl: str) -> BigBirdOptions:
+    """As BigBird's checkpoints have it: the first and the last block are global, and a short sequence sees everything."""
+    assert options.blocks is not None, "asked for blocks only"
+    block, drawn = options.blocks
+    chosen = {"block": block, "random_blocks": drawn, "global_blocks": 1, "closing_blocks": 1, "full_blocks": 5 + 2 * drawn}
+    return BigBirdOptions.model_validate(chosen | {"impl": impl})
 
 
 def shares(backend: AttentionBackend) -> Mapping[AttentionBackend, float]:

@@ -10,6 +10,7 @@ import math
 import torch
 from torch import Tensor
 
+from attention import relative
 from attention.interface import AttentionBackend
 
 
@@ -54,4 +55,6 @@ def _weights(backend: AttentionBackend, queries: Tensor, keys: Tensor, rows: Ten
     scores = queries @ keys.transpose(-1, -2) / math.sqrt(queries.shape[-1])
     if backend.score_cap is not None:
         scores = backend.score_cap * (scores / backend.score_cap).tanh()
+    if backend.score_bias is not None:
+        scores = scores + relative.bias(backend.score_bias.cpu().double(), rows[:, None], torch.arange(keys.shape[1]))
     return (scores - scores.amax(-1, keepdim=True)).exp()

@@ -66,14 +66,18 @@ def check(backend: AttentionBackend, seed: int = 0, max_length: int = MOST) -> T
 
 
 @torch.inference_mode()
-def checking(backend: AttentionBackend, seed: int = 0, max_length: int = MOST) -> Checking:
-    """`check` of `extend` alone, which is all that a service asks a causal backend for, in parts."""
+def checking(backend: AttentionBackend, seed: int = 0, max_length: int = MOST, causal: bool = True) -> Checking:
+    """`check` of what a service asks for alone, in parts: `extend` for a decoder, whole sequences both ways for an encoder."""
     longest = _longest(backend, max_length)
     segments = _segments(longest)
     q, k, v = _input(backend, segments.total, seed)
     yield
-    answer = yield from _extended(backend, q, k, v, segments)
-    wanted = yield from _wanted(backend, q, k, v, segments, True)
+    if causal:
+        answer = yield from _extended(backend, q, k, v, segments)
+    else:
+        answer = backend.attend(q, k, v, segments, causal=False)
+        yield
+    wanted = yield from _wanted(backend, q, k, v, segments, causal)
     return Truth(_distance(answer, wanted), BOUNDS[backend.shape.dtype], _uncovered(backend, longest, max_length))
 
 

@@ -1,4 +1,4 @@
-"""`longserve`: serve a config file, apply an edited one to the running service, tell how it stands, plan, check a model.
+"""`longserve`: serve a config file, apply an edited one, tell how the service stands, plan, check or convert a model.
 
 Ray is imported only by the commands that need it; `plan` speaks HTTP.
 """
@@ -63,6 +63,11 @@ def _parser() -> argparse.ArgumentParser:
         ("status", status, "how the running service stands"),
         ("plan", plan, "what a text would cost under each backend, and whether it would be let in now"),
         (
+            "convert",
+            convert,
+            "write a BERT or RoBERTa that reads long texts: positions copied, windows, a first token that sees all",
+        ),
+        (
             "check",
             check,
             "what a checkpoint would be served as: what is lossy, bytes by length; starts nothing",
@@ -70,6 +75,12 @@ def _parser() -> argparse.ArgumentParser:
     ):
         command = commands.add_parser(name, help=help, description=help)
         command.set_defaults(run=run)
+        if name == "convert":
+            command.add_argument("directory", type=Path, help="a checkpoint in Hugging Face format")
+            command.add_argument("target", type=Path, help="the directory to write, which is not there yet")
+            command.add_argument("--length", type=int, default=4096, help="tokens of the longest text")
+            command.add_argument("--window", type=int, default=512, help="tokens that a token sees, both sides together")
+            continue
         if name == "plan":
             command.add_argument("text", type=argparse.FileType("r"), help="a file with the prompt; - reads standard input")
             command.add_argument("--max-tokens", type=int, default=16)
@@ -406,6 +417,18 @@ def check(options: argparse.Namespace) -> int:
         for line in survey(options.directory, application.args, application.deployments[0].user_config.attention):
             print(line)
     except (FileNotFoundError, ValueError) as error:
+        raise Refused(str(error)) from error
+    return 0
+
+
+def convert(options: argparse.Namespace) -> int:
+    """Write a long encoder, and print how far it has moved."""
+    from service.convert import convert as converted  # brings torch
+
+    try:
+        for line in converted(options.directory, options.target, options.length, options.window):
+            print(line)
+    except (FileNotFoundError, FileExistsError, ValueError) as error:
         raise Refused(str(error)) from error
     return 0
 

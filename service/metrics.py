@@ -246,7 +246,7 @@ class Metrics:
         self.switched.set_to_current_time()
 
 
-KINDS = ("completion", "embedding")
+KINDS = ("completion", "embedding", "classification")
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 
 

@@ -89,7 +89,12 @@ class Replica:
         self._metrics = Metrics()
         model = self._loaded.model
         self._switch = Switch(
-            model.head_shape(), model.config.native, self._loaded.max_length, self._metrics, self._last_served
+            model.head_shape(),
+            model.config.native,
+            self._loaded.max_length,
+            self._metrics,
+            self._last_served,
+            model.config.is_causal,
         )
         self._metrics.switching.set_function(lambda: float(self._switch.is_switching))
         self._traced = None if config.traces is None else _traced(self._metrics, config.traces, name)
@@ -206,7 +211,18 @@ class Replica:
     @property
     def card(self) -> ModelCard:
         model = self._loaded.model.config
-        return ModelCard(self._loaded.id, int(self._started), self._loaded.max_length, model.hidden_size)
+        plan = model.pooled
+        return ModelCard(
+            self._loaded.id,
+            int(self._started),
+            self._loaded.max_length,
+            plan.width(model.hidden_size),
+            model.tasks,
+            plan.labels,
+            plan.is_normalized,
+            dict(plan.prompts),
+            plan.default_prompt,
+        )
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -254,6 +270,9 @@ class Replica:
         engine, model = self.engine, self._loaded.model
         return {
             "model": self._loaded.id,
+            "tasks": list(model.config.tasks),
+            "labels": list(model.config.pooled.labels),
+            "prompts": [name for name, _ in model.config.pooled.prompts],
             "max_model_len": self._loaded.max_length,
             "parameters": sum(each.numel() for each in model.parameters()),
             "dtype": str(model.head_shape().dtype).removeprefix("torch."),

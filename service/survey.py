@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import attention
-from attention import AttentionBackend, result, shares, truth
+from attention import AttentionBackend, StatePool, result, shares, truth
 from service.config import AttentionConfig, ServiceConfig
 from service.engine.forecast import Attending, Course, Pace, Ramp
 from service.model import checkpoint, files, rotary
@@ -35,8 +35,10 @@ def survey(directory: Path, args: ServiceConfig, switch: AttentionConfig) -> Ite
     yield f"{args.name or checkpoint.id_of(directory)}: {config.model_type}, {count / 1e6:.1f} million parameters"
     yield f"dtype       {name}, {_mib(count * dtype.itemsize)} MiB of weights ({reason})"
     yield f"context     {config.max_length} tokens, vocabulary {len(tokenizer.ids)}{_positions(config)}"
-    yield f"ends        {', '.join(map(str, config.eos_token_ids)) or 'none: answers end by max_tokens alone'}"
-    yield f"sampling    {_sampling(directory)}"
+    yield f"offers      {_offer(config)}"
+    if config.is_causal:
+        yield f"ends        {', '.join(map(str, config.eos_token_ids)) or 'none: answers end by max_tokens alone'}"
+        yield f"sampling    {_sampling(directory)}"
     yield f"attends     {_own(config)}"
     yield from _table(config, model, args, switch.for_checkpoint(config.native))
 
@@ -55,14 +57,28 @@ def rehearse(args: ServiceConfig, switch: AttentionConfig, dtype: str, budget: i
     shape = config.head_shape(model.dtype, args.device)
     for name, options in switch.for_checkpoint(config.native).backends.items():
         backend = attention.build(name, options, shape)
-        pool = backend.new_pool(config.num_hidden_layers, 0)
-        needed = pool.slot_bytes(1) + _course(model, backend, args.engine.chunk_tokens).prefill_bytes(1)
+        course, pool = _served(model, backend, args)
+        needed = pool.slot_bytes(1) + course.prefill_bytes(1)
         if needed > budget:
             raise ValueError(f"{name} needs {needed} bytes for a request of one token, a replica's budget is {budget}")
         for kind in shares(backend):
-            verdict = result(truth.checking(kind, max_length=min(REHEARSED_TOKENS, config.max_length)))
+            verdict = result(truth.checking(kind, max_length=min(REHEARSED_TOKENS, config.max_length), causal=config.is_causal))
             if not verdict.passed:
                 raise ValueError(f"{name} is off its definition by {verdict.error:.2g}, allowed: {verdict.bound:.2g}")
+
+
+def _offer(config: ModelConfig) -> str:
+    """What it can be asked for, and how vectors are made."""
+    plan = config.pooled
+    if plan.labels:
+        told = ", ".join(plan.labels[:8]) + (", ..." if len(plan.labels) > 8 else "")
+        routes = "/v1/classify" + (", /v1/score, /v1/rerank" if len(plan.labels) == 1 else "")
+        return f"{routes}: {len(plan.labels)} labels ({told}) of the {plan.pooling} state, scores by {plan.activation}"
+    width, end = plan.width(config.hidden_size), "at length one" if plan.is_normalized else "of any length"
+    told = f"/v1/embeddings: {width} numbers of the {plan.pooling} state, {end}"
+    if plan.prompts:
+        told += f", prompts {', '.join(name for name, _ in plan.prompts)} (default: {plan.default_prompt or 'none'})"
+    return f"/v1/completions, {told}" if config.is_causal else told
 
 
 def _sampling(directory: Path) -> str:
@@ -83,6 +99,8 @@ def _positions(config: ModelConfig) -> str:
 
 
 def _own(config: ModelConfig) -> str:
+    if not config.is_causal:
+        return f"both ways, {_seen(config)}"
     if config.native is None:
         return "to everything in every layer: under any backend but dense answers are others than transformers'"
     layers = sum(window is not None for window in config.windows)
@@ -94,6 +112,19 @@ def _own(config: ModelConfig) -> str:
     return f"to {last}{cap}, as backend native"
 
 
+def _seen(config: ModelConfig) -> str:
+    """What an encoder's tokens see."""
+    if config.score_bias is not None:
+        return "to the whole text in every layer, with biases by distance, as backend native"
+    if config.blocks is not None:
+        return "in blocks of {} tokens, {} drawn for each, as backend native".format(*config.blocks)
+    if config.native is None:
+        return "to the whole text in every layer, as backend dense"
+    layers, seen = sum(window is not None for window in config.windows), sorted({w for w in config.windows if w is not None})
+    told = " or ".join(map(str, seen))
+    return f"{told} tokens on either side in {layers} of {len(config.windows)} layers, as backend native"
+
+
 def _table(config: ModelConfig, model: Transformer, args: ServiceConfig, switch: AttentionConfig) -> Iterator[str]:
     """A row per backend: MiB of one request by length."""
     longest = config.max_length
@@ -102,19 +133,21 @@ def _table(config: ModelConfig, model: Transformer, args: ServiceConfig, switch:
     shape = config.head_shape(model.dtype, args.device)
     for name, options in switch.backends.items():
         backend = attention.build(name, options, shape)
-        course, pool = _course(model, backend, args.engine.chunk_tokens), backend.new_pool(config.num_hidden_layers, 0)
+        course, pool = _served(model, backend, args)
         sizes = [pool.slot_bytes(length) + course.prefill_bytes(length) for length in lengths]
         marks = [name, *(["default"] if name == switch.default else []), *(["lossy"] if config.lossy(name) else [])]
         yield f"  {', '.join(marks):38}" + "".join(f"{_mib(size):>10}" for size in sizes)
-    if config.native is not None:
-        yield f"lossy: {config.lossy('the backend')}"
+    if why := config.lossy("the backend"):
+        yield f"lossy: {why}"
 
 
-def _course(model: Transformer, backend: AttentionBackend, chunk: int) -> Course:
-    """The course of a prefill, of which only the bytes are asked: no pace was measured."""
-    none = Ramp(0.0, 0.0)
+def _served(model: Transformer, backend: AttentionBackend, args: ServiceConfig) -> tuple[Course, StatePool]:
+    """The course of a prefill, of which only the bytes are asked, for no pace was measured; and an empty pool of states."""
+    none, config = Ramp(0.0, 0.0), model.config
+    chunk = args.engine.chunk_tokens if config.is_causal else config.max_length
+    backend = backend if config.is_causal else attention.whole(backend)
     pace = Pace(model.config.num_hidden_layers, none, dict.fromkeys(shares(backend), Attending(none, none)), backend)
-    return Course(model, pace, model.config.max_length, chunk)
+    return Course(model, pace, config.max_length, chunk), backend.new_pool(config.num_hidden_layers, 0)
 
 
 def _mib(size: int) -> str:

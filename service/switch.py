@@ -79,10 +79,17 @@ class Switch:
     """The allow-list in force, the one aimed at, and how the way there went."""
 
     def __init__(
-        self, shape: HeadShape, native: Mapping[str, Any] | None, max_length: int, metrics: Metrics, last_served: LastServed
+        self,
+        shape: HeadShape,
+        native: Mapping[str, Any] | None,
+        max_length: int,
+        metrics: Metrics,
+        last_served: LastServed,
+        is_causal: bool = True,
     ) -> None:
-        """`native`: the options of the checkpoint's own backend, None where that is dense."""
+        """`native`: the options of the checkpoint's own backend, None where that is dense. `is_causal`: it is a decoder."""
         self._shape = shape
+        self._is_causal = is_causal
         self._native = native
         self._max_length = max_length
         self._metrics = metrics
@@ -208,7 +215,7 @@ class Switch:
         """The config's backends, built and checked. Raises ValueError for one that answers wrongly."""
         assert config.default is not None, "`for_checkpoint` names it"
         built = {name: await self._built(name, options, host) for name, options in config.backends.items()}
-        return Backends(built, config.default, config.auto, config.weights)
+        return Backends(built, config.default, config.auto, config.weights, self._is_causal)
 
     async def _built(self, name: str, options: Mapping[str, Any] | None, host: Slices) -> AttentionBackend:
         """A checked backend. The one that serves, if its options are these: with it the engine keeps states and pace."""
@@ -217,6 +224,9 @@ class Switch:
             return serving
         build = partial(attention.build, name, options, self._shape)
         backend = await asyncio.to_thread(in_passing_thread, build)
+        if self._is_causal not in backend.directions:
+            missing = "causal form, and this model is causal" if self._is_causal else "form both ways, for an encoder"
+            raise ValueError(f"attention backend {name} has no {missing}")
         verdict = await self._verdict(backend, host)
         if not verdict.passed:
             raise ValueError(f"attention backend {name} is {_off(verdict)}")
@@ -226,7 +236,10 @@ class Switch:
 
     async def _verdict(self, backend: AttentionBackend, host: Slices) -> truth.Truth:
         """The worst verdict on the kinds of layers that a backend has, told to the metrics."""
-        verdicts = [await host.beside(truth.checking(kind, max_length=self._max_length)) for kind in attention.shares(backend)]
+        verdicts = [
+            await host.beside(truth.checking(kind, max_length=self._max_length, causal=self._is_causal))
+            for kind in attention.shares(backend)
+        ]
         worst = max(verdicts, key=lambda verdict: (not verdict.passed, verdict.error))
         self._metrics.truth(backend.name, worst.error, worst.bound)
         return replace(worst, uncovered="; ".join(filter(None, (verdict.uncovered for verdict in verdicts))))

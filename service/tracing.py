@@ -21,7 +21,7 @@ from service.engine.observer import Observer, Outcome, Step
 from service.engine.request import Request
 
 FAILURES = frozenset({"deadline_exceeded", "draining", "out_of_memory", "model_failed"})
-OPERATIONS = {"completion": "text_completion", "embedding": "embeddings"}
+OPERATIONS = {"completion": "text_completion", "embedding": "embeddings", "classification": "classification"}
 
 
 def exporter(endpoint: str) -> SpanExporter:

@@ -14,6 +14,7 @@ from service.config import AttentionConfig, ServiceConfig
 from service.model.checkpoint import load
 from service.survey import rehearse
 from tests.engine import world
+from tests.model import encoders
 from tests.model.checkpoints import change, own_backend, write
 
 CONFIG = """
@@ -40,9 +41,10 @@ def test_it_tells_the_model_its_ends_and_which_backends_are_lossy(told: tuple[Pa
     directory, lines = told
     count = sum(parameter.numel() for parameter in load(directory).model.parameters())
     assert lines[0] == f"tiny: mistral, {count / 1e6:.1f} million parameters"
-    assert "float32" in lines[1] and "3000 tokens" in lines[2] and "3, 9" in lines[3] and "temperature 0.6" in lines[4]
-    assert "last 32 tokens in 2 of 2 layers" in lines[5]
-    rows = [line.split("  ")[1] for line in lines[7:10]]
+    assert "float32" in lines[1] and "3000 tokens" in lines[2] and "3, 9" in lines[4] and "temperature 0.6" in lines[5]
+    assert lines[3] == "offers      /v1/completions, /v1/embeddings: 48 numbers of the mean state, at length one"
+    assert "last 32 tokens in 2 of 2 layers" in lines[6]
+    rows = [line.split("  ")[1] for line in lines[8:11]]
     assert rows == ["native, default", "dense, lossy", "sliding_window, lossy"]
 
 
@@ -57,10 +59,50 @@ async def test_its_bytes_are_those_that_the_engine_reserves(told: tuple[Path, li
         "sliding_window": attention.build("sliding_window", {"window": 20}, loaded.model.head_shape()),
     }
     async with world.running(loaded.model, Backends(backends, "native"), tokenizer=loaded.tokenizer) as engine:
-        for name, line in zip(backends, lines[7:10], strict=True):
+        for name, line in zip(backends, lines[8:11], strict=True):
             plan = engine.plan(world.completion(torch.zeros(1024, dtype=torch.long).tolist(), backend=name, max_tokens=0))
             needed = plan.terms["state"] + plan.terms["step"]
             assert float(line.split()[-2]) == pytest.approx(needed / 2**20, abs=0.05)
+
+
+def survey_of(directory: Path, tmp_path: Path, backends: str, capsys: pytest.CaptureFixture[str]) -> list[str]:
+    """What is told of an encoder under some backends."""
+    told = f"user_config: {{attention: {{backends: {backends}}}}}"
+    text = CONFIG.partition("user_config")[0] + told + "\n"
+    (tmp_path / "serve.yaml").write_text(text)
+    capsys.readouterr()
+    assert cli.main(["check", str(directory), str(tmp_path / "serve.yaml")]) == 0
+    return capsys.readouterr().out.splitlines()
+
+
+async def test_of_an_encoder_it_tells_the_task_the_pooling_and_which_backends_are_lossy(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    directory = encoders.write(tmp_path / "tiny", "bert")
+    encoders.write_modules(directory, "cls_token", normalize=False, prompts={"query": "q: "})
+    lines = survey_of(directory, tmp_path, "{dense: {}, longformer: {window: 9}}", capsys)
+    assert lines[3] == "offers      /v1/embeddings: 48 numbers of the cls state, of any length, prompts query (default: none)"
+    assert lines[4] == "attends     both ways, to the whole text in every layer, as backend dense"
+    rows = [line.split("  ")[1] for line in lines[6:8]]
+    assert rows == ["dense, default", "longformer, lossy"] and "trained to see the whole text" in lines[8]
+    loaded = load(directory, dtype="float32")
+    backends = encoders.backends_of(loaded.model, longformer={"window": 9})
+    async with world.running(loaded.model, backends, tokenizer=loaded.tokenizer) as engine:
+        for name, line in zip(backends.by_name, lines[6:8], strict=True):
+            plan = engine.plan(world.embedding([5] * encoders.LENGTH, backend=name))
+            assert float(line.split()[-1]) == pytest.approx(sum(plan.terms.values()) / 2**20, abs=0.05)
+
+
+def test_of_a_classifier_it_tells_the_labels_and_of_layers_with_windows_how_wide(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kind, names = "AutoModelForSequenceClassification", {0: "bad", 1: "good"}
+    directory = encoders.write(tmp_path / "tiny", "modernbert", kind, id2label=names, classifier_pooling="mean")
+    lines = survey_of(directory, tmp_path, "{dense: {}, bigbird: {block: 8}}", capsys)
+    assert lines[3] == "offers      /v1/classify: 2 labels (bad, good) of the mean state, scores by softmax"
+    assert lines[4] == "attends     both ways, 10 tokens on either side in 2 of 4 layers, as backend native"
+    rows = [line.split("  ")[1] for line in lines[6:9]]
+    assert rows == ["native, default", "dense, lossy", "bigbird, lossy"] and "windows of its own" in lines[9]
 
 
 def test_what_serving_would_refuse_is_refused_with_its_reason(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

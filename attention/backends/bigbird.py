@@ -41,6 +41,9 @@ class BigBirdOptions(BackendOptions):
     closing_blocks: int = Field(
         0, ge=0, le=MOST_TOKENS, description="last blocks of a sequence that are global too; bidirectional only"
     )
+    full_blocks: int = Field(
+        0, ge=0, le=MOST_TOKENS, description="of sequences of up to so many blocks every token sees everything"
+    )
     seed: int = Field(0, ge=0, le=MOST_SEED, description="of the drawn blocks")
     impl: implementation.CpuImpl = "auto"
 
@@ -70,7 +73,7 @@ class BigBird(AttentionBackend):
     def edge(self) -> int:
         options = self.options
         shown = options.global_blocks + options.closing_blocks + options.window_blocks + options.random_blocks
-        return (shown + 1) * options.block
+        return (max(shown, options.full_blocks) + 1) * options.block
 
     def visible(self, i: Tensor, j: Tensor, length: int | Tensor) -> Tensor:
         size = self.options.block
@@ -135,6 +138,7 @@ class BigBird(AttentionBackend):
         window = options.window_blocks // 2 + 1 if causal else options.window_blocks
         whole = min(keys, (options.global_blocks + options.closing_blocks) * options.block)
         seen = min(keys, whole + (window + options.random_blocks) * options.block)
+        seen = keys if keys <= options.full_blocks * options.block else seen
         pairs = queries * seen + min(whole, queries) * (0 if causal else keys - seen)
         if queries == 1 and causal:
             runs = self._runs(keys - 1, history.whole(keys))
@@ -148,7 +152,7 @@ class BigBird(AttentionBackend):
 def _seen(options: BigBirdOptions, block: int, count: int) -> tuple[int, ...]:
     """The definition: all blocks for a global one; else window, globals and the drawn, deduplicated."""
     closing = max(count - options.closing_blocks, 0)
-    if block < options.global_blocks or block >= closing:
+    if block < options.global_blocks or block >= closing or count <= options.full_blocks:
         return tuple(range(count))
     reach = options.window_blocks // 2
     always = {*range(min(options.global_blocks, count)), *range(closing, count)}

@@ -1,4 +1,4 @@
-"""python -m service.benchmark: the bare model, then the engine alone, then the service over HTTP, in one run.
+"""python -m service.benchmark: the bare model, then the engine alone, then the service over HTTP, in one run; encoders by name.
 
 Prints a table for people, the machine beneath, and one last line of JSON for programs. About five minutes on two cores;
 `--quick` leaves out 32k tokens and HTTP.
@@ -20,19 +20,21 @@ import torch
 from service.benchmark.alone import measure_engine
 from service.benchmark.auto import measure_auto
 from service.benchmark.bare import measure_bare, report
+from service.benchmark.encoder import measure_encoder
 from service.benchmark.peak import memory_trial
 from service.benchmark.prefix import measure_prefix
 from service.benchmark.served import measure_http
 from service.machine import BESIDE_BUDGET_BYTES
 from service.threads import in_passing_thread
 
-PARTS = ("bare", "engine", "auto", "prefix", "memory", "http")
+PARTS = ("bare", "engine", "auto", "prefix", "memory", "http", "encoder")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m service.benchmark", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="one repeat, up to 16k tokens, by default without HTTP")
     parser.add_argument("--parts", nargs="+", choices=PARTS, help="which parts to run")
+    parser.add_argument("--encoder", metavar="DIR", help="the checkpoint of part encoder, by default all-MiniLM-L6-v2")
     options = parser.parse_args()
     lengths = [16_384] if options.quick else [16_384, 32_768]
     repeats = 1 if options.quick else 2
@@ -58,6 +60,8 @@ def main() -> None:
         found = measure_http(lengths, repeats)
         result["prefill_ratio"]["http"] = found["prefill_ratio"]
         result["overhead_ms"] = found["overhead_ms"]
+    if "encoder" in parts:
+        result["encoder"] = measure_encoder(options.encoder)
     print(f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}")
     print(json.dumps(result))
 

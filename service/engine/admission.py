@@ -11,7 +11,7 @@ import logging
 import math
 import time
 from array import array
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -29,7 +29,9 @@ from service.engine.request import (
     NeverFits,
     QueueFull,
     Request,
+    check_task,
 )
+from service.model.pooling import Task
 
 logger = logging.getLogger(__name__)
 
@@ -113,12 +115,14 @@ class Admission:
         ledger: Ledger,
         queue: Queue,
         cached: Callable[[Request, Offer], int],
+        tasks: Collection[Task],
     ) -> None:
         """A door for a model's requests.
 
         Args:
             known: for each id of the model's vocabulary whether it is a token (V,).
             cached: how many tokens of a prompt stand in a state that is kept.
+            tasks: what may be asked for.
         """
         self.lanes: Mapping[str, Lane] = {}  # the allow-list in force
         self.rules: Backends  # which of them answers whom
@@ -129,6 +133,7 @@ class Admission:
         self._ledger = ledger
         self._queue = queue
         self._cached = cached
+        self._tasks = tasks
 
     def admit(self, request: Request) -> Offer:
         """What the request runs under, or its refusal, as `Engine.submit` lists them."""
@@ -150,6 +155,7 @@ class Admission:
 
     def offer(self, request: Request) -> Offer:
         """What the request would run under. Raises InvalidRequest, UnknownBackend."""
+        check_task(request.kind, self._tasks)
         prompt = check(request, self._known, self._max_length, self._max_sequences)
         left = (self._ledger.free, self._ledger.budget)
         choice = choose(request, self.lanes, self.rules, left, self._queue.seconds_in_front)
@@ -209,7 +215,7 @@ def check(request: Request, known: NDArray[np.bool_], max_length: int, max_seque
         raise InvalidRequest("stop strings must not be empty", param="stop")
     total = request.total_tokens
     if total > max_length:
-        answer = "" if request.kind == "embedding" else f" and max_tokens {sampling.max_tokens}, together {total},"
+        answer = "" if request.is_pooled else f" and max_tokens {sampling.max_tokens}, together {total},"
         raise ContextTooLong(
             f"the input has {count} tokens{answer} but the model's context is {max_length} tokens",
             param=request.param,

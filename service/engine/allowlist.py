@@ -12,12 +12,14 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from attention import AttentionBackend, Segments, StatePool, shares
+from attention import AttentionBackend, Segments, StatePool, shares, whole
 from service.config import AutoConfig
 from service.engine.forecast import Attending, Course, Drift, Pace, Ramp, measure_attention
 from service.engine.profile import Profile
 from service.engine.request import AUTO, Withdrawn
 from service.model.transformer import Transformer
+
+BOTH_WAYS = "bidirectional, for the model is an encoder; causal"
 
 
 @dataclass(frozen=True)
@@ -25,24 +27,23 @@ class Backends:
     """Backends by name in the operator's order, and the default, one of them or `auto`.
 
     Raises:
-        ValueError: an empty list, a default that is not in it, or a backend that cannot continue a sequence.
+        ValueError: an empty list, a default that is not in it, or a backend that does not answer as the model attends.
     """
 
     by_name: Mapping[str, AttentionBackend]
     default: str
     auto: AutoConfig = field(default_factory=AutoConfig)
     weights: Mapping[str, float] = field(default_factory=dict)
+    is_causal: bool = True  # the model is a decoder
 
     def __post_init__(self) -> None:
         if not self.by_name:
             raise ValueError("attention.backends must name at least one backend")
         if self.default not in (*self.by_name, AUTO):
             raise ValueError(f"attention.default must be {AUTO} or one of {', '.join(self.by_name)}, received {self.default!r}")
-        bidirectional = [name for name, backend in self.by_name.items() if True not in backend.directions]
-        if bidirectional:
-            raise ValueError(
-                f"attention.backends must be causal, for the model is a decoder; bidirectional only: {', '.join(bidirectional)}"
-            )
+        if others := [name for name, backend in self.by_name.items() if self.is_causal not in backend.directions]:
+            wanted = "causal, for the model is a decoder; bidirectional" if self.is_causal else BOTH_WAYS
+            raise ValueError(f"attention.backends must be {wanted} only: {', '.join(others)}")
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -132,15 +133,18 @@ def lane_for(
 ) -> Generator[None, None, Lane]:
     """Make a backend ready to serve, in parts: its pace beside the model's, and room for states of `budget` bytes.
 
-    The pace is the profile's; what is not in it is measured and kept there.
+    The pace is the profile's; what is not in it is measured and kept there. An encoder reads a text at once, whatever its
+    length, and keeps nothing of it.
     """
-    layers, longest, kinds = model.config.num_hidden_layers, model.config.max_length, list(shares(backend))
+    layers, longest, is_causal = model.config.num_hidden_layers, model.config.max_length, model.config.is_causal
+    serving = backend if is_causal else whole(backend)
+    kinds = list(shares(serving))
     key = json.dumps(backend.describe(), sort_keys=True, default=str)
     lines = profile.recall(key, 2 * len(kinds))
     if lines is None:
-        measured = yield from measure_attention(backend, longest, chunk)
+        measured = yield from measure_attention(serving, longest if is_causal else min(longest, chunk), chunk, is_causal)
         lines = [line for kind in kinds for line in (measured[kind].many, measured[kind].one)]
         profile.keep(key, lines)
     attending = dict(zip(kinds, map(Attending, lines[::2], lines[1::2]), strict=True))
-    course = Course(model, Pace(layers, pace, attending, backend), longest, chunk)
-    return Lane(name, backend, course, backend.new_pool(layers, budget))
+    course = Course(model, Pace(layers, pace, attending, serving), longest, chunk if is_causal else longest)
+    return Lane(name, backend, course, serving.new_pool(layers, budget))

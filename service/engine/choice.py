@@ -109,7 +109,7 @@ def predicted_seconds(request: Request, lane: Lane) -> float:
 
 def prefill_seconds(request: Request, lane: Lane, cached: int = 0) -> float:
     """Seconds of the prompt, of which the first `cached` tokens need not be processed."""
-    return lane.prefill_seconds(len(request.tokens), cached, "embed" if request.kind == "embedding" else "prefill")
+    return lane.prefill_seconds(len(request.tokens), cached, "embed" if request.is_pooled else "prefill")
 
 
 def decode_seconds(request: Request, lane: Lane) -> float:

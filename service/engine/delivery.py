@@ -105,8 +105,9 @@ class Delivery:
         sequence.is_alone = False
         if timings.prefilled_at is None:
             timings.prefilled_at = now
-        if job.is_embedding:
-            job.answer.put(Embedding(job.vector()))
+        if job.is_pooled:
+            assert job.vector is not None, "a text was read, and no vector made of it"
+            job.answer.put(Embedding(job.vector))
             self.end(job, "embedded")
             return
         job.join()

@@ -108,7 +108,9 @@ class Engine:
         self._scheduler = Scheduler(config, self._ledger, self._rows is not None, prefixes)
         known = np.isin(np.arange(model.config.vocab_size), list(self._tokenizer.ids))
         longest = model.config.max_length
-        self._admission = Admission(known, longest, config.max_sequences, self._ledger, self._scheduler, self._cached)
+        self._admission = Admission(
+            known, longest, config.max_sequences, self._ledger, self._scheduler, self._cached, model.config.tasks
+        )
         await self.swap(self._backends)
         self._grammars = Grammars(self._tokenizer, model.config.vocab_size, model.config.eos_token_ids)
         unknown = torch.from_numpy(np.flatnonzero(~known))

@@ -79,9 +79,11 @@ def measure_model(model: Transformer, tokens: int = 256) -> Ramp:
 
     def run(count: int) -> Callable[[], Iterator[None]]:
         ids = torch.zeros(count, dtype=torch.long, device=model.device)
+        positions = torch.arange(count, device=model.device) % model.config.max_length
 
         def compute() -> Iterator[None]:
-            model.logits(model.hidden(ids, ids, lambda layer, q, k, v: q)[-1:])[0, 0].item()  # which waits for an accelerator
+            hidden = model.hidden(ids, positions, lambda layer, q, k, v: q)[-1:]
+            (model.logits(hidden) if model.config.is_causal else hidden)[0, 0].item()  # which waits for an accelerator
             yield
 
         return compute
@@ -96,18 +98,23 @@ Measuring = Generator[None, None, T]
 
 
 @torch.inference_mode()
-def measure_attention(backend: AttentionBackend, max_length: int, chunk: int) -> Measuring[dict[AttentionBackend, Attending]]:
-    """Time one layer of each kind that a backend has, as it comes in chunks of so many tokens and token by token."""
+def measure_attention(
+    backend: AttentionBackend, max_length: int, chunk: int, has_history: bool = True
+) -> Measuring[dict[AttentionBackend, Attending]]:
+    """Time one layer of each kind that a backend has, as it comes in chunks of so many tokens and token by token.
+
+    has_history: sequences are continued, not only read whole.
+    """
     found = {}
     for kind in shares(backend):
-        found[kind] = yield from _measure_layer(kind, max_length, chunk)
+        found[kind] = yield from _measure_layer(kind, max_length, chunk, has_history)
     return found
 
 
-def _measure_layer(backend: AttentionBackend, max_length: int, chunk: int) -> Measuring[Attending]:
+def _measure_layer(backend: AttentionBackend, max_length: int, chunk: int, has_history: bool) -> Measuring[Attending]:
     """Time one layer's `extend` for one token without history, and for one and a chunk at the end of a long sequence."""
     shape = backend.shape
-    tokens = min(chunk, max_length)
+    tokens = min(chunk, max_length) if has_history else max_length
     history = min(PROBE_HISTORY, max_length - tokens)
     pool = backend.new_pool(1, backend.state_bytes(history + tokens))
     slot = pool.allocate(history + tokens)
@@ -127,7 +134,7 @@ def _measure_layer(backend: AttentionBackend, max_length: int, chunk: int) -> Me
         return extend
 
     points = []
-    for count, past in ((1, 0), (tokens, history), (1, history + tokens - 1)):
+    for count, past in ((1, 0), (tokens, history), (1, history + tokens - 1) if has_history else (tokens, history)):
         seconds = yield from _seconds(run(count, past))
         points.append((backend.cost(count, count + past, causal=True).flops, seconds))
     least, many, one = points
@@ -147,7 +154,7 @@ def row_multiple(model: Transformer, rows: int = 512) -> int | None:
 
     def compute(count: int) -> tuple[Tensor, Tensor]:
         hidden = model.hidden(ids[:count], ids[:count], lambda layer, q, k, v: q)
-        return hidden, model.logits(hidden[:16])
+        return hidden, model.logits(hidden[:16]) if model.config.is_causal else hidden[:0]
 
     with torch.inference_mode():
         hidden, logits = compute(rows)

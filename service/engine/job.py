@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 from io import StringIO
 
 from torch import Tensor
-from torch.nn import functional
 
 from service.engine.admission import Offer
 from service.engine.allowlist import Lane
@@ -120,7 +119,8 @@ class Job:
     service_seconds: float  # predicted for what of its prompt is to be processed: the length that decides who overtakes whom
     sequences: list[Sequence] = field(default_factory=list)
     siblings: list[Sequence] = field(default_factory=list)  # samples that have not joined yet
-    summed: Tensor | None = None  # float32 (C,): sum of the hidden states so far, embeddings only
+    gathered: Tensor | None = None  # float32 (C,): what is kept of the hidden states so far, where no token is drawn
+    vector: list[float] | None = None  # what was made of it
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
     echo: StringIO = field(default_factory=StringIO)  # the prompt's text, for an answer that begins with it
     echoed: int = 0  # tokens of the prompt that stand in it, or are left out
@@ -166,8 +166,8 @@ class Job:
         return samples
 
     @property
-    def is_embedding(self) -> bool:
-        return self.request.kind == "embedding"
+    def is_pooled(self) -> bool:
+        return self.request.is_pooled
 
     @property
     def max_length(self) -> int:
@@ -189,7 +189,7 @@ class Job:
     @property
     def remaining_tokens(self) -> int:
         """Most tokens one of its samples may still draw."""
-        if self.is_embedding:
+        if self.is_pooled:
             return 0
         return self.request.sampling.max_tokens - min(len(sequence.output) for sequence in self.sequences)
 
@@ -199,8 +199,3 @@ class Job:
         A short job overtakes a long one soon after it came. A long one gains too, without bound, so it never starves.
         """
         return (now - self.request.arrival) / max(self.service_seconds, 1e-6)
-
-    def vector(self) -> list[float]:
-        """The embedding: the mean of the hidden states at unit length."""
-        assert self.summed is not None, "an embedding without hidden states"
-        return [float(x) for x in functional.normalize(self.summed / len(self.prompt), dim=0).tolist()]

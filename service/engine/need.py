@@ -31,7 +31,7 @@ class Need:
 def need(request: Request, lane: Lane, prompt_tokens: int | None = None) -> Need:
     """Bytes the request holds under a backend; of a prompt of another length when `prompt_tokens` is given."""
     sampling, prompt = request.sampling, len(request.tokens) if prompt_tokens is None else prompt_tokens
-    if request.kind == "embedding":
+    if request.is_pooled:
         return Need({"state": lane.state_bytes(prompt), "step": lane.course.prefill_bytes(prompt)})
     total = prompt + sampling.max_tokens
     is_scored = sampling.echo and sampling.logprobs is not None

@@ -81,7 +81,7 @@ class Prefixes:
 
     def marks(self, request: Request, prompt: array[int]) -> Marks:
         """The marks of a prompt's whole chunks; none where the request must see all of it, or nothing is kept."""
-        if not self.limit or request.kind == "embedding" or request.sampling.echo or not request.reuses:
+        if not self.limit or request.is_pooled or request.sampling.echo or not request.reuses:
             return ()
         mark, found, raw = hashlib.sha256(b"" if self._is_shared else request.owner.encode()).digest(), [], memoryview(prompt)
         for start in range(0, len(prompt) - self._chunk + 1, self._chunk):

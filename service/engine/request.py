@@ -10,6 +10,8 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
+from service.model.pooling import Pooling as Pooling  # the HTTP layer knows no model
+from service.model.pooling import Task as Task
 from service.timing import Timings
 
 if TYPE_CHECKING:
@@ -19,6 +21,13 @@ FinishReason = Literal["stop", "length"]
 
 AUTO = "auto"
 """In the place of a backend's name: whichever is predicted to serve best, see `choice`."""
+
+ROUTES: Mapping[Task, str] = {
+    "completion": "/v1/completions, /v1/chat/completions",
+    "embedding": "/v1/embeddings",
+    "classification": "/v1/classify, /v1/score, /v1/rerank",
+}
+"""Where each kind is asked for."""
 
 MOST_QUOTED = 200
 """Characters of a caller's own words in one message."""
@@ -60,16 +69,12 @@ class Constraint:
     source: str  # the caller's name for it
 
 
-Pooling = Literal["mean", "last"]
-"""What of the last hidden states becomes an embedding: their mean, or that of the last token."""
-
-
 @dataclass
 class Request:
     """One prompt under one backend. `n` samples share its prefill; a list of prompts is several requests."""
 
     id: str
-    kind: Literal["completion", "embedding"]
+    kind: Task
     tokens: Sequence[int]
     backend: str | None = None  # None: the config's default (which may be `auto`)
     sampling: Sampling = field(default_factory=Sampling)
@@ -79,7 +84,9 @@ class Request:
     timings: Timings = field(default_factory=Timings)
     trace: Mapping[str, str] = field(default_factory=dict)  # the caller's W3C trace context, by header
     leading: int = 0  # of the tokens: special ones that the service put in front of a text; an echo leaves them out
-    pooling: Pooling = "mean"
+    pooling: Pooling | None = None  # of an embedding; None: the checkpoint's
+    is_ended: bool | None = None  # an embedding at length one, scores activated; None: as the checkpoint has it
+    second: int | None = None  # where a pair's second text begins
     owner: str = ""  # who asks: a prefix that was computed for one is no other's, unless the config says so
     reuses: bool = True  # may go on from a kept prefix, and leave one
     source: str | None = None  # the caller's name for what the tokens come from; None: by kind
@@ -90,12 +97,17 @@ class Request:
     @property
     def total_tokens(self) -> int:
         """Most tokens one sequence of it may have."""
-        return len(self.tokens) + (0 if self.kind == "embedding" else self.sampling.max_tokens)
+        return len(self.tokens) + (0 if self.is_pooled else self.sampling.max_tokens)
+
+    @property
+    def is_pooled(self) -> bool:
+        """Whether its answer is one vector: no token is drawn."""
+        return self.kind != "completion"
 
     @property
     def param(self) -> str:
         """The caller's name for what the tokens come from."""
-        return self.source or ("input" if self.kind == "embedding" else "prompt")
+        return self.source or ("input" if self.is_pooled else "prompt")
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +137,7 @@ class Delta:
 
 @dataclass(frozen=True)
 class Embedding:
-    """The answer to an embedding request: the pooled last hidden states, L2-normalised, float32, as a list of floats."""
+    """The answer to a request for an embedding, or for scores: one vector, float32, as a list of floats."""
 
     vector: list[float]
 
@@ -172,6 +184,19 @@ class UnknownBackend(InvalidRequest):
     def __init__(self, asked: str, allowed: Iterable[str], param: str = "attention") -> None:
         message = f"attention backend {quoted(asked)} is not allowed here; allowed are {', '.join(allowed)}"
         super().__init__(message, param=param)
+
+
+class TaskNotOffered(InvalidRequest):
+    """The model was not made for this: the message names what it was made for."""
+
+    code = "task_not_offered"
+
+
+def check_task(asked: Task, offered: Collection[Task]) -> None:
+    """Raise TaskNotOffered unless the model was made for what is asked."""
+    if asked not in offered:
+        can = " and ".join(f"{task} ({ROUTES[task]})" for task in offered)
+        raise TaskNotOffered(f"this model offers {can}, not {asked}")
 
 
 class ContextTooLong(InvalidRequest):

@@ -18,6 +18,7 @@ from service.engine.prefixes import Prefixes
 from service.engine.request import TokenLogprob
 from service.engine.sampling import Past, draw, logprobs
 from service.engine.work import Member, Work
+from service.model.pooler import gathered, pooled
 from service.model.transformer import Stages, Transformer
 
 LOGIT_ROWS = 64  # rows of an echoed prompt whose logits exist at one time
@@ -97,10 +98,11 @@ class Runner:
     def _stages(self, work: Work) -> Generator[None, None, None]:
         """The computation of a step, pausing within layers."""
         ids, segments = self._packed(work)
-        positions = torch.nn.functional.pad(segments.positions(self._model.device), (0, len(ids) - segments.total))
-        hidden = yield from self._hidden(work, segments, self._model.stages(ids, positions))
+        padding = torch.arange(len(ids) - segments.total, device=self._model.device) % self._model.config.max_length
+        positions = torch.cat((segments.positions(self._model.device), padding))  # what is padded stands there as one more text
+        hidden = yield from self._hidden(work, segments, self._model.stages(ids, positions, self._types(work, len(ids))))
         if work.kind == "embed":
-            _add_sums(work, segments, hidden)
+            self._pool(work, segments, hidden)
         else:
             self._tell_prompts(work, segments, hidden)
             self._draw(work, segments, hidden)
@@ -112,6 +114,30 @@ class Runner:
             ids += member.sequence.tokens(member.start, member.end)
         ids += array("i", [0] * (self._height(len(ids)) - len(ids)))
         return torch.tensor(ids, dtype=torch.long, device=self._model.device), work.segments
+
+    def _types(self, work: Work, rows: int) -> Tensor | None:
+        """Which of a pair of texts each token is of (rows,); None where no member is a pair, or the model does not ask."""
+        pairs = [member.job.request.second for member in work.members]
+        if self._model.config.num_token_types < 2 or not any(pairs):
+            return None
+        types = torch.zeros(rows, dtype=torch.long)
+        for (start, end, _), second in zip(work.segments.spans(), pairs, strict=True):
+            types[start + second if second else end : end] = 1
+        return types.to(self._model.device)
+
+    def _pool(self, work: Work, segments: Segments, hidden: Tensor) -> None:
+        """Gather what counts of each member's hidden states, and make the vectors of those that end."""
+        pooler, ended, rows = self._model.pooler, [], []
+        for member, (start, end, _) in zip(work.members, segments.spans(), strict=True):
+            job, before = member.job, None if member.start == 0 else member.job.gathered
+            pooling = job.request.pooling or pooler.plan.pooling
+            job.gathered = gathered(before, hidden[start:end], pooling)
+            if member.is_last:
+                ended.append(job)
+                rows.append(pooled(job.gathered, pooling, len(job.prompt)))
+        if ended:
+            for job, vector in zip(ended, pooler(torch.stack(rows)), strict=True):
+                job.vector = pooler.ended(vector, job.request.is_ended).tolist()
 
     def _hidden(self, work: Work, segments: Segments, stages: Stages) -> Generator[None, None, Tensor]:
         """Hidden states of the members' tokens; pauses between the parts of each layer's attention."""
@@ -228,14 +254,3 @@ def _tell_bytes(work: Work) -> None:
         timings.state_bytes = max(timings.state_bytes, job.held_bytes)
         if work.meter is not None and (job in widest or timings.step_bytes is not None):
             timings.step_bytes = max(timings.step_bytes or 0, work.meter.peak_bytes * count // work.tokens)
-
-
-def _add_sums(work: Work, segments: Segments, hidden: Tensor) -> None:
-    """Add the hidden states of each member to its job's sum, or keep the last of them."""
-    for member, (start, end, _) in zip(work.members, segments.spans(), strict=True):
-        job = member.job
-        if job.request.pooling == "last":
-            job.summed = hidden[end - 1].float()
-            continue
-        part = hidden[start:end].sum(0, dtype=torch.float32)
-        job.summed = part if member.start == 0 or job.summed is None else job.summed + part

@@ -139,7 +139,7 @@ class Scheduler:
             return None
         pack = self._pack(first, candidates)
         self._let_in(pack)
-        return self._hold("embed" if first.job.is_embedding else "prefill", first.job.lane, pack)
+        return self._hold("embed" if first.job.is_pooled else "prefill", first.job.lane, pack)
 
     def _pressure(self, work: Work, now: float) -> float:
         return max(self._urgency(member.job, now) for member in work.members)
@@ -184,10 +184,10 @@ class Scheduler:
         """Sequences whose next chunks together are no longer than one may be."""
         self.suspect = first.job
         pack, tokens = [first], first.next_end() - first.past
-        if first.is_alone or not (self._can_pack or first.job.is_embedding):
+        if first.is_alone or not (self._can_pack or first.job.is_pooled):
             return pack
         for other in others:
-            if other.job.lane is not first.job.lane or other.job.is_embedding != first.job.is_embedding or other.is_alone:
+            if other.job.lane is not first.job.lane or other.job.is_pooled != first.job.is_pooled or other.is_alone:
                 continue
             tokens += other.next_end() - other.past
             if tokens > self._config.chunk_tokens:

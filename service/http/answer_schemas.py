@@ -170,6 +170,52 @@ class EmbeddingAnswer(Record):
     longserve: Receipt
 
 
+class Scored(Record):
+    """What answers of a classifier say alike."""
+
+    id: str
+    object: Literal["list"]
+    created: int
+    model: str
+    usage: EmbeddingUsage
+    longserve: Receipt
+
+
+class ClassItem(Record):
+    index: Count
+    label: str = Field(description="Of the highest score.")
+    probs: list[float] = Field(description="The score of each label, in the checkpoint's order.")
+    num_classes: Count
+
+
+class ClassifyAnswer(Scored):
+    data: list[ClassItem]
+
+
+class ScoreItem(Record):
+    object: Literal["score"]
+    index: Count
+    score: float
+
+
+class ScoreAnswer(Scored):
+    data: list[ScoreItem]
+
+
+class Document(Record):
+    text: str
+
+
+class Ranked(Record):
+    index: Count = Field(description="Among the documents as they were sent.")
+    relevance_score: float
+    document: Document | None = Field(default=None, description="Absent with return_documents: false.")
+
+
+class RerankAnswer(Scored):
+    results: list[Ranked] = Field(description="The highest score first.")
+
+
 class Phases(Record):
     queue: Seconds
     prefill: Seconds
@@ -285,6 +331,9 @@ class AttentionFacts(Record):
 
 class Info(Record):
     model: str
+    tasks: list[Literal["completion", "embedding", "classification"]] = Field(description="What it can be asked for.")
+    labels: list[str] = Field(description="Of a classifier, in the order of its scores.")
+    prompts: list[str] = Field(description="Names of those that prompt_name may have.")
     max_model_len: int
     parameters: int
     dtype: str

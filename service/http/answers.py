@@ -15,6 +15,7 @@ from typing import Any
 
 from service.engine.request import Delta, FinishReason, Request, TokenLogprob
 from service.http.face import Host, Tokenizer
+from service.http.schemas import RerankBody
 from service.timing import PHASES, receipt
 
 Json = dict[str, Any]
@@ -238,11 +239,53 @@ def embeddings(vectors: Sequence[Sequence[float]], requests: Sequence[Request], 
     }
 
 
-def cut(vector: list[float], dimensions: int | None) -> list[float]:
-    """The first so many numbers of a vector, at length one again where they have a length; None: all of them."""
+def _scored(call_id: str, prefix: str, requests: Sequence[Request], host: Host) -> Json:
+    """What the answers of a classifier say alike."""
+    tokens = sum(len(request.tokens) for request in requests)
+    return {
+        "id": f"{prefix}-{call_id}",
+        "object": "list",
+        "created": int(time.time()),
+        "model": host.card.id,
+        "usage": {"prompt_tokens": tokens, "total_tokens": tokens},
+        "longserve": receipt([request.timings for request in requests]),
+    }
+
+
+def classified(call_id: str, scores: Sequence[Sequence[float]], requests: Sequence[Request], host: Host) -> Json:
+    """The answer to a classify call: of each input the likeliest label, and the score of each."""
+    labels = host.card.labels
+    data = [
+        {"index": i, "label": labels[max(range(len(each)), key=each.__getitem__)], "probs": each, "num_classes": len(each)}
+        for i, each in enumerate(scores)
+    ]
+    return {**_scored(call_id, "classify", requests, host), "data": data}
+
+
+def scored(call_id: str, scores: Sequence[Sequence[float]], requests: Sequence[Request], host: Host) -> Json:
+    """The answer to a score call."""
+    data = [{"object": "score", "index": i, "score": each} for i, (each,) in enumerate(scores)]
+    return {**_scored(call_id, "score", requests, host), "data": data}
+
+
+def reranked(
+    call_id: str, scores: Sequence[Sequence[float]], requests: Sequence[Request], host: Host, body: RerankBody
+) -> Json:
+    """The answer to a rerank call: the best first, of equals the earlier."""
+    order = sorted(range(len(scores)), key=lambda i: -scores[i][0])[: body.top_n]
+    told: list[Json] = [{"index": i, "relevance_score": scores[i][0]} for i in order]
+    if body.return_documents is not False:
+        told = [{**each, "document": {"text": body.documents[i]}} for each, i in zip(told, order, strict=True)]
+    return {**_scored(call_id, "rerank", requests, host), "results": told}
+
+
+def cut(vector: list[float], dimensions: int | None, is_normalized: bool = True) -> list[float]:
+    """The first so many numbers of a vector, where it is normalized at length one again if they have any; None: all of them."""
     if dimensions is None or dimensions >= len(vector):
         return vector
     first = vector[:dimensions]
+    if not is_normalized:
+        return first
     length = math.hypot(*first)
     return [each / length for each in first] if length else first
 

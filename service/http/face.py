@@ -6,13 +6,14 @@ Types of the engine are named for the checker only: this package runs without to
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 from service.config import AttentionConfig, HttpConfig
 
 if TYPE_CHECKING:
     from service.engine.engine import Engine
+    from service.engine.request import Task
     from service.exposition import Format
     from service.http.reader import Reader
     from service.model.chat import ChatTemplate
@@ -28,6 +29,9 @@ class Tokenizer(Protocol):
     def leading(self) -> int: ...
 
     @property
+    def trailing(self) -> int: ...
+
+    @property
     def longest_token_bytes(self) -> int | None: ...
 
     @property
@@ -35,6 +39,8 @@ class Tokenizer(Protocol):
         """Raises NoTemplate. For one thread only."""
 
     def encode(self, text: str, add_special_tokens: bool) -> list[int]: ...
+
+    def encode_pair(self, first: str, second: str) -> tuple[list[int], int, int | None]: ...
 
     def decode(self, ids: Sequence[int]) -> str: ...
 
@@ -53,6 +59,11 @@ class ModelCard:
     created: int  # seconds since 1970 at which this replica had it ready
     max_length: int  # most tokens of prompt and answer together
     width: int  # numbers in an embedding
+    tasks: tuple[Task, ...] = ("completion", "embedding")  # what may be asked for
+    labels: tuple[str, ...] = ()  # of a classifier
+    is_normalized: bool = True  # embeddings have length one unless somebody asks for others
+    prompts: Mapping[str, str] = field(default_factory=dict)  # by name: what stands before a text that is embedded
+    default_prompt: str | None = None  # the name of the one that stands there unasked
 
 
 class Admin(Protocol):

@@ -34,13 +34,14 @@ def check_tokens(count: int, max_length: int, param: str) -> None:
         )
 
 
-def cut(tokens: Sequence[int], most: int, side: Side, leading: int) -> Sequence[int]:
+def cut(tokens: Sequence[int], most: int, side: Side, leading: int, trailing: int = 0) -> Sequence[int]:
     """At most so many of the tokens, those at one side or in the middle left out.
 
-    The first `leading` ones, what the tokenizer puts in front of a text, stay, unless they alone are too many.
+    The first `leading` and the last `trailing` ones, what the tokenizer puts around a text, stay, unless they are too many.
     """
     over = len(tokens) - most
     if over <= 0:
         return tokens
-    head = {"left": min(leading, most), "right": most, "middle": max((most + 1) // 2, min(leading, most))}[side]
+    first, last = min(leading, most), max(most - trailing, min(leading, most))
+    head = {"left": first, "right": last, "middle": min(max((most + 1) // 2, first), last)}[side]
     return [*tokens[:head], *tokens[head + over :]]

@@ -7,7 +7,7 @@ table in `errors.py`), headers, and the bounds that come from config and model.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from http import HTTPStatus
 from typing import Any
 
@@ -26,21 +26,28 @@ from service.http.schemas import (
     MOST_BIASES,
     MOST_FIELDS,
     MOST_PREFERRED,
+    PLANS,
     AutoWish,
     ChatBody,
+    ClassifyBody,
     CompletionBody,
     DetokenizeBody,
     DrawnBody,
     EmbeddingBody,
     PlanBody,
     PrefixBody,
+    RerankBody,
+    ScoreBody,
     TokenizeBody,
 )
 
 Json = dict[str, Any]
 
 REFERENCE = "#/components/schemas/{model}"
-BODIES = (CompletionBody, ChatBody, EmbeddingBody, PrefixBody, TokenizeBody, DetokenizeBody)
+BODIES = (
+    *(CompletionBody, ChatBody, EmbeddingBody, ClassifyBody, ScoreBody, RerankBody),
+    *(PrefixBody, TokenizeBody, DetokenizeBody),
+)
 
 ALWAYS = (400, 401, 408, 413, 415, 429, 500, 503)
 """Statuses of every route: a body is read, and bounded, wherever one is sent. 401 only where keys are asked for."""
@@ -188,6 +195,10 @@ def _bound(schema: Json, neutral: Mapping[str, Sequence[Any]], host: Host) -> No
             schema["title"], _prompts(token, host)
         ),
         "input": _prompts(token, host),
+        "text_1": _texts(host),
+        "text_2": _texts(host),
+        "documents": {"type": "array", "minItems": 1, "maxItems": host.config.max_prompts, "items": _document()},
+        "prompt_name": {"enum": [None, *host.card.prompts]},
         "tokens": {"items": token},
         "max_tokens": {"maximum": host.card.max_length},
         "max_completion_tokens": {"maximum": host.card.max_length},
@@ -230,6 +241,17 @@ def _prompts(token: Json, host: Host) -> Json:
     return {"anyOf": [*one, *(several | {"items": each} for each in one)]}
 
 
+def _texts(host: Host) -> Json:
+    text = {"type": "string"}
+    return {"anyOf": [text, {"type": "array", "minItems": 1, "maxItems": host.config.max_prompts, "items": text}]}
+
+
+def _document() -> Json:
+    text = {"type": "string"}
+    told = {"type": "object", "properties": {"text": text}, "required": ["text"], "additionalProperties": False}
+    return {"anyOf": [text, told]}
+
+
 def _relate(schemas: Json) -> None:
     """What JSON Schema can say of fields that depend on each other, and examples."""
     asks = {"properties": {"stream_options": {"type": "object"}}, "required": ["stream_options"]}
@@ -259,6 +281,11 @@ def _relate(schemas: Json) -> None:
         "examples": [{"prompt": "import os\n" * 400, "ttl_seconds": 600}],
     }
     schemas["EmbeddingBody"]["examples"] = [{"input": ["import os", "def f("], "encoding_format": "base64"}]
+    schemas["ClassifyBody"]["examples"] = [{"input": ["import os", "def f("]}]
+    schemas["ScoreBody"]["examples"] = [{"text_1": "How to list a folder?", "text_2": ["os.listdir(path)", "os.getpid()"]}]
+    schemas["RerankBody"]["examples"] = [
+        {"query": "How to list a folder?", "documents": ["os.getpid()", {"text": "os.listdir(path)"}], "top_n": 1}
+    ]
     schemas["TokenizeBody"]["examples"] = [{"prompt": "import os"}]
     schemas["DetokenizeBody"]["examples"] = [{"tokens": [1, 2, 3]}]
     schemas["PlanBody"] = {
@@ -266,14 +293,16 @@ def _relate(schemas: Json) -> None:
         "description": PlanBody.__doc__,
         "oneOf": [
             {"allOf": [_reference(kind)], "not": {"anyOf": [{"required": [each]} for each in others]}}
-            for kind, others in (
-                (CompletionBody, ("messages", "input")),
-                (ChatBody, ("prompt", "input")),
-                (EmbeddingBody, ("prompt", "messages")),
-            )
+            for kind, others in _plans()
         ],
         "examples": [{"prompt": "import os", "max_tokens": 8}, {"input": "import os"}],
     }
+
+
+def _plans() -> Iterator[tuple[type[BaseModel], list[str]]]:
+    """The bodies that may be planned, each with the fields that tell the others."""
+    for kind in (CompletionBody, ChatBody, EmbeddingBody, ScoreBody, RerankBody):
+        yield kind, [name for name in PLANS if name not in kind.model_fields]
 
 
 def model_ids(card: ModelCard, backends: Sequence[str]) -> list[str]:

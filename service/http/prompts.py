@@ -8,7 +8,17 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from service.engine.request import AUTO, Constraint, InvalidRequest, Request, Sampling, UnknownBackend, quoted
+from service.engine.request import (
+    AUTO,
+    Constraint,
+    InvalidRequest,
+    Request,
+    Sampling,
+    TaskNotOffered,
+    UnknownBackend,
+    check_task,
+    quoted,
+)
 from service.http.errors import ModelNotFound
 from service.http.face import Host
 from service.http.length import Side, check_text, check_tokens, cut
@@ -19,6 +29,7 @@ from service.http.schemas import (
     AutoWish,
     Body,
     ChatBody,
+    ClassifyBody,
     CompletionBody,
     DrawnBody,
     EmbeddingBody,
@@ -26,7 +37,10 @@ from service.http.schemas import (
     PlanBody,
     PrefixBody,
     Prompt,
+    RerankBody,
     SchemaFormat,
+    ScoreBody,
+    ScoredBody,
 )
 from service.timing import Timings
 
@@ -36,6 +50,7 @@ DEFAULT_CHAT_TOKENS = 1024  # or what the context leaves; OpenAI's is the contex
 
 async def completion_requests(body: CompletionBody, host: Host, call: Call) -> list[Request]:
     """One request per prompt. Raises InvalidRequest."""
+    check_task("completion", host.card.tasks)
     asked = await _drawing(body, host, call)
     room = None if body.truncate is None else Room(host.card.max_length - asked.sampling.max_tokens, body.truncate)
     return await _requests(asked, "prompt", body.prompt, body.with_special_tokens, room, host, call)
@@ -43,6 +58,7 @@ async def completion_requests(body: CompletionBody, host: Host, call: Call) -> l
 
 async def chat_requests(body: ChatBody, host: Host, call: Call) -> list[Request]:
     """The one request of a conversation, as the model's chat template writes it. Raises InvalidRequest."""
+    check_task("completion", host.card.tasks)
     asked, start, most = await _drawing(body, host, call), time.monotonic(), host.card.max_length
     messages = [each.plain() for each in body.messages]
     tokens = await host.reader.chat(messages, body.chat_template_kwargs or {}, None if body.truncate else most, call)
@@ -75,6 +91,7 @@ async def _drawing(body: DrawnBody, host: Host, call: Call) -> Request:
 
 async def prefix_request(body: PrefixBody, host: Host, call: Call) -> Request:
     """The request of a prompt, or of a conversation as far as its own messages go. Raises InvalidRequest."""
+    check_task("completion", host.card.tasks)
     asked = Request(call.id, "completion", (), deadline=call.deadline, trace=call.trace, owner=call.owner)
     asked = _attended(asked, body, host, call)
     if body.prompt is not None:
@@ -89,13 +106,75 @@ async def prefix_request(body: PrefixBody, host: Host, call: Call) -> Request:
 
 async def embedding_requests(body: EmbeddingBody, host: Host, call: Call) -> list[Request]:
     """One request per input. Raises InvalidRequest."""
+    check_task("embedding", host.card.tasks)
     if (body.dimensions or 0) > host.card.width:
         message = f"an embedding has {host.card.width} dimensions, received {body.dimensions}"
         raise InvalidRequest(message, param="dimensions")
-    asked = Request(call.id, "embedding", (), deadline=call.deadline, trace=call.trace, pooling=body.pooling or "mean")
+    asked = Request(call.id, "embedding", (), deadline=call.deadline, trace=call.trace)
     asked = _attended(asked, body, host, call)
+    asked.pooling, asked.is_ended = body.pooling, body.normalize
     room = None if body.truncate is None else Room(host.card.max_length, body.truncate)
+    return await _requests(asked, "input", _prompted(body, host), body.with_special_tokens, room, host, call)
+
+
+def _prompted(body: EmbeddingBody, host: Host) -> Sequence[Prompt]:
+    """The inputs with the prompt in front that is asked for, or that the checkpoint has for all. Raises InvalidRequest."""
+    prompts, name = host.card.prompts, body.prompt_name or host.card.default_prompt
+    if name is None:
+        return body.input
+    if name not in prompts:
+        told = ", ".join(prompts) or "none"
+        raise InvalidRequest(f"no prompt {quoted(name)}, the checkpoint has {told}", param="prompt_name")
+    if body.prompt_name is not None and not all(isinstance(each, str) for each in body.input):
+        raise InvalidRequest("prompt_name stands before texts, and the input has token ids", param="prompt_name")
+    return [prompts[name] + each if isinstance(each, str) else each for each in body.input]
+
+
+async def classified_requests(body: ClassifyBody | EmbeddingBody, host: Host, call: Call) -> list[Request]:
+    """One request per input, which may be the body of a plan that an embedding has, too. Raises InvalidRequest."""
+    asked, room = _scoring(body, host, call)
     return await _requests(asked, "input", body.input, body.with_special_tokens, room, host, call)
+
+
+async def paired_requests(body: ScoreBody | RerankBody, host: Host, call: Call) -> list[Request]:
+    """One request per pair of texts. Raises InvalidRequest."""
+    (asked, room), param = _scoring(body, host, call), "text_2" if isinstance(body, ScoreBody) else "documents"
+    if body.truncate not in (None, "right"):
+        raise InvalidRequest(f"a pair can be cut at its end only: right, received {body.truncate}", param="truncate")
+    _check_one_label(host)
+    _check_count(len(body.pairs), param, host)
+    return [
+        await _paired(replace(asked, id=f"{asked.id}-{index}", source=param), pair, room, host, call)
+        for index, pair in enumerate(body.pairs)
+    ]
+
+
+async def _paired(asked: Request, pair: tuple[str, str], room: Room | None, host: Host, call: Call) -> Request:
+    start, param, most = time.monotonic(), asked.param, host.card.max_length
+    if room is None:
+        for text in pair:
+            check_text(text, host.tokenizer.longest_token_bytes, most, param)
+    tokens, begin, second = await host.reader.encode_pair(*pair, call)
+    timings = Timings(tokenize_seconds=time.monotonic() - start)
+    if room is not None and begin + host.tokenizer.trailing < most:  # else nothing would be left of the second text
+        tokens = room.fit(tokens, host.tokenizer.leading, timings, host.tokenizer.trailing)
+    check_tokens(len(tokens), most, param)
+    return replace(asked, tokens=tokens, second=second, timings=timings)
+
+
+def _scoring(body: ScoredBody | EmbeddingBody, host: Host, call: Call) -> tuple[Request, Room | None]:
+    """The request of a body that a classifier answers, its text left out, and the room for one."""
+    check_task("classification", host.card.tasks)
+    asked = Request(call.id, "classification", (), deadline=call.deadline, trace=call.trace)
+    asked = _attended(asked, body, host, call)
+    asked.is_ended = body.use_activation if isinstance(body, ScoredBody) else None
+    return asked, None if body.truncate is None else Room(host.card.max_length, body.truncate)
+
+
+def _check_one_label(host: Host) -> None:
+    """Raise TaskNotOffered for a classifier of several labels: none of them is the score of a pair."""
+    if len(labels := host.card.labels) != 1:
+        raise TaskNotOffered(f"this model tells {len(labels)} labels apart: ask /v1/classify; a score is that of one label")
 
 
 async def planned_requests(body: PlanBody, host: Host, call: Call) -> list[Request]:
@@ -105,6 +184,10 @@ async def planned_requests(body: PlanBody, host: Host, call: Call) -> list[Reque
         return await completion_requests(asked, host, call)
     if isinstance(asked, ChatBody):
         return await chat_requests(asked, host, call)
+    if isinstance(asked, ScoreBody | RerankBody):
+        return await paired_requests(asked, host, call)
+    if "classification" in host.card.tasks:
+        return await classified_requests(asked, host, call)
     return await embedding_requests(asked, host, call)
 
 
@@ -192,11 +275,11 @@ class Room:
     tokens: int
     side: Side
 
-    def fit(self, tokens: Sequence[int], leading: int, timings: Timings) -> Sequence[int]:
+    def fit(self, tokens: Sequence[int], leading: int, timings: Timings, trailing: int = 0) -> Sequence[int]:
         """The tokens that stay; writes down how many do not. Where an answer alone fills the context nothing is cut."""
         if self.tokens < 1:
             return tokens
-        kept = cut(tokens, self.tokens, self.side, leading)
+        kept = cut(tokens, self.tokens, self.side, leading, trailing)
         timings.dropped_tokens = len(tokens) - len(kept)
         return kept
 
@@ -205,18 +288,23 @@ async def _requests(
     asked: Request, param: str, prompts: Sequence[Prompt], add_special_tokens: bool, room: Room | None, host: Host, call: Call
 ) -> list[Request]:
     """`asked` once for every prompt, with the prompt's own tokens, id and clock. `room`: None refuses what is too long."""
-    if len(prompts) > host.config.max_prompts:
-        raise InvalidRequest(f"{param} may hold {host.config.max_prompts} entries, received {len(prompts)}", param=param)
+    _check_count(len(prompts), param, host)
     requests = []
     for index, prompt in enumerate(prompts):
         start = time.monotonic()
         tokens = await tokens_of(prompt, add_special_tokens, room is not None, host, param, call)
         timings = Timings(tokenize_seconds=time.monotonic() - start)
-        leading = host.tokenizer.leading if add_special_tokens and isinstance(prompt, str) else 0
+        has_special = add_special_tokens and isinstance(prompt, str)
+        leading = host.tokenizer.leading if has_special else 0
         if room is not None:
-            tokens = room.fit(tokens, leading, timings)
+            tokens = room.fit(tokens, leading, timings, host.tokenizer.trailing if has_special else 0)
         requests.append(replace(asked, id=f"{asked.id}-{index}", tokens=tokens, timings=timings, leading=leading))
     return requests
+
+
+def _check_count(count: int, param: str, host: Host) -> None:
+    if count > host.config.max_prompts:
+        raise InvalidRequest(f"{param} may hold {host.config.max_prompts} entries, received {count}", param=param)
 
 
 async def tokens_of(

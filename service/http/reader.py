@@ -72,6 +72,13 @@ class Reader:
             return self._tokenizer.encode(text, add_special_tokens)
         return await _awaited(call, self._workers.run(len(text), worker.encode, text, add_special_tokens))
 
+    async def encode_pair(self, first: str, second: str, call: Call) -> tuple[Sequence[int], int, int | None]:
+        """A pair's token ids, and where those of the second text and of the second type begin, see `Tokenizer.encode_pair`."""
+        size = len(first) + len(second)
+        if size <= SMALL_TEXT:
+            return self._tokenizer.encode_pair(first, second)
+        return await _awaited(call, self._workers.run(size, worker.encode_pair, first, second))
+
     async def chat(
         self, messages: Sequence[Mapping[str, str]], options: Mapping[str, Any], max_length: int | None, call: Call
     ) -> Sequence[int]:

@@ -1,4 +1,5 @@
-"""The routes: OpenAI's for models, completions, chat and embeddings; ours for tokens, plans and the state of the service.
+"""The routes: OpenAI's for models, completions, chat and embeddings, vLLM's for classifiers; ours for tokens, plans and how
+the service is.
 
 One function per route, each in the order a reader would say it: what is asked, what it becomes, what is answered.
 """
@@ -9,7 +10,8 @@ import dataclasses
 import math
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from fastapi import FastAPI
@@ -24,6 +26,7 @@ from service.engine.request import InvalidRequest, PrefixNotKept, Request, quote
 from service.http import admin, answers, docs, errors
 from service.http.answer_schemas import (
     ChatAnswer,
+    ClassifyAnswer,
     CompletionAnswer,
     DetokenizeAnswer,
     EmbeddingAnswer,
@@ -36,6 +39,8 @@ from service.http.answer_schemas import (
     PrefixDeleted,
     PrefixList,
     Ready,
+    RerankAnswer,
+    ScoreAnswer,
     TokenizeAnswer,
 )
 from service.http.answers import Completion
@@ -49,20 +54,25 @@ from service.http.prompts import (
     chat_requests,
     check_ids,
     check_model,
+    classified_requests,
     completion_requests,
     embedding_requests,
+    paired_requests,
     planned_requests,
     prefix_request,
 )
 from service.http.reader import Call
 from service.http.schemas import (
     ChatBody,
+    ClassifyBody,
     CompletionBody,
     DetokenizeBody,
     DrawnBody,
     EmbeddingBody,
     PlanBody,
     PrefixBody,
+    RerankBody,
+    ScoreBody,
     StreamOptions,
     TokenizeBody,
 )
@@ -126,9 +136,32 @@ def _add_inference(app: FastAPI, host: Host) -> None:
         call = _call(caller, host)
         body = await _body(call, EmbeddingBody, host)
         requests = await embedding_requests(body, host, call)
-        vectors = [answers.cut(each.vector, body.dimensions) for each in await embed(host, requests, caller)]
+        is_normalized = host.card.is_normalized if body.normalize is None else body.normalize
+        vectors = [answers.cut(each.vector, body.dimensions, is_normalized) for each in await embed(host, requests, caller)]
         answer = answers.embeddings(vectors, requests, host, body.encoding_format == "base64")
         return JSONResponse(answer, headers=answers.headers(requests))
+
+    @app.post("/v1/classify", **operation(ClassifyAnswer, ClassifyBody, has_receipt=True))
+    async def classify(caller: HttpRequest) -> Response:
+        """The label of an input, or of several, and the score of each label."""
+        call = _call(caller, host)
+        requests = await classified_requests(await _body(call, ClassifyBody, host), host, call)
+        return await _scored(call, requests, answers.classified, host)
+
+    @app.post("/v1/score", **operation(ScoreAnswer, ScoreBody, has_receipt=True))
+    async def score(caller: HttpRequest) -> Response:
+        """The scores of pairs of texts."""
+        call = _call(caller, host)
+        requests = await paired_requests(await _body(call, ScoreBody, host), host, call)
+        return await _scored(call, requests, answers.scored, host)
+
+    @app.post("/v1/rerank", **operation(RerankAnswer, RerankBody, has_receipt=True))
+    async def rerank(caller: HttpRequest) -> Response:
+        """Documents in the order of how well they answer a query."""
+        call = _call(caller, host)
+        body = await _body(call, RerankBody, host)
+        requests = await paired_requests(body, host, call)
+        return await _scored(call, requests, partial(answers.reranked, body=body), host)
 
     @app.post("/v1/plan", **operation(PlanAnswer, PlanBody))
     async def plan(caller: HttpRequest) -> Response:
@@ -276,6 +309,12 @@ async def _drawn(call: Call, body: DrawnBody, requests: Sequence[Request], form:
     if body.stream:
         return CompletionStream(host, requests, completion, body.stream_options or StreamOptions())
     return _json(await complete(host, requests, completion, call.caller), answers.headers(requests))
+
+
+async def _scored(call: Call, requests: Sequence[Request], told: Callable[..., dict[str, Any]], host: Host) -> Response:
+    """The answer to a call of a classifier."""
+    scores = [each.vector for each in await embed(host, requests, call.caller)]
+    return JSONResponse(told(call.id, scores, requests, host), headers=answers.headers(requests))
 
 
 async def _body(call: Call, kind: type[B], host: Host) -> B:

@@ -26,7 +26,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from service.engine.request import quoted
+from service.engine.request import Pooling, quoted
 from service.http.length import Side
 
 Prompt = str | Sequence[int]
@@ -623,19 +623,129 @@ class EmbeddingBody(Cut, Worded):
         le=INT64,
         description="The first so many numbers, at length one again; the model was not trained for it.",
     )
-    pooling: Literal["mean", "last"] | None = Field(
-        default=None, description="Of the last hidden states: their mean, or that of the last token. Left out: mean."
+    pooling: Pooling | None = Field(
+        default=None,
+        description="Of the last hidden states: their mean, the last or the first (cls) token's, or the largest number in each "
+        "place. Left out: as the checkpoint has it, else mean.",
+    )
+    normalize: bool | None = Field(default=None, description="To length one. Left out: as the checkpoint has it, else true.")
+    prompt_name: Name | None = Field(
+        default=None, description="Which of the checkpoint's prompts, such as query, stands before the texts."
     )
     encoding_format: Literal["float", "base64"] | None = Field(default=None, description="Left out: float.")
     user: str | None = Field(default=None, description="Let in for clients' sake and not used.")
 
 
-PLANS = {"prompt": "a completion's plan", "messages": "a conversation's plan", "input": "an embedding's plan"}
-"""Tags of the three by the field that tells them apart; no field has such a name."""
+class ScoredBody(Cut):
+    """A body that is answered by a classifier."""
+
+    use_activation: bool | None = Field(
+        default=None,
+        description="false: scores as the model's last layer gives them. Left out: as the checkpoint has it, else by sigmoid "
+        "(one label) or softmax (several).",
+    )
+    user: str | None = Field(default=None, description="Let in for clients' sake and not used.")
+
+
+class ClassifyBody(ScoredBody, Worded):
+    """POST /v1/classify, as vLLM has it.
+
+    Beside what the schema says: integers have no decimal point (1, not 1.0); an input fits the model's context; model
+    id@backend and attention agree; a field name one letter off one of these is refused.
+    """
+
+    input: Prompts
+
+
+def texts(value: Any) -> list[str]:
+    """One or many texts as a list. Raises ValueError for anything else, and for nothing."""
+    found = [value] if isinstance(value, str) else value
+    if not isinstance(found, list) or not 0 < len(found) <= MOST_PROMPTS or not all(isinstance(each, str) for each in found):
+        raise ValueError(f"must be a string, or a list of 1 to {MOST_PROMPTS} strings, received {quoted(value)}")
+    return found
+
+
+def documents(value: Any) -> list[str]:
+    """Texts, some perhaps as objects. Raises ValueError for anything else, and for nothing."""
+    if not isinstance(value, list):
+        raise ValueError(f"must be a list of strings, or of objects with a text, received {quoted(value)}")
+    return texts([each["text"] if isinstance(each, dict) and each.keys() == {"text"} else each for each in value])
+
+
+Texts = Annotated[
+    list[str], PlainValidator(texts), WithJsonSchema({"description": "One or many."})
+]  # openapi.py knows the bounds
+
+Documents = Annotated[
+    list[str], PlainValidator(documents), WithJsonSchema({"description": 'Texts, as strings or as {"text": "..."}.'})
+]
+
+
+class ScoreBody(ScoredBody):
+    """POST /v1/score, as vLLM has it: one text_1 with every text_2, or as many of both, pair by pair.
+
+    Beside what the schema says: integers have no decimal point (1, not 1.0); a pair fits the model's context; model id@backend
+    and attention agree; a field name one letter off one of these is refused.
+    """
+
+    text_1: Texts
+    text_2: Texts
+
+    @model_validator(mode="after")
+    def _makes_pairs(self) -> ScoreBody:
+        if len(self.text_1) not in (1, len(self.text_2)):
+            raise fault(
+                "text_1", f"text_1 must hold 1 text or as many as text_2 ({len(self.text_2)}), received {len(self.text_1)}"
+            )
+        return self
+
+    @property
+    def pairs(self) -> list[tuple[str, str]]:
+        """Who is scored with whom."""
+        firsts = self.text_1 * (len(self.text_2) if len(self.text_1) == 1 else 1)
+        return list(zip(firsts, self.text_2, strict=True))
+
+
+RERANK_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "max_chunks_per_doc": (None,),
+    "max_tokens_per_doc": (None,),
+    "rank_fields": (None, ["text"]),
+}
+"""Of other servers' rerankers, and not offered."""
+
+
+class RerankBody(ScoredBody):
+    """POST /v1/rerank, as Jina, Cohere and vLLM have it: the documents by their score with the query, the highest first.
+
+    Beside what the schema says: integers have no decimal point (1, not 1.0); query and document together fit the model's
+    context; model id@backend and attention agree; a field name one letter off one of these is refused.
+    """
+
+    neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = NEUTRAL | RERANK_NEUTRAL
+
+    query: str
+    documents: Documents
+    top_n: int | None = Field(default=None, ge=1, le=INT64, description="So many of them; left out: all.")
+    return_documents: bool | None = Field(default=None, description="Left out: true.")
+
+    @property
+    def pairs(self) -> list[tuple[str, str]]:
+        """The query with every document."""
+        return [(self.query, each) for each in self.documents]
+
+
+PLANS = {
+    "prompt": "a completion's plan",
+    "messages": "a conversation's plan",
+    "input": "a plan of an embedding, or of a classification",
+    "text_2": "a score's plan",
+    "documents": "a reranking's plan",
+}
+"""Tags by the field that tells the bodies apart; no field has such a name."""
 
 
 def _planned(value: Any) -> str | None:
-    """Which of the bodies this is; None for several and for none."""
+    """Which of them this is; None for several and for none."""
     asked = [PLANS[name] for name in PLANS if name in value]
     return asked[0] if len(asked) == 1 else None
 
@@ -643,11 +753,14 @@ def _planned(value: Any) -> str | None:
 Planned = Annotated[
     Annotated[CompletionBody, Tag(PLANS["prompt"])]
     | Annotated[ChatBody, Tag(PLANS["messages"])]
-    | Annotated[EmbeddingBody, Tag(PLANS["input"])],
+    | Annotated[EmbeddingBody, Tag(PLANS["input"])]
+    | Annotated[ScoreBody, Tag(PLANS["text_2"])]
+    | Annotated[RerankBody, Tag(PLANS["documents"])],
     Discriminator(
         _planned,
         custom_error_type="plan",
-        custom_error_message="send the body of a completion (prompt), a chat (messages) or an embedding (input), and of one",
+        custom_error_message="send the body of a completion (prompt), a chat (messages), an embedding or a classification "
+        "(input), a score (text_2) or a reranking (documents), and of one",
     ),
 ]
 
@@ -657,7 +770,7 @@ TAGS = frozenset({*PLANS.values(), NAMED, HINTED})
 
 
 class PlanBody(RootModel[Planned]):
-    """POST /v1/plan: the body of a completion, a conversation or an embedding, under the same rules."""
+    """POST /v1/plan: the body of another route that computes, under the same rules."""
 
 
 MOST_PIN_SECONDS = 7 * 86400

@@ -57,6 +57,12 @@ def encode(tokenizer: Tokenizer, text: str, add_special_tokens: bool) -> Sequenc
     return array("i", tokenizer.encode(text, add_special_tokens))
 
 
+def encode_pair(tokenizer: Tokenizer, first: str, second: str) -> tuple[Sequence[int], int, int | None]:
+    """A pair's token ids, and where those of the second text and of the second type begin."""
+    tokens, begin, begin_of_type = tokenizer.encode_pair(first, second)
+    return array("i", tokens), begin, begin_of_type
+
+
 def chat(
     tokenizer: Tokenizer, messages: Sequence[Mapping[str, str]], options: Mapping[str, Any], max_length: int | None
 ) -> Sequence[int]:

@@ -19,9 +19,11 @@ from torch import Tensor
 
 from service.model import families, files
 from service.model.config import ModelConfig, eos_token_ids
+from service.model.layout import Weight
+from service.model.sentence import Folder
 from service.model.tokenizer import Tokenizer
 from service.model.transformer import Transformer
-from service.model.weights import Tensors, check, fill
+from service.model.weights import Tensors, check, fill, is_filled
 
 EMBEDDED = Path(__file__).parent / "embedded"
 """The default model's directory."""
@@ -65,10 +67,12 @@ def load(
         ValueError: a file that is damaged, or a config or tensor that this service cannot serve, named.
     """
     directory = files.find(Path(directory))
-    config, tensors = read_layout(directory)
+    config, layout = read_layout(directory)
     chosen, reason = choose_dtype(dtype, device)
     model = outline(config.up_to(max_length))
-    fill(model, families.of(config.model_type).weights(config), tensors, chosen, device)
+    for weights, tensors in layout:
+        fill(model, weights, tensors, chosen, device)
+    assert is_filled(model), f"the layout of {config.model_type} leaves parameters without a value"
     model.eval().pack()
     tokenizer = Tokenizer.load(directory, config.eos_token_id, config.vocab_size)
     return Checkpoint(name or id_of(directory), model, tokenizer, reason)
@@ -80,21 +84,30 @@ def outline(config: ModelConfig) -> Transformer:
         return Transformer(config)
 
 
-def read_layout(directory: Path) -> tuple[ModelConfig, Tensors]:
-    """What the directory's config says and where the tensors it asks for are, all of them there in the right shape.
+Layout = list[tuple[list[Weight], Tensors]]
+"""Parameters, and the files that they stand in."""
+
+
+def read_layout(directory: Path) -> tuple[ModelConfig, Layout]:
+    """What the directory's configs say and where the tensors they ask for are, all of them there in the right shape.
 
     Raises:
         FileNotFoundError, ValueError: as `load`.
     """
     config = read_config(directory)
     tensors = Tensors(directory, families.of(config.model_type).PREFIX)
-    config = _with_head(config, tensors)
-    check(list(families.of(config.model_type).weights(config)), tensors)
-    return config, tensors
+    config = families.complete(_with_head(config, tensors), tensors)
+    body = list(families.of(config.model_type).weights(config))
+    check(body, tensors, families.unused(config.model_type))
+    behind = list(Folder(directory).weights()) if not config.pooled.labels else []
+    for weights, others in behind:
+        check(weights, others)
+    return config, [*behind, (body, tensors)]
 
 
 def read_config(directory: Path) -> ModelConfig:
-    """What the directory's `config.json` says, with the ends of text of its `generation_config.json`, which count where it is.
+    """What the directory's `config.json` says, and what counts where it is: the ends of text of its `generation_config.json`,
+    sentence-transformers' modules.
 
     Raises:
         FileNotFoundError, ValueError: as `load`.
@@ -102,7 +115,7 @@ def read_config(directory: Path) -> ModelConfig:
     path, raw = directory / "config.json", files.read_json(directory / "config.json")
     ends = files.read_json_if_there(directory / "generation_config.json").get("eos_token_id")
     try:
-        config = families.read(raw)
+        config = Folder(directory).applied(families.read(raw))
         return config if ends is None else replace(config, eos_token_ids=eos_token_ids(ends))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
@@ -122,7 +135,7 @@ def id_of(directory: Path) -> str:
 def _with_head(config: ModelConfig, tensors: Tensors) -> ModelConfig:
     """The config as its files have the head: one that is there and differs from the embeddings is not tied to them."""
     (_, embeddings), *_ = families.of(config.model_type).weights(config)
-    if not config.tie_word_embeddings or HEAD not in tensors.shapes:
+    if not config.is_causal or not config.tie_word_embeddings or HEAD not in tensors.shapes:
         return config
     if embeddings[0].name not in tensors.shapes:
         tensors.rename(HEAD, embeddings[0].name)

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 
 from attention import NATIVE, HeadShape
+from service.model.pooling import MEAN, Pooled, Task
 
 Rope = tuple[tuple[str, Any], ...]
 """How positions turn queries and keys: sorted items, hashable; see `rotary.py`."""
@@ -22,7 +23,9 @@ HARMLESS = frozenset(
     """
     _attn_implementation _attn_implementation_autoset _attn_implementation_internal _commit_hash _flash_attn_2_enabled
     _name_or_path _num_labels architectures is_llama_config max_sequence_length
-    attention_dropout attn_implementation attn_pdrop bos_token_id chunk_size_feed_forward dtype embd_pdrop finetuning_task
+    attention_dropout attention_probs_dropout_prob attn_implementation attn_pdrop bos_token_id chunk_size_feed_forward
+    classifier_dropout cls_token_id dropout dtype embedding_dropout hidden_dropout_prob initializer_cutoff_factor mlp_dropout
+    qa_dropout seq_classif_dropout embd_pdrop finetuning_task
     gradient_checkpointing hidden_dropout id2label initializer_factor initializer_range is_decoder label2id model_type n_ctx
     name_or_path num_labels output_attentions output_hidden_states pad_token_id prefix pretraining_tp problem_type
     resid_pdrop return_dict sep_token_id summary_activation summary_first_dropout summary_proj_to_labels summary_type
@@ -38,7 +41,7 @@ HARMLESS = frozenset(
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A decoder of any family. What differs between them are the knobs from `attention_bias` on."""
+    """A model of any family, decoder or encoder. What differs between them are the knobs from `attention_bias` on."""
 
     model_type: str
     vocab_size: int  # V
@@ -59,39 +62,73 @@ class ModelConfig:
     mlp_bias: bool = False
     qk_norm: bool = False
     norm: Literal["rms", "gemma", "layer"] = "rms"  # gemma: times one more than the weight, in float32; layer: with a bias
+    has_norm_bias: bool = True  # where the norm is layer
     is_sandwiched: bool = False  # norms behind attention and feed-forward, too
-    activation: Literal["silu", "gelu", "gelu_tanh"] = "silu"
+    is_post_normed: bool = False  # norms behind each sum, and none before attention, feed-forward and at the end
+    has_first_norm: bool = True  # before attention in the first layer
+    has_embed_norm: bool = False  # behind the embeddings
+    activation: Literal["silu", "gelu", "gelu_tanh", "relu"] = "silu"
     is_gated: bool = True  # the activation gates a second projection
     has_position_table: bool = False  # learned positions are added to the embeddings
+    first_position: int = 0  # the row of that table which a text's first token has; those before are no positions
     query_scale: float = 1.0  # beside attention's own 1 / sqrt(D)
     embed_scale: float = 1.0
     score_cap: float | None = None  # attention's scores s are weighed as cap tanh(s / cap)
+    score_bias: tuple[tuple[float, ...], ...] | None = None  # of each head: added to scores by distance (`attention.relative`)
+    blocks: tuple[int, int] | None = None  # BigBird's: tokens of a block, and blocks drawn for each
     logit_cap: float | None = None  # logits x become cap tanh(x / cap)
+    is_causal: bool = True  # False: an encoder, whose tokens see both sides and whose texts are computed whole
+    has_global_first: bool = False  # a text's first token sees all and is seen by all, by projections of its own
+    num_token_types: int = 0  # embeddings that tell the first text of a pair from the second, and are added
+    pooled: Pooled = MEAN
     served_length: int | None = None  # tokens of the longest sequence that is served, where that is less than the context
 
     @property
     def max_length(self) -> int:
         """Most tokens a sequence may have, prompt and answer together."""
-        return self.served_length or self.max_position_embeddings
+        return self.served_length or min(self.pooled.length or self.max_position_embeddings, self.max_position_embeddings)
 
     def up_to(self, length: int | None) -> ModelConfig:
-        """The same, serving sequences of up to `length` tokens; None: as long as the context. Raises ValueError beyond that."""
+        """The same, serving sequences of up to `length` tokens; None: as many as it says.
+
+        Raises:
+            ValueError: more than the context.
+        """
         if length is not None and length > self.max_position_embeddings:
             raise ValueError(f"max_length is {length}, the checkpoint's context {self.max_position_embeddings} tokens")
-        return replace(self, served_length=length)
+        return self if length is None else replace(self, served_length=length)
+
+    @property
+    def tasks(self) -> tuple[Task, ...]:
+        """What it can be asked for."""
+        if self.pooled.labels:
+            return ("classification",)
+        return ("completion", "embedding") if self.is_causal else ("embedding",)
 
     @property
     def native(self) -> dict[str, Any] | None:
         """The options of `native`, the checkpoint's own backend; None where it was trained to attend as `dense` does."""
-        if self.score_cap is None and all(window is None for window in self.windows):
+        own = (self.score_cap, self.score_bias, self.blocks, *self.windows)
+        if all(each is None for each in own):
             return None
-        return {"windows": list(self.windows)} | ({} if self.score_cap is None else {"score_cap": self.score_cap})
+        others = {
+            "score_cap": self.score_cap,
+            "score_bias": self.score_bias,
+            "blocks": self.blocks,
+            "sinks": 1 if self.has_global_first else None,
+        }
+        return {"windows": list(self.windows)} | {name: value for name, value in others.items() if value is not None}
 
     def lossy(self, backend: str) -> str | None:
         """Why answers under a backend are not those the checkpoint was trained to give; None: they are, as far as it tells."""
-        if self.native is None or backend == NATIVE:
+        if backend == NATIVE:
             return None
+        if self.native is None:
+            is_own = self.is_causal or backend == "dense"
+            return None if is_own else f"the encoder was trained to see the whole text, as dense does and {backend} does not"
         own = "windows of its own" if self.score_cap is None else "windows and capped scores of its own"
+        own = own if self.score_bias is None else "biases of its own by distance"
+        own = own if self.blocks is None else "blocks of its own"
         return f"the checkpoint was trained with {own}, which native keeps and {backend} does not"
 
     @property

@@ -103,6 +103,22 @@ class Tokenizer:
         """How many special tokens `add_special_tokens` puts in front of a text."""
         return int(self._core.encode("a", add_special_tokens=True).special_tokens_mask.index(0))
 
+    @cached_property
+    def trailing(self) -> int:
+        """How many it puts behind one."""
+        return int(self._core.encode("a", add_special_tokens=True).special_tokens_mask[::-1].index(0))
+
+    def encode_pair(self, first: str, second: str) -> tuple[list[int], int, int | None]:
+        """Token ids of a pair of texts, special tokens around them.
+
+        Returns:
+            the ids, where those of the second text begin (behind all, where it has none), and where those of the second type,
+            if any do.
+        """
+        (encoding,) = self._core.encode_batch_fast([(first, second)], add_special_tokens=True)
+        texts, types = encoding.sequence_ids, encoding.type_ids
+        return list(encoding.ids), texts.index(1) if 1 in texts else len(texts), types.index(1) if 1 in types else None
+
     def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
         """Token ids of a text, with the special tokens around it that the file adds when asked to.
 

@@ -1,4 +1,4 @@
-"""The decoder that is served: one block over packed tokens, with the attention handed in from outside.
+"""The model that is served, decoder or encoder: one block over packed tokens, with the attention handed in from outside.
 
 RMSNorm (arXiv 1910.07467), rotary positions (2104.09864), grouped-query attention (2305.13245), a gated feed-forward
 (2002.05202), tied embeddings or not. What differs between families are the knobs of `ModelConfig`. Loading is `checkpoint.py`;
@@ -11,8 +11,10 @@ Cost per token: 2 flops for every weight but the embedding's, and what attention
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+import math
+from collections.abc import Callable, Generator, Sequence
 from functools import partial
+from itertools import pairwise
 from typing import cast
 
 import torch
@@ -22,6 +24,7 @@ from torch import Tensor, nn
 from attention import HeadShape
 from service.model import native, rotary
 from service.model.config import ModelConfig, Rope
+from service.model.pooler import Pooler
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """(layer, q (T, H, D), k (T, G, D), v (T, G, D)) -> (T, H, D)."""
@@ -55,7 +58,12 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "gelu": F.gelu,
     "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "relu": F.relu,
 }
+
+
+FUSED = {"gelu": ("gelu", "none"), "gelu_tanh": ("gelu", "tanh"), "relu": ("relu", "")}
+"""What oneDNN applies to a product before it is rounded and written: at 512 x 1536 half the time of product and activation."""
 
 
 class Projection(nn.Linear):
@@ -73,6 +81,13 @@ class Projection(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         return product(x, self.weight, self.bias)
+
+    def activated(self, x: Tensor, activation: str) -> Tensor:
+        """The product through an activation, by its name in `ACTIVATIONS`."""
+        if self.weight.is_mkldnn and activation in FUSED:
+            name, algorithm = FUSED[activation]
+            return cast(Tensor, torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, name, [], algorithm))
+        return ACTIVATIONS[activation](self(x))
 
     __call__ = forward  # without nn.Module's look for hooks, which takes a tenth of a small product
 
@@ -97,9 +112,9 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 class Layer(nn.Module):
-    """One decoder layer: attention and feed-forward, each behind a norm and added to the residual stream."""
+    """One layer: attention and feed-forward, each behind a norm and added to the residual stream; or a norm behind each sum."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, is_first: bool) -> None:
         super().__init__()
         width, heads, groups, depth = (
             config.hidden_size,
@@ -108,16 +123,17 @@ class Layer(nn.Module):
             config.head_dim,
         )
         self.config = config
-        for name in ("attention_norm", "mlp_norm"):
-            _add_norm(self, name, config)
+        _add_norm(self, "attention_norm", config, config.has_first_norm or not is_first)
+        _add_norm(self, "mlp_norm", config)
         self.qkv = Projection(width, (heads + 2 * groups) * depth, bias=config.attention_bias)
         self.out = Projection(heads * depth, width, bias=config.output_bias)
+        if config.has_global_first:
+            self.global_qkv = nn.Linear(width, 3 * heads * depth)
         if config.qk_norm:
             self.q_norm = nn.Parameter(torch.ones(depth))
             self.k_norm = nn.Parameter(torch.ones(depth))
-        if config.is_sandwiched:
-            for name in ("attention_end_norm", "mlp_end_norm"):
-                _add_norm(self, name, config)
+        for name in ("attention_end_norm", "mlp_end_norm"):
+            _add_norm(self, name, config, config.is_sandwiched)
         self.gate_up = Projection(width, (1 + config.is_gated) * config.intermediate_size, bias=config.mlp_bias)
         self.down = Projection(config.intermediate_size, width, bias=config.mlp_bias)
         self.activation = ACTIVATIONS[config.activation]
@@ -125,23 +141,28 @@ class Layer(nn.Module):
         self.is_native = False  # what stands between products is computed by `native`
 
     def norm(self, x: Tensor, name: str) -> Tensor:
-        """One of the layer's norms of x (T, C)."""
+        """One of the layer's norms of x (T, C); x itself where it has none of that name."""
         weight = self._parameters[name]
-        assert weight is not None, f"the layer has no {name}"
+        if weight is None:
+            return x
         if self.is_native:
             return native.norm(x, weight, self.config.norm_eps)
         return normed(x, weight, self._parameters.get(f"{name}_bias"), self.config)
 
-    def turned(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """Queries and keys of projected x (T, (H + 2 G) D), normed where the family does that, rotated: (T, H + G, D)."""
+    def turned(self, x: Tensor, turns: Turns | None) -> Tensor:
+        """Queries and keys of projected x (T, (H + 2 G) D), normed where the family does that, rotated: (T, H + G, D).
+
+        turns: None where positions turn nothing.
+        """
         heads, depth = self.config.num_attention_heads + self.config.num_key_value_heads, self.config.head_dim
         epsilon, scales = self.config.norm_eps, None
         if self.config.qk_norm:
             scales = self.qk_scales() if self._qk_scales is None else self._qk_scales
-        if self.is_native:
-            return native.turn(x, scales, heads, depth, epsilon, cos, sin)
+        if self.is_native and turns is not None:
+            return native.turn(x, scales, heads, depth, epsilon, *turns)
         qk = x[:, : heads * depth].unflatten(1, (heads, depth))
-        return rotate(qk if scales is None else self._scaled(qk, scales), cos, sin)
+        qk = qk if scales is None else self._scaled(qk, scales)
+        return qk if turns is None else rotate(qk, *turns)
 
     def _scaled(self, qk: Tensor, scales: Tensor) -> Tensor:
         """The QK-norm of (T, H + G, D)."""
@@ -154,44 +175,58 @@ class Layer(nn.Module):
         heads, groups, depth = self.config.num_attention_heads, self.config.num_key_value_heads, self.config.head_dim
         return torch.cat((self.q_norm.expand(heads, depth), self.k_norm.expand(groups, depth)))
 
-    def question(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def question(self, x: Tensor, turns: Turns | None) -> tuple[Tensor, Tensor, Tensor]:
         """What the layer asks of attention: q (T, H, D), k and v (T, G, D), of x (T, C)."""
         heads, groups, depth = self.config.num_attention_heads, self.config.num_key_value_heads, self.config.head_dim
-        x = self.qkv(self.norm(x, "attention_norm"))
-        q, k = self.turned(x, cos, sin).split((heads, groups), dim=1)
+        x = self.qkv(x if self.config.is_post_normed else self.norm(x, "attention_norm"))
+        q, k = self.turned(x, turns).split((heads, groups), dim=1)
         if self.config.query_scale != 1:
             q = q * self.config.query_scale
         return q, k, x[:, (heads + groups) * depth :].unflatten(1, (groups, depth))
 
+    def answer_first(self, x: Tensor, answer: Tensor, starts: Sequence[int]) -> None:
+        """Write the answers of the texts' first tokens, which see all of their text by projections of their own.
+
+        Keys and values are never made: q.(K x) is (K' q).x, and the sum of weighed V x is V of the weighed sum. Of the keys'
+        bias, which all scores share, nothing is left.
+        """
+        heads, depth = self.config.num_attention_heads, self.config.head_dim
+        queries, keys, values = self.global_qkv.weight.view(3, heads, depth, -1)
+        query_bias, _, value_bias = self.global_qkv.bias.view(3, heads, depth)
+        for start, end in pairwise((*starts, len(x))):
+            text = x[start:end]
+            query = (queries @ text[0] + query_bias) / math.sqrt(depth)  # (H, D)
+            scores = text @ torch.einsum("hd,hdc->ch", query, keys)  # (T, H)
+            seen = scores.float().softmax(0).to(text.dtype).T @ text  # (H, C)
+            answer[start] = torch.einsum("hc,hdc->hd", seen, values) + value_bias
+
     def output(self, x: Tensor, answer: Tensor) -> Tensor:
         """What the layer hands on, (T, C), from its input and attention's answer (T, H, D)."""
-        x = x + self._ended(self.out(answer.flatten(1)), "attention_end_norm")
-        return x + self._ended(self.mlp(self.norm(x, "mlp_norm")), "mlp_end_norm")
-
-    def _ended(self, x: Tensor, name: str) -> Tensor:
-        return self.norm(x, name) if self.config.is_sandwiched else x
+        if self.config.is_post_normed:
+            x = self.norm(x + self.out(answer.flatten(1)), "attention_norm")
+            return self.norm(x + self.mlp(x), "mlp_norm")
+        x = x + self.norm(self.out(answer.flatten(1)), "attention_end_norm")
+        return x + self.norm(self.mlp(self.norm(x, "mlp_norm")), "mlp_end_norm")
 
     def mlp(self, x: Tensor) -> Tensor:  # (T, C) -> (T, C)
+        if not self.config.is_gated:
+            return self.down(self.gate_up.activated(x, self.config.activation))
         x = self.gate_up(x)
         if self.is_native:
             return self.down(native.gate(x))
-        if not self.config.is_gated:
-            return self.down(self.activation(x))
         gate, up = x.chunk(2, dim=-1)  # (T, F) each
         return self.down(self.activation(gate) * up)
 
 
-def _add_norm(module: nn.Module, name: str, config: ModelConfig) -> None:
-    """A norm's parameters; LayerNorm alone has a bias."""
-    module.register_parameter(name, nn.Parameter(torch.ones(config.hidden_size)))
-    if config.norm == "layer":
+def _add_norm(module: nn.Module, name: str, config: ModelConfig, is_there: bool = True) -> None:
+    """A norm's parameters, None where it is not there; LayerNorm alone has a bias."""
+    module.register_parameter(name, nn.Parameter(torch.ones(config.hidden_size)) if is_there else None)
+    if is_there and config.norm == "layer" and config.has_norm_bias:
         module.register_parameter(f"{name}_bias", nn.Parameter(torch.zeros(config.hidden_size)))
 
 
 class Transformer(nn.Module):
     """Tokens in, hidden states and logits out. Parameters have the model's dtype; logits are float32."""
-
-    final_norm: nn.Parameter
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -199,74 +234,96 @@ class Transformer(nn.Module):
         self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
         if config.has_position_table:
             self.positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
-        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
-        _add_norm(self, "final_norm", config)
+        if config.num_token_types:
+            self.types = nn.Embedding(config.num_token_types, config.hidden_size)
+        _add_norm(self, "embed_norm", config, config.has_embed_norm)
+        self.layers = nn.ModuleList(Layer(config, i == 0) for i in range(config.num_hidden_layers))
+        _add_norm(self, "final_norm", config, not config.is_post_normed)
         if not config.tie_word_embeddings:
             self.head = Projection(config.hidden_size, config.vocab_size, bias=False)
+        self.pooler = Pooler(config.pooled)
         self._packed_head: Tensor | None = None  # of tied weights, see `pack`
         self._turns: Tensor | None = None  # see `rotation`
-        self._ropes = tuple(dict.fromkeys(config.ropes))
-        self._rope_of = [self._ropes.index(rope) for rope in config.ropes]
+        self._ropes = tuple(rope for rope in dict.fromkeys(config.ropes) if rope != rotary.NONE)
+        self._rope_of = [None if rope == rotary.NONE else self._ropes.index(rope) for rope in config.ropes]
 
     @property
-    def decoder(self) -> list[Layer]:
+    def stack(self) -> list[Layer]:
         """The layers in order, as what they are."""
         return cast(list[Layer], list(self.layers))
 
     @property
     def impl(self) -> str:
         """Who computes what stands between a layer's products: native or torch."""
-        return "native" if self.decoder[0].is_native else "torch"
+        return "native" if self.stack[0].is_native else "torch"
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.final_norm.dtype
+        return self.embed.weight.dtype
 
     @property
     def device(self) -> torch.device:
-        return self.final_norm.device
+        return self.embed.weight.device
 
     def head_shape(self) -> HeadShape:
         """The heads an attention backend for this model is built for."""
         return self.config.head_shape(self.dtype, self.device)
 
-    def hidden(self, tokens: Tensor, positions: Tensor, attend: Attend) -> Tensor:
+    def hidden(self, tokens: Tensor, positions: Tensor, attend: Attend, types: Tensor | None = None) -> Tensor:
         """Last hidden states, after the final norm.
 
         Args:
             tokens: int64 (T,), each below the vocabulary's size. positions: int64 (T,), each in its own sequence.
             attend: answers each layer's queries.
+            types: int64 (T,), which of a pair of texts each is of, in models that tell them apart; None: the first.
 
         Returns:
             (T, C) in the model's dtype.
         """
-        turns, x = self.rotation(positions), self._embedded(tokens, positions)
-        for index, layer in enumerate(self.decoder):
-            x = layer.output(x, attend(index, *layer.question(x, *turns[self._rope_of[index]])))
-        return self._final(x)
+        stages = self.stages(tokens, positions, types)
+        question = next(stages)
+        while True:
+            assert question is not None, "a layer begins with a question"
+            answer = attend(*question)
+            del question  # the rest of the layer has no use for it
+            try:
+                stages.send(answer)
+                del answer
+                question = next(stages)
+            except StopIteration as end:
+                return cast(Tensor, end.value)
 
-    def stages(self, tokens: Tensor, positions: Tensor) -> Stages:
+    def stages(self, tokens: Tensor, positions: Tensor, types: Tensor | None = None) -> Stages:
         """`hidden` turned inside out: who drives it answers each layer's question, and may pause at any."""
-        turns, x = self.rotation(positions), self._embedded(tokens, positions)
-        for index, layer in enumerate(self.decoder):
-            answer = yield index, *layer.question(x, *turns[self._rope_of[index]])
+        turns, x = self._turns_by_layer(positions), self._embedded(tokens, positions, types)
+        starts = (positions == 0).nonzero().flatten().tolist() if self.config.has_global_first else ()
+        for index, layer in enumerate(self.stack):
+            answer = yield index, *layer.question(x, turns[index])
             assert answer is not None, "a question was left without an answer"
+            if starts:
+                layer.answer_first(x, answer, starts)
             x = layer.output(x, answer)
             del answer
             yield None
         return self._final(x)
 
-    def _embedded(self, tokens: Tensor, positions: Tensor) -> Tensor:
+    def _embedded(self, tokens: Tensor, positions: Tensor, types: Tensor | None) -> Tensor:
         """The residual stream as it begins, (T, C)."""
         x = cast(Tensor, self.embed(tokens))
         if self.config.has_position_table:
             x = x + self.positions(positions)
+        if self.config.num_token_types:
+            x = x + (self.types.weight[0] if types is None else self.types(types))
         if self.config.embed_scale != 1:
             x = x * torch.tensor(self.config.embed_scale, dtype=x.dtype)  # rounded to the dtype, as the weights were trained
-        return x
+        return self._normed(x, "embed_norm")
 
     def _final(self, x: Tensor) -> Tensor:
-        return normed(x, self.final_norm, self._parameters.get("final_norm_bias"), self.config)
+        return self._normed(x, "final_norm")
+
+    def _normed(self, x: Tensor, name: str) -> Tensor:
+        weight = self._parameters[name]
+        return x if weight is None else normed(x, weight, self._parameters.get(f"{name}_bias"), self.config)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Next-token logits of hidden states (N, C): float32 (N, V)."""
@@ -293,30 +350,31 @@ class Transformer(nn.Module):
                 module._qk_scales = module.qk_scales() if self.config.qk_norm else None
                 module.is_native = is_native
         tied = self.embed.weight
-        if self.config.tie_word_embeddings and tied.nbytes <= TIED_COPY_BYTES and can_pack(tied):
+        if self.config.is_causal and self.config.tie_word_embeddings and tied.nbytes <= TIED_COPY_BYTES and can_pack(tied):
             self._packed_head = packed(tied)
 
     def height(self, rows: int) -> int:
-        """How many rows a product of `rows` rows is padded to where oneDNN computes it: 26 heights up to 512.
+        """How many rows a product of `rows` rows is padded to where oneDNN computes it: 26 up to 512, then 16 a doubling.
 
         For each height it compiles kernels anew and keeps a thousand of them: 0.5 ms and 0.6 MiB for each of the embedded
-        model's matrices. Prompts of all lengths would fill hundreds of MiB with them; at most 32 more rows cost less.
+        model's matrices. Prompts of all lengths would fill hundreds of MiB with them; 32 more rows, or a sixteenth, cost less.
         """
-        if not self.decoder[0].qkv.weight.is_mkldnn:
+        if not self.stack[0].qkv.weight.is_mkldnn:
             return rows
-        step = min(32, max(1, (1 << (rows - 1).bit_length()) >> 2))
+        above = 1 << (rows - 1).bit_length()
+        step = min(32, max(1, above >> 2)) if rows <= 512 else above >> 5
         return -(-rows // step) * step
 
     @torch.inference_mode()
     def warm_up(self, rows: int, logit_rows: int) -> None:
         """Compute products of every height up to `rows` once: no request waits for a kernel, and memory stays as it is."""
-        layer = self.decoder[0]
+        layer = self.stack[0]
         for height in sorted({self.height(n) for n in range(1, rows + 1)}):
             x = torch.zeros(height, self.config.hidden_size, dtype=self.dtype, device=self.device)
-            turns = self.rotation(torch.zeros(height, dtype=torch.long, device=self.device))
-            q, _, _ = layer.question(x, *turns[0])
+            turns = self._turns_by_layer(torch.zeros(height, dtype=torch.long, device=self.device))
+            q, _, _ = layer.question(x, turns[0])
             layer.output(x, q)
-            if height <= self.height(logit_rows):
+            if self.config.is_causal and height <= self.height(logit_rows):
                 self.logits(x)
 
     def workspace_bytes(self, tokens: int, attention: int) -> int:
@@ -325,19 +383,26 @@ class Transformer(nn.Module):
         heads, groups, depth = config.num_attention_heads, config.num_key_value_heads, config.head_dim
         stream = config.hidden_size + 2 * depth * len(self._ropes)  # the residual stream, each cos and sin
         qk, qkv = (heads + groups) * depth, (heads + 2 * groups) * depth
-        is_native, is_wide = self.decoder[0].is_native, config.norm == "gemma"  # which norms in float32
+        is_native, is_wide = self.stack[0].is_native, config.norm == "gemma"  # which norms in float32
         wide = (2 * 4 // self.dtype.itemsize if is_wide else 0) * config.hidden_size
         # the norm; as projected; in torch normed and in the turn's three parts, natively turned only
-        turning = stream + config.hidden_size + qkv + (1 if is_native else 4) * qk + (2 * qk if is_wide else 0)
+        turns = 0 if not self._ropes and not config.qk_norm else 1 if is_native else 4
+        turning = stream + config.hidden_size + qkv + turns * qk + (2 * qk if is_wide else 0)
         turning += heads * depth if config.query_scale != 1 else 0
-        attending = stream + qkv + qk + (heads * depth if config.query_scale != 1 else 0)
+        attending = stream + qkv + (qk if turns else 0) + (heads * depth if config.query_scale != 1 else 0)
         inner = 3 if is_native else 4 if config.is_gated else 2  # gate and up, and what becomes of them
         feeding = stream + 2 * config.hidden_size + heads * depth + inner * config.intermediate_size
         width = tokens * self.dtype.itemsize
         return max(width * (turning + wide), width * attending + attention, width * (feeding + wide))
 
+    def _turns_by_layer(self, positions: Tensor) -> list[Turns | None]:
+        turns = self.rotation(positions)
+        return [None if rope is None else turns[rope] for rope in self._rope_of]
+
     def rotation(self, positions: Tensor) -> tuple[Turns, ...]:
         """cos and sin of each position's angles in the model's dtype, for each kind of rotary positions that a layer has."""
+        if not self._ropes:
+            return ()
         turns = self._turns
         if turns is None or turns.dtype != self.dtype or turns.device != self.device:
             turns = self._turns = self._table()

@@ -19,8 +19,10 @@ from service.model import files
 from service.model.layout import Part, Weight
 
 DTYPES = {"F64", "F32", "F16", "BF16"}
-BUFFERS = re.compile(r"(rotary_emb\.inv_freq|\.attn\.(bias|masked_bias))$")
+BUFFERS = re.compile(r"(rotary_emb\.inv_freq|\.attn\.(bias|masked_bias)|embeddings\.(position_ids|token_type_ids))$")
 """Tensors that a file may repeat although the config says them: tables of angles, masks."""
+RENAMED = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
+"""Parts of names as the oldest files have them."""
 QUANTIZED = {
     r"\.qweight$": "GPTQ or AWQ",
     r"\.(absmax|quant_map|quant_state\..*|SCB)$": "bitsandbytes",
@@ -49,6 +51,8 @@ class Tensors:
                 continue
             _check_dtype(directory / file, name, dtype)
             ours = name if has_prefix or name.startswith("lm_head.") else prefix + name
+            for old, new in RENAMED.items():
+                ours = ours.replace(old, new)
             self._places[ours], self.shapes[ours] = (file, name), shape
 
     def _headers(self, index: Mapping[str, str | None]) -> dict[str, tuple[str, tuple[int, ...], str]]:
@@ -119,12 +123,16 @@ def _check_dtype(path: Path, name: str, dtype: str) -> None:
         raise ValueError(f"{name} in {path} is of dtype {dtype}: {kind}; float weights are needed")
 
 
-def check(weights: Sequence[Weight], tensors: Tensors) -> None:
-    """Raise ValueError naming tensors that are missing, left over, or of another shape than the config says."""
+def check(weights: Sequence[Weight], tensors: Tensors, unused: str | None = None) -> None:
+    """Raise ValueError naming tensors that are missing, left over, or of another shape than the config says.
+
+    unused: a pattern of names that may be left over.
+    """
     parts = {part.name: part for _, parts in weights for part in parts}
     if missing := sorted(parts.keys() - tensors.shapes.keys()):
         raise ValueError(f"the checkpoint lacks {len(missing)} tensors, first {missing[:3]}")
-    if unknown := sorted(tensors.shapes.keys() - parts.keys()):
+    left = tensors.shapes.keys() - parts.keys()
+    if unknown := sorted(name for name in left if unused is None or not re.match(unused, name)):
         raise ValueError(f"the checkpoint has {len(unknown)} tensors this architecture does not know, first {unknown[:3]}")
     for name, part in parts.items():
         if tensors.shapes[name] != part.shape:
@@ -135,8 +143,12 @@ def fill(model: nn.Module, weights: Iterable[Weight], tensors: Tensors, dtype: t
     """Give a model made on the meta device its parameters."""
     for name, parts in weights:
         owner, _, leaf = name.rpartition(".")
-        parameter = nn.Parameter(tensors.read(parts, dtype, device), requires_grad=False)
+        kept = torch.float32 if name.startswith("pooler.") else dtype
+        parameter = nn.Parameter(tensors.read(parts, kept, device), requires_grad=False)
         assert getattr(model.get_submodule(owner), leaf).shape == parameter.shape, f"{name} is of another shape"
         setattr(model.get_submodule(owner), leaf, parameter)
-    empty = [name for name, parameter in model.named_parameters() if parameter.is_meta]
-    assert not empty, f"the family's layout leaves parameters without a value: {empty[:3]}"
+
+
+def is_filled(model: nn.Module) -> bool:
+    """Whether every parameter has a value."""
+    return not any(parameter.is_meta for parameter in model.parameters())

@@ -133,7 +133,7 @@ def new_model(seed: int) -> Transformer:
     torch.manual_seed(seed)
     model = Transformer(families.read(ARCHITECTURE))
     nn.init.normal_(model.embed.weight, std=0.02)
-    for layer in model.decoder:
+    for layer in model.stack:
         for matrix in (layer.qkv.weight, layer.gate_up.weight):
             nn.init.normal_(matrix, std=matrix.shape[1] ** -0.5)
         nn.init.zeros_(layer.out.weight)
@@ -151,7 +151,7 @@ class Trainer:
         self.compiled = compiled
         self.step, self.tokens = 0, 0
         self._losses: dict[tuple[str, int, bool], Loss] = {}
-        layers = self.model.decoder
+        layers = self.model.stack
         fused = [p for layer in layers for p in (layer.qkv.weight, layer.gate_up.weight)]
         plain = [p for layer in layers for p in (layer.out.weight, layer.down.weight)]
         config = self.model.config
@@ -211,7 +211,7 @@ class Trainer:
             optimizer.step()  # type: ignore[no-untyped-call]
         self.model.zero_grad(set_to_none=True)
         with torch.no_grad():
-            for layer, most in zip(self.model.decoder, MAX_QK_SCALE, strict=True):
+            for layer, most in zip(self.model.stack, MAX_QK_SCALE, strict=True):
                 layer.q_norm.clamp_(-most, most)
                 layer.k_norm.clamp_(-most, most)
 

@@ -77,8 +77,7 @@ PLACES: list[Place] = [
     (delivery_module, "_told", lambda *rest: True),
 ]
 PLACES_OF_EMBEDDINGS: list[Place] = [
-    (Job, "vector", own),
-    (runner_module, "_add_sums", lambda work, *rest: is_guilty(work)),
+    (runner_module.Runner, "_pool", lambda runner, work, *rest: is_guilty(work)),
     (Answer, "put", own),
 ]
 CASES = [*((place, GUILTY) for place in PLACES), *((place, GUILTY_EMBEDDING) for place in PLACES_OF_EMBEDDINGS)]
@@ -259,7 +258,9 @@ async def test_the_first_request_after_a_rest_finds_a_healthy_engine() -> None:
 async def test_embeddings_beside_a_failing_one_are_those_it_has_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     async with running(world.make_model(torch.float64)) as engine:
         alone = [await embed(engine, embedding(prompt(50 + i, i))) for i in range(3)]
-        sabotage(monkeypatch, (Job, "vector", own), RuntimeError("boom"))
+        sabotage(
+            monkeypatch, (runner_module.Runner, "_pool", lambda runner, work, *rest: is_guilty(work)), RuntimeError("boom")
+        )
         answers = await asyncio.gather(
             embed(engine, again(GUILTY_EMBEDDING)),
             *(embed(engine, embedding(prompt(50 + i, i))) for i in range(3)),

@@ -52,7 +52,7 @@ def finish(work: Work, scheduler: Scheduler) -> list[Job]:
         sequence.past, sequence.is_held = member.end, False
         if sequence.past == sequence.length:
             sequence.output.append(1)
-        if (job.is_embedding and sequence.past == len(job.prompt)) or len(sequence.output) > job.request.sampling.max_tokens:
+        if (job.is_pooled and sequence.past == len(job.prompt)) or len(sequence.output) > job.request.sampling.max_tokens:
             sequence.is_done = True
             scheduler.remove(job)
             done.append(job)

@@ -10,6 +10,8 @@ from typing import Any
 COMPLETIONS, EMBEDDINGS, PLAN, CHAT = "/v1/completions", "/v1/embeddings", "/v1/plan", "/v1/chat/completions"
 TOKENIZE, DETOKENIZE, MODELS, PREFIXES = "/tokenize", "/detokenize", "/v1/models", "/v1/prefixes"
 POSTS = {COMPLETIONS: {"prompt": "a"}, EMBEDDINGS: {"input": "a"}, PLAN: {"prompt": "a"}}
+CLASSIFY, SCORE, RERANK = "/v1/classify", "/v1/score", "/v1/rerank"
+POSTS |= {CLASSIFY: {"input": "a"}, SCORE: {"text_1": "a", "text_2": "b"}, RERANK: {"query": "a", "documents": ["b"]}}
 POSTS |= {TOKENIZE: {"prompt": "a"}, DETOKENIZE: {"tokens": [1]}, CHAT: {"messages": [{"role": "user", "content": "a"}]}}
 POSTS |= {PREFIXES: {"prompt": [1] * 512}}
 """Every route that takes a body, with the smallest good one."""
@@ -241,9 +243,23 @@ PENALTIES = [
     *wrong(COMPLETIONS, "min_tokens", {"max_tokens": 3, "min_tokens": 4}),
     *wrong(CHAT, "min_tokens", {"max_tokens": 3, "min_tokens": 4}, {"min_tokens": 1025}),
     *values("dimensions", 0, -1, WIDTH + 1, INT64, 2**63, True, 1.0, "8", [], paths=(EMBEDDINGS,)),
-    *values("pooling", "", "max", "Mean", 1, True, [], paths=(EMBEDDINGS,)),
+    *values("pooling", "", "sum", "Mean", 1, True, [], paths=(EMBEDDINGS,)),
 ]
 TRUNCATE = [
+    *values("normalize", "", "true", 1, [], paths=(EMBEDDINGS,)),
+    *values("prompt_name", "", "query", 1, [], paths=(EMBEDDINGS,)),
+    *values("use_activation", "", 1, [], paths=(CLASSIFY, SCORE, RERANK)),
+    *values("text_1", None, 1, [], [1], ["a", "b"], paths=(SCORE,)),
+    *values("text_2", None, 1, [], [None], ["a"] * 2049, paths=(SCORE,)),
+    *values("query", None, 1, [], ["a"], paths=(RERANK,)),
+    *values("documents", None, "a", [], [1], [{"text": 1}], [{"text": "a", "id": 1}], paths=(RERANK,)),
+    *values("top_n", 0, -1, 1.0, True, "1", paths=(RERANK,)),
+    *values("return_documents", 1, "true", paths=(RERANK,)),
+    *values("max_tokens_per_doc", 1, paths=(RERANK,)),
+    *wrong(CLASSIFY, None, {}, code="task_not_offered"),
+    *wrong(SCORE, None, {}, code="task_not_offered"),
+    *wrong(RERANK, None, {}, code="task_not_offered"),
+    *wrong(PLAN, None, {"prompt": None, "text_2": "a"}),
     *values("truncate", "", "Left", "start", True, 1, [], paths=(COMPLETIONS, EMBEDDINGS, CHAT, PLAN)),
     *wrong(
         COMPLETIONS,

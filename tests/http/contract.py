@@ -12,13 +12,13 @@ from service.http.answer_schemas import ChatChunk, CompletionChunk, Error
 
 BEYOND_THE_SCHEMA = {
     *("context_length_exceeded", "memory_budget_exceeded", "prefix_not_kept"),
-    *("deadline_exceeded", "chat_template_refused"),
+    *("deadline_exceeded", "chat_template_refused", "task_not_offered"),
 }
 """Codes with which a call may be refused although its body is all that the schema asks for."""
 
 RELATED = {
     *("attention", "best_of", "chat_template_kwargs", "logit_bias", "max_tokens", "min_tokens", "stop_token_ids"),
-    *("stream_options", "top_logprobs"),
+    *("stream_options", "text_1", "top_logprobs"),
 }
 """Fields that stand in a relation to others which the document tells in words."""
 

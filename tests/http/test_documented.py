@@ -21,7 +21,14 @@ TYPED: dict[tuple[int, str], type[RequestError]] = {
 UNTYPED = {(404, "not_found"), (405, "method_not_allowed"), (431, "invalid_request"), (503, "unavailable")}
 """Of the router and the connection: tested in test_errors.py and test_line.py."""
 
-BODIES = (schemas.CompletionBody, schemas.ChatBody, schemas.EmbeddingBody)
+BODIES = (
+    schemas.CompletionBody,
+    schemas.ChatBody,
+    schemas.EmbeddingBody,
+    schemas.ClassifyBody,
+    schemas.ScoreBody,
+    schemas.RerankBody,
+)
 
 
 def test_the_page_has_every_error_and_no_other() -> None:
@@ -53,7 +60,7 @@ def test_each_error_is_answered_as_its_row_says(
     assert ("www-authenticate" in reply.headers) == (status == 401)
 
 
-@pytest.mark.parametrize("kind", [schemas.CompletionBody, schemas.ChatBody, schemas.EmbeddingBody])
+@pytest.mark.parametrize("kind", BODIES)
 def test_every_field_that_is_taken_stands_on_the_page(kind: type[schemas.Body]) -> None:
     offered = PAGE.partition("## Fields")[2].partition("Refused by name")[0]
     known = {"model", "prompt", "messages", "input"}

@@ -1,4 +1,4 @@
-"""Small seeded checkpoints of every family, made by transformers, and what transformers answers with them."""
+"""Small seeded checkpoints of every decoder family, made by transformers, and what transformers answers with them."""
 
 from __future__ import annotations
 
@@ -12,9 +12,11 @@ from torch import Tensor
 
 import attention
 from attention import AttentionBackend, Segments
+from service.model import families
 from service.model.checkpoint import EMBEDDED
 from service.model.transformer import Transformer
 
+DECODERS = [name for name in families.names() if not families.of(name).ARCHITECTURE.endswith(families.MASKED)]
 VOCABULARY = 4096  # of the embedded tokenizer, which stands beside every one of them
 TINY = {
     "vocab_size": VOCABULARY,

@@ -23,7 +23,7 @@ from service.model import families, rotary
 from service.model.checkpoint import EMBEDDED, choose_dtype, id_of, load, save
 from service.model.config import ModelConfig
 from service.model.transformer import Transformer, can_pack
-from tests.model.checkpoints import TINY, change, draw, our_logits, their_logits, theirs, write
+from tests.model.checkpoints import DECODERS, TINY, change, draw, our_logits, their_logits, theirs, write
 
 Tensors = dict[str, Tensor]
 
@@ -124,7 +124,7 @@ def test_a_config_in_any_of_its_forms_means_what_transformers_takes_it_for(
     assert answers_like_transformers(tmp_path)
 
 
-@pytest.mark.parametrize("family", families.names())
+@pytest.mark.parametrize("family", DECODERS)
 def test_an_absent_field_has_the_default_transformers_gives_it(family: str) -> None:
     transformers = pytest.importorskip("transformers")
     theirs = transformers.AutoConfig.for_model(family)
@@ -485,11 +485,11 @@ def test_a_saved_model_loads_with_equal_weights(tmp_path: Path) -> None:
 
 def test_packed_weights_give_the_same_products_to_the_bit() -> None:
     loaded = load(EMBEDDED, dtype="bfloat16").model
-    for layer in loaded.decoder:
+    for layer in loaded.stack:
         layer.is_native = False  # whose roundings are others, see test_native.py
     plain = Transformer(loaded.config).to(torch.bfloat16)
     plain.load_state_dict({name: weight.to_dense() for name, weight in loaded.state_dict().items()})
-    assert can_pack(plain.decoder[0].qkv.weight) == loaded.decoder[0].qkv.weight.is_mkldnn
+    assert can_pack(plain.stack[0].qkv.weight) == loaded.stack[0].qkv.weight.is_mkldnn
     for count in (1, 3, 64, 700):
         tokens = draw(count, seed=count)
         assert torch.equal(our_logits(loaded, tokens), our_logits(plain, tokens)), count

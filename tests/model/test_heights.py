@@ -22,9 +22,10 @@ def packed() -> Transformer:
 
 def test_a_height_has_room_for_its_rows_and_wastes_few(packed: Transformer) -> None:
     for rows in range(1, 2000):
-        assert rows <= packed.height(rows) <= rows + min(31, rows // 2)
+        assert rows <= packed.height(rows) <= rows + max(min(31, rows // 2), rows // 16)
         assert packed.height(packed.height(rows)) == packed.height(rows)
     assert len({packed.height(rows) for rows in range(1, 513)}) == 26
+    assert len({packed.height(rows) for rows in range(513, 8193)}) == 64
 
 
 def test_a_model_that_is_not_packed_is_not_padded() -> None:

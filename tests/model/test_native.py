@@ -76,7 +76,7 @@ def test_the_embedded_model_answers_the_same_with_and_without_it(dtype: str, bou
         return model.logits(model.hidden(ids, torch.arange(150), lambda layer, q, k, v: q))
 
     ours = logits()
-    for layer in model.decoder:
+    for layer in model.stack:
         assert layer.is_native
         layer.is_native = False
     assert largest(ours, logits()) <= bound
@@ -92,6 +92,6 @@ def test_other_dtypes_devices_and_widths_are_left_to_torch() -> None:
 def test_a_model_is_served_without_it_where_it_was_not_built(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(native.KERNEL, "home", tmp_path)
     model = load(dtype="float32").model
-    assert not any(layer.is_native for layer in model.decoder)
+    assert not any(layer.is_native for layer in model.stack)
     ids = torch.arange(5)
     assert model.logits(model.hidden(ids, ids, lambda layer, q, k, v: q)).isfinite().all()

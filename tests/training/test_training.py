@@ -135,5 +135,5 @@ def test_an_update_keeps_the_qk_scales_within_their_bound() -> None:
     tokens = torch.randint(0, 4096, (1, 1025), generator=torch.Generator().manual_seed(0))
     trainer.loss("dense", 1024, tokens, torch.ones(1, 1024)).backward()
     trainer.update(0.1)
-    for layer, most in zip(trainer.model.decoder, MAX_QK_SCALE, strict=True):
+    for layer, most in zip(trainer.model.stack, MAX_QK_SCALE, strict=True):
         assert layer.q_norm.abs().max() <= most

@@ -35,7 +35,7 @@ class Capped:
         for first, last in spread(0, len(q), ROWS):
             seen = past + last if causal else len(keys)
             band = Band(high=past + first) if causal else Band()
-            self._answer(q[first:last], keys[:seen], values[:seen], band, out[first:last])
+            self._answer(q[first:last], keys[:seen], values[:seen], band, out[first:last], past + first)
             yield
 
     def band(self, q: Tensor, near: Pair, free: Pair, at: int, before: int, ahead: int, out: Tensor) -> Parts:
@@ -64,13 +64,17 @@ class Capped:
         for i, (state, count) in enumerate(zip(states, counts, strict=True)):
             self._answer(q[i : i + 1], *history.read(state, count, groups), Band(), out[i : i + 1])
 
-    def _answer(self, q: Tensor, keys: Tensor, values: Tensor, band: Band, out: Tensor) -> None:
+    def _alter(self, scores: Tensor, scale: float, rows: int, at: int) -> None:
+        """Make of products (G, R C, N) times scale the scores to weigh, those of `rows` queries from position `at` on."""
+        scores.mul_(scale / self.cap).tanh_().mul_(self.cap)
+
+    def _answer(self, q: Tensor, keys: Tensor, values: Tensor, band: Band, out: Tensor, at: int = 0) -> None:
         """Answer a block of queries (C, H, D) over keys and values (N, G, D) of which each sees its band."""
         k, v = keys.transpose(0, 1), values.transpose(0, 1)  # (G, N, D)
         hidden = band.hidden(len(q), len(keys), q.device)  # first: on its way it takes more than it leaves
         rows = query_rows(q, len(k))
         scores = torch.bmm(rows, k.transpose(1, 2)).float()  # (G, R C, N)
-        scores.mul_(1 / (math.sqrt(q.shape[-1]) * self.cap)).tanh_().mul_(self.cap)
+        self._alter(scores, 1 / math.sqrt(q.shape[-1]), len(q), at)
         scores.view(len(k), -1, *hidden.shape).masked_fill_(hidden, -math.inf)
         scores.sub_(scores.amax(-1, keepdim=True)).exp_()
         total = scores.sum(-1, keepdim=True)

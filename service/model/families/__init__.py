@@ -1,6 +1,7 @@
-"""The model families: one file each, named as its `model_type`. A file says how a config is read and where parameters stand.
+"""The model families, decoders and encoders: one file each, named as its `model_type`, `_` for `-`.
 
-`read` makes a `ModelConfig` of a `config.json`, `weights` its layout in the files. Nothing registers a family.
+A file says how a config is read and where parameters stand: `read` makes a `ModelConfig` of a `config.json`, `weights` its
+layout in the files. Nothing registers a family.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any, Protocol, cast
 
 from service.model.config import Fields, ModelConfig
 from service.model.layout import Weight
+from service.model.weights import Tensors
 
 
 class Family(Protocol):
@@ -22,6 +24,8 @@ class Family(Protocol):
     """The class of transformers that computes it."""
     PREFIX: str
     """What stands before the names of the body's tensors, unless a file leaves it out."""
+    UNUSED: str
+    """Pattern of tensors that a file may have and nothing here computes with; a family without such leaves it out."""
 
     def read(self, fields: Fields) -> ModelConfig:
         """The config in this service's words. Raises ValueError for what the block does not compute."""
@@ -38,7 +42,18 @@ def names() -> tuple[str, ...]:
 
 def of(model_type: str) -> Family:
     """A family by its `model_type`."""
-    return cast(Family, importlib.import_module(f"{__name__}.{model_type}"))
+    return cast(Family, importlib.import_module(f"{__name__}.{model_type.replace('-', '_')}"))
+
+
+def complete(config: ModelConfig, tensors: Tensors) -> ModelConfig:
+    """A config with what its family reads from the weights, where it does. Raises ValueError."""
+    reading = getattr(of(config.model_type), "complete", None)
+    return config if reading is None else cast(ModelConfig, reading(config, tensors))
+
+
+def unused(model_type: str) -> str | None:
+    """The pattern of tensors that a family passes over; None: it passes over none."""
+    return getattr(of(model_type), "UNUSED", None)
 
 
 def read(raw: Mapping[str, Any]) -> ModelConfig:
@@ -48,7 +63,7 @@ def read(raw: Mapping[str, Any]) -> ModelConfig:
         ValueError: a family, or in its config anything, that is not computed here; the message names it.
     """
     name = raw.get("model_type")
-    if name not in names():
+    if not isinstance(name, str) or name.replace("-", "_") not in names():
         raise ValueError(f"model_type must be one of {', '.join(names())}, the checkpoint says {name!r}")
     family, fields = of(name), Fields(raw)
     _check_common(family, raw, fields)
@@ -69,12 +84,25 @@ def _check_common(family: Family, raw: Mapping[str, Any], fields: Fields) -> Non
     if strange := sorted(f"{k}: {v}" for k, v in custom.items() if k == "AutoModelForCausalLM" and not _names(v, family)):
         raise ValueError(f"auto_map: the checkpoint brings code of its own ({', '.join(strange)}), and none is run here")
     architectures = raw.get("architectures") or [family.ARCHITECTURE]
-    bodies = {family.ARCHITECTURE, family.ARCHITECTURE.replace("ForCausalLM", "Model").replace("LMHeadModel", "Model")}
-    if not bodies & set(architectures):
-        raise ValueError(f"architectures must name {family.ARCHITECTURE}, the checkpoint says {architectures}")
-    fields.is_one("is_causal", True, None)
+    known = _architectures(family)
+    if not set(known) & set(architectures):
+        raise ValueError(f"architectures must name {' or '.join(known)}, the checkpoint says {architectures}")
+    is_encoder = family.ARCHITECTURE.endswith(MASKED)
+    fields.is_one("is_causal", not is_encoder, None)
     for off in ("is_encoder_decoder", "add_cross_attention"):
         fields.is_one(off, False, None)
+
+
+MASKED = "ForMaskedLM"
+"""What the architecture of an encoder ends with, as it was trained."""
+
+
+def _architectures(family: Family) -> tuple[str, ...]:
+    """The names under which transformers saves what is computed here."""
+    trained = family.ARCHITECTURE
+    if not trained.endswith(MASKED):
+        return trained, trained.replace("ForCausalLM", "Model").replace("LMHeadModel", "Model")
+    return tuple(trained.replace(MASKED, end) for end in ("Model", MASKED, "ForPreTraining", "ForSequenceClassification"))
 
 
 def _names(reference: Any, family: Family) -> bool:

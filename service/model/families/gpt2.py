@@ -8,7 +8,7 @@ from torch import Tensor
 
 from service.model import rotary
 from service.model.config import Fields, ModelConfig, eos_token_ids
-from service.model.layout import Part, Weight
+from service.model.layout import Part, Weight, norm
 
 ARCHITECTURE = "GPT2LMHeadModel"
 PREFIX = "transformer."
@@ -52,13 +52,13 @@ def weights(config: ModelConfig) -> Iterator[Weight]:
     width, wide, vocabulary = config.hidden_size, config.intermediate_size, config.vocab_size
     yield "embed.weight", (Part("transformer.wte.weight", (vocabulary, width)),)
     yield "positions.weight", (Part("transformer.wpe.weight", (config.max_position_embeddings, width)),)
-    yield from _norm("final_norm", "transformer.ln_f", width)
+    yield from norm("final_norm", "transformer.ln_f", width)
     if not config.tie_word_embeddings:
         yield "head.weight", (Part("lm_head.weight", (vocabulary, width)),)
     for i in range(config.num_hidden_layers):
         ours, theirs = f"layers.{i}", f"transformer.h.{i}"
-        yield from _norm(f"{ours}.attention_norm", f"{theirs}.ln_1", width)
-        yield from _norm(f"{ours}.mlp_norm", f"{theirs}.ln_2", width)
+        yield from norm(f"{ours}.attention_norm", f"{theirs}.ln_1", width)
+        yield from norm(f"{ours}.mlp_norm", f"{theirs}.ln_2", width)
         for name, part, rows, columns in (
             ("qkv", "attn.c_attn", 3 * width, width),
             ("out", "attn.c_proj", width, width),
@@ -67,8 +67,3 @@ def weights(config: ModelConfig) -> Iterator[Weight]:
         ):
             yield f"{ours}.{name}.weight", (Part(f"{theirs}.{part}.weight", (columns, rows), Tensor.t),)
             yield f"{ours}.{name}.bias", (Part(f"{theirs}.{part}.bias", (rows,)),)
-
-
-def _norm(ours: str, theirs: str, width: int) -> Iterator[Weight]:
-    yield ours, (Part(f"{theirs}.weight", (width,)),)
-    yield f"{ours}_bias", (Part(f"{theirs}.bias", (width,)),)

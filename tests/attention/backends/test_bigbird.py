@@ -27,6 +27,7 @@ class TestBigBird(Laws):
         {"block": 4, "global_blocks": 1, "closing_blocks": 1},
         {"block": 5, "window_blocks": 1, "global_blocks": 0},
         {"block": 300, "random_blocks": 1},
+        {"block": 4, "random_blocks": 1, "full_blocks": 11},
         {"block": 3, "window_blocks": 5, "random_blocks": 0, "global_blocks": 1, "closing_blocks": 2},
     )
 
@@ -51,6 +52,12 @@ class TestBigBird(Laws):
         # 798 draws of 398 blocks, 2 each on average: Poisson, so 86 % are drawn at least once and none 12 times (p < 1e-3)
         assert sum(drawn.values()) == 2 * 399 and len(drawn) > 0.8 * 399 and max(drawn.values()) < 12
         assert min(drawn) <= 20 and max(drawn) >= 380
+
+    def test_short_sequences_see_everything_and_longer_ones_do_not(self) -> None:
+        backend = pattern(full_blocks=12)
+        for count in (1, 9, 12):
+            assert all(backend.seen(block, count) == tuple(range(count)) for block in range(count))
+        assert len(backend.seen(8, 13)) == 2 + 3 + 3
 
     def test_a_seed_draws_the_same_blocks_again_and_another_seed_others(self) -> None:
         one, again, other = (pattern(seed=seed) for seed in (1, 1, 2))
