@@ -103,6 +103,11 @@ class Longserve:
         """Have Serve put a switch in force in all replicas, and in those that it starts later."""
         await asyncio.to_thread(_redeploy, self._context.app_name, attention)
 
+    async def num_replicas(self) -> int:
+        """How many replicas Serve wants just now."""
+        details = await asyncio.to_thread(lambda: context_of_serve._get_global_client().get_serve_details())
+        return int(details["applications"][self._context.app_name]["deployments"][DEPLOYMENT]["target_num_replicas"])
+
     def admin_state(self) -> dict[str, Any]:
         """This replica's switch and its changes of late."""
         return self._replica.admin_state()
@@ -153,7 +158,8 @@ class AdminByRay:
         wanted, deadline = attention.model_dump(), time.monotonic() + SWITCH_SECONDS
         while time.monotonic() < deadline:
             states = await self.states()
-            if all(state["asked"] == wanted and not state["switching"] for state in states):
+            done = [state for state in states if state["asked"] == wanted and not state["switching"]]
+            if len(done) == len(states) == await self._deployment.num_replicas():  # Serve asks none that it is telling just now
                 break
             await asyncio.sleep(POLL_SECONDS)
         if failed := [state for state in states if state["degraded"]]:  # a replica that is restarted must not try it again

@@ -33,7 +33,7 @@ def install(app: FastAPI, host: Host) -> None:
             states = await host.admin.switch(wanted)
         except ValueError as error:
             raise InvalidRequest(str(error)) from None
-        if failed := [f"replica {each['replica']}: {_failure(each)}" for each in states if _failure(each)]:
+        if failed := [f"replica {each['replica']}: {why}" for each in states if (why := _failure(each, wanted))]:
             raise SwitchFailed("; ".join(failed))
         return {"replicas": list(states)}
 
@@ -43,9 +43,10 @@ def install(app: FastAPI, host: Host) -> None:
         return {"replicas": [_told(each) for each in await host.admin.check_truth()]}
 
 
-def _failure(state: Mapping[str, Any]) -> str | None:
-    """Why a replica does not serve what it was asked to."""
-    return state["degraded"] or ("it is still being built" if state["switching"] else None)
+def _failure(state: Mapping[str, Any], wanted: AttentionConfig) -> str | None:
+    """Why a replica does not serve what was wanted of it."""
+    is_late = state["switching"] or state["asked"] != wanted.model_dump()
+    return state["degraded"] or ("it has not switched yet" if is_late else None)
 
 
 def _told(replica: Mapping[str, Any]) -> dict[str, Any]:
