@@ -43,7 +43,7 @@ def pooled(kept: Tensor, pooling: Pooling, tokens: int) -> Tensor:
     return kept / tokens if pooling == "mean" else kept
 
 
-class Projection(nn.Module):
+class DenseLayer(nn.Module):
     """A product, an activation, at times a norm."""
 
     def __init__(self, plan: Dense) -> None:
@@ -66,7 +66,7 @@ class Pooler(nn.Module):
     def __init__(self, plan: Pooled) -> None:
         super().__init__()
         self.plan = plan
-        self.layers = nn.ModuleList(map(Projection, plan.layers))
+        self.layers = nn.ModuleList(map(DenseLayer, plan.layers))
 
     def forward(self, x: Tensor) -> Tensor:
         """Vectors of pooled states (N, C), float32 (N, width), as the last layer leaves them."""
