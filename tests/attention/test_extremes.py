@@ -25,6 +25,7 @@ OPTIONS: dict[str, tuple[dict[str, Any], ...]] = {
     "chunked": ({"chunk": 50},),
     "performer": ({"features": 64}, {"features": 32, "hyperbolic": True}, {"features": 64, "local_chunk": 64}),
     "linear": ({},),
+    "topk": ({"block": 8, "blocks": 3, "window": 20, "sinks": 3},),
 }
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 NORMS = (0.0, 1e-30, 24.0, 40.0, 1e3, 1e4)
