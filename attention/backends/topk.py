@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from pydantic import Field, model_validator
@@ -106,7 +107,9 @@ class TopK(AttentionBackend):
     def _own(self, q: Tensor, high: Tensor, low: Tensor, positions: Tensor) -> Tensor:
         """Which blocks this backend's implementation chooses, bool (G, C, blocks + 1)."""
         asked, *bounds = (x.to(self.shape.device, self.shape.dtype) for x in (q.transpose(0, 1), high, low))
-        rows = [(n, n + 1, position, 0) for n, position in enumerate(positions.tolist())]
+        is_next = positions.diff() == 1
+        starts = [0, *((~is_next).nonzero()[:, 0] + 1).tolist(), len(positions)]
+        rows = [(a, b, int(positions[a]), 0) for a, b in pairwise(starts)]
         table = self.softmax.choose(asked, [(bounds[0], bounds[1])], rows, self.blocks).cpu().long()
         chosen = torch.zeros(*table.shape[:2], len(high) + 1, dtype=torch.bool)
         chosen.scatter_(-1, table.where(table >= 0, len(high)), True)

@@ -30,7 +30,6 @@ class TestTopK(Laws):
         SMALL,
         {"block": 1, "blocks": 5, "window": 7, "sinks": 0},
         {"block": 17, "blocks": 1, "window": 17, "sinks": 40},
-        {"block": 64, "blocks": 40, "window": 64},
     )
 
 
