@@ -75,8 +75,8 @@ class Subject:
         self.eos: int = self.tokenizer.eos_id
 
     def attend(self, backend: str, segments: Segments) -> Attend:
-        chosen = self.backends[backend]
-        return lambda _, q, k, v: chosen.attend(q, k, v, segments, causal=True)
+        layers = attention.layers_of(self.backends[backend], self.core.config.num_hidden_layers)
+        return lambda layer, q, k, v: layers[layer].attend(q, k, v, segments, causal=True)
 
     def hidden(self, backend: str, sequences: Sequence[Tensor]) -> Tensor:
         """Last hidden states of sequences, packed: (T, C)."""
