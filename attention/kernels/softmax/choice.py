@@ -51,7 +51,8 @@ def bounding(q: Tensor, high: Tensor, low: Tensor) -> Tensor:
     """What keys within bounds (N, G, D) score at most with q (C, H, D), summed over each group's heads: float64 (G, C, N)."""
     asked = q.double().unflatten(1, (high.shape[1], -1))
     above, below = (part.sum(2).transpose(0, 1) for part in (asked.clamp(min=0), asked.clamp(max=0)))
-    return above @ high.double().permute(1, 2, 0) + below @ low.double().permute(1, 2, 0)
+    found: Tensor = above @ high.double().permute(1, 2, 0) + below @ low.double().permute(1, 2, 0)
+    return found
 
 
 def ranks(scores: Tensor) -> Tensor:
