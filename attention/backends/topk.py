@@ -228,9 +228,9 @@ class TopK(AttentionBackend):
             near = self.softmax.step_bytes(shape, self._seen(keys - 1), runs, logs=True)
         else:
             near = self.softmax.band_bytes(shape, queries, keys, options.window, 0, options.sinks)
-        new = queries // options.block if queries < keys else keys // options.block
-        bounds = 2 * new * shape.key_value_heads * shape.head_width * shape.itemsize
-        return max(near, answer + choosing) + logs + bounds
+        bounds = 2 * (queries // options.block) * shape.key_value_heads * shape.head_width * shape.itemsize
+        answering = max(near, answer + choosing) + logs
+        return answering + bounds if queries == keys else max(answering, answer + bounds)  # of a chunk they go into the state
 
 
 def _best(scores: Tensor, count: int) -> Tensor:

@@ -22,7 +22,7 @@ OPTIONS: dict[str, tuple[dict[str, Any], ...]] = {
     "topk": (
         {},
         {"block": 32, "blocks": 4, "window": 100},
-        {"block": 1, "sinks": 0},
+        {"block": 5, "sinks": 0},
         {"block": 64, "blocks": 64, "sinks": 200},
     ),
     "performer": ({}, {"hyperbolic": True}, {"features": 32}, {"local_chunk": 1000}, {"local_chunk": 64, "features": 64}),

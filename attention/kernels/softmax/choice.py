@@ -18,7 +18,8 @@ from attention.kernels.softmax import Blocks, Rows
 from attention.parts import spread
 from attention.shapes import HeadShape
 
-BYTES = 1 << 20  # of scores or of keys that stand at a time
+LOOK_BYTES, GATHER_BYTES = 4 << 20, 1 << 20  # of what stands at a time: of queries and bounds, of keys
+BLOCKS = 128  # whose bounds are widened at a time
 
 
 def choose(q: Tensor, bounds: Sequence[Pair], rows: Sequence[Rows], blocks: Blocks) -> Tensor:
@@ -27,7 +28,8 @@ def choose(q: Tensor, bounds: Sequence[Pair], rows: Sequence[Rows], blocks: Bloc
     table = torch.full((len(q), groups, blocks.best), -1, dtype=torch.int32, device=q.device)
     for first, last, position, source in rows:
         high, low = bounds[source]
-        for a, b in spread(first, last, _rows(16 * groups * blocks.behind(position + last - first - 1))):
+        candidates = blocks.behind(position + last - first - 1) - blocks.first
+        for a, b in spread(first, last, _together(LOOK_BYTES, _look_bytes(*q.shape[1:], groups, candidates))):
             _choose(q[a:b], high, low, position + a - first, blocks, table[a:b])
     return table
 
@@ -37,29 +39,34 @@ def _choose(q: Tensor, high: Tensor, low: Tensor, position: int, blocks: Blocks,
     first, end = blocks.first, blocks.behind(position + len(q) - 1)
     if first >= end:
         return
-    scores = bounding(q, high[first:end], low[first:end])  # (G, C, N)
+    keys = ranks(bounding(q, high[first:end], low[first:end]))  # (G, C, N)
     block = torch.arange(first, end, device=q.device)
     behind = torch.tensor([blocks.behind(position + i) for i in range(len(q))], device=q.device)
-    keys = (ranks(scores) << 32) | block
-    keys.masked_fill_(block >= behind[:, None], torch.iinfo(torch.int64).min)
+    keys.bitwise_left_shift_(32).bitwise_or_(block)
+    keys.masked_fill_(block >= behind[:, None], NONE)
     found = keys.topk(min(blocks.best, end - first), dim=-1).values.transpose(0, 1)
-    kept = torch.where(found == torch.iinfo(torch.int64).min, -1, found & 0xFFFFFFFF)
-    table[..., : kept.shape[-1]] = kept.to(torch.int32)
+    table[..., : found.shape[-1]] = torch.where(found == NONE, -1, found & 0xFFFFFFFF).to(torch.int32)
+
+
+NONE = torch.iinfo(torch.int64).min  # no rank with its block is as low
 
 
 def bounding(q: Tensor, high: Tensor, low: Tensor) -> Tensor:
-    """What keys within bounds (N, G, D) score at most with q (C, H, D), summed over each group's heads: float64 (G, C, N)."""
-    asked = q.double().unflatten(1, (high.shape[1], -1))
-    above, below = (part.sum(2).transpose(0, 1) for part in (asked.clamp(min=0), asked.clamp(max=0)))
-    found: Tensor = above @ high.double().permute(1, 2, 0) + below @ low.double().permute(1, 2, 0)
-    return found
+    """What keys within bounds (N, G, D) score at most with q (C, H, D), summed over each group's heads: float32 (G, C, N)."""
+    groups = high.shape[1]
+    asked = q.double().unflatten(1, (groups, -1))
+    above, below = (part.sum(2).transpose(0, 1) for part in (asked.clamp(min=0), asked.clamp_(max=0)))
+    scores = q.new_empty(groups, len(q), len(high), dtype=torch.float32)
+    for a, b in spread(0, len(high), BLOCKS):
+        scores[..., a:b] = above @ high[a:b].double().permute(1, 2, 0) + below @ low[a:b].double().permute(1, 2, 0)
+    return scores
 
 
 def ranks(scores: Tensor) -> Tensor:
-    """Whole numbers of 32 bits in the order of the scores, NaN above all others."""
-    number = (scores.float() + 0.0).view(torch.int32)
-    order = number ^ ((number >> 31) & 0x7FFFFFFF)
-    return torch.where(scores.isnan(), 0x7FFFFFFF, order).long()
+    """Whole numbers of 32 bits, int64, in the order of float32 scores, NaN above all others."""
+    number = (scores + 0.0).view(torch.int32)  # -0 is 0
+    order = number.bitwise_xor_((number >> 31).bitwise_and_(0x7FFFFFFF))
+    return order.masked_fill_(scores.isnan(), 0x7FFFFFFF).long()
 
 
 def chosen(
@@ -75,7 +82,7 @@ def chosen(
     for first, last, position, source in rows:
         keys, values = sequences[source]
         entry = keys.shape[1] * keys.shape[2] * blocks.best * blocks.size * keys.itemsize
-        for a, b in spread(first, last, _rows(entry)):
+        for a, b in spread(first, last, _together(GATHER_BYTES, entry)):
             _answer(q[a:b], keys, values, position + a - first, blocks, table[a:b], out[a:b], log_total[a:b])
 
 
@@ -111,18 +118,23 @@ def _places(table: Tensor, position: int, blocks: Blocks) -> tuple[Tensor, Tenso
     return place, (place < blocks.sinks) | (place < 0) | (place >= near[:, None, None])
 
 
-def _rows(entry_bytes: int) -> int:
+def _together(most: int, entry_bytes: int) -> int:
     """Queries whose entries stand at a time."""
-    return max(1, min(512, BYTES // max(1, entry_bytes)))
+    return max(1, min(512, most // entry_bytes))
+
+
+def _look_bytes(heads: int, width: int, groups: int, candidates: int) -> int:
+    """What a query that looks at so many blocks takes: in float64 itself, its parts and products, and the ranks."""
+    return 16 * (width * (heads + groups) + groups * min(candidates, BLOCKS)) + 17 * groups * candidates
 
 
 def chosen_bytes(shape: HeadShape, queries: int, blocks: Blocks, candidates: int) -> int:
     """`Softmax.chosen_bytes`."""
-    groups, size, keys = shape.key_value_heads, shape.itemsize, blocks.best * blocks.size
-    table = queries * groups * blocks.best * 4
-    rows = min(queries, _rows(16 * groups * candidates))
-    ranking = rows * groups * candidates * 40
-    rows = min(queries, _rows(groups * shape.head_width * keys * size))
-    gathered = 2 * rows * groups * keys * shape.head_width * size
-    scores = rows * shape.query_heads * keys * (2 * max(size, 4) + size)
-    return table + max(ranking, gathered + scores)
+    heads, groups, width, size = shape.query_heads, shape.key_value_heads, shape.head_width, shape.itemsize
+    look = _look_bytes(heads, width, groups, candidates)
+    looking = min(queries, _together(LOOK_BYTES, look)) * look + 8 * min(candidates, BLOCKS) * groups * width
+    keys = blocks.best * blocks.size
+    rows = min(queries, _together(GATHER_BYTES, groups * width * keys * size))
+    wide = max(size, 4)
+    gathering = rows * keys * (groups * width * size + heads * (wide + size))
+    return queries * groups * blocks.best * 4 + max(looking, gathering)
