@@ -1,7 +1,7 @@
 """Which layers of the model must see far: needle recall and bits per byte by layer, and the cheapest plan that keeps enough.
 
-A plan gives each layer one of two backends, near (a window) or far (dense, or topk); it is served as the backend `layered`.
-Each layer is measured far alone, and near alone. Then, from near everywhere, the layer that brings most becomes far, until recall
+A plan gives each layer one of two backends, near (a window) or far (dense, topk); it is served as the backend `layered`. Each
+layer is measured far alone, and near alone. Then, from near everywhere, the layer that brings most becomes far, until recall
 and bits are within the budget of those with all layers far; what a later layer made needless becomes near again.
 
     python -m service.training.layers --far '{"topk": {}}' --recall 0.95 --bits 0.005

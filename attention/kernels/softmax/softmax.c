@@ -1,8 +1,8 @@
 /* Softmax attention: the score of a key never leaves the core that computed it.
  *
- * The functions behind `native.py`: `attend` answers blocks of queries over runs of keys, `step` one
- * query per head of many sequences over their histories; `choose` finds the best blocks of keys of
- * each query and `chosen` adds them to what it has met. Plain C on pointers and
+ * The functions behind `native.py`: `attend` answers blocks of queries over runs of keys, `step`
+ * one query per head of many sequences over their histories; `choose` finds the best blocks of keys
+ * of each query and `chosen` adds them to what it has met. Plain C on pointers and
  * strides, float32 or bfloat16 in and out, float32 between; built at install, without a compiler at
  * run time. What they are given is checked first.
  *
@@ -591,7 +591,7 @@ const char *step(const Step *c, const History *histories, int64_t count, int64_t
 #define ASKING 48   /* queries of a task */
 #define BEST 256    /* blocks that one of them chooses, at most */
 #define COLUMNS 128 /* blocks of keys that are packed together */
-#define QUEUE 8     /* runs of up to 16 keys: half of them wait for memory while the others are met */
+#define QUEUE 8 /* runs of up to 16 keys: half of them wait for memory while the others are met */
 
 /* The last block behind the window of the query at a position, itself not counted. Slow reading:
  * `Blocks.behind`. */
@@ -615,16 +615,14 @@ INLINE void part(const int wide, int64_t rows, int64_t words, const char *q, int
 INLINE __m512i ranks(__m512 s) {
     const __m512i largest = _mm512_set1_epi32(0x7fffffff),
                   x = _mm512_castps_si512(_mm512_add_ps(s, _mm512_setzero_ps())); /* -0 is 0 */
-    const __m512i found =
-        _mm512_xor_si512(x, _mm512_and_si512(_mm512_srai_epi32(x, 31), largest));
+    const __m512i found = _mm512_xor_si512(x, _mm512_and_si512(_mm512_srai_epi32(x, 31), largest));
     return _mm512_mask_blend_epi32(_mm512_cmp_ps_mask(s, s, _CMP_UNORD_Q), found, largest);
 }
 
 /* Slow reading: `torch.min`. */
 INLINE int64_t lowest(const int64_t *held, int64_t room) {
     __m512i low = _mm512_loadu_si512(held);
-    for (int64_t j = 8; j < room; j += 8)
-        low = _mm512_min_epi64(low, _mm512_loadu_si512(held + j));
+    for (int64_t j = 8; j < room; j += 8) low = _mm512_min_epi64(low, _mm512_loadu_si512(held + j));
     return _mm512_reduce_min_epi64(low);
 }
 
@@ -668,8 +666,7 @@ INLINE void choose_rows(const int wide, const int64_t width, const Choice *c, co
                   count = rows->last - rows->first, room = (c->best + 7) & ~7,
                   first = c->sinks / c->block, end = behind(c, rows->position + count - 1);
     const Source *bounds = sources + rows->source;
-    for (int64_t i = 0; i < count * room; i++)
-        held[i] = i % room < c->best ? INT64_MIN : INT64_MAX;
+    for (int64_t i = 0; i < count * room; i++) held[i] = i % room < c->best ? INT64_MIN : INT64_MAX;
     for (int64_t at = first + (end - first - 1) / COLUMNS * COLUMNS; first < end && at >= first;
          at -= COLUMNS) {
         const int64_t n = least(COLUMNS, end - at), whole = (n + 15) & ~15;
@@ -681,8 +678,8 @@ INLINE void choose_rows(const int wide, const int64_t width, const Choice *c, co
             const int64_t some = least(TILE, count - i);
             for (int64_t h = 0; h < ratio; h++) {
                 part(wide, some, words,
-                     c->q.at + ((rows->first + i) * c->q.row + (group * ratio + h) * c->q.head) *
-                                   size,
+                     c->q.at +
+                         ((rows->first + i) * c->q.row + (group * ratio + h) * c->q.head) * size,
                      c->q.row * size, above, below);
                 tile_products(wide, some, whole, words, (const char *)above, 4 * words, 4, high,
                               COLUMNS, s[0], COLUMNS, h ? ones : 0);
@@ -751,8 +748,7 @@ INLINE void chosen_rows(const int wide, const int64_t width, const Choice *c, co
                 memcpy(n, n + QUEUE / 2, sizeof(int64_t) * waiting);
             }
         }
-        if (waiting)
-            meet(wide, width, c, source, row, group, at, n, waiting, sums, tops, totals);
+        if (waiting) meet(wide, width, c, source, row, group, at, n, waiting, sums, tops, totals);
         for (int64_t h = 0; h < ratio && (waiting || met); h++) {
             const int64_t head = group * ratio + h;
             const float old = c->log_total[row * c->heads + head], top = fmaxf(old, tops[h]);
