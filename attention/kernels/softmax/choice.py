@@ -55,7 +55,7 @@ def bounding(q: Tensor, high: Tensor, low: Tensor) -> Tensor:
     """What keys within bounds (N, G, D) score at most with q (C, H, D), summed over each group's heads: float32 (G, C, N)."""
     groups = high.shape[1]
     asked = q.double().unflatten(1, (groups, -1))
-    above, below = (part.sum(2).transpose(0, 1) for part in (asked.clamp(min=0), asked.clamp_(max=0)))
+    above, below = (part.sum(2).transpose(0, 1) for part in (asked.clamp(min=0), asked.clamp(max=0)))
     scores = q.new_empty(groups, len(q), len(high), dtype=torch.float32)
     for a, b in spread(0, len(high), BLOCKS):
         scores[..., a:b] = above @ high[a:b].double().permute(1, 2, 0) + below @ low[a:b].double().permute(1, 2, 0)
