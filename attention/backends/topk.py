@@ -115,6 +115,10 @@ class TopK(AttentionBackend):
         chosen.scatter_(-1, table.where(table >= 0, len(high)), True)
         return chosen.transpose(0, 1)
 
+    def choices(self, q: Tensor, k: Tensor) -> Tensor:
+        """The blocks that each query of a whole sequence chooses, int32 (T, G, blocks); -1 where there are no more."""
+        return self.softmax.choose(q, [self._bounds(k)], [(0, len(q), 0, 0)], self.blocks)
+
     def attend_sequence(self, q: Tensor, k: Tensor, v: Tensor, causal: bool, out: Tensor) -> Parts:
         return self._answer(q, k, v, self._bounds(k), 0, out)
 

@@ -57,7 +57,7 @@ def sees(backend: AttentionBackend, i: int, j: int, length: int, causal: bool) -
 
 def _chosen(backend: Any, q: Tensor, k: Tensor) -> list[list[Array]]:
     """The keys of the blocks that each position chooses for each group of heads."""
-    table = backend.softmax.choose(q, [backend._bounds(k)], [(0, len(q), 0, 0)], backend.blocks).tolist()
+    table = backend.choices(q, k).tolist()
     queries, keys, size = q.double().numpy(), k.double().numpy(), backend.options.block
     group = queries.shape[1] // keys.shape[1]
     found = []

@@ -37,17 +37,12 @@ IMPLS = pytest.mark.parametrize("impl", ["torch", "native"])
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 
 
-def table(backend: TopK, q: Tensor, k: Tensor) -> Tensor:
-    """The blocks that each query of a whole sequence chooses, (n, G, blocks)."""
-    return backend.softmax.choose(q, [backend._bounds(k)], [(0, len(q), 0, 0)], backend.blocks)
-
-
 @IMPLS
 @DTYPES
 def test_a_query_chooses_the_blocks_whose_bounds_are_largest_of_those_behind_its_window(dtype: torch.dtype, impl: str) -> None:
     backend = made(HeadShape(6, 2, 32, dtype), impl=impl)
     q, k, _ = tokens(backend.shape, 400)
-    found = table(backend, q, k)
+    found = backend.choices(q, k)
     for i in (0, 20, 21, 28, 29, 100, 399):
         for g in range(2):
             blocks = [b for b in range(50) if 8 * b < i - 20]
@@ -98,7 +93,7 @@ def test_of_blocks_with_equal_bounds_the_later_ones_are_chosen(dtype: torch.dtyp
     k[:] = k[:8].repeat(38, 1, 1)[:300]
     for i in (60, 299):
         last = -(-(i - 20) // 8)
-        assert sorted(table(backend, q, k)[i, 0].tolist()) == [last - 3, last - 2, last - 1]
+        assert sorted(backend.choices(q, k)[i, 0].tolist()) == [last - 3, last - 2, last - 1]
 
 
 @IMPLS
@@ -106,7 +101,7 @@ def test_a_choice_is_the_same_whole_in_chunks_and_in_steps(impl: str) -> None:
     backend = made(HeadShape(4, 2, 64, torch.bfloat16), impl=impl)
     q, k, _ = tokens(backend.shape, 700)
     bounds = backend._bounds(k)
-    whole = table(backend, q, k).sort().values
+    whole = backend.choices(q, k).sort().values
     for first, last in ((0, 61), (61, 62), (62, 699), (699, 700)):
         part = backend.softmax.choose(q[first:last], [bounds], [(0, last - first, first, 0)], backend.blocks)
         assert torch.equal(part.sort().values, whole[first:last])
