@@ -29,7 +29,7 @@ def choose(q: Tensor, bounds: Sequence[Pair], rows: Sequence[Rows], blocks: Bloc
     for first, last, position, source in rows:
         high, low = bounds[source]
         candidates = blocks.behind(position + last - first - 1) - blocks.first
-        for a, b in spread(first, last, _together(LOOK_BYTES, _look_bytes(*q.shape[1:], groups, candidates))):
+        for a, b in spread(first, last, _together(LOOK_BYTES, _look_bytes(q.shape[1], q.shape[2], groups, candidates))):
             _choose(q[a:b], high, low, position + a - first, blocks, table[a:b])
     return table
 
