@@ -19,12 +19,7 @@ OPTIONS: dict[str, tuple[dict[str, Any], ...]] = {
     "longformer": ({"global_tokens": 64}, {"window": 5, "global_tokens": 0}, {"global_tokens": 600}),
     "bigbird": ({}, {"global_blocks": 1, "closing_blocks": 1}, {"block": 16, "random_blocks": 0}, {"block": 100}),
     "chunked": ({}, {"chunk": 100}),
-    "topk": (
-        {},
-        {"block": 32, "blocks": 4, "window": 100},
-        {"block": 5, "sinks": 0},
-        {"block": 64, "blocks": 64, "sinks": 200},
-    ),
+    "topk": ({}, {"block": 32, "blocks": 4, "window": 100}),
     "performer": ({}, {"hyperbolic": True}, {"features": 32}, {"local_chunk": 1000}, {"local_chunk": 64, "features": 64}),
 }
 PLAIN = [(name, options) for name in names() for options in OPTIONS.get(name, ({},))]
