@@ -41,6 +41,7 @@ from attention.peers import (
     Call,
     Peer,
     flex,
+    flex_chosen,
     linear_attention_transformer,
     local_attention,
     performer_pytorch,
@@ -86,6 +87,7 @@ CONTESTS = (
         DTYPES,
     ),
     Contest("sliding_window", BAND, True, {"local-attention": local_attention}),
+    Contest("topk", {}, True, {"torch SDPA, dense": sdpa, "flex_attention, compiled": flex_chosen}),
     Contest(
         "longformer",
         {"window": WINDOW, "global_tokens": GLOBALS},
@@ -178,7 +180,7 @@ def fastest(peer: Peer, tokens: int, causal: bool) -> tuple[Call, torch.dtype]:
         except RuntimeError as error:
             print(f"  {dtype} left out: {str(error).splitlines()[0]}")
             continue
-        calls.append((seconds(call) if first < LONG or peer is flex else first, call, dtype))
+        calls.append((seconds(call) if first < LONG or peer in (flex, flex_chosen) else first, call, dtype))
     _, call, dtype = min(calls, key=lambda entry: entry[0])
     return call, dtype
 
@@ -253,7 +255,7 @@ def decode_step(backend: AttentionBackend, past: int, sequences: int, together: 
     backend.extend(q, k, v, Segments(ones), pool, 0, slots)
     for slot in slots:  # a state as of a long history, without its prefill
         for name, tensor in pool.tensors(slot).items():
-            if name in ("k", "v"):
+            if name in ("k", "v", "high", "low"):
                 tensor.normal_()
         pool.pretend(slot, past)
 
@@ -283,7 +285,7 @@ def show_decode() -> None:
     print("\ndecode: microseconds of a step of one layer (bf16)")
     print(f"  {'':15} {'1k':>8} {'64k':>8}    {'32 at 1k':>8} {'one by one':>10}")
     options: dict[str, dict[str, int]] = {"dense": {}, "sliding_window": {"window": 512}, "chunked": {"chunk": 512}}
-    for name, chosen in (options | {"bigbird": {}, "performer": {}, "linear": {}}).items():
+    for name, chosen in (options | {"topk": {}, "bigbird": {}, "performer": {}, "linear": {}}).items():
         backend = build(name, chosen, HeadShape(HEADS, HEADS, WIDTH, torch.bfloat16))
         cases = ((1023, 1), (65535, 1), (1023, 32), (1023, 32, False))
         short, long, many, each = (decode_step(backend, *case) * 1e6 for case in cases)

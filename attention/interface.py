@@ -56,7 +56,7 @@ class AttentionBackend(ABC):
     """
 
     Options: ClassVar[type[BackendOptions]]
-    exact: ClassVar[bool] = True
+    exact: bool = True
     impl: str = "torch"
     packed: Mapping[bool, Callable[[Tensor, Tensor, Tensor, Segments], Tensor]] = MappingProxyType({})
     score_cap: float | None = None

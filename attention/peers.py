@@ -11,8 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from attention import HeadShape, build
+from attention.backends.topk import TopK
+
 HEADS, WIDTH = 8, 64
 WINDOW, GLOBALS, BLOCK, CHUNK, FEATURES = 256, 64, 64, 512, 256
+MASK = 128  # rows and columns of a block of flex_attention's masks
 Call = Callable[[], Tensor]
 Peer = Callable[[Tensor, Tensor, Tensor, bool], Call]  # (T, H, D) three times and causal, to a call that answers
 
@@ -39,6 +43,32 @@ def flex(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Call:
         return (i - j).abs() <= WINDOW
 
     mask = create_block_mask(near, None, None, len(q), len(q), device="cpu")
+    compiled = torch.compile(flex_attention)
+    q, k, v = batched(q), batched(k), batched(v)
+    return lambda: compiled(q, k, v, block_mask=mask)
+
+
+def flex_chosen(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Call:
+    """The keys that `topk` sees at its defaults, as a mask. What makes it, as what chooses, is left out."""
+    from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+    backend = build("topk", {}, HeadShape(HEADS, HEADS, WIDTH, q.dtype))
+    assert isinstance(backend, TopK)
+    options, tokens = backend.options, len(q)
+    table = backend.choices(q, k).long().transpose(0, 1)  # (H, T, blocks)
+    chosen = torch.zeros(HEADS, tokens, tokens // options.block + 1, dtype=torch.bool)
+    chosen.scatter_(-1, table.where(table >= 0, chosen.shape[-1] - 1), True)
+    chosen[..., -1] = False  # where those fell that are none
+
+    def seen(batch: Tensor, head: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        by_place = (i - j <= options.window) | (j < options.sinks)
+        return (j <= i) & (by_place | chosen[head, i, j // options.block])
+
+    at = torch.arange(0, tokens, MASK)
+    by_place = (at[:, None] >= at) & ((at[:, None] - at < options.window + MASK) | (at < options.sinks))
+    wide = chosen[..., :-1].view(HEADS, len(at), MASK, len(at), -1).any(-1).any(2) | by_place  # (H, rows, columns) of the mask
+    indices = wide.int().argsort(dim=-1, descending=True, stable=True).int()
+    mask = BlockMask.from_kv_blocks(wide.sum(-1, dtype=torch.int32)[None], indices[None], BLOCK_SIZE=MASK, mask_mod=seen)
     compiled = torch.compile(flex_attention)
     q, k, v = batched(q), batched(k), batched(v)
     return lambda: compiled(q, k, v, block_mask=mask)

@@ -24,6 +24,7 @@ SMALL: Mapping[str, Mapping[str, Any]] = {
     "longformer": {"window": 4, "global_tokens": 2},
     "bigbird": {"block": 2, "global_blocks": 1, "random_blocks": 2},
     "chunked": {"chunk": 8},
+    "topk": {"block": 2, "blocks": 2, "window": 4, "sinks": 1},
     "performer": {"features": 64},
 }
 

@@ -66,17 +66,13 @@ def check(backend: AttentionBackend, seed: int = 0, max_length: int = MOST) -> T
 
 
 @torch.inference_mode()
-def checking(backend: AttentionBackend, seed: int = 0, max_length: int = MOST, causal: bool = True) -> Checking:
-    """`check` of what a service asks for alone, in parts: `extend` for a decoder, whole sequences both ways for an encoder."""
+def checking(backend: AttentionBackend, seed: int = 0, max_length: int = MOST, *, causal: bool = True) -> Checking:
+    """`check` of what a service asks for alone, in parts: `extend` of a causal backend, whole sequences of one both ways."""
     longest = _longest(backend, max_length)
     segments = _segments(longest)
     q, k, v = _input(backend, segments.total, seed)
     yield
-    if causal:
-        answer = yield from _extended(backend, q, k, v, segments)
-    else:
-        answer = backend.attend(q, k, v, segments, causal=False)
-        yield
+    answer = yield from (_extended if causal else _attended)(backend, q, k, v, segments)
     wanted = yield from _wanted(backend, q, k, v, segments, causal)
     return Truth(_distance(answer, wanted), BOUNDS[backend.shape.dtype], _uncovered(backend, longest, max_length))
 
@@ -126,6 +122,14 @@ def _distance(answer: Tensor, wanted: dict[int, Tensor]) -> float:
 
 def _nan_last(error: float) -> tuple[bool, float]:
     return error != error, error
+
+
+def _attended(backend: AttentionBackend, q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Generator[None, None, Tensor]:
+    """The whole batch both ways."""
+    answer = torch.empty_like(q)
+    for start, end, _ in segments.spans():
+        yield from backend.attend_sequence(q[start:end], k[start:end], v[start:end], False, answer[start:end])
+    return answer
 
 
 def _extended(backend: AttentionBackend, q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Generator[None, None, Tensor]:

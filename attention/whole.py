@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from attention.interface import AttentionBackend
-from attention.layered import Layered
+from attention.layered import PerLayer
 from attention.parts import Parts
 from attention.pool import StatePool, StateTensor
 from attention.shapes import Cost, Segments
@@ -28,7 +28,7 @@ class Whole(AttentionBackend):
             raise ValueError(f"{inner.name} is causal only, and an encoder sees both sides")
         super().__init__(inner.options, inner.shape)
         self.inner = inner
-        self.impl, self.exact = inner.impl, inner.exact  # type: ignore[misc]
+        self.impl, self.exact = inner.impl, inner.exact
         self.score_cap, self.score_bias = inner.score_cap, inner.score_bias
 
     @property
@@ -88,7 +88,7 @@ class Whole(AttentionBackend):
 
 def whole(backend: AttentionBackend) -> AttentionBackend:
     """A backend as encoders are served by it; `native` layer by layer. Raises ValueError for one that is causal only."""
-    if not isinstance(backend, Layered):
+    if not isinstance(backend, PerLayer):
         return Whole(backend)
     kinds = {kind: Whole(kind) for kind in backend.counts}
     made = copy.copy(backend)

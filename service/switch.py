@@ -236,10 +236,8 @@ class Switch:
 
     async def _verdict(self, backend: AttentionBackend, host: Slices) -> truth.Truth:
         """The worst verdict on the kinds of layers that a backend has, told to the metrics."""
-        verdicts = [
-            await host.beside(truth.checking(kind, max_length=self._max_length, causal=self._is_causal))
-            for kind in attention.shares(backend)
-        ]
+        check = partial(truth.checking, max_length=self._max_length, causal=self._is_causal)
+        verdicts = [await host.beside(check(kind)) for kind in attention.shares(backend)]
         worst = max(verdicts, key=lambda verdict: (not verdict.passed, verdict.error))
         self._metrics.truth(backend.name, worst.error, worst.bound)
         return replace(worst, uncovered="; ".join(filter(None, (verdict.uncovered for verdict in verdicts))))

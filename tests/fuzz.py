@@ -68,6 +68,12 @@ OPTIONS: dict[str, dict[str, tuple[Any, ...]]] = {
         "seed": (0, 3, *HUGE),
     },
     "linear": {},
+    "topk": {
+        "block": (1, 5, 16, 17, 64, 129, *HUGE),
+        "blocks": (1, 2, 16, 256, *HUGE),
+        "window": (16, 64, 127, 129, 300, *HUGE),
+        "sinks": (0, 1, 4, 130, *HUGE),
+    },
 }
 
 

@@ -65,6 +65,14 @@ def test_the_shipped_file_is_valid_and_ray_serve_takes_it() -> None:
         (at(*SWITCH, "backends", "sliding_window", value={"window": -1}), ("sliding_window.window", "-1")),
         (at(*SWITCH, "backends", "performer", value={"features": "many"}), ("performer.features", "many")),
         (at(*SWITCH, "default", value="longformer"), ("attention", "dense, sliding_window, performer", "'longformer'")),
+        (
+            at(*SWITCH, "backends", "topk", value={"block": 32, "window": 16}),
+            ("topk", "block must be at most the window of 16"),
+        ),
+        (
+            at(*SWITCH, "backends", "layered", value={"layers": {"0": {}, "2": {}}}),
+            ("layered.layers", "layer 1 has no backend"),
+        ),
         (at(*SWITCH, "backends", value={}), ("attention.backends", "at least 1")),
         (at("http_options", "port", value=70000), ("http_options.port", "65535", "70000")),
         (at(*APP, "args", "threads", value=0), ("args.threads", "greater than 0", "0")),

@@ -142,7 +142,7 @@ def lane_for(
     key = json.dumps(backend.describe(), sort_keys=True, default=str)
     lines = profile.recall(key, 2 * len(kinds))
     if lines is None:
-        measured = yield from measure_attention(serving, longest if is_causal else min(longest, chunk), chunk, is_causal)
+        measured = yield from measure_attention(serving, longest, chunk, has_history=is_causal)
         lines = [line for kind in kinds for line in (measured[kind].many, measured[kind].one)]
         profile.keep(key, lines)
     attending = dict(zip(kinds, map(Attending, lines[::2], lines[1::2]), strict=True))

@@ -82,8 +82,8 @@ def measure_model(model: Transformer, tokens: int = 256) -> Ramp:
         positions = torch.arange(count, device=model.device) % model.config.max_length
 
         def compute() -> Iterator[None]:
-            hidden = model.hidden(ids, positions, lambda layer, q, k, v: q)[-1:]
-            (model.logits(hidden) if model.config.is_causal else hidden)[0, 0].item()  # which waits for an accelerator
+            last = model.hidden(ids, positions, lambda layer, q, k, v: q)[-1:]
+            (model.logits(last) if model.config.is_causal else last)[0, 0].item()  # which waits for an accelerator
             yield
 
         return compute
@@ -114,8 +114,8 @@ def measure_attention(
 def _measure_layer(backend: AttentionBackend, max_length: int, chunk: int, has_history: bool) -> Measuring[Attending]:
     """Time one layer's `extend` for one token without history, and for one and a chunk at the end of a long sequence."""
     shape = backend.shape
-    tokens = min(chunk, max_length) if has_history else max_length
-    history = min(PROBE_HISTORY, max_length - tokens)
+    tokens = min(chunk, max_length)
+    history = min(PROBE_HISTORY, max_length - tokens) if has_history else 0
     pool = backend.new_pool(1, backend.state_bytes(history + tokens))
     slot = pool.allocate(history + tokens)
     for tensor in pool.tensors(slot).values():
@@ -134,11 +134,11 @@ def _measure_layer(backend: AttentionBackend, max_length: int, chunk: int, has_h
         return extend
 
     points = []
-    for count, past in ((1, 0), (tokens, history), (1, history + tokens - 1) if has_history else (tokens, history)):
+    for count, past in ((1, 0), (tokens, history), (1, history + tokens - 1 if has_history else 0)):
         seconds = yield from _seconds(run(count, past))
         points.append((backend.cost(count, count + past, causal=True).flops, seconds))
     least, many, one = points
-    return Attending(Ramp.through(least, many), Ramp.through(least, one))
+    return Attending(Ramp.through(least, many), Ramp.through(least, one if has_history else many))
 
 
 def row_multiple(model: Transformer, rows: int = 512) -> int | None:

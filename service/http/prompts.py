@@ -91,9 +91,9 @@ async def _drawing(body: DrawnBody, host: Host, call: Call) -> Request:
 
 async def prefix_request(body: PrefixBody, host: Host, call: Call) -> Request:
     """The request of a prompt, or of a conversation as far as its own messages go. Raises InvalidRequest."""
-    check_task("completion", host.card.tasks)
     asked = Request(call.id, "completion", (), deadline=call.deadline, trace=call.trace, owner=call.owner)
     asked = _attended(asked, body, host, call)
+    check_task("completion", host.card.tasks)
     if body.prompt is not None:
         return (await _requests(asked, "prompt", [body.prompt], body.with_special_tokens, None, host, call))[0]
     messages, options = [each.plain() for each in body.messages or ()], body.chat_template_kwargs or {}
@@ -110,9 +110,8 @@ async def embedding_requests(body: EmbeddingBody, host: Host, call: Call) -> lis
     if (body.dimensions or 0) > host.card.width:
         message = f"an embedding has {host.card.width} dimensions, received {body.dimensions}"
         raise InvalidRequest(message, param="dimensions")
-    asked = Request(call.id, "embedding", (), deadline=call.deadline, trace=call.trace)
-    asked = _attended(asked, body, host, call)
-    asked.pooling, asked.is_ended = body.pooling, body.normalize
+    asked = Request(call.id, "embedding", (), deadline=call.deadline, trace=call.trace, pooling=body.pooling)
+    asked = replace(_attended(asked, body, host, call), is_ended=body.normalize)
     room = None if body.truncate is None else Room(host.card.max_length, body.truncate)
     return await _requests(asked, "input", _prompted(body, host), body.with_special_tokens, room, host, call)
 
@@ -164,9 +163,9 @@ async def _paired(asked: Request, pair: tuple[str, str], room: Room | None, host
 
 def _scoring(body: ScoredBody | EmbeddingBody, host: Host, call: Call) -> tuple[Request, Room | None]:
     """The request of a body that a classifier answers, its text left out, and the room for one."""
-    check_task("classification", host.card.tasks)
     asked = Request(call.id, "classification", (), deadline=call.deadline, trace=call.trace)
     asked = _attended(asked, body, host, call)
+    check_task("classification", host.card.tasks)
     asked.is_ended = body.use_activation if isinstance(body, ScoredBody) else None
     return asked, None if body.truncate is None else Room(host.card.max_length, body.truncate)
 

@@ -75,8 +75,8 @@ class Subject:
         self.eos: int = self.tokenizer.eos_id
 
     def attend(self, backend: str, segments: Segments) -> Attend:
-        chosen = self.backends[backend]
-        return lambda _, q, k, v: chosen.attend(q, k, v, segments, causal=True)
+        layers = attention.layers_of(self.backends[backend], self.core.config.num_hidden_layers)
+        return lambda layer, q, k, v: layers[layer].attend(q, k, v, segments, causal=True)
 
     def hidden(self, backend: str, sequences: Sequence[Tensor]) -> Tensor:
         """Last hidden states of sequences, packed: (T, C)."""
@@ -85,6 +85,23 @@ class Subject:
 
     def log_probabilities(self, hidden: Tensor) -> Tensor:
         return F.log_softmax(self.core.logits(hidden), dim=-1)
+
+
+def encoded(model: Subject, modules: Sequence[corpus.Module]) -> list[int]:
+    """The tokens of modules, one behind the other, an end-of-text token in front of each."""
+    return [token for module in modules for token in (model.eos, *model.tokenizer.encode(module.text))]
+
+
+def cut(model: Subject, tokens: Sequence[int], most: int | None) -> tuple[Tensor, int]:
+    """The first `most` tokens, all where that is None, and how many bytes of text they are."""
+    stream = tokens[:most]
+    return torch.tensor(stream), sum(len(model.tokenizer.token_bytes(token)) for token in stream if token != model.eos)
+
+
+def held_out(model: Subject, most: int | None) -> tuple[Tensor, int]:
+    """`cut` of the held-out text."""
+    _, modules = corpus.split(list(corpus.modules()))
+    return cut(model, encoded(model, modules), most)
 
 
 def bits_per_byte(model: Subject, backend: str, stream: Tensor, size: int, context: int) -> float:
@@ -201,14 +218,12 @@ def by_backend(model: Subject, columns: Sequence[int], measure: Callable[[str, i
 @torch.inference_mode()
 def evaluate(model: Subject, extent: Extent) -> dict[str, object]:
     """Measure, print the tables, return the figures of the JSON line."""
-    _, held_out = corpus.split(list(corpus.modules()))
-    text = b"".join(module.text.encode() for module in held_out)
+    _, modules = corpus.split(list(corpus.modules()))
+    text = b"".join(module.text.encode() for module in modules)
     xz = 8 * len(lzma.compress(text, preset=9 | lzma.PRESET_EXTREME)) / len(text)
-    eos = model.eos
-    tokens = [token for module in held_out for token in (eos, *model.tokenizer.encode(module.text))]
-    stream = torch.tensor(tokens[: extent.tokens])
-    size = sum(len(model.tokenizer.token_bytes(token)) for token in stream.tolist() if token != eos)
-    print(f"held out: {len(held_out)} modules, {len(text)} bytes, {len(tokens)} tokens")
+    tokens = encoded(model, modules)
+    stream, size = cut(model, tokens, extent.tokens)
+    print(f"held out: {len(modules)} modules, {len(text)} bytes, {len(tokens)} tokens")
     print(f"scored: {size} bytes, {len(stream)} tokens")
     print(f"xz -9e of all of it as one file: {xz:.4f} bits per byte")
 

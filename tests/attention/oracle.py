@@ -1,7 +1,8 @@
 """Attention from the definitions alone, in float64 and plain loops: what each backend and its paper say, none of our code.
 
-Of a backend only its options and, for performer, the rows that it drew are taken. All weights are kept as logarithms, so no
-norm is too large. Cost O(n^2) steps of Python: for sequences of some hundred tokens.
+Of a backend only its options are taken, for performer the rows that it drew, and for topk which it chose of blocks that
+float32 cannot tell apart. All weights are kept as logarithms, so no norm is too large. Cost O(n^2) steps of Python: for
+sequences of some hundred tokens.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch import Tensor
 from attention import AttentionBackend
 
 Array = NDArray[np.float64]
-KNOWN = ("bigbird", "chunked", "dense", "linear", "longformer", "performer", "sliding_window")  # written down here
+KNOWN = ("bigbird", "chunked", "dense", "linear", "longformer", "performer", "sliding_window", "topk")  # written down here
 
 
 def answer(backend: AttentionBackend, q: Tensor, k: Tensor, v: Tensor, *, causal: bool) -> Array:
@@ -27,9 +28,11 @@ def answer(backend: AttentionBackend, q: Tensor, k: Tensor, v: Tensor, *, causal
     found = np.zeros_like(queries)
     group = queries.shape[1] // keys.shape[1]
     weighers = [_weigher(backend, keys[:, head]) for head in range(keys.shape[1])]
+    chosen = _chosen(backend, q, k) if backend.name == "topk" else None
     for i in range(len(queries)):
-        seen = np.array([j for j in range(i + 1 if causal else len(queries)) if sees(backend, i, j, len(queries), causal)])
-        for head in range(queries.shape[1] if len(seen) else 0):
+        by_place = np.array([j for j in range(i + 1 if causal else len(queries)) if sees(backend, i, j, len(queries), causal)])
+        for head in range(queries.shape[1] if len(by_place) else 0):
+            seen = by_place if chosen is None else np.union1d(by_place, chosen[i][head // group])
             logs = weighers[head // group](i, queries[i, head], seen)
             weights = np.exp(logs - logs.max())
             found[i, head] = weights @ values[seen, head // group] / weights.sum()
@@ -40,7 +43,7 @@ def sees(backend: AttentionBackend, i: int, j: int, length: int, causal: bool) -
     """Whether the query at position i sees the key at position j <= i, or any j where not causal."""
     options: Any = backend.options
     match backend.name:
-        case "sliding_window":
+        case "sliding_window" | "topk":
             return abs(i - j) <= options.window or (j < options.sinks and j <= i)
         case "longformer":
             return abs(i - j) <= options.window or min(i, j) < options.global_tokens
@@ -50,6 +53,31 @@ def sees(backend: AttentionBackend, i: int, j: int, length: int, causal: bool) -
             length = i + 1 if causal else length  # a causal answer is that of the sequence as it stood when the token came
             return j // options.block in bigbird_blocks(options, i // options.block, -(-length // options.block))
     return True
+
+
+def _chosen(backend: Any, q: Tensor, k: Tensor) -> list[list[Array]]:
+    """The keys of the blocks that each position chooses for each group of heads."""
+    table = backend.choices(q, k).tolist()
+    queries, keys, size = q.double().numpy(), k.double().numpy(), backend.options.block
+    group = queries.shape[1] // keys.shape[1]
+    found = []
+    for i, rows in enumerate(table):
+        blocks = [
+            b for b in range(len(k) // size) if backend.options.sinks // size <= b and b * size < i - backend.options.window
+        ]
+        found.append([])
+        for g, row in enumerate(rows):
+            heads = queries[i, g * group : (g + 1) * group]
+            whole = [keys[b * size : (b + 1) * size, g] for b in blocks]
+            products = [np.maximum(heads * part.max(0), heads * part.min(0)) for part in whole]
+            bounds = {b: terms.sum() for b, terms in zip(blocks, products, strict=True)}
+            rounding = max([1e-30, *(np.abs(heads * np.abs(part).max(0)).sum() for part in whole)]) * 2.0**-18
+            own = [b for b in row if b >= 0]
+            assert len(set(own)) == len(own) == min(backend.options.blocks, len(blocks)) and set(own) <= set(blocks)
+            others = [bounds[b] for b in blocks if b not in own]
+            assert min([np.inf, *(bounds[b] for b in own)]) >= max([-np.inf, *others]) - rounding, (i, g)
+            found[-1].append(np.array([b * size + j for b in own for j in range(size)], dtype=np.int64))
+    return found
 
 
 @cache

@@ -19,6 +19,7 @@ OPTIONS: dict[str, tuple[dict[str, Any], ...]] = {
     "longformer": ({"global_tokens": 64}, {"window": 5, "global_tokens": 0}, {"global_tokens": 600}),
     "bigbird": ({}, {"global_blocks": 1, "closing_blocks": 1}, {"block": 16, "random_blocks": 0}, {"block": 100}),
     "chunked": ({}, {"chunk": 100}),
+    "topk": ({}, {"block": 32, "blocks": 4, "window": 100}),
     "performer": ({}, {"hyperbolic": True}, {"features": 32}, {"local_chunk": 1000}, {"local_chunk": 64, "features": 64}),
 }
 PLAIN = [(name, options) for name in names() for options in OPTIONS.get(name, ({},))]
@@ -125,4 +126,7 @@ def test_linear_work_grows_with_the_tokens_and_dense_work_with_their_square() ->
         backend = build(name, {}, HeadShape(4, 2, 64))
         causal = backend.directions[0]
         ratio = backend.cost(65536, 65536, causal=causal).flops / backend.cost(16384, 16384, causal=causal).flops
-        assert ratio == pytest.approx(16 if name == "dense" else 4, rel=0.1)
+        if name == "topk":  # whose look at the bounds of all blocks grows with the square, and is a small part
+            assert 4 < ratio < 10
+        else:
+            assert ratio == pytest.approx(16 if name == "dense" else 4, rel=0.1)

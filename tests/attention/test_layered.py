@@ -9,8 +9,21 @@ import torch
 from torch import Tensor
 
 import attention
-from attention import NATIVE, AttentionBackend, Cost, HeadShape, PoolExhausted, Segments, StatePool, build, reference, shares
-from attention.layered import Layered
+from attention import (
+    LAYERED,
+    NATIVE,
+    AttentionBackend,
+    Cost,
+    HeadShape,
+    PoolExhausted,
+    Segments,
+    StatePool,
+    build,
+    layers_of,
+    reference,
+    shares,
+)
+from attention.layered import Native
 from attention.truth import BOUNDS, check
 from tests.attention.laws import extend_in, largest, tokens
 from tests.attention.test_cost import extending, near
@@ -19,9 +32,9 @@ WINDOWS = (7, None, 30, 7)
 SHAPE = HeadShape(4, 2, 16)
 
 
-def layered(windows: Sequence[int | None] = WINDOWS) -> Layered:
+def layered(windows: Sequence[int | None] = WINDOWS) -> Native:
     built = build(NATIVE, {"windows": windows, "impl": "torch"}, SHAPE)
-    assert isinstance(built, Layered)
+    assert isinstance(built, Native)
     return built
 
 
@@ -187,3 +200,59 @@ def test_capped_layers_take_the_workspace_that_their_cost_states(dtype: torch.dt
 def test_capped_scores_are_left_to_torch() -> None:
     with pytest.raises(ValueError, match="torch alone"):
         build(NATIVE, {"windows": (7,), "score_cap": CAP, "impl": "native"}, SHAPE)
+
+
+PLAN = {
+    "0-2": {"sliding_window": {"window": 7, "sinks": 1}},
+    3: {"topk": {"block": 4, "blocks": 2, "window": 9}},
+    "4": {"dense": None},
+}
+
+
+def test_a_plan_gives_each_layer_the_backend_that_it_names() -> None:
+    backend = build(LAYERED, {"layers": PLAN}, SHAPE)
+    layers = layers_of(backend, 5)
+    assert [layer.name for layer in layers] == ["sliding_window"] * 3 + ["topk", "dense"]
+    assert layers[0] is layers[2] and len(shares(backend)) == 3 and not backend.exact
+    pool = backend.new_pool(5, 2**30)
+    slot = pool.allocate(90)
+    for layer, own in enumerate(layers):
+        q, k, v = tokens(SHAPE, 90, seed=layer)
+        rows = []
+        for a, b in ((0, 50), (50, 51), (51, 90)):
+            rows.append(backend.extend(q[a:b], k[a:b], v[a:b], Segments((b - a,), (a,)), pool, layer, [slot]))
+        assert largest(torch.cat(rows) - reference.answer(own, q, k, v, causal=True)) <= 2e-5
+    law = backend.cost(64, 500, causal=True)
+    assert abs(5 * law.flops - sum(layer.cost(64, 500, causal=True).flops for layer in layers)) < 5
+    assert backend.new_pool(5, 0).slot_bytes(500) == sum(layer.state_bytes(500) for layer in layers)
+
+
+def test_a_dense_backend_is_that_of_all_its_layers() -> None:
+    dense = build("dense", None, SHAPE)
+    assert layers_of(dense, 3) == (dense, dense, dense)
+
+
+@pytest.mark.parametrize(
+    ("layers", "fault"),
+    [
+        ({}, "it says nothing"),
+        ({"0-1": {"dense": {}}, 3: {"dense": {}}}, "layer 2 has no backend"),
+        ({"0-1": {"dense": {}}, 1: {"dense": {}}}, "layer 1 has two"),
+        ({1: {"dense": {}}}, "layer 0 has no backend"),
+        ({"a": {"dense": {}}}, "as in 5 or 0-4, received 'a'"),
+        ({"3-1": {"dense": {}}}, "received '3-1'"),
+        ({"0-9999": {"dense": {}}}, "below 1024"),
+        ({0: {"native": {}}}, "one backend of bigbird.* received native"),
+        ({0: {"dense": {}, "linear": {}}}, "received dense, linear"),
+        ({0: {"sliding_window": {"window": 0}}}, "window"),
+        ({0: {"longformer": {}}}, "no causal form"),
+    ],
+)
+def test_a_plan_that_is_none_is_refused_with_the_layer_or_the_name(layers: dict[object, object], fault: str) -> None:
+    with pytest.raises(ValueError, match=fault):
+        build(LAYERED, {"layers": layers}, SHAPE)
+
+
+def test_a_plan_for_another_number_of_layers_is_refused() -> None:
+    with pytest.raises(ValueError, match="layered was built for 5 layers, received 6"):
+        build(LAYERED, {"layers": PLAN}, SHAPE).new_pool(6, 2**20)

@@ -29,6 +29,12 @@ OPTIONS: dict[str, dict[str, st.SearchStrategy[Any]]] = {
         "closing_blocks": st.sampled_from((0, 0, 1, 2)),
         "seed": st.integers(0, 99),
     },
+    "topk": {
+        "block": st.integers(1, 20),
+        "blocks": st.integers(1, 9),
+        "window": st.integers(20, 60),
+        "sinks": st.integers(0, 50),
+    },
     "performer": {
         "features": st.sampled_from((1, 3, 16, 32, 37, 64)),
         "hyperbolic": st.booleans(),

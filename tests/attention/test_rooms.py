@@ -14,22 +14,24 @@ from torch.nn import functional
 
 import attention
 from attention.kernels.features import torch as features
-from attention.kernels.softmax import decode, streaming
+from attention.kernels.softmax import choice, decode, streaming
 from attention.kernels.softmax import torch as softmax
 from service.model import transformer
 from tests.test_imports import ROOT, imports, is_within, modules
 
 LEVELS = (
-    ("shapes", "parts", "projection"),
+    ("shapes", "parts", "projection", "relative"),
     ("pool", "cuda", "kernels", "kernels.library"),
     ("interface", "history"),
     ("kernels.softmax", "kernels.features"),
     ("kernels.softmax.streaming",),
-    ("kernels.softmax.decode", "kernels.softmax.capped"),
+    ("kernels.softmax.decode", "kernels.softmax.capped", "kernels.softmax.choice"),
+    ("kernels.softmax.biased",),
     ("kernels.softmax.torch", "kernels.softmax.native", "kernels.features.torch", "kernels.features.native"),
     ("kernels.implementation",),
     ("backends",),
     ("layered",),
+    ("whole",),
     ("",),  # the face
     ("reference", "memory"),
     ("truth", "picture", "peers"),
@@ -37,7 +39,7 @@ LEVELS = (
 )
 """A module imports those of lower levels only."""
 
-READINGS = ("streaming", "decode", "torch", "native")
+READINGS = ("streaming", "decode", "choice", "torch", "native")
 OUTSIDE = {  # what others may import beside the face, and who
     "attention.truth": "service",
     "attention.projection": "service.training",
@@ -122,7 +124,7 @@ def test_the_page_names_every_file() -> None:
 
 SLOW: dict[str, tuple[ModuleType, ...]] = {
     "attention/kernels/simd.h": (streaming,),
-    "attention/kernels/softmax/softmax.c": (softmax, streaming, decode),
+    "attention/kernels/softmax/softmax.c": (softmax, streaming, decode, choice),
     "attention/kernels/features/features.c": (features,),
     "service/model/csrc/layer.c": (transformer,),
 }

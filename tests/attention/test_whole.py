@@ -8,7 +8,7 @@ from torch import Tensor
 
 from attention import NATIVE, HeadShape, Segments, build, names, reference, relative, truth, whole
 from attention.interface import AttentionBackend
-from attention.layered import Layered
+from attention.layered import PerLayer
 from attention.memory import peak_bytes
 
 SHAPE = HeadShape(4, 2, 16)
@@ -24,7 +24,7 @@ def some(tokens: int, shape: HeadShape = SHAPE) -> tuple[Tensor, Tensor, Tensor]
 
 
 def served(backend: AttentionBackend, q: Tensor, k: Tensor, v: Tensor, segments: Segments, layer: int = 0) -> Tensor:
-    pool = backend.new_pool(len(backend.layers) if isinstance(backend, Layered) else 1, 0)
+    pool = backend.new_pool(len(backend.layers) if isinstance(backend, PerLayer) else 1, 0)
     return backend.extend(q, k, v, segments, pool, layer, [pool.allocate(length) for length in segments.lengths])
 
 
@@ -40,7 +40,7 @@ def test_a_whole_text_is_answered_as_attend_answers_it_and_nothing_is_kept(name:
 
 def test_each_layer_of_native_is_read_whole_under_its_own_window() -> None:
     backend, segments, given = build(NATIVE, {"windows": (5, None), "sinks": 1}, SHAPE), Segments((40,)), some(40)
-    assert isinstance(backend, Layered)
+    assert isinstance(backend, PerLayer)
     encoder = whole(backend)
     for layer, inner in enumerate(backend.layers):
         expected = inner.attend(*given, segments, causal=False)

@@ -27,6 +27,8 @@ BACKENDS: dict[str, dict[str, Any]] = {
     "chunked": {"chunk": 48},
     "linear": {},
     "bigbird": {"block": 16},
+    "topk": {"block": 8, "blocks": 3, "window": 40},
+    "layered": {"layers": {"0": {"sliding_window": {"window": 70}}, "1": {"topk": {"block": 8, "blocks": 3, "window": 40}}}},
 }
 WHOLE = [prompt(400, seed) for seed in range(2)]
 

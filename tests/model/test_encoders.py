@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from attention.backends.bigbird import BigBird
-from attention.layered import Layered
+from attention.layered import PerLayer
 from attention.memory import peak_bytes
 from service.engine.request import Request, TaskNotOffered
 from service.model.checkpoint import load
@@ -152,7 +152,7 @@ def test_bigbird_gives_long_texts_the_states_of_transformers_over_an_equal_patte
     directory = write(tmp_path, "big_bird", num_random_blocks=2, max_position_embeddings=400)
     model, text, count = load(directory, dtype="float32").model, draw(203), 26
     native = backends_of(model).by_name["native"]
-    assert isinstance(native, Layered)
+    assert isinstance(native, PerLayer)
     kind = native.layers[0]
     assert isinstance(kind, BigBird)
     always = [{0, count - 1, b - 1, b, b + 1} for b in range(count)]

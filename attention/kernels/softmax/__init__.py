@@ -7,6 +7,7 @@ A row that sees nothing is zeros. Nothing that a row does not see changes its an
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor
@@ -17,6 +18,29 @@ from attention.shapes import HeadShape
 
 Runs = Sequence[tuple[int, int]]  # (first, last) of keys that stand one behind the other
 Seen = Iterable[tuple[int, Runs]]  # of each block of queries where it ends among them, and the keys that it sees
+Rows = tuple[int, int, int, int]  # (first, last) of queries that stand one behind the other, the first's position, its sequence
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Which blocks of keys a query may choose, and how many: those that begin behind its window.
+
+    A window is as wide as a block, so they are whole. The first `sinks` keys and those of the window are seen anyway.
+    """
+
+    size: int
+    best: int
+    window: int
+    sinks: int
+
+    @property
+    def first(self) -> int:
+        """The first block that is not all sinks."""
+        return self.sinks // self.size
+
+    def behind(self, position: int) -> int:
+        """The last block that the query at a position may choose, itself not counted."""
+        return -(-max(0, position - self.window) // self.size)
 
 
 class Softmax(Protocol):
@@ -30,10 +54,21 @@ class Softmax(Protocol):
         log_total: (C, H, 1) in at least float32, written where given: log2 of the sum of each row's 2^s.
         """
 
-    def band(self, q: Tensor, near: Pair, free: Pair, at: int, before: int, ahead: int, out: Tensor) -> Parts:
+    def band(
+        self,
+        q: Tensor,
+        near: Pair,
+        free: Pair,
+        at: int,
+        before: int,
+        ahead: int,
+        out: Tensor,
+        log_total: Tensor | None = None,
+    ) -> Parts:
         """Answer queries, the first of which stands at index `at` of near.
 
         A query sees itself, `before` keys before and `ahead` keys behind it in near, and all keys of free.
+        log_total: as of `dense`.
         """
 
     def pattern(self, q: Tensor, keys: Tensor, values: Tensor, past: int, causal: bool, seen: Seen, out: Tensor) -> Parts:
@@ -60,6 +95,30 @@ class Softmax(Protocol):
         log_total: (B, H, 1), as of `dense`.
         """
 
+    def choose(self, q: Tensor, bounds: Sequence[Pair], rows: Sequence[Rows], blocks: Blocks) -> Tensor:
+        """The best blocks of each query for each group of heads, int32 (C, G, best), -1 where there are no more.
+
+        The best are those whose keys might have the largest scores, summed over the group's heads, of equals the later ones.
+
+        bounds: of each sequence the highest and the lowest elements of each whole block's keys, (blocks, G, D) each.
+        rows: all queries, in their order.
+        """
+
+    def chosen(
+        self,
+        q: Tensor,
+        sequences: Sequence[Pair],
+        rows: Sequence[Rows],
+        blocks: Blocks,
+        table: Tensor,
+        out: Tensor,
+        log_total: Tensor,
+    ) -> None:
+        """Add the keys of the blocks in `table` (see `choose`) to answers `out` over others, of which `log_total` tells.
+
+        Those of a query's window and of the sinks are not met again. log_total is left as it is.
+        """
+
     def edge(self, shape: HeadShape) -> int:
         """Sequence length from which queries or keys go in several parts: checks look beyond it."""
 
@@ -74,3 +133,6 @@ class Softmax(Protocol):
 
     def step_bytes(self, shape: HeadShape, keys: int, runs: int = 1, logs: bool = False) -> int:
         """Of `step` of one sequence that looks at `keys` keys in several runs."""
+
+    def chosen_bytes(self, shape: HeadShape, queries: int, blocks: Blocks, candidates: int) -> int:
+        """Of `choose` and `chosen`, beside the answer and `log_total`. candidates: blocks that the last query may choose."""

@@ -24,7 +24,17 @@ class Biased(Capped):
     def __init__(self, table: Tensor) -> None:
         self.table = table
 
-    def band(self, q: Tensor, near: Pair, free: Pair, at: int, before: int, ahead: int, out: Tensor) -> Parts:
+    def band(
+        self,
+        q: Tensor,
+        near: Pair,
+        free: Pair,
+        at: int,
+        before: int,
+        ahead: int,
+        out: Tensor,
+        log_total: Tensor | None = None,
+    ) -> Parts:
         raise AssertionError("layers with a window have no bias")
 
     def step(

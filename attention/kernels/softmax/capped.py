@@ -14,7 +14,7 @@ from torch import Tensor
 
 from attention import history
 from attention.history import Pair
-from attention.kernels.softmax import Runs, Seen
+from attention.kernels.softmax import Blocks, Rows, Runs, Seen
 from attention.kernels.softmax.streaming import Band, query_rows, tokens_first, weigh
 from attention.parts import Parts, spread
 from attention.shapes import HeadShape
@@ -38,7 +38,18 @@ class Capped:
             self._answer(q[first:last], keys[:seen], values[:seen], band, out[first:last], past + first)
             yield
 
-    def band(self, q: Tensor, near: Pair, free: Pair, at: int, before: int, ahead: int, out: Tensor) -> Parts:
+    def band(
+        self,
+        q: Tensor,
+        near: Pair,
+        free: Pair,
+        at: int,
+        before: int,
+        ahead: int,
+        out: Tensor,
+        log_total: Tensor | None = None,
+    ) -> Parts:
+        assert log_total is None, "no layer of `layered` asks for it"
         extra = len(free[0])
         for first, last in spread(0, len(q), ROWS):
             low, high = max(0, at + first - before), min(len(near[0]), at + last + ahead)
@@ -63,6 +74,24 @@ class Capped:
         assert log_total is None and runs is None, "no layer of `layered` asks for it"
         for i, (state, count) in enumerate(zip(states, counts, strict=True)):
             self._answer(q[i : i + 1], *history.read(state, count, groups), Band(), out[i : i + 1])
+
+    def choose(self, q: Tensor, bounds: Sequence[Pair], rows: Sequence[Rows], blocks: Blocks) -> Tensor:
+        raise AssertionError("no layer of `layered` asks for it")
+
+    def chosen(
+        self,
+        q: Tensor,
+        sequences: Sequence[Pair],
+        rows: Sequence[Rows],
+        blocks: Blocks,
+        table: Tensor,
+        out: Tensor,
+        log_total: Tensor,
+    ) -> None:
+        raise AssertionError("no layer of `layered` asks for it")
+
+    def chosen_bytes(self, shape: HeadShape, queries: int, blocks: Blocks, candidates: int) -> int:
+        raise AssertionError("no layer of `layered` asks for it")
 
     def _alter(self, scores: Tensor, scale: float, rows: int, at: int) -> None:
         """Make of products (G, R C, N) times scale the scores to weigh, those of `rows` queries from position `at` on."""

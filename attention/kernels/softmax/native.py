@@ -35,7 +35,7 @@ from attention.kernels.library import (
     view,
     views,
 )
-from attention.kernels.softmax import Runs, Seen
+from attention.kernels.softmax import Blocks, Rows, Runs, Seen
 from attention.parts import Parts, spread
 from attention.shapes import HeadShape
 
@@ -43,7 +43,8 @@ ROWS = 512  # queries that share a call, and a carry
 BLOCK = 256  # at most so many of them are one thread's task; their keys are packed once
 PART_FLOPS = 2 << 27  # per thread and call: two thirds of a millisecond
 PART = 256  # keys of a history that one thread takes at a time, as in softmax.c
-SOURCE_WORDS, RUN_WORDS, BLOCK_WORDS, HISTORY_WORDS = 16, 5, 5, 9  # words of a row of a table
+ASKING = 48  # queries that choose in one thread's task, as in softmax.c
+SOURCE_WORDS, RUN_WORDS, BLOCK_WORDS, HISTORY_WORDS, ROWS_WORDS = 16, 5, 5, 9, 4  # words of a row of a table
 
 _Run = tuple[int, int, int, int, bool]  # source, first, count, position, free: see softmax.c
 _Block = tuple[int, int, int, Sequence[_Run]]  # first and last query, the first one's position, what they may see
@@ -71,17 +72,30 @@ class Step(ctypes.Structure):
     ]
 
 
+class Choice(ctypes.Structure):
+    """`Choice` of softmax.c."""
+
+    _fields_ = [
+        *views("q", "out"),
+        *rooms("log_total", "chosen"),
+        *numbers("queries", "heads", "groups", "width", "block", "best", "window", "sinks", "wide"),
+        *floats("scale"),
+    ]
+
+
 KERNEL = Kernel(
     HERE,
     "softmax_layout",
     {
         "attend": (POINTER, POINTER, NUMBER, POINTER, NUMBER, POINTER, NUMBER, INT),
         "step": (POINTER, POINTER, NUMBER, POINTER, NUMBER, INT),
+        "choose": (POINTER, POINTER, NUMBER, POINTER, NUMBER, INT),
+        "chosen": (POINTER, POINTER, NUMBER, POINTER, NUMBER, INT),
     },
-    (8, SOURCE_WORDS, RUN_WORDS, BLOCK_WORDS, HISTORY_WORDS),
-    (Call, Step),
+    (8, SOURCE_WORDS, RUN_WORDS, BLOCK_WORDS, HISTORY_WORDS, ROWS_WORDS),
+    (Call, Step, Choice),
 )
-_call, _step = packing(Call), packing(Step)
+_call, _step, _choice = packing(Call), packing(Step), packing(Choice)
 
 
 def obstacle(shape: HeadShape) -> str | None:
@@ -98,12 +112,14 @@ def dense(
     yield from _attend(q, [(keys, values)], each, FAR, 0 if causal else FAR, out, log_total)
 
 
-def band(q: Tensor, near: Pair, free: Pair, at: int, before: int, ahead: int, out: Tensor) -> Parts:
+def band(
+    q: Tensor, near: Pair, free: Pair, at: int, before: int, ahead: int, out: Tensor, log_total: Tensor | None = None
+) -> Parts:
     """`Softmax.band`."""
     extra = len(free[0])
     runs = [(0, 0, extra, -extra, True), (1, 0, len(near[0]), 0, False)]
     each = ((a, b, at + a, runs) for a, b in spread(0, len(q), _rows(near[0].shape[1])))
-    yield from _attend(q, [free, near], each, before, ahead, out)
+    yield from _attend(q, [free, near], each, before, ahead, out, log_total)
 
 
 def pattern(q: Tensor, keys: Tensor, values: Tensor, past: int, causal: bool, seen: Seen, out: Tensor) -> Parts:
@@ -162,6 +178,52 @@ def step(
     KERNEL.call("step", call, *tables, threads())
 
 
+def choose(q: Tensor, bounds: Sequence[Pair], rows: Sequence[Rows], blocks: Blocks) -> Tensor:
+    """`Softmax.choose`."""
+    table = torch.empty(len(q), bounds[0][0].shape[1], blocks.best, dtype=torch.int32)
+    _choose("choose", q, bounds, rows, blocks, table)
+    return table
+
+
+def chosen(
+    q: Tensor,
+    sequences: Sequence[Pair],
+    rows: Sequence[Rows],
+    blocks: Blocks,
+    table: Tensor,
+    out: Tensor,
+    log_total: Tensor,
+) -> None:
+    """`Softmax.chosen`."""
+    _choose("chosen", q, sequences, rows, blocks, table, out, log_total)
+
+
+def _choose(
+    function: str,
+    q: Tensor,
+    sources: Sequence[Pair],
+    rows: Sequence[Rows],
+    blocks: Blocks,
+    table: Tensor,
+    out: Tensor | None = None,
+    log_total: Tensor | None = None,
+) -> None:
+    """One of the two functions in C that are about choices."""
+    tasks = array("q")
+    for first, last, position, source in rows:
+        for a, b in spread(first, last, ASKING):
+            tasks.extend((a, b, position + a - first, source))
+    pairs = array("q", chain.from_iterable((*view(k), *view(v)) for k, v in sources))
+    count, heads, width = q.shape
+    numbers = blocks.size, blocks.best, min(blocks.window, FAR), min(blocks.sinks, FAR), q.dtype == torch.float32
+    told = _choice(
+        *(*view(q), *view(out), *room(log_total), *room(table), count, heads, sources[0][0].shape[1], width, *numbers),
+        LOG2_E / math.sqrt(width),
+    )
+    tables = pairs.buffer_info()[0], len(sources), tasks.buffer_info()[0], len(tasks) // ROWS_WORDS
+    KERNEL.call(function, told, *tables, threads())
+
+
 def edge(shape: HeadShape) -> int:
     """`Softmax.edge`."""
     return ROWS + 1
@@ -188,6 +250,11 @@ def band_bytes(shape: HeadShape, queries: int, keys: int, before: int, ahead: in
 def pattern_bytes(shape: HeadShape, queries: int, seen: Seen) -> int:
     """`Softmax.pattern_bytes`."""
     return dense_bytes(shape, queries, 0)
+
+
+def chosen_bytes(shape: HeadShape, queries: int, blocks: Blocks, candidates: int) -> int:
+    """`Softmax.chosen_bytes`."""
+    return queries * shape.key_value_heads * blocks.best * 4
 
 
 def _rows(groups: int) -> int:

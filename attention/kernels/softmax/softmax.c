@@ -1,7 +1,8 @@
 /* Softmax attention: the score of a key never leaves the core that computed it.
  *
- * The functions behind `native.py`: `attend` answers blocks of queries over runs of keys,
- * `step` answers one query per head of many sequences over their histories. Plain C on pointers and
+ * The functions behind `native.py`: `attend` answers blocks of queries over runs of keys, `step`
+ * one query per head of many sequences over their histories; `choose` finds the best blocks of keys
+ * of each query and `chosen` adds them to what it has met. Plain C on pointers and
  * strides, float32 or bfloat16 in and out, float32 between; built at install, without a compiler at
  * run time. What they are given is checked first.
  *
@@ -62,6 +63,22 @@ typedef struct {
     float scale;
 } Step;
 
+typedef struct { /* queries first..last, the first of them at `position`, of a sequence */
+    int64_t first, last, position, source;
+} Rows;
+
+typedef struct {
+    View q, out;      /* (C, H, D) */
+    float *log_total; /* (C, H): log2 of the sum of 2^s of which `out` is the answer as yet */
+    int64_t log_total_bytes;
+    int32_t *chosen; /* (C, G, best): blocks, in any order, -1 where there are no more */
+    int64_t chosen_bytes;
+    int64_t queries, heads, groups, width;
+    int64_t block, best, window, sinks; /* in keys, but for the second */
+    int64_t wide;
+    float scale;
+} Choice;
+
 /* clang-format off */
 /* What goes from call to call (`carry`), and what a part of a history leaves (in `parts`; C is 1):
  *
@@ -78,7 +95,8 @@ typedef struct {
 /* Sizes and offsets, for a caller in another language to compare with its own. */
 /* clang-format off */
 const int64_t softmax_layout[] = {
-    sizeof(View), sizeof(Source), sizeof(Run), sizeof(Block), sizeof(History), sizeof(Call),
+    sizeof(View), sizeof(Source), sizeof(Run), sizeof(Block), sizeof(History), sizeof(Rows),
+    sizeof(Call),
     FIELD(Call, q), FIELD(Call, out), FIELD(Call, log_total), FIELD(Call, log_total_bytes),
     FIELD(Call, carry), FIELD(Call, carry_bytes), FIELD(Call, queries), FIELD(Call, heads),
     FIELD(Call, groups), FIELD(Call, width), FIELD(Call, before), FIELD(Call, ahead),
@@ -87,6 +105,11 @@ const int64_t softmax_layout[] = {
     FIELD(Step, log_total_bytes), FIELD(Step, parts), FIELD(Step, parts_bytes),
     FIELD(Step, sequences), FIELD(Step, heads), FIELD(Step, groups), FIELD(Step, width),
     FIELD(Step, wide), FIELD(Step, scale),
+    sizeof(Choice), FIELD(Choice, q), FIELD(Choice, out), FIELD(Choice, log_total),
+    FIELD(Choice, log_total_bytes), FIELD(Choice, chosen), FIELD(Choice, chosen_bytes),
+    FIELD(Choice, queries), FIELD(Choice, heads), FIELD(Choice, groups), FIELD(Choice, width),
+    FIELD(Choice, block), FIELD(Choice, best), FIELD(Choice, window), FIELD(Choice, sinks),
+    FIELD(Choice, wide), FIELD(Choice, scale),
     -1,
 };
 /* clang-format on */
@@ -408,6 +431,15 @@ INLINE void gather(const int wide, const int64_t width, const float *weights, co
     }
 }
 
+/* 32 sums of `gather` in the order of their elements. Slow reading: `torch.stack`. */
+INLINE void in_order(const int wide, __m512 *a, __m512 *b) {
+    const __m512i low = _mm512_set_epi32(23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    const __m512 even = *a;
+    if (wide) return;
+    *a = _mm512_permutex2var_ps(even, low, *b);
+    *b = _mm512_permutex2var_ps(even, _mm512_add_epi32(low, _mm512_set1_epi32(8)), *b);
+}
+
 /* One sequence's query, all heads, over up to PART keys: sums (H, D), tops (H), totals (H). Slow
  * reading: `_step`. */
 INLINE void step_part(const int wide, const int64_t width, const Step *c, const char *q,
@@ -469,13 +501,7 @@ static void merge(const Step *c, int64_t sequence, int64_t first, int64_t last) 
         }
         for (int64_t d = 0; d < width; d += 32) {
             __m512 a = _mm512_load_ps(sums + d), b = _mm512_load_ps(sums + d + 16);
-            if (!c->wide) { /* even and odd elements back in their order */
-                const __m512i low =
-                    _mm512_set_epi32(23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
-                const __m512 even = a;
-                a = _mm512_permutex2var_ps(even, low, b);
-                b = _mm512_permutex2var_ps(even, _mm512_add_epi32(low, _mm512_set1_epi32(8)), b);
-            }
+            in_order((int)c->wide, &a, &b);
             char *to = c->out + ((sequence * c->heads + h) * width + d) * size;
             store_answer((int)c->wide, to, a, total);
             store_answer((int)c->wide, to + 16 * size, b, total);
@@ -560,8 +586,274 @@ const char *step(const Step *c, const History *histories, int64_t count, int64_t
     return 0;
 }
 
+/* ---- the best blocks ---- */
+
+#define ASKING 48   /* queries of a task */
+#define BEST 256    /* blocks that one of them chooses, at most */
+#define COLUMNS 128 /* blocks of keys that are packed together */
+#define QUEUE 8 /* runs of up to 16 keys: half of them wait for memory while the others are met */
+
+/* The last block behind the window of the query at a position, itself not counted. Slow reading:
+ * `Blocks.behind`. */
+INLINE int64_t behind(const Choice *c, int64_t position) {
+    return position > c->window ? (position - c->window + c->block - 1) / c->block : 0;
+}
+
+/* What of rows of words is above zero, and what below. Slow reading: `torch.clamp`. */
+INLINE void part(const int wide, int64_t rows, int64_t words, const char *q, int64_t bytes,
+                 uint32_t *above, uint32_t *below) {
+    for (int64_t i = 0; i < rows; i++)
+        for (int64_t w = 0; w < words; w += 16) {
+            const __m512i x = _mm512_loadu_si512(q + i * bytes + 4 * w),
+                          sign = wide ? _mm512_srai_epi32(x, 31) : _mm512_srai_epi16(x, 15);
+            _mm512_storeu_si512(above + i * words + w, _mm512_andnot_si512(sign, x));
+            _mm512_storeu_si512(below + i * words + w, _mm512_and_si512(sign, x));
+        }
+}
+
+/* Scores as whole numbers of the same order, NaN above all others. Slow reading: `ranks`. */
+INLINE __m512i ranks(__m512 s) {
+    const __m512i largest = _mm512_set1_epi32(0x7fffffff),
+                  x = _mm512_castps_si512(_mm512_add_ps(s, _mm512_setzero_ps())); /* -0 is 0 */
+    const __m512i found = _mm512_xor_si512(x, _mm512_and_si512(_mm512_srai_epi32(x, 31), largest));
+    return _mm512_mask_blend_epi32(_mm512_cmp_ps_mask(s, s, _CMP_UNORD_Q), found, largest);
+}
+
+/* Slow reading: `torch.min`. */
+INLINE int64_t lowest(const int64_t *held, int64_t room) {
+    __m512i low = _mm512_loadu_si512(held);
+    for (int64_t j = 8; j < room; j += 8) low = _mm512_min_epi64(low, _mm512_loadu_si512(held + j));
+    return _mm512_reduce_min_epi64(low);
+}
+
+/* Keep the best of what is held (room) and of the scores of n blocks, the first of them `block`:
+ * rank and block as one number, of equals the later block. From the last to the first, for near
+ * blocks tend to be better, and most others then fail at the first look. Slow reading: `choose`. */
+INLINE void keep(const float *scores, int64_t block, int64_t n, int64_t *held, int64_t room) {
+    int32_t found[16];
+    int64_t bar = lowest(held, room);
+    for (int64_t j = (n - 1) & ~15; j >= 0; j -= 16) {
+        const __m512i rank = ranks(_mm512_loadu_ps(scores + j));
+        uint32_t better = _mm512_cmpgt_epi32_mask(rank, _mm512_set1_epi32((int32_t)(bar >> 32))) &
+                          ((1u << least(16, n - j)) - 1);
+        if (better) _mm512_storeu_si512(found, rank);
+        while (better) {
+            const int lane = 31 - __builtin_clz(better);
+            const int64_t key =
+                (int64_t)((uint64_t)(uint32_t)found[lane] << 32 | (uint64_t)(block + j + lane));
+            better ^= 1u << lane;
+            if (key <= bar) continue;
+            int64_t at = 0;
+            while (held[at] != bar) at++;
+            held[at] = key;
+            bar = lowest(held, room);
+        }
+    }
+}
+
+/* The best blocks of a task's queries for a group of heads: those whose keys' bounds allow the
+ * largest scores, summed over the heads (k: the highest of each element, v: the lowest). Slow
+ * reading: `choose`. */
+INLINE void choose_rows(const int wide, const int64_t width, const Choice *c, const Source *sources,
+                        const Rows *rows, int64_t group) {
+    uint32_t high[WIDEST * COLUMNS / 2 * (wide ? 2 : 1)] __attribute__((aligned(64)));
+    uint32_t low[WIDEST * COLUMNS / 2 * (wide ? 2 : 1)] __attribute__((aligned(64)));
+    uint32_t above[TILE * WIDEST], below[TILE * WIDEST];
+    float s[TILE][COLUMNS] __attribute__((aligned(64)));
+    int64_t held[ASKING * BEST];
+    const float ones[TILE] = { 1.0f, 1.0f, 1.0f, 1.0f, 1.0f, 1.0f };
+    const int64_t size = wide ? 4 : 2, words = width * size / 4, ratio = c->heads / c->groups,
+                  count = rows->last - rows->first, room = (c->best + 7) & ~7,
+                  first = c->sinks / c->block, end = behind(c, rows->position + count - 1);
+    const Source *bounds = sources + rows->source;
+    for (int64_t i = 0; i < count * room; i++) held[i] = i % room < c->best ? INT64_MIN : INT64_MAX;
+    for (int64_t at = first + (end - first - 1) / COLUMNS * COLUMNS; first < end && at >= first;
+         at -= COLUMNS) {
+        const int64_t n = least(COLUMNS, end - at), whole = (n + 15) & ~15;
+        pack_turned(bounds->k.at + (group * bounds->k.head + at * bounds->k.row) * size,
+                    bounds->k.row * size, n, words, high, COLUMNS);
+        pack_turned(bounds->v.at + (group * bounds->v.head + at * bounds->v.row) * size,
+                    bounds->v.row * size, n, words, low, COLUMNS);
+        for (int64_t i = 0; i < count; i += TILE) {
+            const int64_t some = least(TILE, count - i);
+            for (int64_t h = 0; h < ratio; h++) {
+                part(wide, some, words,
+                     c->q.at +
+                         ((rows->first + i) * c->q.row + (group * ratio + h) * c->q.head) * size,
+                     c->q.row * size, above, below);
+                tile_products(wide, some, whole, words, (const char *)above, 4 * words, 4, high,
+                              COLUMNS, s[0], COLUMNS, h ? ones : 0);
+                tile_products(wide, some, whole, words, (const char *)below, 4 * words, 4, low,
+                              COLUMNS, s[0], COLUMNS, ones);
+            }
+            for (int64_t t = 0; t < some; t++)
+                keep(s[t], at, least(n, behind(c, rows->position + i + t) - at),
+                     held + (i + t) * room, room);
+        }
+    }
+    for (int64_t i = 0; i < count; i++)
+        for (int64_t b = 0; b < c->best; b++) {
+            const int64_t key = held[i * room + b];
+            c->chosen[((rows->first + i) * c->groups + group) * c->best + b] =
+                key == INT64_MIN ? -1 : (int32_t)(uint32_t)key;
+        }
+}
+
+/* One query, the heads of a group, meets `count` runs of up to 16 keys. Slow reading: `_answer`. */
+INLINE void meet(const int wide, const int64_t width, const Choice *c, const Source *source,
+                 int64_t row, int64_t group, const int64_t *at, const int64_t *n, int64_t count,
+                 float *sums, float *tops, float *totals) {
+    float s[16 * QUEUE] __attribute__((aligned(64)));
+    const int64_t size = wide ? 4 : 2, ratio = c->heads / c->groups, k_row = source->k.row * size,
+                  v_row = source->v.row * size;
+    const char *k = source->k.at + group * source->k.head * size,
+               *v = source->v.at + group * source->v.head * size;
+    for (int64_t h = 0; h < ratio; h++) {
+        const char *q = c->q.at + (row * c->q.row + (group * ratio + h) * c->q.head) * size;
+        for (int64_t i = 0; i < count; i++)
+            score(wide, width * size / 4, q, k + at[i] * k_row, k_row, n[i], s + 16 * i);
+        const float factor = soften(wide, s, 16 * count, c->scale, tops + h, totals + h);
+        for (int64_t i = 0; i < count; i++)
+            gather(wide, width, s + 16 * i, v + at[i] * v_row, v_row, n[i], i ? 1.0f : factor,
+                   sums + h * width);
+    }
+}
+
+/* A task's queries, the heads of a group, meet the keys of the blocks that they chose and put them
+ * together with what they have met. Slow reading: `chosen`. */
+INLINE void chosen_rows(const int wide, const int64_t width, const Choice *c, const Source *sources,
+                        const Rows *rows, int64_t group) {
+    float sums[HEADS * WIDEST] __attribute__((aligned(64))), tops[HEADS], totals[HEADS];
+    int64_t at[QUEUE], n[QUEUE];
+    const int64_t size = wide ? 4 : 2, ratio = c->heads / c->groups, bytes = width * size;
+    const Source *source = sources + rows->source;
+    for (int64_t row = rows->first; row < rows->last; row++) {
+        const int64_t near = rows->position + row - rows->first - c->window;
+        int64_t waiting = 0, met = 0;
+        memset(sums, 0, sizeof(float) * ratio * width);
+        for (int64_t h = 0; h < ratio; h++) tops[h] = -INFINITY, totals[h] = 0.0f;
+        for (int64_t b = 0; b < c->best; b++) {
+            const int64_t block = c->chosen[(row * c->groups + group) * c->best + b];
+            const int64_t to = least((block + 1) * c->block, near);
+            for (int64_t j = most(block * c->block, c->sinks); block >= 0 && j < to; j += 16) {
+                at[waiting] = j, n[waiting] = least(16, to - j);
+                prefetch(source->k.at + group * source->k.head * size, source->k.row * size, j,
+                         j + n[waiting], bytes);
+                prefetch(source->v.at + group * source->v.head * size, source->v.row * size, j,
+                         j + n[waiting], bytes);
+                if (++waiting < QUEUE) continue;
+                meet(wide, width, c, source, row, group, at, n, QUEUE / 2, sums, tops, totals);
+                waiting -= QUEUE / 2, met = 1;
+                memcpy(at, at + QUEUE / 2, sizeof(int64_t) * waiting);
+                memcpy(n, n + QUEUE / 2, sizeof(int64_t) * waiting);
+            }
+        }
+        if (waiting) meet(wide, width, c, source, row, group, at, n, waiting, sums, tops, totals);
+        for (int64_t h = 0; h < ratio && (waiting || met); h++) {
+            const int64_t head = group * ratio + h;
+            const float old = c->log_total[row * c->heads + head], top = fmaxf(old, tops[h]);
+            const float by = top == -INFINITY ? 1.0f : exp2f(old - top),
+                        more = top == -INFINITY ? 1.0f : exp2f(tops[h] - top);
+            for (int64_t d = 0; d < width; d += 32) {
+                char *to = c->out.at + (row * c->out.row + head * c->out.head + d) * size;
+                __m512 a = _mm512_loadu_ps(sums + h * width + d),
+                       b = _mm512_loadu_ps(sums + h * width + d + 16);
+                in_order(wide, &a, &b);
+                a = _mm512_fmadd_ps(_mm512_set1_ps(by), load16(wide, to),
+                                    _mm512_mul_ps(_mm512_set1_ps(more), a));
+                b = _mm512_fmadd_ps(_mm512_set1_ps(by), load16(wide, to + 16 * size),
+                                    _mm512_mul_ps(_mm512_set1_ps(more), b));
+                store_answer(wide, to, a, by + more * totals[h]);
+                store_answer(wide, to + 16 * size, b, by + more * totals[h]);
+            }
+        }
+    }
+}
+
+#define TASK(NAME, FUNCTION, WIDE, WIDTH) \
+    __attribute__((noinline)) static void NAME(const Choice *c, const Source *s, const Rows *r, \
+                                               int64_t g) { \
+        FUNCTION(WIDE, WIDTH, c, s, r, g); \
+    }
+TASK(choose_narrow_64, choose_rows, 0, 64)
+TASK(choose_narrow, choose_rows, 0, c->width)
+TASK(choose_wide_64, choose_rows, 1, 64)
+TASK(choose_wide, choose_rows, 1, c->width)
+TASK(chosen_narrow_64, chosen_rows, 0, 64)
+TASK(chosen_narrow, chosen_rows, 0, c->width)
+TASK(chosen_wide_64, chosen_rows, 1, 64)
+TASK(chosen_wide, chosen_rows, 1, c->width)
+
+/* What both functions ask for; blocks: whether the sources are of blocks, not of keys. */
+static const char *wrong_choice(const Choice *c, const Source *sources, int64_t source_count,
+                                const Rows *rows, int64_t count, int is_of_blocks, int threads) {
+    const char *reason = wrong_heads(c->heads, c->groups, c->width, c->wide);
+    if (reason) return reason;
+    const int64_t size = c->wide ? 4 : 2;
+    REQUIRE(within(c->queries, 0, FAR) && threads >= 1,
+            "there must be threads, and not too many queries");
+    REQUIRE(is_view(&c->q, size, c->queries, c->heads, c->width),
+            "q must be (queries, heads, width)");
+    REQUIRE(within(c->best, 1, BEST), "a query must choose 1 to 256 blocks");
+    REQUIRE(within(c->block, 1, (int64_t)1 << 31) && within(c->window, c->block, FAR) &&
+                within(c->sinks, 0, FAR),
+            "a window must be as wide as a block, and sinks a number");
+    REQUIRE(is_room(c->chosen, c->chosen_bytes, c->queries * c->groups * c->best, sizeof(int32_t)),
+            "chosen must hold (queries, groups, best)");
+    for (int64_t i = 0; i < source_count; i++)
+        REQUIRE(is_view(&sources[i].k, size, 0, c->groups, c->width) &&
+                    is_view(&sources[i].v, size, sources[i].k.rows, c->groups, c->width),
+                "keys and values must be (n, groups, width)");
+    for (int64_t i = 0, end = 0; i < count; end = rows[i++].last) {
+        REQUIRE(within(rows[i].first, end, rows[i].last) && rows[i].last <= c->queries &&
+                    rows[i].last - rows[i].first <= ASKING,
+                "rows must be of the queries, in their order, and not too many");
+        REQUIRE(within(rows[i].source, 0, source_count - 1), "rows must be of one of the sources");
+        REQUIRE(within(rows[i].position, 0, FAR), "rows must stand at a position");
+        const int64_t next = rows[i].position + rows[i].last - rows[i].first,
+                      needed = is_of_blocks ? behind(c, next - 1) : next;
+        REQUIRE(needed <= sources[rows[i].source].k.rows,
+                "a source must hold what its rows may choose");
+    }
+    return 0;
+}
+
+/* Fills `chosen`. The sources are bounds of whole blocks of keys. Slow reading: `choose`. */
+const char *choose(const Choice *c, const Source *sources, int64_t source_count, const Rows *rows,
+                   int64_t count, int threads) {
+    const char *reason = wrong_choice(c, sources, source_count, rows, count, 1, threads);
+    if (reason) return reason;
+    void (*answer)(const Choice *, const Source *, const Rows *, int64_t) =
+        c->wide ? (c->width == 64 ? choose_wide_64 : choose_wide)
+                : (c->width == 64 ? choose_narrow_64 : choose_narrow);
+#pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
+    for (int64_t i = 0; i < count * c->groups; i++)
+        answer(c, sources, rows + i / c->groups, i % c->groups);
+    return 0;
+}
+
+/* Adds the keys of the chosen blocks to the answers. Slow reading: `chosen`. */
+const char *chosen(const Choice *c, const Source *sources, int64_t source_count, const Rows *rows,
+                   int64_t count, int threads) {
+    const char *reason = wrong_choice(c, sources, source_count, rows, count, 0, threads);
+    if (reason) return reason;
+    REQUIRE(is_view(&c->out, c->wide ? 4 : 2, c->queries, c->heads, c->width),
+            "out must be (queries, heads, width)");
+    REQUIRE(is_room(c->log_total, c->log_total_bytes, c->queries * c->heads, sizeof(float)),
+            "log_total must hold (queries, heads)");
+    void (*answer)(const Choice *, const Source *, const Rows *, int64_t) =
+        c->wide ? (c->width == 64 ? chosen_wide_64 : chosen_wide)
+                : (c->width == 64 ? chosen_narrow_64 : chosen_narrow);
+#pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
+    for (int64_t i = 0; i < count * c->groups; i++)
+        answer(c, sources, rows + i / c->groups, i % c->groups);
+    return 0;
+}
+
 #else
 int supported(void) { return 0; }
 const char *attend(void) { return "this machine has no AVX-512"; }
 const char *step(void) { return "this machine has no AVX-512"; }
+const char *choose(void) { return "this machine has no AVX-512"; }
+const char *chosen(void) { return "this machine has no AVX-512"; }
 #endif

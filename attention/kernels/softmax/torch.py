@@ -1,6 +1,7 @@
 """The softmax kernel in operators of torch: it runs anywhere, and is the slow reading of `native`.
 
-Here blocks of queries are cut and the keys that they see are put together; `streaming` answers them, `decode` answers steps.
+Here blocks of queries are cut and the keys that they see are put together; `streaming` answers them, `decode` answers steps,
+`choice` what queries choose.
 Blocks of one shape go together, several to a product, in scratch memory that is kept from block to block: a fresh megabyte
 costs 256 page faults, and a call of a small product costs as much as the product.
 """
@@ -14,12 +15,26 @@ from torch import Tensor
 
 from attention.history import Pair
 from attention.kernels.softmax import Runs, Seen
+from attention.kernels.softmax.choice import choose, chosen, chosen_bytes
 from attention.kernels.softmax.decode import step, step_bytes
 from attention.kernels.softmax.streaming import Band, Piece, Room, answer, columns, split
 from attention.parts import Parts, spread
 from attention.shapes import HeadShape
 
-__all__ = ["band", "band_bytes", "dense", "dense_bytes", "edge", "pattern", "pattern_bytes", "step", "step_bytes"]
+__all__ = [
+    "band",
+    "band_bytes",
+    "choose",
+    "chosen",
+    "chosen_bytes",
+    "dense",
+    "dense_bytes",
+    "edge",
+    "pattern",
+    "pattern_bytes",
+    "step",
+    "step_bytes",
+]
 
 ROWS = 128  # queries of a block of a band: fewer lose speed in the products, more score keys that their rows do not see
 DENSE_ROWS = 512  # where all keys are seen there is no such waste
@@ -39,7 +54,9 @@ def dense(
         yield from answer(q[first:last], pieces, out[first:last], room, log_total=logs)
 
 
-def band(q: Tensor, near: Pair, free: Pair, at: int, before: int, ahead: int, out: Tensor) -> Parts:
+def band(
+    q: Tensor, near: Pair, free: Pair, at: int, before: int, ahead: int, out: Tensor, log_total: Tensor | None = None
+) -> Parts:
     """`Softmax.band`. Blocks whose keys all lie within near are of one shape; as many go together as a piece has room for."""
     near, free = _heads_first(near), _heads_first(free)
     extra, wide = free[0].shape[1], before + ROWS + ahead
@@ -57,7 +74,8 @@ def band(q: Tensor, near: Pair, free: Pair, at: int, before: int, ahead: int, ou
         seen = Band(extra + at + first - before - low, extra + at + first + ahead - low, extra)
         pieces = [Piece(k, v, seen)] if whole > 1 else split(Piece(k, v, seen), most)
         last = first + together * rows
-        yield from answer(q[first:last], pieces, out[first:last], room, together)
+        logs = None if log_total is None else log_total[first:last]
+        yield from answer(q[first:last], pieces, out[first:last], room, together, logs)
         first = last
         del pieces, k, v  # or the room stays twice when the next blocks need more of it
 

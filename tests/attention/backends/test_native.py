@@ -10,7 +10,15 @@ from attention import AttentionBackend, HeadShape, Segments, build, reference
 from attention.memory import peak_bytes
 from attention.projection import projection
 from attention.truth import BOUNDS
-from tests.attention.backends import test_bigbird, test_chunked, test_dense, test_linear, test_longformer, test_sliding_window
+from tests.attention.backends import (
+    test_bigbird,
+    test_chunked,
+    test_dense,
+    test_linear,
+    test_longformer,
+    test_sliding_window,
+    test_topk,
+)
 from tests.attention.laws import Laws, extend_in, largest, need_native, tokens
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -52,6 +60,11 @@ class TestBigBird(NativeLaws):
 class TestChunked(NativeLaws):
     name = "chunked"
     variants = test_chunked.TestChunked.variants
+
+
+class TestTopK(NativeLaws):
+    name = "topk"
+    variants = test_topk.TestTopK.variants
 
 
 class TestPerformer(NativeLaws):

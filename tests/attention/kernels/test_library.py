@@ -118,12 +118,12 @@ def test_a_kernel_whose_structs_are_not_those_of_its_caller_is_refused(name: str
     need_native(HeadShape(4, 2, 64))
     kernel = KERNELS[name]
     tables, structs = kernel.tables, kernel.structs
-    assert len(structs) == 2
+    assert len(structs) >= 2
 
     class Longer(structs[0]):
         _fields_ = (("one_more", ctypes.c_int64),)
 
-    for wrong in (((*tables[:-1], tables[-1] + 1), structs), (tables, structs[:1]), (tables, (Longer, structs[1]))):
+    for wrong in (((*tables[:-1], tables[-1] + 1), structs), (tables, structs[:1]), (tables, (Longer, *structs[1:]))):
         with pytest.raises(RuntimeError, match="was built from other sources than these: install the package again"):
             Kernel(kernel.home, kernel.layout, kernel.functions, *wrong).library()
     assert Kernel(kernel.home, kernel.layout, kernel.functions, tables, structs).library() is not None
