@@ -328,13 +328,13 @@ SLIPS = [
 ]
 NOT_OFFERED = [
     *values("suffix", "b", False),
-    *values("response_format", {"type": "json_object"}, {}, "text"),
+    *values("response_format", {"type": "xml"}, {}, "text"),
     *values("max_new_tokens", 5),
     *values("use_beam_search", True, 0),
-    *values("guided_json", {}),
+    *values("guided_grammar", {}, "root ::= x"),
     *values("dimensions", 8, 192),
     *values("prompt_logprobs", 1),
-    *values("guided_json", {}, paths=(PLAN,)),
+    *values("guided_grammar", {}, paths=(PLAN,)),
     *values("encoding_format", "", "hex", "Float", 1, True, [], paths=(EMBEDDINGS,)),
 ]
 NAMES = [
@@ -428,6 +428,7 @@ ROUTES = [
         Bad(path, None, 405, "method_not_allowed", method=method)
         for path in POSTS
         for method in ("GET", "PUT", "DELETE", "PATCH")
+        if (path, method) != (PREFIXES, "GET")
     ),
     *(Bad(path, b"{}", 405, "method_not_allowed", method=method) for path in GETS for method in ("POST", "PUT", "DELETE")),
     *(Bad(COMPLETIONS, b"{}", 405, "method_not_allowed", method=method) for method in ("TRACE", "PROPFIND")),
