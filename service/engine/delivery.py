@@ -106,8 +106,8 @@ class Delivery:
         if timings.prefilled_at is None:
             timings.prefilled_at = now
         if job.is_pooled:
-            assert job.vector is not None, "a text was read, and no vector made of it"
-            job.answer.put(Embedding(job.vector))
+            assert job.vectors is not None, "a text was read, and no vector made of it"
+            job.answer.put(Embedding(job.vectors))
             self.end(job, "embedded")
             return
         job.join()

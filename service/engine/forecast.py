@@ -216,6 +216,7 @@ class Course:
     def __init__(self, model: Transformer, pace: Pace, max_length: int, chunk: int) -> None:
         self.pace = pace
         self.vocab_size = model.config.vocab_size
+        self.vector_width = model.config.pooled.width(model.config.hidden_size)
         self._model = model
         self._chunk = chunk
         self._seconds: list[float] = [0.0]  # of all chunks before

@@ -119,8 +119,9 @@ class Job:
     service_seconds: float  # predicted for what of its prompt is to be processed: the length that decides who overtakes whom
     sequences: list[Sequence] = field(default_factory=list)
     siblings: list[Sequence] = field(default_factory=list)  # samples that have not joined yet
-    gathered: Tensor | None = None  # float32 (C,): what is kept of the hidden states so far, where no token is drawn
-    vector: list[float] | None = None  # what was made of it
+    gathered: Tensor | None = None  # float32 (C,): what is kept of a chunk's hidden states so far, where no token is drawn
+    pooled: list[Tensor] = field(default_factory=list)  # of the chunks that are read
+    vectors: list[list[float]] | None = None  # what was made of them
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
     echo: StringIO = field(default_factory=StringIO)  # the prompt's text, for an answer that begins with it
     echoed: int = 0  # tokens of the prompt that stand in it, or are left out

@@ -14,6 +14,7 @@ from service.engine.sampling import bytes_per_logit
 LOGPROB_BYTES = 256  # per token with log-probability and per alternative, of prompt and answer
 TOKEN_BYTES = 128  # per token of an answer that waits to be read: its id, and text of up to 24 characters at four bytes
 ECHO_BYTES = 64  # per token of a prompt that is given back with an answer, copies on the way included
+NUMBER_BYTES = 96  # per number of an embedding: in a list, and as JSON
 SCORE_BYTES = 64 * 12  # per entry of the vocabulary while an echoed prompt is scored, 64 rows at a time
 
 
@@ -32,7 +33,9 @@ def need(request: Request, lane: Lane, prompt_tokens: int | None = None) -> Need
     """Bytes the request holds under a backend; of a prompt of another length when `prompt_tokens` is given."""
     sampling, prompt = request.sampling, len(request.tokens) if prompt_tokens is None else prompt_tokens
     if request.is_pooled:
-        return Need({"state": lane.state_bytes(prompt), "step": lane.course.prefill_bytes(prompt)})
+        vectors = 1 if request.late_chunks is None else -(-prompt // request.late_chunks)
+        answer = vectors * lane.course.vector_width * NUMBER_BYTES
+        return Need({"state": lane.state_bytes(prompt), "step": lane.course.prefill_bytes(prompt), "answer": answer})
     total = prompt + sampling.max_tokens
     is_scored = sampling.echo and sampling.logprobs is not None
     scored = request.n * sampling.max_tokens + (prompt if is_scored else 0)

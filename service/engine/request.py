@@ -87,6 +87,7 @@ class Request:
     pooling: Pooling | None = None  # of an embedding; None: the checkpoint's
     is_ended: bool | None = None  # an embedding at length one, scores activated; None: as the checkpoint has it
     second: int | None = None  # where a pair's second text begins
+    late_chunks: int | None = None  # tokens of a text that make an embedding each; None: all of them make one
     owner: str = ""  # who asks: a prefix that was computed for one is no other's, unless the config says so
     reuses: bool = True  # may go on from a kept prefix, and leave one
     source: str | None = None  # the caller's name for what the tokens come from; None: by kind
@@ -101,7 +102,7 @@ class Request:
 
     @property
     def is_pooled(self) -> bool:
-        """Whether its answer is one vector: no token is drawn."""
+        """Whether its answer is made of vectors: no token is drawn."""
         return self.kind != "completion"
 
     @property
@@ -137,9 +138,15 @@ class Delta:
 
 @dataclass(frozen=True)
 class Embedding:
-    """The answer to a request for an embedding, or for scores: one vector, float32, as a list of floats."""
+    """The answer to a request for an embedding, or for scores: a vector, float32, as a list of floats, of each late chunk."""
 
-    vector: list[float]
+    vectors: list[list[float]]
+
+    @property
+    def vector(self) -> list[float]:
+        """The only one."""
+        (vector,) = self.vectors
+        return vector
 
 
 def quoted(value: object, most: int = MOST_QUOTED) -> str:

@@ -19,6 +19,7 @@ from service.engine.request import TokenLogprob
 from service.engine.sampling import Past, draw, logprobs
 from service.engine.work import Member, Work
 from service.model.pooler import gathered, pooled
+from service.model.pooling import Pooling
 from service.model.transformer import Stages, Transformer
 
 LOGIT_ROWS = 64  # rows of an echoed prompt whose logits exist at one time
@@ -127,17 +128,15 @@ class Runner:
 
     def _pool(self, work: Work, segments: Segments, hidden: Tensor) -> None:
         """Gather what counts of each member's hidden states, and make the vectors of those that end."""
-        pooler, ended, rows = self._model.pooler, [], []
+        pooler, ended = self._model.pooler, list[Job]()
         for member, (start, end, _) in zip(work.members, segments.spans(), strict=True):
-            job, before = member.job, None if member.start == 0 else member.job.gathered
-            pooling = job.request.pooling or pooler.plan.pooling
-            job.gathered = gathered(before, hidden[start:end], pooling)
+            _gather(member, hidden[start:end], member.job.request.pooling or pooler.plan.pooling)
             if member.is_last:
-                ended.append(job)
-                rows.append(pooled(job.gathered, pooling, len(job.prompt)))
+                ended.append(member.job)
         if ended:
-            for job, vector in zip(ended, pooler(torch.stack(rows)), strict=True):
-                job.vector = pooler.ended(vector, job.request.is_ended).tolist()
+            vectors = iter(pooler(torch.stack([row for job in ended for row in job.pooled])))
+            for job in ended:
+                job.vectors = [pooler.ended(next(vectors), job.request.is_ended).tolist() for _ in job.pooled]
 
     def _hidden(self, work: Work, segments: Segments, stages: Stages) -> Generator[None, None, Tensor]:
         """Hidden states of the members' tokens; pauses between the parts of each layer's attention."""
@@ -206,6 +205,22 @@ class Runner:
         settings = [sequence.job.request.sampling for sequence in sequences]
         numbers, pasts = [s.number() for s in sequences], [_past(s) for s in sequences]
         work.drawn = list(zip(sequences, draw(logits, settings, numbers, pasts, self._eos_ids), strict=True))
+
+
+def _gather(member: Member, hidden: Tensor, pooling: Pooling) -> None:
+    """Take a member's hidden states (T, C) in, late chunk by late chunk; a text for which none are asked is one."""
+    job, at = member.job, member.start
+    size = job.request.late_chunks or len(job.prompt)
+    if at == 0:
+        job.pooled.clear()  # of a reading that failed
+    while at < member.end:
+        begin = at - at % size
+        end = min(begin + size, len(job.prompt), member.end)
+        piece = hidden[at - member.start : end - member.start]
+        job.gathered = gathered(None if at == begin else job.gathered, piece, pooling)
+        if end in (begin + size, len(job.prompt)):
+            job.pooled.append(pooled(job.gathered, pooling, end - begin))
+        at = end
 
 
 def _past(sequence: Sequence) -> Past:

@@ -155,6 +155,10 @@ class EmbeddingItem(Record):
     object: Literal["embedding"]
     index: Count
     embedding: list[float] | str = Field(description="Numbers, or little-endian float32 in base64.")
+    input: Count | None = Field(default=None, description="With late_chunks: which text, from 0 on.")
+    start: Count | None = Field(default=None, description="Its first character of the text; of token ids, its first token.")
+    end: Count | None = Field(default=None, description="Behind its last one.")
+    tokens: Count | None = Field(default=None, description="How many it has.")
 
 
 class EmbeddingUsage(Record):

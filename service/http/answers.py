@@ -224,15 +224,21 @@ class Completion:
         return {"usage": self.usage(), "longserve": receipt([request.timings for request in self._requests])}
 
 
-def embeddings(vectors: Sequence[Sequence[float]], requests: Sequence[Request], host: Host, as_base64: bool) -> Json:
-    """The answer to an embedding call."""
+def embeddings(
+    vectors: Sequence[Sequence[float]],
+    requests: Sequence[Request],
+    host: Host,
+    as_base64: bool,
+    places: Sequence[Mapping[str, int]] = (),
+) -> Json:
+    """The answer to an embedding call. `places`: of late chunks, each vector's."""
     tokens = sum(len(request.tokens) for request in requests)
     return {
         "object": "list",
         "model": host.card.id,
         "data": [
-            {"object": "embedding", "index": index, "embedding": _packed(each) if as_base64 else each}
-            for index, each in enumerate(vectors)
+            {"object": "embedding", "index": index, "embedding": _packed(each) if as_base64 else each, **place}
+            for index, (each, place) in enumerate(zip(vectors, places or [{}] * len(vectors), strict=True))
         ],
         "usage": {"prompt_tokens": tokens, "total_tokens": tokens},
         "longserve": receipt([request.timings for request in requests]),

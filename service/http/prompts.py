@@ -111,9 +111,26 @@ async def embedding_requests(body: EmbeddingBody, host: Host, call: Call) -> lis
         message = f"an embedding has {host.card.width} dimensions, received {body.dimensions}"
         raise InvalidRequest(message, param="dimensions")
     asked = Request(call.id, "embedding", (), deadline=call.deadline, trace=call.trace, pooling=body.pooling)
-    asked = replace(_attended(asked, body, host, call), is_ended=body.normalize)
+    asked = replace(_attended(asked, body, host, call), is_ended=body.normalize, late_chunks=body.late_chunks)
     room = None if body.truncate is None else Room(host.card.max_length, body.truncate)
     return await _requests(asked, "input", _prompted(body, host), body.with_special_tokens, room, host, call)
+
+
+async def chunk_places(body: EmbeddingBody, requests: Sequence[Request], host: Host, call: Call) -> list[dict[str, int]]:
+    """Where each late chunk of each input stands: in characters of a text, in tokens of token ids."""
+    assert body.late_chunks is not None, "asked for chunks only"
+    places = []
+    for index, (given, read, request) in enumerate(zip(body.input, _prompted(body, host), requests, strict=True)):
+        count, size = len(request.tokens), body.late_chunks
+        starts = range(0, count, size)
+        spans: Sequence[tuple[int, int]] = [(start, min(start + size, count)) for start in starts]
+        if isinstance(given, str) and isinstance(read, str):
+            before = len(read) - len(given)  # the checkpoint's prompt
+            told = await host.reader.spans(read, body.with_special_tokens, size, call)
+            spans = [(max(0, start - before), max(0, end - before)) for start, end in told]
+        for start, (first, last) in zip(starts, spans, strict=True):
+            places.append({"input": index, "start": first, "end": last, "tokens": min(size, count - start)})
+    return places
 
 
 def _prompted(body: EmbeddingBody, host: Host) -> Sequence[Prompt]:

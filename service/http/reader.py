@@ -79,6 +79,12 @@ class Reader:
             return self._tokenizer.encode_pair(first, second)
         return await _awaited(call, self._workers.run(size, worker.encode_pair, first, second))
 
+    async def spans(self, text: str, add_special_tokens: bool, size: int, call: Call) -> Sequence[tuple[int, int]]:
+        """Where each `size` tokens of a text begin and end, in characters."""
+        if len(text) <= SMALL_TEXT:
+            return worker.spans(self._tokenizer, text, add_special_tokens, size)
+        return await _awaited(call, self._workers.run(len(text), worker.spans, text, add_special_tokens, size))
+
     async def chat(
         self, messages: Sequence[Mapping[str, str]], options: Mapping[str, Any], max_length: int | None, call: Call
     ) -> Sequence[int]:

@@ -54,6 +54,7 @@ from service.http.prompts import (
     chat_requests,
     check_ids,
     check_model,
+    chunk_places,
     classified_requests,
     completion_requests,
     embedding_requests,
@@ -137,8 +138,10 @@ def _add_inference(app: FastAPI, host: Host) -> None:
         body = await _body(call, EmbeddingBody, host)
         requests = await embedding_requests(body, host, call)
         is_normalized = host.card.is_normalized if body.normalize is None else body.normalize
-        vectors = [answers.cut(each.vector, body.dimensions, is_normalized) for each in await embed(host, requests, caller)]
-        answer = answers.embeddings(vectors, requests, host, body.encoding_format == "base64")
+        places = [] if body.late_chunks is None else await chunk_places(body, requests, host, call)
+        found = [vector for each in await embed(host, requests, caller) for vector in each.vectors]
+        vectors = [answers.cut(each, body.dimensions, is_normalized) for each in found]
+        answer = answers.embeddings(vectors, requests, host, body.encoding_format == "base64", places)
         return JSONResponse(answer, headers=answers.headers(requests))
 
     @app.post("/v1/classify", **operation(ClassifyAnswer, ClassifyBody, has_receipt=True))

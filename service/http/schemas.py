@@ -56,6 +56,9 @@ MOST_FORM = 2**16
 
 MOST_CHOICES = 1024
 
+LEAST_CHUNK = 16
+"""Tokens of a text that make one of its embeddings."""
+
 MOST_MESSAGES = 2048
 """Of one conversation, and parts of one message."""
 
@@ -629,11 +632,23 @@ class EmbeddingBody(Cut, Worded):
         "place. Left out: as the checkpoint has it, else mean.",
     )
     normalize: bool | None = Field(default=None, description="To length one. Left out: as the checkpoint has it, else true.")
+    late_chunks: int | None = Field(
+        default=None,
+        ge=LEAST_CHUNK,
+        le=INT64,
+        description="An embedding for each so many tokens of a text that is read as a whole, each with its place in the text.",
+    )
     prompt_name: Name | None = Field(
         default=None, description="Which of the checkpoint's prompts, such as query, stands before the texts."
     )
     encoding_format: Literal["float", "base64"] | None = Field(default=None, description="Left out: float.")
     user: str | None = Field(default=None, description="Let in for clients' sake and not used.")
+
+    @model_validator(mode="after")
+    def _tells_true_places(self) -> EmbeddingBody:
+        if self.late_chunks is not None and self.truncate is not None:
+            raise fault("late_chunks", "late_chunks and truncate contradict each other: chunks have places in the whole text")
+        return self
 
 
 class ScoredBody(Cut):

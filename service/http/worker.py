@@ -57,6 +57,11 @@ def encode(tokenizer: Tokenizer, text: str, add_special_tokens: bool) -> Sequenc
     return array("i", tokenizer.encode(text, add_special_tokens))
 
 
+def spans(tokenizer: Tokenizer, text: str, add_special_tokens: bool, size: int) -> Sequence[tuple[int, int]]:
+    """Where each `size` tokens of a text begin and end, in characters."""
+    return tokenizer.spans(text, add_special_tokens, size)
+
+
 def encode_pair(tokenizer: Tokenizer, first: str, second: str) -> tuple[Sequence[int], int, int | None]:
     """A pair's token ids, and where those of the second text and of the second type begin."""
     tokens, begin, begin_of_type = tokenizer.encode_pair(first, second)

@@ -129,6 +129,16 @@ class Tokenizer:
         )  # `encode` keeps Python's lock
         return list(encoding.ids)
 
+    def spans(self, text: str, add_special_tokens: bool, size: int) -> list[tuple[int, int]]:
+        """Where each `size` tokens of `encode(text)` begin and end, in characters, those that they share included."""
+        (encoding,) = self._core.encode_batch([text], add_special_tokens=add_special_tokens)
+        found, at = list[tuple[int, int]](), 0
+        for start in range(0, len(encoding.ids), size):
+            places = [place for place in encoding.offsets[start : start + size] if place[1] > place[0]]  # special tokens: none
+            found.append((places[0][0], places[-1][1]) if places else (at, at))
+            at = found[-1][1]
+        return found
+
     def decode(self, ids: Sequence[int]) -> str:
         """Text of token ids; bytes that are no UTF-8 become U+FFFD. Special tokens show as their text."""
         return self.bytes_of(ids).decode("utf-8", errors="replace")
