@@ -233,7 +233,7 @@ def _wrong_method(request: HttpRequest) -> Response:
     """The router itself would name the methods of the first route of this path alone."""
     routes = [each for each in request.app.routes if isinstance(each, Route) and each.path_regex.match(request.url.path)]
     methods = {method for route in routes for method in route.methods or ()}
-    allowed = ", ".join(sorted(methods | {"OPTIONS"} | ({"HEAD"} if "GET" in methods else set())))
+    allowed = ", ".join((*sorted(methods | ({"HEAD"} if "GET" in methods else set())), "OPTIONS"))
     if request.method == "OPTIONS":
         return Response(status_code=204, headers={"allow": allowed})
     message = f"{quoted(request.method, 20)} is not allowed on {request.url.path}, allowed: {allowed}"

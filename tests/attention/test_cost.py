@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -26,6 +27,15 @@ PLAIN = [(name, options) for name in names() for options in OPTIONS.get(name, ({
 CHOOSING = [case for case in PLAIN if "impl" in backend_class(case[0]).Options.model_fields]
 CASES = [case for case in PLAIN if case not in CHOOSING]
 CASES += [(name, {**options, "impl": impl}) for name, options in CHOOSING for impl in ("torch", "native")]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def two_threads() -> Iterator[None]:
+    """The laws of the readings in torch are those of two threads; on one they take less."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(threads)
 
 
 SHAPES = (

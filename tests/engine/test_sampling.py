@@ -160,7 +160,7 @@ def chances(logits: list[float], settings: Sampling) -> list[float]:
     ranked = sorted(range(len(weights)), key=lambda i: -weights[i])
     ranked, kept, reached = ranked[: settings.top_k or None], [], 0.0
     for i in ranked:
-        if kept and reached >= settings.top_p - 1e-12:
+        if kept and settings.top_p < 1 and reached >= settings.top_p - 1e-12:
             break
         kept.append(i)
         reached += weights[i] / sum(weights[j] for j in ranked)

@@ -59,7 +59,7 @@ def test_its_plan_is_the_sum_of_its_layers(service: Client) -> None:
     layers = route.backend.layers
     assert plan["terms"]["state"] == sum(layer.state_bytes(plan["total_tokens"]) for layer in layers)
     seconds = sum(
-        route.course.pace.attention[layer](layer.cost(100, 300, causal=True).flops) for layer in layers
+        route.course.pace.attention[layer](100, layer.cost(100, 300, causal=True).flops) for layer in layers
     ) + route.course.pace.model(100)
     assert route.course.step_seconds(200, 300) == pytest.approx(seconds)
 

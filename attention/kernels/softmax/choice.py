@@ -124,8 +124,10 @@ def _together(most: int, entry_bytes: int) -> int:
 
 
 def _look_bytes(heads: int, width: int, groups: int, candidates: int) -> int:
-    """What a query that looks at so many blocks takes: in float64 itself, its parts and products, and the ranks."""
-    return 16 * (width * (heads + groups) + groups * min(candidates, BLOCKS)) + 17 * groups * candidates
+    """What a query that looks at so many blocks takes, in float64: its parts, products of them, or ranks of scores."""
+    parts = 8 * width * (2 * heads + groups)
+    products = 8 * width * (heads + 2 * groups) + groups * (24 * min(candidates, BLOCKS) + 4 * candidates)
+    return max(parts, products, 20 * groups * candidates)
 
 
 def chosen_bytes(shape: HeadShape, queries: int, blocks: Blocks, candidates: int) -> int:
