@@ -14,7 +14,7 @@ from fastapi import FastAPI
 from starlette.exceptions import HTTPException
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
-from starlette.routing import Route
+from starlette.routing import Match, Route
 
 from service.engine.request import (
     DeadlineExceeded,
@@ -231,8 +231,8 @@ def _no_route(path: str) -> str:
 
 def _wrong_method(request: HttpRequest) -> Response:
     """The router itself would name the methods of the first route of this path alone."""
-    routes = [each for each in request.app.routes if isinstance(each, Route) and each.path_regex.match(request.url.path)]
-    methods = {method for route in routes for method in route.methods or ()}
+    routes = [each for each in request.app.routes if isinstance(each, Route)]
+    methods = {method for each in routes if each.matches(request.scope)[0] is not Match.NONE for method in each.methods or ()}
     allowed = ", ".join((*sorted(methods | ({"HEAD"} if "GET" in methods else set())), "OPTIONS"))
     if request.method == "OPTIONS":
         return Response(status_code=204, headers={"allow": allowed})
