@@ -42,9 +42,9 @@ class Pins:
         now = time.monotonic()
         return [pin for pin in self._pins.values() if pin.until > now]
 
-    def holds(self, lane: Lane, mark: bytes) -> bool:
-        """Whether the state with that mark is wished for."""
-        return any(pin.lane is lane and pin.mark == mark for pin in self.current())
+    def states(self) -> set[tuple[Lane, bytes]]:
+        """Lanes and marks of the states that are wished for."""
+        return {(pin.lane, pin.mark) for pin in self.current()}
 
     def add(self, pin: Pin, limit: int) -> None:
         """Take a wish in; what is pinned takes no more than `limit` bytes together.

@@ -47,6 +47,11 @@ class Kept:
     marks: Marks  # of the beginnings that it serves
     worth: float = 0.0  # the least goes first
 
+    @property
+    def state(self) -> tuple[Lane, bytes]:
+        """What it is the state of: its lane, and the mark at its end."""
+        return self.lane, self.marks[-1]
+
 
 @dataclass(frozen=True)
 class Found:
@@ -119,14 +124,12 @@ class Prefixes:
     def unpin(self, pin: Pin) -> None:
         """End a pin, and let go of its state before the next step unless another pin holds it."""
         self.pins.remove(pin)
-        self.forget(lambda kept: kept.lane is pin.lane and kept.marks[-1] == pin.mark and not self._is_pinned(kept))
+        state = (pin.lane, pin.mark)
+        self.forget(lambda kept: kept.state == state and state not in self.pins.states())
 
     def is_kept(self, lane: Lane, mark: bytes) -> bool:
         """Whether a state ends exactly there."""
         return any(kept.marks[-1] == mark for kept in self._serving.get((lane, mark), ()))
-
-    def _is_pinned(self, kept: Kept) -> bool:
-        return self.pins.holds(kept.lane, kept.marks[-1])
 
     # ---- what is kept -----------------------------------------------------------------------------------------------
 
@@ -156,7 +159,7 @@ class Prefixes:
     def keep(self, lane: Lane, slot: int, marks: Marks, tokens: int) -> None:
         """Keep a copy of a slot's state, which is that of the first `tokens` of a prompt. That it cannot be harms nobody."""
         marks = marks[: tokens // self._chunk]
-        serving, is_wished = self._serving.get((lane, marks[-1])), self.pins.holds(lane, marks[-1])
+        serving, is_wished = self._serving.get((lane, marks[-1])), (lane, marks[-1]) in self.pins.states()
         if serving and (not is_wished or self.is_kept(lane, marks[-1])):
             self._use(serving[-1])
             return
@@ -167,7 +170,8 @@ class Prefixes:
 
     def _keep(self, lane: Lane, slot: int, marks: Marks, tokens: int) -> None:
         num_bytes, room = lane.state_bytes(tokens), min(self.limit, self._ledger.free)
-        pinned = [each for each in self._kept if self._is_pinned(each)]
+        wished = self.pins.states()
+        pinned = [each for each in self._kept if each.state in wished]
         if lane not in self.lanes or num_bytes + sum(each.num_bytes for each in pinned) > room:
             return
         if lane.backend.keeps_all:  # serves its own beginnings, too
@@ -190,8 +194,8 @@ class Prefixes:
         """Let go of kept states, pinned ones last, until they take at most `most` bytes or only spared ones are left."""
         if self.num_bytes <= most:
             return
-        going = [each for each in self._kept if each not in spared]
-        going.sort(key=lambda each: (self._is_pinned(each), each.worth), reverse=True)
+        going, wished = [each for each in self._kept if each not in spared], self.pins.states()
+        going.sort(key=lambda each: (each.state in wished, each.worth), reverse=True)
         while self.num_bytes > most and going:
             last = going.pop()
             self._floor = max(self._floor, last.worth)
