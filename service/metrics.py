@@ -21,7 +21,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Proc
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from service.engine.observer import Outcome, Snapshot, Step
+from service.engine.observer import Outcome, Shadowed, Snapshot, Step
 from service.engine.request import DeadlineExceeded, Draining, InvalidRequest, QueueFull, Request, RequestError, Withdrawn
 from service.timing import receipt
 
@@ -42,6 +42,7 @@ TOKENS = powers(16, 2, 14)  # 16 to 131,072
 ROWS = powers(1, 2, 9)  # 1 to 256
 BYTES = powers(2**18, 4, 9)  # 256 KiB to 16 GiB
 RATIO = (0.25, 0.5, 0.8, 0.9, 1.0, 1.1, 1.25, 2.0, 4.0)
+NATS = (1e-6, 1e-5, 1e-4, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)  # from rounding to another text
 LEAST_BYTES = 2**20  # no law of cost is held to less
 EXEMPLAR_ID = 128 - len("request_id")  # characters: OpenMetrics' bound on an exemplar's names and values together
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384, 32768)
@@ -73,6 +74,7 @@ class Metrics:
         ProcessCollector(namespace=PREFIX, registry=self.registry)
         self._request_metrics()
         self._step_metrics()
+        self._shadow_metrics()
         self._service_metrics()
 
     def _request_metrics(self) -> None:
@@ -119,6 +121,16 @@ class Metrics:
         )
         self.time_ratio = self._histogram("time_prediction_ratio", "Measured seconds over the engine's.", ("backend",), RATIO)
         self.samples = self._counter("memory_samples", "Calls whose peak was measured, or was not.", ("backend", "method"))
+
+    def _shadow_metrics(self) -> None:
+        by_length = ("backend", "length")
+        answers = "Answers drawn to be scored again under the reference, by what became of them."
+        self.shadow_answers = self._counter("shadow_answers", answers, ("backend", "result"))
+        kl = "KL(reference || served) of next-token distributions, at each place of an answer that was compared."
+        self.shadow_kl = self._histogram("shadow_divergence_nats", kl, by_length, NATS)
+        agreed = "Those places at which both find the same token likeliest."
+        self.shadow_agreed = self._counter("shadow_agreed", agreed, by_length)
+        self.shadow_bound = self._gauge("shadow_bound_nats", "engine.shadow.bound_nats: the mean divergence to tell of.")
 
     def _service_metrics(self) -> None:
         self.responses = self._counter("http_responses", "Responses sent.", ("route", "method", "status"))
@@ -220,6 +232,15 @@ class Metrics:
             if max(step.measured_bytes, step.predicted_bytes) >= LEAST_BYTES:
                 self.memory_ratio.labels(step.backend).observe(step.measured_bytes / max(step.predicted_bytes, 1))
 
+    def shadowed(self, shadowed: Shadowed) -> None:
+        """Count what became of an answer that was to be scored again, and what was found."""
+        self.shadow_answers.labels(shadowed.backend, shadowed.result).inc()
+        if shadowed.nats:
+            labels = shadowed.backend, length_class(shadowed.prompt_tokens)
+            for nats in shadowed.nats:
+                _observe(self.shadow_kl.labels(*labels), nats, shadowed.id)
+            self.shadow_agreed.labels(*labels).inc(shadowed.agreed)
+
     def responded(self, route: str, method: str, status: int) -> None:
         """Count one response."""
         self.responses.labels(route, method if method in METHODS else "other", str(status)).inc()
@@ -293,6 +314,9 @@ class Levels(Collector):
             ),
             ("draining", "1 while nothing more is admitted.", now.draining),
             ("progress_age_seconds", "Since a step ended while work waits.", time.monotonic() - now.last_progress),
+            ("shadow_waiting", "Answers that wait to be scored again.", now.shadow.waiting),
+            ("shadow_kept_bytes", "What they take.", now.shadow.kept_bytes),
+            ("shadow_lent_bytes", "Of the budget, lent to the one that is scored.", now.shadow.lent_bytes),
         )
         for name, help, value in levels:
             yield GaugeMetricFamily(f"{PREFIX}_{name}", help, value=value)
@@ -300,6 +324,8 @@ class Levels(Collector):
         yield CounterMetricFamily(f"{PREFIX}_model_busy_seconds", busy, value=now.busy_seconds)
         measuring = "Of it, time that went into measuring memory."
         yield CounterMetricFamily(f"{PREFIX}_memory_measuring_seconds", measuring, value=now.measuring_seconds)
+        shadow = "Time the model thread has scored answers again, which is no part of its busy time."
+        yield CounterMetricFamily(f"{PREFIX}_shadow_seconds", shadow, value=now.shadow.seconds)
         results, lookups = (("hit", now.prefix_hits), ("miss", now.prefix_misses)), "Prompts that found a kept prefix, or none."
         family = CounterMetricFamily(f"{PREFIX}_prefix_lookups", lookups, labels=("result",))
         for result, count in results:

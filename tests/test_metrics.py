@@ -16,7 +16,7 @@ from prometheus_client.parser import text_string_to_metric_families as parse_tex
 
 from attention import names
 from service import exposition
-from service.engine.observer import Step
+from service.engine.observer import Shadowed, Step
 from service.engine.request import Request
 from service.exposition import KEEP_SECONDS, Format, Gathered, Page
 from service.logs import JsonLines
@@ -197,6 +197,33 @@ def test_with_every_backend_and_length_a_scrape_stays_small() -> None:
         for kind in ("prefill", "decode", "embed"):
             metrics.stepped(Step(kind, backend, 1, 1, 0.1, 0.1, 1, 1))
     assert len(page(metrics).splitlines()) < MOST_LINES * len(names())
+
+
+def test_where_answers_are_scored_again_a_scrape_grows_by_a_sixth_at_most() -> None:
+    pages = []
+    for results in ((), ("scored", "replaced", "too_long", "gave_way", "failed")):
+        metrics = Metrics()
+        for backend, tokens in itertools.product(names(), (*LENGTHS, LENGTHS[-1] + 1)):
+            for result in results:
+                metrics.shadowed(Shadowed("id", backend, tokens, result, (0.1,) if result == "scored" else ()))
+        pages.append(len(page(metrics).splitlines()))
+    assert pages[1] - pages[0] < MOST_LINES / 6 * len(names())
+
+
+def test_a_divergence_is_told_place_by_place_and_an_answer_by_what_became_of_it() -> None:
+    metrics = Metrics()
+    metrics.shadowed(Shadowed("mine", "performer", 600, "scored", (0.25, 0.5), 1))
+    metrics.shadowed(Shadowed("other", "performer", 600, "gave_way"))
+    found = samples(metrics)
+    labels = '{backend="performer",length="1024",replica="r"}'
+    assert found[f"longserve_shadow_divergence_nats_sum{labels}"] == 0.75
+    assert found[f"longserve_shadow_divergence_nats_count{labels}"] == 2
+    assert found[f"longserve_shadow_agreed_total{labels}"] == 1
+    for result in ("scored", "gave_way"):
+        assert found[f'longserve_shadow_answers_total{{backend="performer",replica="r",result="{result}"}}'] == 1
+    families = {family.name: family for family in parse_openmetrics(page(metrics, "openmetrics"))}
+    exemplars = [s.exemplar for s in families["longserve_shadow_divergence_nats"].samples if s.exemplar]
+    assert [each.labels for each in exemplars] == [{"request_id": "mine"}] * 2
 
 
 def test_counters_begin_at_zero_so_that_a_rate_sees_the_first() -> None:

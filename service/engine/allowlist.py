@@ -66,6 +66,10 @@ class Lane:
     def __post_init__(self) -> None:
         self.kept = StatePool(self.pool.backends, self.pool.max_bytes)
 
+    def apart(self) -> Lane:
+        """The same with room for states of its own, which no level counts."""
+        return Lane(self.name, self.backend, self.course, StatePool(self.pool.backends, self.pool.max_bytes))
+
     def refusal(self) -> Withdrawn:
         """What callers are told while it is withdrawn."""
         return Withdrawn(f"attention backend {self.name} is withdrawn: {self.withdrawn}", param="attention")

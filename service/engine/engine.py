@@ -38,6 +38,7 @@ from service.engine.profile import Profile
 from service.engine.request import Constraint, Draining, ModelFailed, Request, RequestError
 from service.engine.runner import LOGIT_ROWS, Runner
 from service.engine.scheduler import Scheduler
+from service.engine.shadow import Shadow, build_reference
 from service.engine.work import Work
 from service.machine import available_bytes, budget_bytes, trim
 from service.model.tokenizer import Tokenizer
@@ -85,6 +86,7 @@ class Engine:
         self._wake = asyncio.Event()
         self._idle = asyncio.Event()
         self._serving: asyncio.Task[None] | None = None
+        self._shadowing: asyncio.Task[None] | None = None
 
     # ---- life -------------------------------------------------------------------------------------------------------
 
@@ -92,7 +94,8 @@ class Engine:
         """Start the model thread, measure every backend's pace, and serve.
 
         Raises:
-            ValueError: the weights leave no memory to serve with, or less than the configured budget.
+            ValueError: the weights leave no memory to serve with, or less than the configured budget; or the config's reference
+                of answers cannot be one.
         """
         model, config = self._model, self._config
         available = available_bytes(model.device)
@@ -116,13 +119,20 @@ class Engine:
         unknown = torch.from_numpy(np.flatnonzero(~known))
         share = config.memory_sample_share
         self._runner = await self._on_model_thread(lambda: Runner(model, unknown, self._rows, share, prefixes))
-        self._delivery = Delivery(self._scheduler, self._runner, self._observer, model.config.eos_token_ids)
+        self._shadow = Shadow(
+            config.shadow, model, self._runner, self._ledger, prefixes.limit, self._observer, lambda: self._admission.lanes
+        )
+        if config.shadow.share and model.config.is_causal:
+            self._shadowing = asyncio.create_task(self._shadow.run(self, await self._lane_of(self._shadow.reference)))
+        self._delivery = Delivery(self._scheduler, self._runner, self._observer, model.config.eos_token_ids, self._shadow)
         self._departures = Departures(self._scheduler, self._delivery, self._wake.set)
         self._serving = asyncio.create_task(self._serve())
         self._serving.add_done_callback(self._died)
 
     async def stop(self) -> None:
         """End at once: what runs or waits fails with Draining. Idempotent."""
+        if self._shadowing is not None:
+            self._shadowing.cancel()
         await self.drain(0)
         if self._serving is not None:
             self._serving.cancel()
@@ -164,17 +174,30 @@ class Engine:
         chunk, budget = self._config.chunk_tokens, self._ledger.budget
         return lane_for(name, backend, self._model, self._pace, self._profile, chunk, budget)
 
-    async def beside(self, parts: Generator[None, None, T]) -> T:
+    async def _lane_of(self, name: str) -> Lane:
+        """A backend's lane, which is in no allow-list where that has none of the name."""
+        if name in self._admission.lanes:
+            return self._admission.lanes[name]
+        return await self.beside(self._lane_for(name, await self.beside(build_reference(name, self._model))))
+
+    async def beside(self, parts: Generator[None, None, T], is_patient: bool = False) -> T:
         """What a computation in parts returns, run on the model thread at the mercy of requests: a slice between two steps.
 
-        While requests are there, it leaves them the thread for REST times as long as each slice took.
+        While requests are there, it leaves them the thread for REST times as long as each slice took; `is_patient`: altogether.
         """
         while True:
+            if is_patient:
+                await self.when_idle()
             ended, value, seconds = await self._on_model_thread(lambda: _slice(parts, self._config.slice_seconds))
             if ended:
+                self._wake.set()  # at rest, what it leaves free goes back to the system
                 return cast(T, value)
-            if self._scheduler.jobs:
+            if self._scheduler.jobs and not is_patient:
                 await asyncio.sleep(REST * seconds)
+
+    def give_up(self, parts: Generator[None, None, T]) -> None:
+        """End a computation in parts before the next step: whoever waits for what it returns gets None."""
+        self._thread.submit(attempt, parts.close)
 
     # ---- requests ---------------------------------------------------------------------------------------------------
 
@@ -292,6 +315,7 @@ class Engine:
             row_multiple=self._rows,
             busy_seconds=self._runner.busy_seconds,
             measuring_seconds=self._runner.measuring_seconds,
+            shadow=self._shadow.levels(),
             last_progress=self._last_progress if running or waiting or self._is_dead else now,
         )
 
