@@ -114,7 +114,8 @@ class Switch:
         self._forget_failure()
         shape = self._shape
         described = [backend.describe() for backend in backends.by_name.values()]
-        self._metrics.switched_to(described, backends.default, str(shape.dtype).removeprefix("torch."), str(shape.device))
+        dtype, device = str(shape.dtype).removeprefix("torch."), str(shape.device)
+        self._metrics.switched_to(described, backends.default, backends.weights, dtype, device)
         await self._last_served.keep(config)
 
     def aim(self, config: AttentionConfig, engine: Swappable) -> None:
@@ -198,6 +199,7 @@ class Switch:
             self._metrics.switches.labels("ok").inc()
         seconds = time.monotonic() - start
         self._metrics.switch_seconds.observe(seconds)
+        self._metrics.last_switch.set(seconds)
         self._history.append(
             {"at": time.time(), "attention": target.model_dump(), "seconds": seconds, "failure": self._failure}
         )

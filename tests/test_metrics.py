@@ -191,7 +191,7 @@ def test_the_gaps_between_tokens_are_told_as_they_come() -> None:
 
 def test_with_every_backend_and_length_a_scrape_stays_small() -> None:
     metrics = Metrics()
-    metrics.switched_to([{"name": name, "options": {}} for name in names()], "dense", "float32", "cpu")
+    metrics.switched_to([{"name": name, "options": {}} for name in names()], "dense", {}, "float32", "cpu")
     for backend, tokens in itertools.product(names(), (*LENGTHS, LENGTHS[-1] + 1)):
         metrics.finished(request(backend, tokens), "stop")
         for kind in ("prefill", "decode", "embed"):
@@ -226,9 +226,24 @@ def test_a_divergence_is_told_place_by_place_and_an_answer_by_what_became_of_it(
     assert [each.labels for each in exemplars] == [{"request_id": "mine"}] * 2
 
 
+def test_a_candidates_share_is_off_the_defaults_and_goes_with_its_list() -> None:
+    metrics, listed = Metrics(), [{"name": name, "options": {}} for name in ("dense", "performer", "linear")]
+
+    def shares() -> dict[str, float]:
+        of = "longserve_backend_share_ratio"
+        return {name.split('"')[1]: value for name, value in samples(metrics).items() if name.startswith(of)}
+
+    metrics.switched_to(listed, "dense", {"performer": 0.25}, "float32", "cpu")
+    assert shares() == {"dense": 0.75, "performer": 0.25, "linear": 0}
+    metrics.switched_to(listed[:2], "auto", {"performer": 0.25}, "float32", "cpu")
+    assert shares() == {"dense": 0, "performer": 0.25}
+    metrics.switched_to(listed[:1], "dense", {"dense": 0.25}, "float32", "cpu")
+    assert shares() == {"dense": 1}
+
+
 def test_counters_begin_at_zero_so_that_a_rate_sees_the_first() -> None:
     metrics = Metrics()
-    metrics.switched_to([{"name": "dense", "options": {}}], "dense", "float32", "cpu")
+    metrics.switched_to([{"name": "dense", "options": {}}], "dense", {}, "float32", "cpu")
     found = samples(metrics)
     assert found['longserve_requests_total{backend="dense",kind="embedding",outcome="internal",replica="r"}'] == 0
     assert found['longserve_rejected_total{reason="queue_full",replica="r"}'] == 0

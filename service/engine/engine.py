@@ -308,6 +308,7 @@ class Engine:
             pool_bytes={name: sum(each.bytes_in_use for each in lanes if each.name == name) for name in names},
             pool_slots={name: sum(each.num_slots for each in lanes if each.name == name) for name in names},
             prefix_bytes={name: sum(each.kept.bytes_in_use for each in lanes if each.name == name) for name in names},
+            withdrawn={name: lane.withdrawn is not None for name, lane in self._admission.lanes.items()},
             prefix_hits=self._prefixes.hits,
             prefix_misses=self._prefixes.misses,
             prefix_evictions=self._prefixes.evictions,

@@ -95,6 +95,7 @@ class Snapshot:
     pool_bytes: Mapping[str, int]  # decode state by backend
     pool_slots: Mapping[str, int]
     prefix_bytes: Mapping[str, int]  # states of prefixes that are kept, by backend
+    withdrawn: Mapping[str, bool]  # backends in force: whether nothing is answered under it
     prefix_hits: int  # completions so far that went on from one
     prefix_misses: int  # and those that found none
     prefix_evictions: int  # kept states that had to make room
