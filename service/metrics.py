@@ -242,8 +242,9 @@ class Metrics:
             self.shadow_answers.labels(shadowed.backend, result).inc(result == shadowed.result)
         if shadowed.nats:
             labels = shadowed.backend, length_class(shadowed.prompt_tokens)
+            kl = self.shadow_kl.labels(*labels)
             for nats in shadowed.nats:
-                _observe(self.shadow_kl.labels(*labels), nats, shadowed.id)
+                _observe(kl, nats, shadowed.id)
             self.shadow_agreed.labels(*labels).inc(shadowed.agreed)
 
     def responded(self, route: str, method: str, status: int) -> None:

@@ -11,6 +11,7 @@ from array import array
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -20,10 +21,12 @@ from service.engine.request import Delta, Embedding, FinishReason, InvalidReques
 from service.engine.runner import Runner
 from service.engine.sampling import Drawn
 from service.engine.scheduler import Scheduler
-from service.engine.shadow import Shadow
 from service.engine.text import Settled
 from service.engine.work import Work
 from service.timing import Chunk
+
+if TYPE_CHECKING:
+    from service.engine.shadow import Shadow
 
 logger = logging.getLogger(__name__)
 

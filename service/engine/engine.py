@@ -133,6 +133,7 @@ class Engine:
         """End at once: what runs or waits fails with Draining. Idempotent."""
         if self._shadowing is not None:
             self._shadowing.cancel()
+            await asyncio.gather(self._shadowing, return_exceptions=True)
         await self.drain(0)
         if self._serving is not None:
             self._serving.cancel()

@@ -24,11 +24,14 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Protocol, TypeVar
 
+import torch
+
 import attention
 from attention import AttentionBackend, shares, truth
 from service.config import ShadowConfig
 from service.engine.admission import Ledger, Loan
 from service.engine.allowlist import Lane
+from service.engine.delivery import attempt
 from service.engine.divergence import Divergence, diverging, reading_bytes
 from service.engine.observer import Observer, Shadowed, ShadowLevels, ShadowResult
 from service.engine.request import Request
@@ -90,6 +93,7 @@ class Shadow:
         self.reference = reference_of(config, model)
         self._config = config
         self._width = model.config.hidden_size * model.dtype.itemsize
+        self._device = model.device
         self._runner = runner
         self._ledger = ledger
         self._spared = spared
@@ -130,7 +134,8 @@ class Shadow:
 
     def _tell(self, answer: ServedAnswer, result: ShadowResult, found: Divergence | None = None) -> None:
         nats, agreed = (found.nats, found.agreed) if found is not None else ((), 0)
-        self._observer.shadowed(Shadowed(answer.id, answer.lane.name, answer.prompt_tokens, result, nats, agreed))
+        told = Shadowed(answer.id, answer.lane.name, answer.prompt_tokens, result, nats, agreed)
+        attempt(partial(self._observer.shadowed, told))
 
     # ---- what is scored ---------------------------------------------------------------------------------------------
 
@@ -171,11 +176,13 @@ class Shadow:
         return ("scored", found) if all(map(math.isfinite, found.nats)) else ("undefined", None)
 
     def _timed(self, parts: Generator[None, None, T]) -> Generator[None, None, T]:
-        """The same, its time booked."""
+        """The same, its time booked. An accelerator has done a part before the next begins, so no request queues behind many."""
         while True:
             start = time.perf_counter()
             try:
                 next(parts)
+                if self._device.type == "cuda":
+                    torch.cuda.synchronize(self._device)
             except StopIteration as end:
                 value: T = end.value
                 return value

@@ -22,6 +22,7 @@ from service.engine.allowlist import Lane
 from service.engine.divergence import Divergence, diverging, kl, reading_bytes
 from service.engine.engine import Backends, Engine
 from service.engine.meter import StorageCounter
+from service.engine.observer import Shadowed
 from service.engine.request import Request
 from service.engine.shadow import ServedAnswer
 from tests.engine.world import (
@@ -230,6 +231,21 @@ async def test_a_request_that_wants_the_bytes_has_them_at_once() -> None:
         await until(lambda: watcher.shadows)
         assert engine.snapshot().shadow.lent_bytes == 0
         assert [each.result for each in watcher.shadows] == ["gave_way"]
+
+
+async def test_an_observer_that_fails_harms_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    watcher, told = Watcher(), list[Shadowed]()
+
+    def failing(shadowed: Shadowed) -> None:
+        told.append(shadowed)
+        raise RuntimeError("no room for numbers")
+
+    monkeypatch.setattr(watcher, "shadowed", failing)
+    async with running(watcher=watcher, shadow=ALL) as engine:
+        for count in (1, 2):
+            assert len(await tokens_of(engine, completion(backend="performer"))) == 8
+            await until(lambda count=count: len(told) == count)
+    assert [each.result for each in told] == ["scored"] * 2
 
 
 def raising(*_: object) -> Generator[None, None, Divergence]:
