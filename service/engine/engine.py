@@ -24,7 +24,7 @@ import torch
 from attention import AttentionBackend
 from service.config import EngineConfig
 from service.engine.admission import Admission, Ledger, Offer, Plan
-from service.engine.allowlist import Backends, Lane, lane_for
+from service.engine.allowlist import Backends, Lane, check_room, lane_for, unmeasured
 from service.engine.answer import Answer
 from service.engine.delivery import Delivery, attempt
 from service.engine.departures import Departures
@@ -163,6 +163,11 @@ class Engine:
     def _lane_for(self, name: str, backend: AttentionBackend) -> Generator[None, None, Lane]:
         chunk, budget = self._config.chunk_tokens, self._ledger.budget
         return lane_for(name, backend, self._model, self._pace, self._profile, chunk, budget)
+
+    def check_room(self, backend: AttentionBackend) -> None:
+        """Raise ValueError for a backend under which the budget does not hold even the shortest request."""
+        budget = self._ledger.budget
+        check_room(unmeasured(backend.name, backend, self._model, self._config.chunk_tokens, budget), budget)
 
     async def beside(self, parts: Generator[None, None, T]) -> T:
         """What a computation in parts returns, run on the model thread at the mercy of requests: a slice between two steps.
