@@ -317,8 +317,18 @@ class Engine:
         work = self._scheduler.next(time.monotonic())
         if work is None:
             await self._rest()
-        elif await self._run(work):
+        else:
+            await self._run_and_settle(work)
+
+    async def _run_and_settle(self, work: Work) -> None:
+        """A step, or a slice of it; at its end what was drawn goes out, and the forecast learns how long it took."""
+        start = time.perf_counter()
+        is_over = await self._run(work)
+        if is_over:
             self._delivery.settle(work)
+        work.elapsed += time.perf_counter() - start
+        if is_over and work.meter is None:  # counting takes time of its own
+            work.lane.drift.note(work.kind, work.predicted_seconds, work.elapsed)
 
     async def _run(self, work: Work) -> bool:
         """Run a step, or one slice of it. Returns whether it has ended, and well."""
@@ -339,8 +349,6 @@ class Engine:
             self._scheduler.account(work, work.seconds - before)
             if not is_over:
                 self._scheduler.pause(work)
-            elif work.meter is None:  # counting takes time of its own
-                work.lane.drift.note(work.kind, work.predicted_seconds, work.seconds)
         self._last_progress = time.monotonic()
         return is_over
 
