@@ -55,6 +55,9 @@ class Swappable(Slices, Protocol):
     def withdraw(self, name: str, reason: str | None) -> None:
         """Answer nothing more under a backend; None: it serves again."""
 
+    def check_room(self, backend: AttentionBackend) -> None:
+        """Raise ValueError for a backend under which not even the shortest request fits."""
+
 
 class Startup:
     """The slices before there is an engine: nothing is more urgent."""
@@ -158,7 +161,9 @@ class Switch:
 
     async def rehearse(self, config: AttentionConfig, engine: Swappable) -> None:
         """Build and check what a config names, and let go of it. Raises ValueError for a backend that cannot serve."""
-        await self._checked(config.for_checkpoint(self._native), engine)
+        backends = await self._checked(config.for_checkpoint(self._native), engine)
+        for backend in backends.by_name.values():
+            engine.check_room(backend)
 
     @property
     def history(self) -> list[Mapping[str, Any]]:

@@ -24,7 +24,7 @@ import torch
 from attention import AttentionBackend
 from service.config import EngineConfig
 from service.engine.admission import Admission, Ledger, Offer, Plan
-from service.engine.allowlist import Backends, Lane, lane_for
+from service.engine.allowlist import Backends, Lane, check_room, lane_for, unmeasured
 from service.engine.answer import Answer
 from service.engine.delivery import Delivery, attempt
 from service.engine.departures import Departures
@@ -38,7 +38,7 @@ from service.engine.profile import Profile
 from service.engine.request import Constraint, Draining, ModelFailed, Request, RequestError
 from service.engine.runner import LOGIT_ROWS, Runner
 from service.engine.scheduler import Scheduler
-from service.engine.shadow import Shadow, build_reference
+from service.engine.shadow import Shadow
 from service.engine.work import Work
 from service.machine import available_bytes, budget_bytes, trim
 from service.model.tokenizer import Tokenizer
@@ -123,7 +123,8 @@ class Engine:
             config.shadow, model, self._runner, self._ledger, prefixes.limit, self._observer, lambda: self._admission.lanes
         )
         if config.shadow.share and model.config.is_causal:
-            self._shadowing = asyncio.create_task(self._shadow.run(self, await self._lane_of(self._shadow.reference)))
+            reference = await self.beside(self._shadow.find_reference(config.chunk_tokens))
+            self._shadowing = asyncio.create_task(self._shadow.run(self, reference))
         self._delivery = Delivery(self._scheduler, self._runner, self._observer, model.config.eos_token_ids, self._shadow)
         self._departures = Departures(self._scheduler, self._delivery, self._wake.set)
         self._serving = asyncio.create_task(self._serve())
@@ -175,11 +176,10 @@ class Engine:
         chunk, budget = self._config.chunk_tokens, self._ledger.budget
         return lane_for(name, backend, self._model, self._pace, self._profile, chunk, budget)
 
-    async def _lane_of(self, name: str) -> Lane:
-        """A backend's lane, which is in no allow-list where that has none of the name."""
-        if name in self._admission.lanes:
-            return self._admission.lanes[name]
-        return await self.beside(self._lane_for(name, await self.beside(build_reference(name, self._model))))
+    def check_room(self, backend: AttentionBackend) -> None:
+        """Raise ValueError for a backend under which the budget does not hold even the shortest request."""
+        budget = self._ledger.budget
+        check_room(unmeasured(backend.name, backend, self._model, self._config.chunk_tokens, budget), budget)
 
     async def beside(self, parts: Generator[None, None, T], is_patient: bool = False) -> T:
         """What a computation in parts returns, run on the model thread at the mercy of requests: a slice between two steps.
@@ -338,8 +338,18 @@ class Engine:
         work = self._scheduler.next(time.monotonic())
         if work is None:
             await self._rest()
-        elif await self._run(work):
+        else:
+            await self._run_and_settle(work)
+
+    async def _run_and_settle(self, work: Work) -> None:
+        """A step, or a slice of it; at its end what was drawn goes out, and the forecast learns how long it took."""
+        start = time.perf_counter()
+        is_over = await self._run(work)
+        if is_over:
             self._delivery.settle(work)
+        work.elapsed += time.perf_counter() - start
+        if is_over and work.meter is None:  # counting takes time of its own
+            work.lane.drift.note(work.kind, work.predicted_seconds, work.elapsed)
 
     async def _run(self, work: Work) -> bool:
         """Run a step, or one slice of it. Returns whether it has ended, and well."""
@@ -360,8 +370,6 @@ class Engine:
             self._scheduler.account(work, work.seconds - before)
             if not is_over:
                 self._scheduler.pause(work)
-            elif work.meter is None:  # counting takes time of its own
-                work.lane.drift.note(work.kind, work.predicted_seconds, work.seconds)
         self._last_progress = time.monotonic()
         return is_over
 

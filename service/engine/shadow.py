@@ -27,10 +27,10 @@ from typing import Protocol, TypeVar
 import torch
 
 import attention
-from attention import AttentionBackend, shares, truth
+from attention import NATIVE, shares, truth
 from service.config import ShadowConfig
 from service.engine.admission import Ledger, Loan
-from service.engine.allowlist import Lane
+from service.engine.allowlist import Lane, unmeasured
 from service.engine.delivery import attempt
 from service.engine.divergence import Divergence, diverging, reading_bytes
 from service.engine.observer import Observer, Shadowed, ShadowLevels, ShadowResult
@@ -90,10 +90,9 @@ class Shadow:
         lanes: Callable[[], Mapping[str, Lane]],
     ) -> None:
         """`spared`: bytes of the budget that stay free beside what is lent. `lanes`: the allow-list in force."""
-        self.reference = reference_of(config, model)
+        self.reference = config.reference or ("dense" if model.config.native is None else NATIVE)  # its name
         self._config = config
-        self._width = model.config.hidden_size * model.dtype.itemsize
-        self._device = model.device
+        self._model = model
         self._runner = runner
         self._ledger = ledger
         self._spared = spared
@@ -139,6 +138,25 @@ class Shadow:
 
     # ---- what is scored ---------------------------------------------------------------------------------------------
 
+    def find_reference(self, chunk: int) -> Generator[None, None, Lane]:
+        """The lane to hold answers to: the allow-list's, or one that is built and checked for it, as what serves is; in parts.
+
+        Raises ValueError for a backend that is not causal, needs options, or answers otherwise than its definition.
+        """
+        name, model, where = self.reference, self._model, f"engine.shadow.reference {self.reference}"
+        if name in self._lanes():
+            return self._lanes()[name]
+        if name == NATIVE and model.config.native is None:
+            raise ValueError(f"{where}: this checkpoint sees everything in every layer, which is dense")
+        backend = attention.build(name, model.config.native if name == NATIVE else None, model.head_shape())
+        if True not in backend.directions:
+            raise ValueError(f"{where} has no causal form")
+        for kind in shares(backend):
+            verdict = yield from truth.checking(kind, max_length=model.config.max_length)
+            if not verdict.passed:
+                raise ValueError(f"{where} is off its definition by {verdict.error:.2g}, allowed: {verdict.bound:.2g}")
+        return unmeasured(name, backend, model, chunk, self._ledger.budget)
+
     async def run(self, engine: Idle, reference: Lane) -> None:
         """Score what is kept, one after the other, whenever no request is there. Ends when cancelled.
 
@@ -164,7 +182,8 @@ class Shadow:
             return "no_reference", None
         places = answer.places(self._config.max_positions)
         parts = self._timed(diverging(self._runner, reference, answer.lane, answer.tokens, places))
-        needed = reading_bytes(reference, answer.lane, len(answer.tokens), len(places), self._width)
+        width = self._model.config.hidden_size * self._model.dtype.itemsize
+        needed = reading_bytes(reference, answer.lane, len(answer.tokens), len(places), width)
         if not self._ledger.lend(Loan(needed, self._spared, partial(engine.give_up, parts))):
             return "no_memory", None
         try:
@@ -176,39 +195,16 @@ class Shadow:
         return ("scored", found) if all(map(math.isfinite, found.nats)) else ("undefined", None)
 
     def _timed(self, parts: Generator[None, None, T]) -> Generator[None, None, T]:
-        """The same, its time booked. An accelerator has done a part before the next begins, so no request queues behind many."""
+        """The same, its time booked. An accelerator ends a part before the next begins: no request queues behind many."""
         while True:
             start = time.perf_counter()
             try:
                 next(parts)
-                if self._device.type == "cuda":
-                    torch.cuda.synchronize(self._device)
+                if self._model.device.type == "cuda":
+                    torch.cuda.synchronize(self._model.device)
             except StopIteration as end:
                 value: T = end.value
                 return value
             finally:
                 self._seconds += time.perf_counter() - start
             yield
-
-
-def reference_of(config: ShadowConfig, model: Transformer) -> str:
-    """The name of the backend that answers are held to."""
-    return config.reference or ("dense" if model.config.native is None else "native")
-
-
-def build_reference(name: str, model: Transformer) -> Generator[None, None, AttentionBackend]:
-    """The reference where the allow-list has none of its name, checked like what serves, in parts.
-
-    Raises ValueError for one that is not causal, needs options, or answers otherwise than its definition.
-    """
-    where = f"engine.shadow.reference {name}"
-    if name == "native" and model.config.native is None:
-        raise ValueError(f"{where}: this checkpoint sees everything in every layer, which is dense")
-    backend = attention.build(name, model.config.native if name == "native" else None, model.head_shape())
-    if True not in backend.directions:
-        raise ValueError(f"{where} has no causal form")
-    for kind in shares(backend):
-        verdict = yield from truth.checking(kind, max_length=model.config.max_length)
-        if not verdict.passed:
-            raise ValueError(f"{where} is off its definition by {verdict.error:.2g}, allowed: {verdict.bound:.2g}")
-    return backend

@@ -341,7 +341,8 @@ async def test_what_a_pass_holds_is_within_what_is_lent(length: int, places: int
         tokens, at = array("i", prompt(length)), range(length - places, length)
         with StorageCounter() as counter:
             result(diverging(engine._runner, reference, served, tokens, at))
-        lent = reading_bytes(reference, served, length, places, engine._shadow._width)
+        width = engine._model.config.hidden_size * 4
+        lent = reading_bytes(reference, served, length, places, width)
     assert counter.peak_bytes <= lent <= 1.5 * counter.peak_bytes
 
 
