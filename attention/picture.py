@@ -35,7 +35,7 @@ def shades(backend: AttentionBackend, tokens: int, causal: bool) -> Tensor:
         return reference.visible(backend, torch.arange(tokens), tokens, causal).double()
     generator = torch.Generator().manual_seed(0)
     q, k = (torch.randn(tokens, 1, SHAPE.head_width, generator=generator) for _ in range(2))
-    weights = reference.weights(backend, q, k, causal=causal)[0]
+    weights = reference.weights(backend, q, k, k, causal=causal)[0]
     return weights / weights.amax(-1, keepdim=True)
 
 
