@@ -25,6 +25,7 @@ SMALL: Mapping[str, Mapping[str, Any]] = {
     "bigbird": {"block": 2, "global_blocks": 1, "random_blocks": 2},
     "chunked": {"chunk": 8},
     "topk": {"block": 2, "blocks": 2, "window": 4, "sinks": 1},
+    "distinct": {"window": 4, "kept": 6, "sinks": 1, "block": 2},
     "performer": {"features": 64},
 }
 
