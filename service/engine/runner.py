@@ -101,7 +101,8 @@ class Runner:
         ids, segments = self._packed(work)
         padding = torch.arange(len(ids) - segments.total, device=self._model.device) % self._model.config.max_length
         positions = torch.cat((segments.positions(self._model.device), padding))  # what is padded stands there as one more text
-        hidden = yield from self._hidden(work, segments, self._model.stages(ids, positions, self._types(work, len(ids))))
+        stages = self._model.stages(ids, positions, self._types(work, len(ids)), work.kind == "decode")
+        hidden = yield from self._hidden(work, segments, stages)
         if work.kind == "embed":
             self._pool(work, segments, hidden)
         else:
@@ -113,7 +114,7 @@ class Runner:
         ids = array("i")
         for member in work.members:
             ids += member.sequence.tokens(member.start, member.end)
-        ids += array("i", [0] * (self._height(len(ids)) - len(ids)))
+        ids += array("i", [0] * (self._height(len(ids), work.kind == "decode") - len(ids)))
         return torch.tensor(ids, dtype=torch.long, device=self._model.device), work.segments
 
     def _types(self, work: Work, rows: int) -> Tensor | None:
@@ -184,9 +185,9 @@ class Runner:
             hidden = torch.nn.functional.pad(hidden, (0, 0, 0, missing))
         return self._model.logits(hidden)[:rows].index_fill_(1, self._unknown, -torch.inf)
 
-    def _height(self, rows: int) -> int:
+    def _height(self, rows: int, is_decode: bool = False) -> int:
         """How many rows so many are padded to."""
-        return -(-self._model.height(rows) // self._row_multiple) * self._row_multiple
+        return -(-self._model.height(rows, is_decode) // self._row_multiple) * self._row_multiple
 
     def _draw(self, work: Work, segments: Segments, hidden: Tensor) -> None:
         """Draw the next token of every member that has none left to process, and of the samples that waited for it."""

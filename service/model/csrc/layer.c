@@ -1,13 +1,56 @@
-/* What a decoder layer does between its products, each in one pass: the functions behind
+/* What a decoder layer does between its products, each in one pass, and for a decode step what it
+ * does on either side of its attention, products and all: the functions behind
  * `service/model/native.py`.
  *
  * For one token these are a dozen operators of torch a layer, each some microseconds of dispatch
- * for a few hundred numbers. Float32 between, rounded once at the end; `layer` in transformer.py is
- * the slow reading. Rows are independent.
+ * for a few hundred numbers. Float32 between, rounded where torch rounds; `Layer` in transformer.py
+ * is the slow reading. Rows are independent.
  */
 #include "given.h"
 
+typedef struct { /* a layer's weights, bfloat16, tight: norms (C), scales (heads + groups, D) or
+                    null, and matrices as oneDNN packs them (see below) */
+    const char *attention_norm;
+    int64_t attention_norm_bytes;
+    const char *mlp_norm;
+    int64_t mlp_norm_bytes;
+    const char *scales;
+    int64_t scales_bytes;
+    const char *qkv;
+    int64_t qkv_bytes;
+    const char *out;
+    int64_t out_bytes;
+    const char *gate_up;
+    int64_t gate_up_bytes;
+    const char *down;
+    int64_t down_bytes;
+    int64_t width, inner, heads, groups, depth; /* C, F, H, G, D */
+    float epsilon;
+} Layer;
+
+/* clang-format off */
+/* How oneDNN packs a matrix (N, K) of bfloat16, for a product over K (words of 32 bits): blocks of 64
+ * rows of the matrix, one behind the other, and of each block the words of a column beside each other
+ *
+ *   w(0, 0..1) w(1, 0..1) .. w(63, 0..1)
+ *   w(0, 2..3) w(1, 2..3) .. w(63, 2..3)
+ *   ..                                      K / 2 lines of a block: b of `product` in simd.h
+ */
+const int64_t layer_layout[] = {
+    sizeof(View),
+    sizeof(Layer), FIELD(Layer, attention_norm), FIELD(Layer, attention_norm_bytes),
+    FIELD(Layer, mlp_norm), FIELD(Layer, mlp_norm_bytes), FIELD(Layer, scales),
+    FIELD(Layer, scales_bytes), FIELD(Layer, qkv), FIELD(Layer, qkv_bytes), FIELD(Layer, out),
+    FIELD(Layer, out_bytes), FIELD(Layer, gate_up), FIELD(Layer, gate_up_bytes),
+    FIELD(Layer, down), FIELD(Layer, down_bytes), FIELD(Layer, width), FIELD(Layer, inner),
+    FIELD(Layer, heads), FIELD(Layer, groups), FIELD(Layer, depth), FIELD(Layer, epsilon),
+    -1,
+};
+/* clang-format on */
+
 #ifdef HAS_AVX512
+#include <sched.h>
+
 #include "cpu.h"
 #include "simd.h"
 
@@ -57,12 +100,12 @@ INLINE void turn_head(const int wide, const char *x, const char *weight, int64_t
     }
 }
 
-/* silu(gate) up of one row, (gate, up) to (F). Slow reading: `functional.silu`. */
-INLINE void gate_row(const int wide, const char *x, int64_t width, char *out) {
+/* silu(gate) up of one row, (F) each. Slow reading: `functional.silu`. */
+INLINE void gate_row(const int wide, const char *gates, const char *ups, int64_t width, char *out) {
     const __m512 one = _mm512_set1_ps(1.0f), minus_log2_e = _mm512_set1_ps(-1.44269504f);
     const int64_t size = wide ? 4 : 2;
     for (int64_t j = 0; j < width; j += 16) {
-        const __m512 gate = load16(wide, x + j * size), up = load16(wide, x + (width + j) * size);
+        const __m512 gate = load16(wide, gates + j * size), up = load16(wide, ups + j * size);
         const __m512 below = _mm512_add_ps(one, exp2_16(1, _mm512_mul_ps(gate, minus_log2_e)));
         store16(wide, out + j * size, _mm512_mul_ps(_mm512_div_ps(gate, below), up));
     }
@@ -130,19 +173,192 @@ const char *gate(const View *x, char *out, int64_t out_bytes, int wide, int thre
     for (int64_t i = 0; i < rows; i++) {
         const char *from = x->at + i * x->row * size;
         char *to = out + i * width * size;
-        if (wide) gate_row(1, from, width, to);
-        else gate_row(0, from, width, to);
+        if (wide) gate_row(1, from, from + width * size, width, to);
+        else gate_row(0, from, from + width * size, width, to);
     }
     return 0;
 }
 
-/* For a caller in another language to compare with its own. */
-const int64_t layer_layout[] = { sizeof(View), -1 };
+/* ---- a decode step: all of a layer but its attention ---- */
+
+#define COLUMNS 64 /* of a product, in one piece */
+#define SPINS 2000 /* looks at what others have done before the CPU is offered to them */
+
+typedef struct { /* the pieces of a phase, dealt to whoever is free */
+    int64_t dealt __attribute__((aligned(64)));
+    int64_t done __attribute__((aligned(64)));
+} Deal;
+
+INLINE int64_t take(Deal *deal) { return __atomic_fetch_add(&deal->dealt, 1, __ATOMIC_RELAXED); }
+INLINE void give(Deal *deal) { __atomic_fetch_add(&deal->done, 1, __ATOMIC_RELEASE); }
+
+/* Until all pieces are done. Nobody waits for a thread that took none. */
+static void await(const Deal *deal, int64_t pieces) {
+    for (int i = 0; __atomic_load_n(&deal->done, __ATOMIC_ACQUIRE) < pieces; i++)
+        if (i < SPINS) _mm_pause();
+        else sched_yield();
+}
+
+/* Up to TILE rows of x times 64 columns of a packed matrix, rounded to bfloat16. A number is the
+ * sum over its words in their order, whatever the other rows. Slow reading: `functional.linear`. */
+INLINE void piece(int64_t rows, const char *x, int64_t row, int64_t inputs, const char *matrix,
+                  int64_t block, char to[TILE][2 * COLUMNS]) {
+    float sums[TILE][COLUMNS] __attribute__((aligned(64)));
+    const uint32_t *words = (const uint32_t *)matrix + block * (inputs / 2) * COLUMNS;
+    tile_products(0, rows, COLUMNS, inputs / 2, x, row * 2, 4, words, COLUMNS, sums[0], COLUMNS, 0);
+    for (int64_t i = 0; i < rows; i++)
+        for (int64_t j = 0; j < COLUMNS; j += 16)
+            store16(0, to[i] + 2 * j, _mm512_load_ps(&sums[i][j]));
+}
+
+/* 64 columns of all rows of a product. Slow reading: `functional.linear`. */
+INLINE void product_piece(int64_t rows, const char *x, int64_t inputs, const char *matrix,
+                          int64_t block, char *to, int64_t outputs) {
+    char found[TILE][2 * COLUMNS] __attribute__((aligned(64)));
+    for (int64_t i = 0; i < rows; i++) {
+        if (i % TILE == 0)
+            piece(least(TILE, rows - i), x + i * inputs * 2, inputs, inputs, matrix, block, found);
+        memcpy(to + (i * outputs + block * COLUMNS) * 2, found[i % TILE], sizeof found[0]);
+    }
+}
+
+/* The same, added to a stream (rows, outputs). Slow reading: `torch.add`. */
+INLINE void added_piece(int64_t rows, const char *x, int64_t row, int64_t inputs,
+                        const char *matrix, int64_t block, const char *stream, int64_t stream_row,
+                        char *to, int64_t outputs) {
+    char found[TILE][2 * COLUMNS] __attribute__((aligned(64)));
+    for (int64_t i = 0; i < rows; i++) {
+        if (i % TILE == 0)
+            piece(least(TILE, rows - i), x + i * row * 2, row, inputs, matrix, block, found);
+        for (int64_t j = 0; j < COLUMNS; j += 16) {
+            const int64_t at = block * COLUMNS + j;
+            store16(0, to + (i * outputs + at) * 2,
+                    _mm512_add_ps(load16(0, stream + (i * stream_row + at) * 2),
+                                  load16(0, found[i % TILE] + 2 * j)));
+        }
+    }
+}
+
+/* 64 columns of the feed-forward's inner rows (rows, F). Slow reading: `Layer.mlp`. */
+INLINE void gated_piece(int64_t rows, const char *x, const Layer *layer, int64_t block, char *to) {
+    char gates[TILE][2 * COLUMNS] __attribute__((aligned(64)));
+    char ups[TILE][2 * COLUMNS] __attribute__((aligned(64)));
+    const int64_t width = layer->width, inner = layer->inner, other = block + inner / COLUMNS;
+    for (int64_t i = 0; i < rows; i++) {
+        if (i % TILE == 0) {
+            const int64_t some = least(TILE, rows - i);
+            piece(some, x + i * width * 2, width, width, layer->gate_up, block, gates);
+            piece(some, x + i * width * 2, width, width, layer->gate_up, other, ups);
+        }
+        gate_row(0, gates[i % TILE], ups[i % TILE], COLUMNS,
+                 to + (i * inner + block * COLUMNS) * 2);
+    }
+}
+
+static const char *wrong_layer(const Layer *x, int64_t rows, int threads) {
+    REQUIRE(within(rows, 0, MOST) && within(threads, 1, MOST),
+            "there must be threads, and not too many rows");
+    REQUIRE(within(x->width, COLUMNS, MOST) && x->width % COLUMNS == 0 &&
+                within(x->inner, COLUMNS, MOST) && x->inner % COLUMNS == 0,
+            "the widths of a layer must be multiples of 64");
+    REQUIRE(within(x->depth, 32, WIDEST) && x->depth % 32 == 0 && within(x->heads, 1, MOST) &&
+                within(x->groups, 1, MOST),
+            "width must be a multiple of 32, up to 256");
+    const int64_t answer = x->heads * x->depth, all = (x->heads + 2 * x->groups) * x->depth;
+    REQUIRE(answer % COLUMNS == 0 && all % COLUMNS == 0 && all <= MOST,
+            "all heads together must be a multiple of 64 wide");
+    REQUIRE(is_room(x->attention_norm, x->attention_norm_bytes, x->width, 2) &&
+                is_room(x->mlp_norm, x->mlp_norm_bytes, x->width, 2),
+            "a norm must hold a row");
+    REQUIRE(!x->scales || is_room(x->scales, x->scales_bytes, (x->heads + x->groups) * x->depth, 2),
+            "scales must hold (heads + groups, depth)");
+    REQUIRE(is_room(x->qkv, x->qkv_bytes, all * x->width, 2) &&
+                is_room(x->out, x->out_bytes, answer * x->width, 2) &&
+                is_room(x->gate_up, x->gate_up_bytes, 2 * x->inner * x->width, 2) &&
+                is_room(x->down, x->down_bytes, x->inner * x->width, 2),
+            "a matrix must hold its numbers");
+    return 0;
+}
+
+/* Rows normed into tight ones, each by whom it is dealt to. Slow reading: `functional.rms_norm`. */
+INLINE void norm_rows(Deal *deal, int64_t rows, const char *x, int64_t row, const char *weight,
+                      int64_t width, float epsilon, char *out) {
+    for (int64_t i; (i = take(deal)) < rows; give(deal))
+        norm_row(0, x + i * row * 2, weight, width, epsilon, out + i * width * 2);
+    await(deal, rows);
+}
+
+/* Queries, keys and values (rows, H + 2 G, D), tight, of x (rows, C). room: (rows, C). Slow
+ * reading: `Layer.question`. */
+const char *question(const Layer *layer, const View *x, const View *cos, const View *sin, char *out,
+                     int64_t out_bytes, char *room, int64_t room_bytes, int threads) {
+    const int64_t rows = x->rows;
+    const char *reason = wrong_layer(layer, rows, threads);
+    if (reason) return reason;
+    const int64_t width = layer->width, depth = layer->depth, turned = layer->heads + layer->groups,
+                  all = turned + layer->groups, pieces = all * depth / COLUMNS;
+    REQUIRE(is_view(x, 2, 0, 1, width), "x must be rows of the layer's width");
+    REQUIRE(is_view(cos, 2, rows, 1, depth) && is_view(sin, 2, rows, 1, depth),
+            "cos and sin must be (tokens, 1, width)");
+    REQUIRE(is_room(out, out_bytes, rows * all * depth, 2),
+            "out must hold (rows, heads + 2 groups, depth)");
+    REQUIRE(is_room(room, room_bytes, rows * width, 2), "room must hold all rows");
+    Deal norms = { 0 }, products = { 0 }, turns = { 0 };
+#pragma omp parallel num_threads(threads)
+    {
+        norm_rows(&norms, rows, x->at, x->row, layer->attention_norm, width, layer->epsilon, room);
+        for (int64_t p; (p = take(&products)) < pieces; give(&products))
+            product_piece(rows, room, width, layer->qkv, p, out, all * depth);
+        await(&products, pieces);
+        for (int64_t i; (i = take(&turns)) < rows;)
+            for (int64_t h = 0; h < turned; h++) {
+                char *head = out + (i * all + h) * depth * 2;
+                turn_head(0, head, layer->scales ? layer->scales + h * depth * 2 : 0, depth,
+                          layer->epsilon, cos->at + i * cos->row * 2, sin->at + i * sin->row * 2,
+                          head);
+            }
+    }
+    return 0;
+}
+
+/* What the layer hands on (rows, C), tight, from its input x (rows, C) and attention's answer
+ * (rows, H, D). room: (rows, 2 C + F). Slow reading: `Layer.output`. */
+const char *output(const Layer *layer, const View *x, const View *answer, char *out,
+                   int64_t out_bytes, char *room, int64_t room_bytes, int threads) {
+    const int64_t rows = x->rows;
+    const char *reason = wrong_layer(layer, rows, threads);
+    if (reason) return reason;
+    const int64_t width = layer->width, inner = layer->inner, asked = layer->heads * layer->depth,
+                  pieces = width / COLUMNS;
+    REQUIRE(is_view(x, 2, 0, 1, width), "x must be rows of the layer's width");
+    REQUIRE(is_tight(answer, 2, rows, layer->heads, layer->depth),
+            "answer must be (rows, heads, depth), heads side by side");
+    REQUIRE(is_room(out, out_bytes, rows * width, 2), "out must hold all rows");
+    REQUIRE(is_room(room, room_bytes, rows * (2 * width + inner), 2),
+            "room must hold (rows, 2 widths and the inner one)");
+    char *stream = room, *normed = stream + rows * width * 2, *gated = normed + rows * width * 2;
+    Deal outs = { 0 }, norms = { 0 }, gates = { 0 }, downs = { 0 };
+#pragma omp parallel num_threads(threads)
+    {
+        for (int64_t p; (p = take(&outs)) < pieces; give(&outs))
+            added_piece(rows, answer->at, answer->row, asked, layer->out, p, x->at, x->row, stream,
+                        width);
+        await(&outs, pieces);
+        norm_rows(&norms, rows, stream, width, layer->mlp_norm, width, layer->epsilon, normed);
+        for (int64_t p; (p = take(&gates)) < inner / COLUMNS; give(&gates))
+            gated_piece(rows, normed, layer, p, gated);
+        await(&gates, inner / COLUMNS);
+        for (int64_t p; (p = take(&downs)) < pieces;)
+            added_piece(rows, gated, inner, inner, layer->down, p, stream, width, out, width);
+    }
+    return 0;
+}
 
 #else
 int supported(void) { return 0; }
 const char *norm(void) { return "this machine has no AVX-512"; }
 const char *turn(void) { return "this machine has no AVX-512"; }
 const char *gate(void) { return "this machine has no AVX-512"; }
-const int64_t layer_layout[] = { sizeof(View), -1 };
+const char *question(void) { return "this machine has no AVX-512"; }
+const char *output(void) { return "this machine has no AVX-512"; }
 #endif
