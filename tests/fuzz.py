@@ -31,8 +31,7 @@ from service.model.transformer import Layer, Transformer, rotate
 
 SANITIZED = os.environ.get("SANITIZED")
 if SANITIZED:
-    softmax.KERNEL.home = features.KERNEL.home = Path(SANITIZED, "attention")
-    layer.KERNEL.home = Path(SANITIZED, "model")
+    softmax.KERNEL.home = features.KERNEL.home = layer.KERNEL.home = Path(SANITIZED)
 DTYPES = [dtype for dtype in (torch.float32, torch.bfloat16) if softmax.obstacle(HeadShape(4, 2, 64, dtype)) is None]
 CASE = Path(SANITIZED or ".pytest_cache") / f"case-{os.getppid()}"  # the call under way, for a process that does not survive it
 CALLS = os.environ.get("LONGSERVE_FUZZ_CALLS")

@@ -4,7 +4,7 @@ A stream's time between two tokens is cut by what can be measured apart:
 
     reading     summing up as many bytes as the step reads, weights and state, on all threads
     native      what the calls of our kernels take beyond that: arithmetic, and threads that wait for each other
-    Python      the model without those calls: Python, torch's dispatch and the logits' product
+    Python      the model without those calls: Python and torch's dispatch
     sampling    drawing the token
     engine      the rest of the step on the model thread: packing, states, accounts
     hand-over   between steps: the event loop, the scheduler, delivery
@@ -23,12 +23,12 @@ from statistics import median
 import torch
 
 from attention import AttentionBackend, Segments
-from attention.kernels.library import Kernel
 from service.benchmark.alone import answered, make_engine, make_request
 from service.benchmark.bare import BACKENDS, build, report
 from service.engine.observer import NullObserver, Step
 from service.engine.request import Sampling
 from service.engine.sampling import draw
+from service.model import native
 from service.model.checkpoint import load
 from service.model.transformer import Transformer
 from service.threads import in_passing_thread
@@ -105,12 +105,13 @@ def _alone(model: Transformer, backend: AttentionBackend, tokens: int) -> tuple[
 @contextmanager
 def _without_kernels() -> Iterator[None]:
     """Calls of compiled kernels return at once; what they should have written is left as it was."""
-    call = Kernel.call
-    Kernel.call = lambda *_: None  # type: ignore[method-assign]
+    kernel = type(native.KERNEL)
+    call = kernel.call
+    kernel.call = lambda *_: None  # type: ignore[method-assign]
     try:
         yield
     finally:
-        Kernel.call = call  # type: ignore[method-assign]
+        kernel.call = call  # type: ignore[method-assign]
 
 
 def _seconds(run: Callable[[], object]) -> float:

@@ -1,21 +1,21 @@
 """What a decoder layer does between its products, in C for CPUs with AVX-512; `Layer` in `transformer.py` is the slow reading.
 
 For a decode step, all that it does on either side of its attention (`PackedLayer`), in one pass over its weights as they lie in
-oneDNN's order. `csrc/layer.c` computes, built at install. A packed model uses it where it can (`Transformer.pack`); no gradient
-passes here.
+oneDNN's order. `csrc/layer.c` computes, built at install into the library of `attention.kernels`. A packed model uses it
+where it can (`Transformer.pack`); no gradient passes here.
 """
 
 from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from attention.kernels.library import (
     FLOAT,
+    HERE,
     INT,
     NUMBER,
     POINTER,
@@ -47,13 +47,14 @@ class _Layer(ctypes.Structure):
 
 _ROOM, _LAST = (POINTER, NUMBER), (POINTER, NUMBER, INT, INT)
 KERNEL = Kernel(
-    Path(__file__).parent,
+    HERE,
     "layer_layout",
     {
         "norm": (POINTER, *_ROOM, FLOAT, *_LAST),
         "turn": (POINTER, *_ROOM, NUMBER, NUMBER, FLOAT, POINTER, POINTER, *_LAST),
         "gate": (POINTER, *_LAST),
         "question": (POINTER, POINTER, POINTER, POINTER, *_ROOM, *_ROOM, INT),
+        "logits": (POINTER, *_ROOM, NUMBER, *_ROOM, INT),
         "output": (POINTER, POINTER, POINTER, *_ROOM, *_ROOM, INT),
     },
     (len(VIEW),),
@@ -134,6 +135,21 @@ class PackedLayer:
         out = x.new_empty(rows, self.width)
         scratch = x.new_empty(rows * (2 * self.width + self.inner))
         KERNEL.call("output", self._layer, _view(x), pack_view(*view(answer)), *room(out), *room(scratch), threads())
+        return out
+
+
+class PackedHead:
+    """The product of hidden states and a matrix (V, C) that `reads` takes, which must stay as it is: logits."""
+
+    def __init__(self, weight: Tensor) -> None:
+        self.weight = weight
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Logits of x (N, C), rounded to its dtype: float32 (N, V). A row's are the same whatever the others."""
+        size, width = self.weight.shape
+        assert x.shape[1] == width, f"hidden states must be {width} wide, received {tuple(x.shape)}"
+        out = x.new_empty(len(x), size, dtype=torch.float32)
+        KERNEL.call("logits", _view(x), *_packed_room(self.weight), size, *room(out), threads())
         return out
 
 

@@ -262,6 +262,7 @@ class Transformer(nn.Module):
             self.head = Projection(config.hidden_size, config.vocab_size, bias=False)
         self.pooler = Pooler(config.pooled)
         self._packed_head: Tensor | None = None  # of tied weights, see `pack`
+        self._head: native.PackedHead | None = None  # who multiplies with either head, where that can be told from it packed
         self._turns: Tensor | None = None  # see `rotation`
         self._ropes = tuple(rope for rope in dict.fromkeys(config.ropes) if rope != rotary.NONE)
         self._rope_of = [None if rope == rotary.NONE else self._ropes.index(rope) for rope in config.ropes]
@@ -351,7 +352,9 @@ class Transformer(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Next-token logits of hidden states (N, C): float32 (N, V)."""
-        if not self.config.tie_word_embeddings:
+        if self._head is not None:
+            logits = self._head(hidden)
+        elif not self.config.tie_word_embeddings:
             logits = self.head(hidden).float()
         else:
             logits = product(hidden, self.embed.weight if self._packed_head is None else self._packed_head).float()
@@ -375,6 +378,9 @@ class Transformer(nn.Module):
         tied = self.embed.weight
         if self.config.is_causal and self.config.tie_word_embeddings and tied.nbytes <= TIED_COPY_BYTES and can_pack(tied):
             self._packed_head = packed(tied)
+        head = self._packed_head if config.tie_word_embeddings else self.head.weight
+        if head is not None and native.KERNEL.obstacle(self.dtype, self.device) is None and native.reads(head):
+            self._head = native.PackedHead(head)
 
     def height(self, rows: int, is_decode: bool = False) -> int:
         """How many rows a product of `rows` rows is padded to where oneDNN computes it: 26 up to 512, then 16 a doubling.

@@ -29,8 +29,8 @@ typedef struct { /* a layer's weights, bfloat16, tight: norms (C), scales (heads
 } Layer;
 
 /* clang-format off */
-/* How oneDNN packs a matrix (N, K) of bfloat16, for a product over K (words of 32 bits): blocks of 64
- * rows of the matrix, one behind the other, and of each block the words of a column beside each other
+/* How oneDNN packs a matrix (N, K) of bfloat16, for a product over K (words of 32 bits): blocks of
+ * 64 rows, one behind the other, and in a block the words of each pair of columns side by side
  *
  *   w(0, 0..1) w(1, 0..1) .. w(63, 0..1)
  *   w(0, 2..3) w(1, 2..3) .. w(63, 2..3)
@@ -49,10 +49,8 @@ const int64_t layer_layout[] = {
 /* clang-format on */
 
 #ifdef HAS_AVX512
-#include <sched.h>
-
-#include "cpu.h"
 #include "simd.h"
+#include "team.h"
 
 #define MOST (1 << 20) /* elements of a row, at most */
 #define ALONE 32       /* rows up to which other threads are not worth waking */
@@ -182,22 +180,6 @@ const char *gate(const View *x, char *out, int64_t out_bytes, int wide, int thre
 /* ---- a decode step: all of a layer but its attention ---- */
 
 #define COLUMNS 64 /* of a product, in one piece */
-#define SPINS 2000 /* looks at what others have done before the CPU is offered to them */
-
-typedef struct { /* the pieces of a phase, dealt to whoever is free */
-    int64_t dealt __attribute__((aligned(64)));
-    int64_t done __attribute__((aligned(64)));
-} Deal;
-
-INLINE int64_t take(Deal *deal) { return __atomic_fetch_add(&deal->dealt, 1, __ATOMIC_RELAXED); }
-INLINE void give(Deal *deal) { __atomic_fetch_add(&deal->done, 1, __ATOMIC_RELEASE); }
-
-/* Until all pieces are done. Nobody waits for a thread that took none. */
-static void await(const Deal *deal, int64_t pieces) {
-    for (int i = 0; __atomic_load_n(&deal->done, __ATOMIC_ACQUIRE) < pieces; i++)
-        if (i < SPINS) _mm_pause();
-        else sched_yield();
-}
 
 /* Up to TILE rows of x times 64 columns of a packed matrix, rounded to bfloat16. A number is the
  * sum over its words in their order, whatever the other rows. Slow reading: `functional.linear`. */
@@ -280,12 +262,68 @@ static const char *wrong_layer(const Layer *x, int64_t rows, int threads) {
     return 0;
 }
 
-/* Rows normed into tight ones, each by whom it is dealt to. Slow reading: `functional.rms_norm`. */
-INLINE void norm_rows(Deal *deal, int64_t rows, const char *x, int64_t row, const char *weight,
-                      int64_t width, float epsilon, char *out) {
-    for (int64_t i; (i = take(deal)) < rows; give(deal))
+/* A phase of rows that are normed into tight ones. Slow reading: `functional.rms_norm`. */
+INLINE void norm_rows(uint64_t call, int phase, int64_t rows, const char *x, int64_t row,
+                      const char *weight, int64_t width, float epsilon, char *out) {
+    for (int64_t i; (i = take(call, phase, rows)) >= 0; give(call, phase))
         norm_row(0, x + i * row * 2, weight, width, epsilon, out + i * width * 2);
-    await(deal, rows);
+    await(call, phase, rows);
+}
+
+typedef struct { /* what `question` was given, and below `output` */
+    Layer layer;
+    View x, cos, sin;
+    char *out, *room;
+} Asking;
+
+typedef struct {
+    Layer layer;
+    View x, answer;
+    char *out, *room;
+} Answering;
+
+_Static_assert(sizeof(Asking) <= GIVEN && sizeof(Answering) <= GIVEN, "threads are told no more");
+
+/* Slow reading: `Layer.question`. */
+static void ask(const void *given, uint64_t call) {
+    const Asking *c = given;
+    const Layer *layer = &c->layer;
+    const int64_t rows = c->x.rows, width = layer->width, depth = layer->depth,
+                  turned = layer->heads + layer->groups, all = turned + layer->groups,
+                  pieces = all * depth / COLUMNS;
+    norm_rows(call, 0, rows, c->x.at, c->x.row, layer->attention_norm, width, layer->epsilon,
+              c->room);
+    for (int64_t p; (p = take(call, 1, pieces)) >= 0; give(call, 1))
+        product_piece(rows, c->room, width, layer->qkv, p, c->out, all * depth);
+    await(call, 1, pieces);
+    for (int64_t i; (i = take(call, 2, rows)) >= 0; give(call, 2))
+        for (int64_t h = 0; h < turned; h++) {
+            char *head = c->out + (i * all + h) * depth * 2;
+            turn_head(0, head, layer->scales ? layer->scales + h * depth * 2 : 0, depth,
+                      layer->epsilon, c->cos.at + i * c->cos.row * 2,
+                      c->sin.at + i * c->sin.row * 2, head);
+        }
+    await(call, 2, rows);
+}
+
+/* Slow reading: `Layer.output`. */
+static void answer(const void *given, uint64_t call) {
+    const Answering *c = given;
+    const Layer *layer = &c->layer;
+    const int64_t rows = c->x.rows, width = layer->width, inner = layer->inner,
+                  asked = layer->heads * layer->depth, pieces = width / COLUMNS;
+    char *stream = c->room, *normed = stream + rows * width * 2, *gated = normed + rows * width * 2;
+    for (int64_t p; (p = take(call, 0, pieces)) >= 0; give(call, 0))
+        added_piece(rows, c->answer.at, c->answer.row, asked, layer->out, p, c->x.at, c->x.row,
+                    stream, width);
+    await(call, 0, pieces);
+    norm_rows(call, 1, rows, stream, width, layer->mlp_norm, width, layer->epsilon, normed);
+    for (int64_t p; (p = take(call, 2, inner / COLUMNS)) >= 0; give(call, 2))
+        gated_piece(rows, normed, layer, p, gated);
+    await(call, 2, inner / COLUMNS);
+    for (int64_t p; (p = take(call, 3, pieces)) >= 0; give(call, 3))
+        added_piece(rows, gated, inner, inner, layer->down, p, stream, width, c->out, width);
+    await(call, 3, pieces);
 }
 
 /* Queries, keys and values (rows, H + 2 G, D), tight, of x (rows, C). room: (rows, C). Slow
@@ -296,69 +334,84 @@ const char *question(const Layer *layer, const View *x, const View *cos, const V
     const char *reason = wrong_layer(layer, rows, threads);
     if (reason) return reason;
     const int64_t width = layer->width, depth = layer->depth, turned = layer->heads + layer->groups,
-                  all = turned + layer->groups, pieces = all * depth / COLUMNS;
+                  all = turned + layer->groups;
     REQUIRE(is_view(x, 2, 0, 1, width), "x must be rows of the layer's width");
     REQUIRE(is_view(cos, 2, rows, 1, depth) && is_view(sin, 2, rows, 1, depth),
             "cos and sin must be (tokens, 1, width)");
     REQUIRE(is_room(out, out_bytes, rows * all * depth, 2),
             "out must hold (rows, heads + 2 groups, depth)");
     REQUIRE(is_room(room, room_bytes, rows * width, 2), "room must hold all rows");
-    Deal norms = { 0 }, products = { 0 }, turns = { 0 };
-#pragma omp parallel num_threads(threads)
-    {
-        norm_rows(&norms, rows, x->at, x->row, layer->attention_norm, width, layer->epsilon, room);
-        for (int64_t p; (p = take(&products)) < pieces; give(&products))
-            product_piece(rows, room, width, layer->qkv, p, out, all * depth);
-        await(&products, pieces);
-        for (int64_t i; (i = take(&turns)) < rows;)
-            for (int64_t h = 0; h < turned; h++) {
-                char *head = out + (i * all + h) * depth * 2;
-                turn_head(0, head, layer->scales ? layer->scales + h * depth * 2 : 0, depth,
-                          layer->epsilon, cos->at + i * cos->row * 2, sin->at + i * sin->row * 2,
-                          head);
-            }
-    }
+    const Asking told = { *layer, *x, *cos, *sin, out, room };
+    together(ask, &told, sizeof told, threads);
     return 0;
 }
 
 /* What the layer hands on (rows, C), tight, from its input x (rows, C) and attention's answer
  * (rows, H, D). room: (rows, 2 C + F). Slow reading: `Layer.output`. */
-const char *output(const Layer *layer, const View *x, const View *answer, char *out,
+const char *output(const Layer *layer, const View *x, const View *answers, char *out,
                    int64_t out_bytes, char *room, int64_t room_bytes, int threads) {
     const int64_t rows = x->rows;
     const char *reason = wrong_layer(layer, rows, threads);
     if (reason) return reason;
-    const int64_t width = layer->width, inner = layer->inner, asked = layer->heads * layer->depth,
-                  pieces = width / COLUMNS;
+    const int64_t width = layer->width, inner = layer->inner;
     REQUIRE(is_view(x, 2, 0, 1, width), "x must be rows of the layer's width");
-    REQUIRE(is_tight(answer, 2, rows, layer->heads, layer->depth),
+    REQUIRE(is_tight(answers, 2, rows, layer->heads, layer->depth),
             "answer must be (rows, heads, depth), heads side by side");
     REQUIRE(is_room(out, out_bytes, rows * width, 2), "out must hold all rows");
     REQUIRE(is_room(room, room_bytes, rows * (2 * width + inner), 2),
             "room must hold (rows, 2 widths and the inner one)");
-    char *stream = room, *normed = stream + rows * width * 2, *gated = normed + rows * width * 2;
-    Deal outs = { 0 }, norms = { 0 }, gates = { 0 }, downs = { 0 };
-#pragma omp parallel num_threads(threads)
-    {
-        for (int64_t p; (p = take(&outs)) < pieces; give(&outs))
-            added_piece(rows, answer->at, answer->row, asked, layer->out, p, x->at, x->row, stream,
-                        width);
-        await(&outs, pieces);
-        norm_rows(&norms, rows, stream, width, layer->mlp_norm, width, layer->epsilon, normed);
-        for (int64_t p; (p = take(&gates)) < inner / COLUMNS; give(&gates))
-            gated_piece(rows, normed, layer, p, gated);
-        await(&gates, inner / COLUMNS);
-        for (int64_t p; (p = take(&downs)) < pieces;)
-            added_piece(rows, gated, inner, inner, layer->down, p, stream, width, out, width);
-    }
+    const Answering told = { *layer, *x, *answers, out, room };
+    together(answer, &told, sizeof told, threads);
+    return 0;
+}
+
+typedef struct { /* what `logits` was given */
+    View x;
+    const char *matrix;
+    int64_t outputs;
+    float *out;
+} Asked;
+
+/* Slow reading: `Transformer.logits`. */
+static void score(const void *given, uint64_t call) {
+    const Asked *c = given;
+    char found[TILE][2 * COLUMNS] __attribute__((aligned(64)));
+    const int64_t pieces = c->outputs / COLUMNS, rows = c->x.rows, row = c->x.row,
+                  inputs = c->x.width;
+    for (int64_t p; (p = take(call, 0, pieces)) >= 0; give(call, 0))
+        for (int64_t i = 0; i < rows; i++) {
+            if (i % TILE == 0)
+                piece(least(TILE, rows - i), c->x.at + i * row * 2, row, inputs, c->matrix, p,
+                      found);
+            for (int64_t j = 0; j < COLUMNS; j += 16)
+                _mm512_storeu_ps(c->out + i * c->outputs + p * COLUMNS + j,
+                                 load16(0, found[i % TILE] + 2 * j));
+        }
+    await(call, 0, pieces);
+}
+
+/* x (rows, C) times a packed matrix (outputs, C), rounded to bfloat16: float32 (rows, outputs),
+ * tight. Slow reading: `Transformer.logits`. */
+const char *logits(const View *x, const char *matrix, int64_t matrix_bytes, int64_t outputs,
+                   float *out, int64_t out_bytes, int threads) {
+    REQUIRE(is_view(x, 2, 0, 1, x->width) && within(x->width, 2, MOST) && x->width % 2 == 0 &&
+                within(x->rows, 0, MOST) && within(threads, 1, MOST),
+            "x must be rows of an even width, and not too many");
+    REQUIRE(within(outputs, COLUMNS, MOST) && outputs % COLUMNS == 0,
+            "outputs must be a multiple of 64");
+    REQUIRE(is_room(matrix, matrix_bytes, outputs * x->width, 2), "matrix must hold its numbers");
+    REQUIRE(is_room(out, out_bytes, x->rows * outputs, sizeof(float)),
+            "out must hold (rows, outputs)");
+    const Asked told = { *x, matrix, outputs, out };
+    together(score, &told, sizeof told, threads);
     return 0;
 }
 
 #else
-int supported(void) { return 0; }
 const char *norm(void) { return "this machine has no AVX-512"; }
 const char *turn(void) { return "this machine has no AVX-512"; }
 const char *gate(void) { return "this machine has no AVX-512"; }
 const char *question(void) { return "this machine has no AVX-512"; }
 const char *output(void) { return "this machine has no AVX-512"; }
+const char *logits(void) { return "this machine has no AVX-512"; }
 #endif
