@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from service.benchmark.again import measure_again
 from service.benchmark.alone import measure_engine
 from service.benchmark.auto import measure_auto
 from service.benchmark.bare import measure_bare, report
@@ -29,7 +30,7 @@ from service.benchmark.step import measure_step
 from service.machine import BESIDE_BUDGET_BYTES
 from service.threads import in_passing_thread
 
-PARTS = ("bare", "engine", "auto", "prefix", "memory", "http", "encoder")
+PARTS = ("bare", "engine", "auto", "prefix", "memory", "http", "encoder", "again")
 
 
 def main() -> None:
@@ -70,6 +71,8 @@ def main() -> None:
         result["overhead_ms"] = found["overhead_ms"]
     if "encoder" in parts:
         result["encoder"] = measure_encoder(options.encoder)
+    if "again" in parts:
+        result["again"] = asyncio.run(measure_again([512, 2048, 8192]))
     print(f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}")
     print(json.dumps(result))
 
