@@ -27,6 +27,8 @@ ENVIRONMENT = {
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
     "RAY_DISABLE_DOCKER_CPU_WARNING": "1",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    # Serve's proxy asks no replica of another node until those of its own have `max_ongoing_requests`: they would idle
+    "RAY_SERVE_PROXY_PREFER_LOCAL_NODE_ROUTING": "0",
     "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "service.http.proxy:middlewares",  # what stands around Serve's proxy
     "RAY_SERVE_LOG_TO_STDERR": "0",  # Serve's own lines stay in its files; ours are on stderr
 }
