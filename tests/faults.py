@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import json
 import os
 import random
 import shutil
@@ -128,6 +129,11 @@ def processes(service: Service, name: str) -> list[int]:
     return found
 
 
+def address(service: Service) -> tuple[str, int]:
+    host, _, port = service.url.removeprefix("http://").partition(":")
+    return host, int(port)
+
+
 def is_whole(service: Service) -> bool:
     """Whether the service answers with two replicas that hold nothing back."""
     try:
@@ -153,22 +159,28 @@ def signalled(name: str, number: signal.Signals) -> Fault:
 
 async def slow_readers(load: Load) -> Callable[[], bool]:
     """Streams whose callers stop reading; the service hangs up on them, and their bytes come back."""
-    body = {"prompt": "import os", "max_tokens": 30_000, "stream": True, "ignore_eos": True}
-    held = contextlib.ExitStack()
+    body = {"prompt": "import os", "max_tokens": 30_000, "stream": True, "ignore_eos": True, "attention": "sliding_window"}
+    raw = json.dumps(body).encode()
+    head = f"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {len(raw)}\r\n\r\n"
+    lines = [socket.socket() for _ in range(SLOW_READERS)]
 
-    def begin() -> None:
-        for _ in range(SLOW_READERS):
-            held.enter_context(load.service.half_read(body, read=500))
+    def begin(line: socket.socket) -> None:
+        line.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)  # else the kernel reads megabytes in the caller's stead
+        line.connect(address(load.service))
+        line.sendall(head.encode() + raw)
+        assert b" 200 " in line.recv(500)
 
-    await asyncio.to_thread(begin)
-    asyncio.get_running_loop().call_later(30, held.close)
-    return lambda: sum(load.service.metric("longserve_requests_running")) < SLOW_READERS
+    await asyncio.gather(*(asyncio.to_thread(begin, line) for line in lines))
+
+    def over() -> bool:  # the lines are open until then: what ends these streams is not their callers' leaving
+        return bool(lines) and sum(load.service.metric("longserve_requests_running")) < SLOW_READERS
+
+    return over
 
 
 async def half_open(load: Load) -> Callable[[], bool]:
     """Connections that begin a request and never end it; the service hangs up on all of them."""
-    host, _, port = load.service.url.removeprefix("http://").partition(":")
-    lines = [socket.create_connection((host, int(port))) for _ in range(HALF_OPEN)]
+    lines = [socket.create_connection(address(load.service)) for _ in range(HALF_OPEN)]
     for line in lines:
         line.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\n")
         line.setblocking(False)
