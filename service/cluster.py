@@ -30,7 +30,7 @@ ENVIRONMENT = {
     # Serve's proxy asks no replica of another node until those of its own have `max_ongoing_requests`: they would idle
     "RAY_SERVE_PROXY_PREFER_LOCAL_NODE_ROUTING": "0",
     "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",  # three of these pass before a proxy that died is replaced; Ray's is 10
-    # A replica that fails its health check has not moved for long: Ray would give it graceful_shutdown_timeout_s to end its work
+    # A replica that fails its health check has not moved for long: Ray would give it its time to drain all the same
     "RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS": "1",
     "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "service.http.proxy:middlewares",  # what stands around Serve's proxy
     "RAY_SERVE_LOG_TO_STDERR": "0",  # Serve's own lines stay in its files; ours are on stderr

@@ -18,7 +18,6 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResp
 from service.config import LineConfig
 from service.http.errors import shaped
 
-
 UNSENT_BYTES = 1 << 17
 """That the kernel takes of an answer before its reader has room for them: else it takes four megabytes, and a slow reader is
 noticed when those are full."""
