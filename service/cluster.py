@@ -2,7 +2,7 @@
 
 Beside `app.py` the only module that imports Ray. Two calls go through Serve's client, which is private: `deploy_apps`, the
 call behind `serve run config.yaml` (the public `serve.run` would replace replicas when only the switch has changed), and
-`get_serve_details`, the one behind `serve status`.
+`get_serve_details`, the one behind `serve status`. And a handle's `_init` is, which says where it runs.
 """
 
 from __future__ import annotations
@@ -34,6 +34,12 @@ ENVIRONMENT = {
     "RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS": "1",
     "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "service.http.proxy:middlewares",  # what stands around Serve's proxy
     "RAY_SERVE_LOG_TO_STDERR": "0",  # Serve's own lines stay in its files; ours are on stderr
+}
+HAPROXY_FILES = {  # Ray's own are in /tmp/haproxy-serve, with a socket that lets any user of the machine steer HAProxy
+    "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": "haproxy.cfg",
+    "RAY_SERVE_HAPROXY_SOCKET_PATH": "admin.sock",
+    "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": "",
+    "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": "server-state",
 }
 os.environ.update({name: value for name, value in ENVIRONMENT.items() if name not in os.environ})  # Ray reads them on import
 
@@ -94,6 +100,8 @@ def running(file: ServeFile, cpus: int) -> Iterator[str]:
 
 def _start(file: ServeFile, cpus: int, folder: str) -> None:
     os.environ[LIMITS] = file.applications[0].args.http.line.model_dump_json()  # the first application's, for all
+    for name, path in HAPROXY_FILES.items():
+        os.environ.setdefault(name, os.path.join(folder, path))
     ray.init(
         num_cpus=max(cpus, _reserved_cpus(file)),
         include_dashboard=False,
@@ -228,7 +236,10 @@ def drain(file: ServeFile, seconds: float) -> list[str]:
 
 
 def _ask(application: ApplicationSection, method: str) -> Any:
-    return serve.get_deployment_handle(DEPLOYMENT, app_name=application.name).broadcast(method)
+    handle = serve.get_deployment_handle(DEPLOYMENT, app_name=application.name)
+    if not handle.is_initialized:  # under RAY_SERVE_THROUGHPUT_OPTIMIZED it would look for an event loop, and here is none
+        handle._init(_run_router_in_separate_loop=True)
+    return handle.broadcast(method)
 
 
 @contextmanager
