@@ -219,6 +219,7 @@ _deployment: Any = serve.deployment(
     serve.ingress()(Longserve),
     name=DEPLOYMENT,
     user_config=UserConfig().model_dump(mode="json"),  # without one, Serve never calls `reconfigure`
+    logging_config={"enable_access_log": False},  # a line per request in Serve's files; `log_level: info` writes a better one
     max_constructor_retry_count=1,  # a wrong config does not get better by trying
 )
 

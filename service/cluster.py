@@ -33,6 +33,7 @@ ENVIRONMENT = {
     # A replica that fails its health check has not moved for long: Ray would give it its time to drain all the same
     "RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS": "1",
     "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "service.http.proxy:middlewares",  # what stands around Serve's proxy
+    "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",  # a line per request to a process that counts it; `/metrics` has what it counts
     "RAY_SERVE_LOG_TO_STDERR": "0",  # Serve's own lines stay in its files; ours are on stderr
 }
 HAPROXY_FILES = {  # Ray's own are in /tmp/haproxy-serve, with a socket that lets any user of the machine steer HAProxy
