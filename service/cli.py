@@ -15,24 +15,20 @@ import sys
 import sysconfig
 import threading
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from service.asking import Refused, ask, base_url, ray_address
 from service.child import heeded, run_in_own_session
-from service.config import ApplicationSection, AttentionConfig, ConfigError, ServeFile, UserConfig, admin_keys, api_keys, read
-from service.difference import RESTARTING, Change, differences
+from service.config import ApplicationSection, ConfigError, ServeFile, admin_keys, api_keys, read
 from service.machine import available_cpus
 from service.model import files
 
+NICENESS = 5  # of an `apply`: its imports must not take the CPUs from those who are served
 READY_SECONDS = 5.0  # how long an application that runs may take to answer through the proxy
 SAME_SIGNAL_SECONDS = 0.5  # a terminal and a wrapper may both pass on one Ctrl-C
-NICENESS = 5  # of an `apply`: its imports and its rehearsal must not take the CPUs from those who are served
-SWITCH_SECONDS = 120.0  # how long building and checking new backends may take
 BEHIND_THIS_FILE = Path(__file__).resolve().parent.parent / "deploy" / "local.yaml"
 INSTALLED = Path(sysconfig.get_path("data")) / "share" / "longserve" / "local.yaml"
 
@@ -48,10 +44,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (Refused, ConnectionError) as error:
         print(f"longserve {options.command}: {error}", file=sys.stderr)
         return 1
-
-
-class Refused(Exception):
-    """The command cannot do what it was asked; the message says why and what helps."""
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -206,7 +198,7 @@ def _wait_until_ready(base: str, application: ApplicationSection) -> None:
     last = ""
     for _ in range(int(READY_SECONDS / 0.1)):
         try:
-            _get(f"{base}/ready", application)
+            ask(f"{base}/ready", application)
             return
         except Refused as error:
             last = str(error)
@@ -225,150 +217,13 @@ def _drain(file: ServeFile) -> None:
 
 
 def apply(options: argparse.Namespace) -> int:
-    """Put the file in force; with --rollback the switch that served before, the rest of the file unchanged.
-
-    Tells what changes first. Refused where that would restart replicas and --restart is not given, and where a backend
-    cannot serve, before Ray hears of it.
-    """
+    """Put the file in force; with --rollback the switch that served before, the rest of the file unchanged."""
     os.setpriority(os.PRIO_PROCESS, 0, NICENESS)
     path = config_path(options.file)
     file = read(path)
-    from service import cluster
+    from service import apply
 
-    with cluster.connected(_ray_address(file)):
-        file = _as_before(file) if options.rollback else file
-        running = cluster.deployed()
-        changes = _changes(file, cluster.http_options(), running)
-        print("\n".join(map(str, changes)) or "nothing differs from what the service was told last", flush=True)
-        if not options.restart and (restarting := [change.key for change in changes if change.restarts]):
-            raise Refused(f"{', '.join(restarting)} would restart the replicas; with --restart they are")
-        _rehearse(path, file)
-        return _put_in_force(file, running)
-
-
-def _put_in_force(file: ServeFile, running: Mapping[str, Any]) -> int:
-    """Have Serve make the file true, wait for every replica, tell how it went."""
-    from service import cluster
-
-    try:
-        cluster.deploy(file, running)
-        cluster.wait_until_running(file, threading.Event())
-    except cluster.DeployFailed as error:
-        raise Refused(f"the service does not run as the file says: {error}") from error
-    states = {application.name: _switched(application) for application in file.applications}
-    for name, replicas in states.items():
-        for state in replicas:
-            print(f"{name}, replica {state['replica']}: {_told_switch(state)}")
-    served = _as_served(file, states)
-    if served == file:
-        return 0
-    print("longserve apply: the switch failed; the former one stays in force, and the file's is forgotten", file=sys.stderr)
-    cluster.deploy(served, running)  # else a replica that is restarted would try the one that failed
-    for application in served.applications:
-        _switched(application)
-    return 1
-
-
-def _told_switch(state: Mapping[str, Any]) -> str:
-    switch = state["attention"]
-    serves = f"serves {switch['default']} of {', '.join(switch['backends'])}"
-    return f"failed: {state['degraded']}; {serves} as before" if state["degraded"] else serves
-
-
-def _as_before(file: ServeFile) -> ServeFile:
-    """The file with the switch that served each application before the present one. Raises Refused where none has."""
-    from service import cluster
-
-    def before(application: ApplicationSection) -> ApplicationSection:
-        try:
-            found = [each for each in cluster.ask_replicas(application, "former", cluster.ASK_SECONDS) if each]
-        except cluster.Unanswered as error:
-            raise Refused(str(error)) from error
-        if not found:
-            raise Refused(f"no other switch has served {application.name} since it was started")
-        return _with_switch(application, AttentionConfig.model_validate(found[0]))
-
-    return file.model_copy(update={"applications": [before(application) for application in file.applications]})
-
-
-def _with_switch(application: ApplicationSection, attention: AttentionConfig) -> ApplicationSection:
-    (deployment,) = application.deployments
-    user = UserConfig(attention=attention)
-    return application.model_copy(update={"deployments": [deployment.model_copy(update={"user_config": user})]})
-
-
-def _rehearse(path: Path, file: ServeFile) -> None:
-    """Build and check the file's backends here, without weights. Raises ConfigError for one that cannot serve."""
-    from service.survey import rehearse
-
-    for index, application in enumerate(file.applications):
-        told = _get(f"{base_url(file, application)}/info", application)
-        switch = application.deployments[0].user_config.attention
-        try:
-            rehearse(application.args, switch, str(told["dtype"]), int(told["memory_budget_bytes"]))
-        except (ValueError, FileNotFoundError) as error:
-            where = f"applications.{index}.deployments.0.user_config.attention"
-            raise ConfigError(f"{path}: {where}: {error}") from error
-
-
-def _as_served(file: ServeFile, states: Mapping[str, Sequence[Mapping[str, Any]]]) -> ServeFile:
-    """The file with the switch that is in force where its own failed."""
-
-    def served(application: ApplicationSection) -> ApplicationSection:
-        former = [state["attention"] for state in states[application.name] if state["degraded"]]
-        if not former:
-            return application
-        return _with_switch(application, AttentionConfig.model_validate(former[0]))
-
-    return file.model_copy(update={"applications": [served(application) for application in file.applications]})
-
-
-def _changes(file: ServeFile, address: Mapping[str, Any], deployed: Mapping[str, Any]) -> list[Change]:
-    """What the file changes of the running service. Raises Refused where only another service could be it."""
-    if (address["host"], address["port"]) != (file.http_options.host, file.http_options.port):
-        raise Refused(f"http_options: the service listens on {address['host']}:{address['port']}, which only a restart changes")
-    if (names := sorted(deployed)) != sorted(application.name for application in file.applications):
-        raise Refused(f"applications: the service runs {', '.join(names)}; another set needs a restart")
-    changes = []
-    for index, wanted in enumerate(file.to_serve()["applications"]):
-        found = differences(_meant(deployed[wanted["name"]]), wanted)
-        changes += [replace(change, key=f"applications.{index}.{change.key}") for change in found]
-    return changes
-
-
-def _meant(told: Mapping[str, Any]) -> dict[str, Any]:
-    """A deployed section with the defaults that whoever deployed it has left out."""
-    section = ApplicationSection.model_validate({key: told[key] for key in RESTARTING if key in told})
-    return {**told, **section.model_dump(mode="json", include=set(RESTARTING), exclude_none=True)}
-
-
-def _switched(application: ApplicationSection) -> list[dict[str, Any]]:
-    """The replicas' switches, once each has done with the file's. Raises Refused when that takes too long.
-
-    One that dies meanwhile is waited for: Serve starts another in its place, with the file's switch.
-    """
-    from service import cluster
-
-    wanted = application.deployments[0].user_config.attention.model_dump()
-    deadline, last = time.monotonic() + SWITCH_SECONDS, ""
-    while time.monotonic() < deadline:
-        try:
-            states = cluster.ask_replicas(application, "state", cluster.ASK_SECONDS)
-        except cluster.Unanswered as error:
-            last = f" ({error})"
-        else:
-            done = [state for state in states if state["asked"] == wanted and not state["switching"]]
-            if len(done) == len(states) == cluster.num_replicas(application):
-                return states
-        time.sleep(cluster.POLL_SECONDS)
-    seconds = f"{SWITCH_SECONDS:.0f} s"
-    raise Refused(f"{application.name} has not switched within {seconds}{last}; longserve status tells how it stands")
-
-
-def _ray_address(file: ServeFile) -> str:
-    """Where the Ray of the service behind the file's address is: the service itself says it."""
-    application = file.applications[0]
-    return str(_get(f"{base_url(file, application)}/info", application)["replica"]["ray_address"])
+    return apply.apply(path, file, may_restart=options.restart, is_rollback=options.rollback)
 
 
 def status(options: argparse.Namespace) -> int:
@@ -376,7 +231,7 @@ def status(options: argparse.Namespace) -> int:
     file = read(config_path(options.file))
     from service import cluster
 
-    with cluster.connected(_ray_address(file)):
+    with cluster.connected(ray_address(file)):
         report = cluster.report(file)
     print(json.dumps(report, indent=2))
     return 0 if all(map(_is_well, report.values())) else 1
@@ -394,16 +249,16 @@ def plan(options: argparse.Namespace) -> int:
     file = read(config_path(options.file))
     application = file.applications[0]
     base, text = base_url(file, application), options.text.read()
-    backends = [each["name"] for each in _get(f"{base}/info", application)["attention"]["backends"]]
+    backends = [each["name"] for each in ask(f"{base}/info", application)["attention"]["backends"]]
     print(f"{'backend':<16}{'tokens':>8}{'MiB':>9}{'seconds':>9}  verdict")
     for backend in backends:
         body = {"prompt": text, "max_tokens": options.max_tokens, "attention": backend}
-        found = _get(f"{base}/v1/plan", application, body)["data"][0]
+        found = ask(f"{base}/v1/plan", application, body)["data"][0]
         size, seconds = found["needed_bytes"] / 2**20, sum(found["predicted_seconds"].values())
         why = f": {found['reason']}, longest {found['longest_tokens']} tokens" if found["reason"] else ""
         print(f"{backend:<16}{found['total_tokens']:>8}{size:>9.1f}{seconds:>9.2f}  {found['verdict']}{why}")
     for told, wish in (("no wish", {}), ("auto", {"attention": "auto"})):
-        found = _get(f"{base}/v1/plan", application, {"prompt": text, "max_tokens": options.max_tokens, **wish})["data"][0]
+        found = ask(f"{base}/v1/plan", application, {"prompt": text, "max_tokens": options.max_tokens, **wish})["data"][0]
         print(f"{told}: {found['backend']} ({found['why']})")
     return 0
 
@@ -431,32 +286,6 @@ def convert(options: argparse.Namespace) -> int:
     except (FileNotFoundError, FileExistsError, ValueError) as error:
         raise Refused(str(error)) from error
     return 0
-
-
-def base_url(file: ServeFile, application: ApplicationSection) -> str:
-    """Where this machine reaches an application."""
-    options = file.http_options
-    host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(
-        options.host, f"[{options.host}]" if ":" in options.host else options.host
-    )
-    return f"{'https' if options.ssl_certfile else 'http'}://{host}:{options.port}{application.route_prefix.rstrip('/')}"
-
-
-def _get(url: str, application: ApplicationSection, body: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """The JSON a route answers; POST when there is a body. Raises Refused with the service's own words, if it has some."""
-    name = application.args.http.api_keys_env
-    headers = {"content-type": "application/json"}
-    if name and (keys := os.environ.get(name)):
-        headers["authorization"] = f"Bearer {keys.split(',')[0].strip()}"
-    request = urllib.request.Request(url, None if body is None else json.dumps(body).encode(), headers)
-    try:
-        with urllib.request.urlopen(request, timeout=60) as response:
-            return dict(json.load(response))
-    except urllib.error.HTTPError as error:
-        told = error.read().decode(errors="replace")
-        raise Refused(f"{url} answered {error.code}: {told}") from error
-    except urllib.error.URLError as error:
-        raise Refused(f"nothing answers at {url} ({error.reason}); longserve serve starts the service") from error
 
 
 if __name__ == "__main__":

@@ -46,12 +46,12 @@ os.environ.update({name: value for name, value in ENVIRONMENT.items() if name no
 
 import ray  # noqa: E402
 from ray import serve  # noqa: E402
-from ray.exceptions import RayError  # noqa: E402
+from ray.exceptions import RayError, RayTaskError  # noqa: E402
 from ray.serve.exceptions import RayServeException  # noqa: E402
 from ray.serve.schema import ServeDeploySchema  # noqa: E402
 
 from service.child import end_session  # noqa: E402
-from service.config import DEPLOYMENT, ApplicationSection, ServeFile, ServiceConfig  # noqa: E402
+from service.config import DEPLOYMENT, ApplicationSection, AttentionConfig, ServeFile, ServiceConfig  # noqa: E402
 from service.http.proxy import LIMITS  # noqa: E402
 
 OBJECT_STORE_BYTES = 100 * 2**20  # requests and answers do not pass through it; Ray's default takes 30 % of the memory
@@ -218,6 +218,17 @@ def ask_replicas(application: ApplicationSection, method: str, timeout_seconds: 
     except (RayError, RayServeException, TimeoutError) as error:
         told = str(error).strip().splitlines() or [type(error).__name__]
         raise Unanswered(f"a replica of {application.name} has not answered: {told[0]}") from error
+
+
+def rehearse(application: ApplicationSection, attention: AttentionConfig, timeout_seconds: float) -> None:
+    """Have a running replica build and check what a switch names. Raises ValueError for what cannot serve, and Unanswered."""
+    handle = serve.get_deployment_handle(DEPLOYMENT, app_name=application.name)
+    try:
+        handle.rehearse.remote(attention).result(timeout_s=timeout_seconds)
+    except RayTaskError as error:
+        raise ValueError(str(error.cause)) from error
+    except (RayError, RayServeException, TimeoutError) as error:
+        raise Unanswered(f"no replica of {application.name} has tried the switch: {error}") from error
 
 
 def num_replicas(application: ApplicationSection) -> int:

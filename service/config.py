@@ -30,6 +30,26 @@ class Settings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
+class ShadowConfig(Settings):
+    """Which answers are scored again, when the replica is idle, under a reference (service/engine/shadow.py)."""
+
+    share: float = Field(default=0, ge=0, le=1)  # of the answers; 0: none
+    reference: str | None = None  # the backend they are held to; None: the checkpoint's own, native where it has windows
+    max_tokens: int = Field(default=16384, gt=0)  # of prompt and answer; a longer one is passed over
+    max_positions: int = Field(default=64, gt=0)  # of an answer, spread over it, that are compared
+    kept_bytes: int = Field(default=2**20, gt=0)  # of answers that wait for it; beyond it the oldest goes
+    bound_nats: float = Field(default=0.25, gt=0)  # mean divergence above which LongserveShadowDiverges fires
+
+    @field_validator("reference")
+    @classmethod
+    def _reference_is_a_backend(cls, name: str | None) -> str | None:
+        if name is not None:
+            import attention  # here, for it brings torch
+
+            attention.backend_class(name)  # ValueError names the backends there are
+        return name
+
+
 class EngineConfig(Settings):
     """How the engine batches, admits and queues (service/engine)."""
 
@@ -45,6 +65,7 @@ class EngineConfig(Settings):
     prefix_share: float = Field(default=0.1, ge=0, le=1)  # of the budget, for states of prompts' beginnings; 0: none is kept
     prefix_shared: bool = False  # a kept prefix serves every API key: faster, and times tell what others have asked
     memory_sample_share: float = Field(default=0.01, ge=0, le=1)  # of the time, for measuring what steps take; 1: every step
+    shadow: ShadowConfig = ShadowConfig()
 
 
 class LineConfig(Settings):

@@ -2,8 +2,9 @@
 
 Levels are read from the engine when somebody scrapes, so none can go stale; events are told by the engine as they happen.
 Label values come from closed sets: backends of the allow-list, kinds, outcomes, error codes, route templates, and the
-classes of input length below, which four histograms carry. Nothing a caller sends becomes a label; a request's id stands in
-exemplars. A replica exports under 6,000 lines with all seven backends. Cost: some 35 microseconds a request and 11 a step.
+classes of input length below, which four histograms carry, and one more where answers are scored again. Nothing a caller sends
+becomes a label; a request's id stands in exemplars. A backend takes under 850 lines with all lengths, and scored a sixth more.
+Cost: some 35 microseconds a request and 11 a step.
 """
 
 from __future__ import annotations
@@ -15,13 +16,13 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import product
-from typing import Any
+from typing import Any, get_args
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, Summary
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from service.engine.observer import Outcome, Snapshot, Step
+from service.engine.observer import Outcome, Shadowed, ShadowResult, Snapshot, Step
 from service.engine.request import DeadlineExceeded, Draining, InvalidRequest, QueueFull, Request, RequestError, Withdrawn
 from service.timing import receipt
 
@@ -42,6 +43,7 @@ TOKENS = powers(16, 2, 14)  # 16 to 131,072
 ROWS = powers(1, 2, 9)  # 1 to 256
 BYTES = powers(2**18, 4, 9)  # 256 KiB to 16 GiB
 RATIO = (0.25, 0.5, 0.8, 0.9, 1.0, 1.1, 1.25, 2.0, 4.0)
+NATS = (1e-6, 1e-5, 1e-4, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)  # from rounding to another text
 LEAST_BYTES = 2**20  # no law of cost is held to less
 EXEMPLAR_ID = 128 - len("request_id")  # characters: OpenMetrics' bound on an exemplar's names and values together
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384, 32768)
@@ -73,6 +75,7 @@ class Metrics:
         ProcessCollector(namespace=PREFIX, registry=self.registry)
         self._request_metrics()
         self._step_metrics()
+        self._shadow_metrics()
         self._service_metrics()
 
     def _request_metrics(self) -> None:
@@ -120,10 +123,22 @@ class Metrics:
         self.time_ratio = self._histogram("time_prediction_ratio", "Measured seconds over the engine's.", ("backend",), RATIO)
         self.samples = self._counter("memory_samples", "Calls whose peak was measured, or was not.", ("backend", "method"))
 
+    def _shadow_metrics(self) -> None:
+        by_length = ("backend", "length")
+        answers = "Answers drawn to be scored again under the reference, by what became of them."
+        self.shadow_answers = self._counter("shadow_answers", answers, ("backend", "result"))
+        kl = "KL(reference || served) of next-token distributions, at each place of an answer that was compared."
+        self.shadow_kl = self._histogram("shadow_divergence_nats", kl, by_length, NATS)
+        agreed = "Those places at which both find the same token likeliest."
+        self.shadow_agreed = self._counter("shadow_agreed", agreed, by_length)
+        self.shadow_bound = self._gauge("shadow_bound_nats", "engine.shadow.bound_nats: the mean divergence to tell of.")
+
     def _service_metrics(self) -> None:
         self.responses = self._counter("http_responses", "Responses sent.", ("route", "method", "status"))
         self.tokenizer_waiting = self._gauge("tokenizer_waiting", "Long bodies and texts that wait for a worker process.")
         self.active = self._gauge("backend_active", "1 for a backend of the allow-list.", ("backend", "is_default"))
+        share = "Of the calls without a wish, the share that it is given; what is left of 1 is auto's."
+        self.share = self._gauge("backend_share_ratio", share, ("backend",))
         self.info = self._gauge("backend_info", "1; how a backend is built.", ("backend", "dtype", "device", "options"))
         self.truth_error = self._gauge("truth_error", "Largest error of a backend's last truth check.", ("backend",))
         self.truth_bound = self._gauge("truth_bound", "The error that check allows.", ("backend",))
@@ -133,6 +148,7 @@ class Metrics:
         for result in ("ok", "failed"):
             self.switches.labels(result)
         self.switch_seconds = self._histogram("backend_switch_seconds", "Building and checking one.", (), STEP_SECONDS)
+        self.last_switch = self._gauge("backend_last_switch_seconds", "What the last one took.")
         self.switching = self._gauge("backend_switching", "1 while another allow-list is being built and checked.")
         self.degraded = self._gauge("backend_degraded", "1 while the last change failed and the old list is in force.")
         self.switched = self._gauge("config_reload_success_timestamp_seconds", "When the allow-list came into force.")
@@ -220,6 +236,17 @@ class Metrics:
             if max(step.measured_bytes, step.predicted_bytes) >= LEAST_BYTES:
                 self.memory_ratio.labels(step.backend).observe(step.measured_bytes / max(step.predicted_bytes, 1))
 
+    def shadowed(self, shadowed: Shadowed) -> None:
+        """Count what became of an answer that was to be scored again, and what was found."""
+        for result in get_args(ShadowResult):
+            self.shadow_answers.labels(shadowed.backend, result).inc(result == shadowed.result)
+        if shadowed.nats:
+            labels = shadowed.backend, length_class(shadowed.prompt_tokens)
+            kl = self.shadow_kl.labels(*labels)
+            for nats in shadowed.nats:
+                _observe(kl, nats, shadowed.id)
+            self.shadow_agreed.labels(*labels).inc(shadowed.agreed)
+
     def responded(self, route: str, method: str, status: int) -> None:
         """Count one response."""
         self.responses.labels(route, method if method in METHODS else "other", str(status)).inc()
@@ -231,14 +258,24 @@ class Metrics:
         self.truth_passed.labels(backend).set(error <= bound)
         self.truth_checked.labels(backend).set_to_current_time()
 
-    def switched_to(self, backends: Iterable[Mapping[str, Any]], default: str, dtype: str, device: str) -> None:
-        """State the allow-list now in force; `backends` are `AttentionBackend.describe()`.
+    def switched_to(
+        self,
+        backends: Iterable[Mapping[str, Any]],
+        default: str,
+        weights: Mapping[str, float],
+        dtype: str,
+        device: str,
+    ) -> None:
+        """State the allow-list now in force; `backends` are `AttentionBackend.describe()`, `weights` the candidates' shares.
 
         Its counters begin at 0: of a series that begins at 1, no rate ever sees the first.
         """
         self.active.clear()
         self.info.clear()
+        self.share.clear()
+        rest = 1 - sum(weights.values())
         for backend in backends:
+            self.share.labels(backend["name"]).set(weights.get(backend["name"], 0) + rest * (backend["name"] == default))
             self.active.labels(backend["name"], str(backend["name"] == default).lower()).set(1)
             for kind, outcome in product(KINDS, {*OUTCOMES.values()}):
                 self.requests.labels(backend["name"], kind, outcome)
@@ -293,6 +330,9 @@ class Levels(Collector):
             ),
             ("draining", "1 while nothing more is admitted.", now.draining),
             ("progress_age_seconds", "Since a step ended while work waits.", time.monotonic() - now.last_progress),
+            ("shadow_waiting", "Answers that wait to be scored again.", now.shadow.waiting),
+            ("shadow_kept_bytes", "What they take.", now.shadow.kept_bytes),
+            ("shadow_lent_bytes", "Of the budget, lent to the one that is scored.", now.shadow.lent_bytes),
         )
         for name, help, value in levels:
             yield GaugeMetricFamily(f"{PREFIX}_{name}", help, value=value)
@@ -300,6 +340,8 @@ class Levels(Collector):
         yield CounterMetricFamily(f"{PREFIX}_model_busy_seconds", busy, value=now.busy_seconds)
         measuring = "Of it, time that went into measuring memory."
         yield CounterMetricFamily(f"{PREFIX}_memory_measuring_seconds", measuring, value=now.measuring_seconds)
+        shadow = "Time the model thread has scored answers again, which is no part of its busy time."
+        yield CounterMetricFamily(f"{PREFIX}_shadow_seconds", shadow, value=now.shadow.seconds)
         results, lookups = (("hit", now.prefix_hits), ("miss", now.prefix_misses)), "Prompts that found a kept prefix, or none."
         family = CounterMetricFamily(f"{PREFIX}_prefix_lookups", lookups, labels=("result",))
         for result, count in results:
@@ -307,6 +349,7 @@ class Levels(Collector):
         yield family
         evicted = "Kept prefixes that had to make room."
         yield CounterMetricFamily(f"{PREFIX}_prefix_evictions", evicted, value=now.prefix_evictions)
+        yield _by_backend("backend_withdrawn", "1 while nothing is answered under it: it is off its definition.", now.withdrawn)
         yield _by_backend("prefix_bytes", "States of prefixes that are kept.", now.prefix_bytes)
         yield _by_backend("state_bytes", "Decode state held.", now.pool_bytes)
         yield _by_backend("state_slots", "Sequences whose decode state is held.", now.pool_slots)

@@ -132,6 +132,7 @@ class Replica:
         self._metrics.threads.set(torch.get_num_threads())
         self._metrics.build.labels(version("longserve"), torch.__version__, self._loaded.id).set(1)
         self._metrics.watch(engine.snapshot)
+        self._metrics.shadow_bound.set(settings.shadow.bound_nats)
         self._engine = engine
         if (seconds := self.settings.truth_check_seconds) is not None:
             self._watch = asyncio.create_task(self._watch_truth(seconds))

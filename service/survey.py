@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import attention
-from attention import AttentionBackend, StatePool, result, shares, truth
+from attention import result, shares, truth
 from service.config import AttentionConfig, ServiceConfig
-from service.engine.forecast import Attending, Course, Pace, Ramp
+from service.engine.allowlist import check_room, unmeasured
 from service.model import checkpoint, files, rotary
 from service.model.config import ModelConfig
 from service.model.tokenizer import Tokenizer
@@ -57,10 +57,7 @@ def rehearse(args: ServiceConfig, switch: AttentionConfig, dtype: str, budget: i
     shape = config.head_shape(model.dtype, args.device)
     for name, options in switch.for_checkpoint(config.native).backends.items():
         backend = attention.build(name, options, shape)
-        course, pool = _served(model, backend, args)
-        needed = pool.slot_bytes(1) + course.prefill_bytes(1)
-        if needed > budget:
-            raise ValueError(f"{name} needs {needed} bytes for a request of one token, a replica's budget is {budget}")
+        check_room(unmeasured(name, backend, model, args.engine.chunk_tokens, budget), budget)
         for kind in shares(backend):
             verdict = result(truth.checking(kind, max_length=min(REHEARSED_TOKENS, config.max_length), causal=config.is_causal))
             if not verdict.passed:
@@ -132,22 +129,12 @@ def _table(config: ModelConfig, model: Transformer, args: ServiceConfig, switch:
     yield f"{'MiB of a request of so many tokens':40}" + "".join(f"{length:>10}" for length in lengths)
     shape = config.head_shape(model.dtype, args.device)
     for name, options in switch.backends.items():
-        backend = attention.build(name, options, shape)
-        course, pool = _served(model, backend, args)
-        sizes = [pool.slot_bytes(length) + course.prefill_bytes(length) for length in lengths]
+        lane = unmeasured(name, attention.build(name, options, shape), model, args.engine.chunk_tokens, 0)
+        sizes = [lane.state_bytes(length) + lane.course.prefill_bytes(length) for length in lengths]
         marks = [name, *(["default"] if name == switch.default else []), *(["lossy"] if config.lossy(name) else [])]
         yield f"  {', '.join(marks):38}" + "".join(f"{_mib(size):>10}" for size in sizes)
     if why := config.lossy("the backend"):
         yield f"lossy: {why}"
-
-
-def _served(model: Transformer, backend: AttentionBackend, args: ServiceConfig) -> tuple[Course, StatePool]:
-    """The course of a prefill, of which only the bytes are asked, for no pace was measured; and an empty pool of states."""
-    none, config = Ramp(0.0, 0.0), model.config
-    chunk = args.engine.chunk_tokens if config.is_causal else config.max_length
-    backend = backend if config.is_causal else attention.whole(backend)
-    pace = Pace(model.config.num_hidden_layers, none, dict.fromkeys(shares(backend), Attending(none, none)), backend)
-    return Course(model, pace, config.max_length, chunk), backend.new_pool(config.num_hidden_layers, 0)
 
 
 def _mib(size: int) -> str:

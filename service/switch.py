@@ -55,6 +55,9 @@ class Swappable(Slices, Protocol):
     def withdraw(self, name: str, reason: str | None) -> None:
         """Answer nothing more under a backend; None: it serves again."""
 
+    def check_room(self, backend: AttentionBackend) -> None:
+        """Raise ValueError for a backend under which not even the shortest request fits."""
+
 
 class Startup:
     """The slices before there is an engine: nothing is more urgent."""
@@ -114,7 +117,8 @@ class Switch:
         self._forget_failure()
         shape = self._shape
         described = [backend.describe() for backend in backends.by_name.values()]
-        self._metrics.switched_to(described, backends.default, str(shape.dtype).removeprefix("torch."), str(shape.device))
+        dtype, device = str(shape.dtype).removeprefix("torch."), str(shape.device)
+        self._metrics.switched_to(described, backends.default, backends.weights, dtype, device)
         await self._last_served.keep(config)
 
     def aim(self, config: AttentionConfig, engine: Swappable) -> None:
@@ -157,7 +161,9 @@ class Switch:
 
     async def rehearse(self, config: AttentionConfig, engine: Swappable) -> None:
         """Build and check what a config names, and let go of it. Raises ValueError for a backend that cannot serve."""
-        await self._checked(config.for_checkpoint(self._native), engine)
+        backends = await self._checked(config.for_checkpoint(self._native), engine)
+        for backend in backends.by_name.values():
+            engine.check_room(backend)
 
     @property
     def history(self) -> list[Mapping[str, Any]]:
@@ -198,6 +204,7 @@ class Switch:
             self._metrics.switches.labels("ok").inc()
         seconds = time.monotonic() - start
         self._metrics.switch_seconds.observe(seconds)
+        self._metrics.last_switch.set(seconds)
         self._history.append(
             {"at": time.time(), "attention": target.model_dump(), "seconds": seconds, "failure": self._failure}
         )

@@ -17,7 +17,7 @@ from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter
 from opentelemetry.trace import Span, SpanKind, StatusCode, set_span_in_context
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
-from service.engine.observer import Observer, Outcome, Step
+from service.engine.observer import Observer, Outcome, Shadowed, Step
 from service.engine.request import Request
 
 FAILURES = frozenset({"deadline_exceeded", "draining", "out_of_memory", "model_failed"})
@@ -66,6 +66,9 @@ class Traced:
 
     def stepped(self, step: Step) -> None:
         self._inner.stepped(step)
+
+    def shadowed(self, shadowed: Shadowed) -> None:
+        self._inner.shadowed(shadowed)
 
     def stop(self) -> None:
         """Send what is left. Takes as long as the collector does, some seconds at most."""

@@ -119,10 +119,10 @@ def main(switches: int = 20) -> None:
         after = resting_bytes(service)
         tell("without switches", calm)
         tell(f"{switches} switches", stormy)
-        for kind, name in ((False, "answer"), (True, "stream")):
+        for kind, name in ((False, "an answer"), (True, "a stream")):
             middle = statistics.median(each.seconds for each in calm if each.is_stream is kind)
             worst = max(each.seconds for each in stormy if each.is_stream is kind)
-            print(f"worst added to an {name}: {1e3 * (worst - middle):.0f} ms over the median without switches")
+            print(f"worst added to {name}: {1e3 * (worst - middle):.0f} ms over the median without switches")
         print(f"apply: median {statistics.median(seconds):.2f} s, worst {max(seconds):.2f} s")
         print(f"memory: {before / 2**20:.0f} -> {after / 2**20:.0f} MiB, {100 * (after / before - 1):+.1f} %")
         print(f"processes {'unchanged' if service.pids() == pids else 'CHANGED'}; {len(os.sched_getaffinity(0))} CPUs")

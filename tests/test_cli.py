@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from service import cli, cluster
+from service import apply, cli, cluster
 from service.config import IMPORT_PATH, ApplicationSection, ServeFile
 
 
@@ -35,7 +35,7 @@ ADDRESS = {"host": "127.0.0.1", "port": 8000}
 
 def test_a_default_that_was_not_written_out_at_the_deployment_is_no_difference() -> None:
     for told, restarting in ((deployed(dtype="auto"), []), (deployed(threads=2), ["applications.0.args.threads"])):
-        changes = cli._changes(ServeFile(applications=[ApplicationSection()]), ADDRESS, told)
+        changes = apply._changes(ServeFile(applications=[ApplicationSection()]), ADDRESS, told)
         assert [change.key for change in changes if change.restarts] == restarting
 
 

@@ -24,7 +24,7 @@ from tests.test_imports import modules
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "CONTRIBUTING.md").read_text()
 WAYS = ("request", "switch", "scrape")
-BY_RAY = ("service/app.py", "service/cli.py", "service/survey.py")
+BY_RAY = ("service/app.py", "service/apply.py")
 SHARED = {
     "Tokenizer": "the face's protocol of the model's class",
     "Choice": "an answer's choice: as it is built, and as the document states it",

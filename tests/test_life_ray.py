@@ -159,10 +159,10 @@ def test_a_switch_that_failed_neither_stays_nor_keeps_a_replica_from_starting(tm
 
 
 def apply_unrehearsed(path: Path) -> subprocess.CompletedProcess[str]:
-    """`longserve apply` by a machine on which everything can serve: only the replicas find a fault."""
+    """`longserve apply` behind a rehearsal that found no fault: only the switch itself does."""
     code = (
-        "import sys; from service import cli, survey\n"
-        "survey.rehearse = lambda *_: None; sys.exit(cli.main(['apply', sys.argv[1]]))"
+        "import sys; from service import cli, cluster\n"
+        "cluster.rehearse = lambda *_: None; sys.exit(cli.main(['apply', sys.argv[1]]))"
     )
     return subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, timeout=60)
 

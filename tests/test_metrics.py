@@ -16,7 +16,7 @@ from prometheus_client.parser import text_string_to_metric_families as parse_tex
 
 from attention import names
 from service import exposition
-from service.engine.observer import Step
+from service.engine.observer import Shadowed, Step
 from service.engine.request import Request
 from service.exposition import KEEP_SECONDS, Format, Gathered, Page
 from service.logs import JsonLines
@@ -191,7 +191,7 @@ def test_the_gaps_between_tokens_are_told_as_they_come() -> None:
 
 def test_with_every_backend_and_length_a_scrape_stays_small() -> None:
     metrics = Metrics()
-    metrics.switched_to([{"name": name, "options": {}} for name in names()], "dense", "float32", "cpu")
+    metrics.switched_to([{"name": name, "options": {}} for name in names()], "dense", {}, "float32", "cpu")
     for backend, tokens in itertools.product(names(), (*LENGTHS, LENGTHS[-1] + 1)):
         metrics.finished(request(backend, tokens), "stop")
         for kind in ("prefill", "decode", "embed"):
@@ -199,9 +199,51 @@ def test_with_every_backend_and_length_a_scrape_stays_small() -> None:
     assert len(page(metrics).splitlines()) < MOST_LINES * len(names())
 
 
+def test_where_answers_are_scored_again_a_scrape_grows_by_a_sixth_at_most() -> None:
+    pages = []
+    for results in ((), ("scored", "replaced", "too_long", "gave_way", "failed")):
+        metrics = Metrics()
+        for backend, tokens in itertools.product(names(), (*LENGTHS, LENGTHS[-1] + 1)):
+            for result in results:
+                metrics.shadowed(Shadowed("id", backend, tokens, result, (0.1,) if result == "scored" else ()))
+        pages.append(len(page(metrics).splitlines()))
+    assert pages[1] - pages[0] < MOST_LINES / 6 * len(names())
+
+
+def test_a_divergence_is_told_place_by_place_and_an_answer_by_what_became_of_it() -> None:
+    metrics = Metrics()
+    metrics.shadowed(Shadowed("mine", "performer", 600, "scored", (0.25, 0.5), 1))
+    metrics.shadowed(Shadowed("other", "performer", 600, "gave_way"))
+    found = samples(metrics)
+    labels = '{backend="performer",length="1024",replica="r"}'
+    assert found[f"longserve_shadow_divergence_nats_sum{labels}"] == 0.75
+    assert found[f"longserve_shadow_divergence_nats_count{labels}"] == 2
+    assert found[f"longserve_shadow_agreed_total{labels}"] == 1
+    for result in ("scored", "gave_way"):
+        assert found[f'longserve_shadow_answers_total{{backend="performer",replica="r",result="{result}"}}'] == 1
+    families = {family.name: family for family in parse_openmetrics(page(metrics, "openmetrics"))}
+    exemplars = [s.exemplar for s in families["longserve_shadow_divergence_nats"].samples if s.exemplar]
+    assert [each.labels for each in exemplars] == [{"request_id": "mine"}] * 2
+
+
+def test_a_candidates_share_is_off_the_defaults_and_goes_with_its_list() -> None:
+    metrics, listed = Metrics(), [{"name": name, "options": {}} for name in ("dense", "performer", "linear")]
+
+    def shares() -> dict[str, float]:
+        of = "longserve_backend_share_ratio"
+        return {name.split('"')[1]: value for name, value in samples(metrics).items() if name.startswith(of)}
+
+    metrics.switched_to(listed, "dense", {"performer": 0.25}, "float32", "cpu")
+    assert shares() == {"dense": 0.75, "performer": 0.25, "linear": 0}
+    metrics.switched_to(listed[:2], "auto", {"performer": 0.25}, "float32", "cpu")
+    assert shares() == {"dense": 0, "performer": 0.25}
+    metrics.switched_to(listed[:1], "dense", {"dense": 0.25}, "float32", "cpu")
+    assert shares() == {"dense": 1}
+
+
 def test_counters_begin_at_zero_so_that_a_rate_sees_the_first() -> None:
     metrics = Metrics()
-    metrics.switched_to([{"name": "dense", "options": {}}], "dense", "float32", "cpu")
+    metrics.switched_to([{"name": "dense", "options": {}}], "dense", {}, "float32", "cpu")
     found = samples(metrics)
     assert found['longserve_requests_total{backend="dense",kind="embedding",outcome="internal",replica="r"}'] == 0
     assert found['longserve_rejected_total{reason="queue_full",replica="r"}'] == 0

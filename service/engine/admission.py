@@ -77,6 +77,15 @@ class Queue(Protocol):
         """Predicted seconds until all that runs or waits is done."""
 
 
+@dataclass(frozen=True)
+class Loan:
+    """Bytes of the budget for somebody who does without them as soon as a reservation wants them."""
+
+    bytes: int
+    spared: int  # what must stay free beside them
+    recall: Callable[[], None]  # the bytes are given back before the next step
+
+
 class Ledger:
     """Who has reserved how many bytes of the budget."""
 
@@ -84,6 +93,7 @@ class Ledger:
         self.budget = budget
         self.in_use = 0
         self._held: dict[object, int] = {}
+        self._loan: Loan | None = None
 
     @property
     def free(self) -> int:
@@ -98,6 +108,26 @@ class Ledger:
         assert change <= self.free, f"reservation of {change} bytes passes the {self.free} that are free"
         self._held[owner] = needed
         self.in_use += change
+        loan = self._loan
+        if loan is not None and self.free < loan.bytes + loan.spared:
+            self._loan = None
+            loan.recall()
+
+    @property
+    def lent(self) -> int:
+        """Bytes that are lent."""
+        return 0 if self._loan is None else self._loan.bytes
+
+    def lend(self, loan: Loan) -> bool:
+        """Lend bytes, which go on counting as free. Returns whether there are so many; one loan is made at a time."""
+        assert self._loan is None, "lent twice"
+        fits = self.fits(loan.bytes + loan.spared)
+        self._loan = loan if fits else None
+        return fits
+
+    def settle(self) -> None:
+        """Take the loan back, if it has not been recalled."""
+        self._loan = None
 
     def release(self, owner: object) -> None:
         """Give back all that an owner holds; nothing when it holds nothing."""

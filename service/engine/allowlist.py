@@ -66,6 +66,10 @@ class Lane:
     def __post_init__(self) -> None:
         self.kept = StatePool(self.pool.backends, self.pool.max_bytes)
 
+    def apart(self) -> Lane:
+        """The same with room for states of its own, which no level counts."""
+        return Lane(self.name, self.backend, self.course, StatePool(self.pool.backends, self.pool.max_bytes))
+
     def refusal(self) -> Withdrawn:
         """What callers are told while it is withdrawn."""
         return Withdrawn(f"attention backend {self.name} is withdrawn: {self.withdrawn}", param="attention")
@@ -128,23 +132,45 @@ class Lane:
         return len(self.pool)
 
 
+def unmeasured(name: str, backend: AttentionBackend, model: Transformer, chunk: int, budget: int) -> Lane:
+    """A lane that can be asked for bytes only: no pace was measured. Room is for states of `budget` bytes."""
+    none, serving = Ramp(0.0, 0.0), _serving(backend, model)
+    pace = Pace(model.config.num_hidden_layers, none, dict.fromkeys(shares(serving), Attending(none, none)), serving)
+    return _lane(name, backend, model, pace, chunk, budget)
+
+
+def check_room(lane: Lane, budget: int) -> None:
+    """Raise ValueError where so many bytes do not hold the shortest request under a backend."""
+    if (needed := lane.state_bytes(1) + lane.course.prefill_bytes(1)) > budget:
+        raise ValueError(f"{lane.name} needs {needed} bytes for a request of one token, a replica's budget is {budget}")
+
+
+def _serving(backend: AttentionBackend, model: Transformer) -> AttentionBackend:
+    """What answers the layers: an encoder reads a text at once, whatever its length, and keeps nothing of it."""
+    return backend if model.config.is_causal else whole(backend)
+
+
+def _lane(name: str, backend: AttentionBackend, model: Transformer, pace: Pace, chunk: int, budget: int) -> Lane:
+    longest = model.config.max_length
+    course = Course(model, pace, longest, chunk if model.config.is_causal else longest)
+    return Lane(name, backend, course, pace.backend.new_pool(model.config.num_hidden_layers, budget))
+
+
 def lane_for(
     name: str, backend: AttentionBackend, model: Transformer, pace: Ramp, profile: Profile, chunk: int, budget: int
 ) -> Generator[None, None, Lane]:
     """Make a backend ready to serve, in parts: its pace beside the model's, and room for states of `budget` bytes.
 
-    The pace is the profile's; what is not in it is measured and kept there. An encoder reads a text at once, whatever its
-    length, and keeps nothing of it.
+    The pace is the profile's; what is not in it is measured and kept there.
     """
-    layers, longest, is_causal = model.config.num_hidden_layers, model.config.max_length, model.config.is_causal
-    serving = backend if is_causal else whole(backend)
+    serving = _serving(backend, model)
     kinds = list(shares(serving))
     key = json.dumps(backend.describe(), sort_keys=True, default=str)
     lines = profile.recall(key, 2 * len(kinds))
     if lines is None:
-        measured = yield from measure_attention(serving, longest, chunk, has_history=is_causal)
+        longest, has_history = model.config.max_length, model.config.is_causal
+        measured = yield from measure_attention(serving, longest, chunk, has_history=has_history)
         lines = [line for kind in kinds for line in (measured[kind].many, measured[kind].one)]
         profile.keep(key, lines)
     attending = dict(zip(kinds, map(Attending, lines[::2], lines[1::2]), strict=True))
-    course = Course(model, Pace(layers, pace, attending, serving), longest, chunk if is_causal else longest)
-    return Lane(name, backend, course, serving.new_pool(layers, budget))
+    return _lane(name, backend, model, Pace(model.config.num_hidden_layers, pace, attending, serving), chunk, budget)

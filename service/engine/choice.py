@@ -113,6 +113,6 @@ def prefill_seconds(request: Request, lane: Lane, cached: int = 0) -> float:
 
 
 def decode_seconds(request: Request, lane: Lane) -> float:
-    """Seconds of an answer of max_tokens, each as long as the one in the middle."""
+    """Seconds of an answer of max_tokens behind its first, which the prompt brings; each as long as the one in the middle."""
     answer = request.total_tokens - len(request.tokens)
-    return answer * lane.decode_seconds(len(request.tokens) + answer // 2 or 1)
+    return max(answer - 1, 0) * lane.decode_seconds(len(request.tokens) + answer // 2 or 1)

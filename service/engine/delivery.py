@@ -11,6 +11,7 @@ from array import array
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -24,17 +25,28 @@ from service.engine.text import Settled
 from service.engine.work import Work
 from service.timing import Chunk
 
+if TYPE_CHECKING:
+    from service.engine.shadow import Shadow
+
 logger = logging.getLogger(__name__)
 
 
 class Delivery:
     """Moves the members of a finished step on, and hands out what they have to say."""
 
-    def __init__(self, scheduler: Scheduler, runner: Runner, observer: Observer, eos_token_ids: Collection[int]) -> None:
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        runner: Runner,
+        observer: Observer,
+        eos_token_ids: Collection[int],
+        shadow: Shadow,
+    ) -> None:
         self._scheduler = scheduler
         self._runner = runner
         self._observer = observer
         self._eos_token_ids = frozenset(eos_token_ids)
+        self._shadow = shadow
 
     def settle(self, work: Work) -> None:
         """Book a finished step: move its sequences on, hand out what was drawn, tell the observer."""
@@ -85,12 +97,15 @@ class Delivery:
         """The one way out: give everything back, tell the caller and the observer. Never fails half-way; twice is once."""
         if job.is_over:
             return
-        for sequence in job.close():
+        samples = job.close()
+        for sequence in samples:
             attempt(sequence.free)
         attempt(partial(self._scheduler.remove, job))
         job.request.timings.finished_at = time.monotonic()
         job.answer.end(error)
         attempt(partial(self._observer.finished, job.request, outcome))
+        if outcome in ("stop", "length"):
+            attempt(partial(self._shadow.served, job.request, job.lane, job.prompt, samples[0].output))
 
     def _book(self, work: Work, now: float) -> None:
         """Tell the metering and the observer of a finished step, as it ran."""

@@ -24,7 +24,7 @@ import torch
 from attention import AttentionBackend
 from service.config import EngineConfig
 from service.engine.admission import Admission, Ledger, Offer, Plan
-from service.engine.allowlist import Backends, Lane, lane_for
+from service.engine.allowlist import Backends, Lane, check_room, lane_for, unmeasured
 from service.engine.answer import Answer
 from service.engine.delivery import Delivery, attempt
 from service.engine.departures import Departures
@@ -38,6 +38,7 @@ from service.engine.profile import Profile
 from service.engine.request import Constraint, Draining, ModelFailed, Request, RequestError
 from service.engine.runner import LOGIT_ROWS, Runner
 from service.engine.scheduler import Scheduler
+from service.engine.shadow import Shadow
 from service.engine.work import Work
 from service.machine import available_bytes, budget_bytes, trim
 from service.model.tokenizer import Tokenizer
@@ -85,6 +86,7 @@ class Engine:
         self._wake = asyncio.Event()
         self._idle = asyncio.Event()
         self._serving: asyncio.Task[None] | None = None
+        self._shadowing: asyncio.Task[None] | None = None
 
     # ---- life -------------------------------------------------------------------------------------------------------
 
@@ -92,7 +94,8 @@ class Engine:
         """Start the model thread, measure every backend's pace, and serve.
 
         Raises:
-            ValueError: the weights leave no memory to serve with, or less than the configured budget.
+            ValueError: the weights leave no memory to serve with, or less than the configured budget; or the config's reference
+                of answers cannot be one.
         """
         model, config = self._model, self._config
         available = available_bytes(model.device)
@@ -116,13 +119,22 @@ class Engine:
         unknown = torch.from_numpy(np.flatnonzero(~known))
         share = config.memory_sample_share
         self._runner = await self._on_model_thread(lambda: Runner(model, unknown, self._rows, share, prefixes))
-        self._delivery = Delivery(self._scheduler, self._runner, self._observer, model.config.eos_token_ids)
+        self._shadow = Shadow(
+            config.shadow, model, self._runner, self._ledger, prefixes.limit, self._observer, lambda: self._admission.lanes
+        )
+        if config.shadow.share and model.config.is_causal:
+            reference = await self.beside(self._shadow.find_reference(config.chunk_tokens))
+            self._shadowing = asyncio.create_task(self._shadow.run(self, reference))
+        self._delivery = Delivery(self._scheduler, self._runner, self._observer, model.config.eos_token_ids, self._shadow)
         self._departures = Departures(self._scheduler, self._delivery, self._wake.set)
         self._serving = asyncio.create_task(self._serve())
         self._serving.add_done_callback(self._died)
 
     async def stop(self) -> None:
         """End at once: what runs or waits fails with Draining. Idempotent."""
+        if self._shadowing is not None:
+            self._shadowing.cancel()
+            await asyncio.gather(self._shadowing, return_exceptions=True)
         await self.drain(0)
         if self._serving is not None:
             self._serving.cancel()
@@ -164,17 +176,29 @@ class Engine:
         chunk, budget = self._config.chunk_tokens, self._ledger.budget
         return lane_for(name, backend, self._model, self._pace, self._profile, chunk, budget)
 
-    async def beside(self, parts: Generator[None, None, T]) -> T:
+    def check_room(self, backend: AttentionBackend) -> None:
+        """Raise ValueError for a backend under which the budget does not hold even the shortest request."""
+        budget = self._ledger.budget
+        check_room(unmeasured(backend.name, backend, self._model, self._config.chunk_tokens, budget), budget)
+
+    async def beside(self, parts: Generator[None, None, T], is_patient: bool = False) -> T:
         """What a computation in parts returns, run on the model thread at the mercy of requests: a slice between two steps.
 
-        While requests are there, it leaves them the thread for REST times as long as each slice took.
+        While requests are there, it leaves them the thread for REST times as long as each slice took; `is_patient`: altogether.
         """
         while True:
+            if is_patient:
+                await self.when_idle()
             ended, value, seconds = await self._on_model_thread(lambda: _slice(parts, self._config.slice_seconds))
             if ended:
+                self._wake.set()  # at rest, what it leaves free goes back to the system
                 return cast(T, value)
-            if self._scheduler.jobs:
+            if self._scheduler.jobs and not is_patient:
                 await asyncio.sleep(REST * seconds)
+
+    def give_up(self, parts: Generator[None, None, T]) -> None:
+        """End a computation in parts before the next step: whoever waits for what it returns gets None."""
+        self._thread.submit(attempt, parts.close)
 
     # ---- requests ---------------------------------------------------------------------------------------------------
 
@@ -285,6 +309,7 @@ class Engine:
             pool_bytes={name: sum(each.bytes_in_use for each in lanes if each.name == name) for name in names},
             pool_slots={name: sum(each.num_slots for each in lanes if each.name == name) for name in names},
             prefix_bytes={name: sum(each.kept.bytes_in_use for each in lanes if each.name == name) for name in names},
+            withdrawn={name: lane.withdrawn is not None for name, lane in self._admission.lanes.items()},
             prefix_hits=self._prefixes.hits,
             prefix_misses=self._prefixes.misses,
             prefix_evictions=self._prefixes.evictions,
@@ -292,6 +317,7 @@ class Engine:
             row_multiple=self._rows,
             busy_seconds=self._runner.busy_seconds,
             measuring_seconds=self._runner.measuring_seconds,
+            shadow=self._shadow.levels(),
             last_progress=self._last_progress if running or waiting or self._is_dead else now,
         )
 
@@ -312,8 +338,18 @@ class Engine:
         work = self._scheduler.next(time.monotonic())
         if work is None:
             await self._rest()
-        elif await self._run(work):
+        else:
+            await self._run_and_settle(work)
+
+    async def _run_and_settle(self, work: Work) -> None:
+        """A step, or a slice of it; at its end what was drawn goes out, and the forecast learns how long it took."""
+        start = time.perf_counter()
+        is_over = await self._run(work)
+        if is_over:
             self._delivery.settle(work)
+        work.elapsed += time.perf_counter() - start
+        if is_over and work.meter is None:  # counting takes time of its own
+            work.lane.drift.note(work.kind, work.predicted_seconds, work.elapsed)
 
     async def _run(self, work: Work) -> bool:
         """Run a step, or one slice of it. Returns whether it has ended, and well."""
@@ -334,8 +370,6 @@ class Engine:
             self._scheduler.account(work, work.seconds - before)
             if not is_over:
                 self._scheduler.pause(work)
-            elif work.meter is None:  # counting takes time of its own
-                work.lane.drift.note(work.kind, work.predicted_seconds, work.seconds)
         self._last_progress = time.monotonic()
         return is_over
 

@@ -23,7 +23,8 @@ T = TypeVar("T")
 
 DONE = object()  # no part, but the end
 REPEATS = 7
-DRIFT_SECONDS = 1.5  # of steps, which outweigh all before them
+START_SECONDS = 0.02  # of steps, for which the pace measured at the start counts
+DRIFT_SECONDS = 1.5  # of steps, for which all that were seen before count at most
 HALF_LIFE_SECONDS = 120.0
 MOST_DRIFT = math.log(10)  # either way: a step that was held up longer says nothing of the backend
 PROBE_HISTORY = 8192  # tokens before the measured ones: enough for the products to reach their speed, and to leave the caches
@@ -183,27 +184,30 @@ def _seconds(run: Callable[[], Iterator[None]]) -> Measuring[float]:
 class Drift:
     """How many times as long as predicted the steps of each kind take, as the running engine measures them.
 
-    Each second of steps counts for as much as all before it. With time it is forgotten, half of it in HALF_LIFE_SECONDS: what
-    a neighbour on the machine did to a backend that has not run since says nothing of it now.
+    A mean over the predicted seconds, in logarithms, so that one step that was held up counts little; the pace measured at the
+    start counts for START_SECONDS of them, what was seen for DRIFT_SECONDS at most. With time it is forgotten, half of it in
+    HALF_LIFE_SECONDS: what a neighbour on the machine did to a backend that has not run since says nothing of it now.
     """
 
     def __init__(self) -> None:
-        self._logs: dict[str, tuple[float, float]] = {}  # by kind: logarithm, and when it was noted
+        self._seen: dict[str, tuple[float, float, float]] = {}  # by kind: mean logarithm, seconds it is over, when it was noted
 
     def __call__(self, kind: str) -> float:
         """What to multiply a prediction by."""
-        return math.exp(self._log(kind))
+        return math.exp(self._now(kind)[0])
 
     def note(self, kind: str, predicted: float, measured: float) -> None:
         """A step has ended."""
         if predicted > 0 and measured > 0:
             found = max(-MOST_DRIFT, min(MOST_DRIFT, math.log(measured / predicted)))
-            weight, known = -math.expm1(-measured / DRIFT_SECONDS), self._log(kind)
-            self._logs[kind] = known + weight * (found - known), time.monotonic()
+            known, seconds = self._now(kind)
+            weight = predicted / (START_SECONDS + seconds + predicted)
+            self._seen[kind] = known + weight * (found - known), min(seconds + predicted, DRIFT_SECONDS), time.monotonic()
 
-    def _log(self, kind: str) -> float:
-        value, noted = self._logs.get(kind, (0.0, 0.0))
-        return float(value * 0.5 ** ((time.monotonic() - noted) / HALF_LIFE_SECONDS))
+    def _now(self, kind: str) -> tuple[float, float]:
+        log, seconds, noted = self._seen.get(kind, (0.0, 0.0, 0.0))
+        left = 0.5 ** ((time.monotonic() - noted) / HALF_LIFE_SECONDS)
+        return log * left, seconds * left
 
 
 class Course:

@@ -46,6 +46,41 @@ class Step:
     token_gaps: tuple[float, ...] = ()  # seconds since the sample's token before, for each token of the step that had one
 
 
+ShadowResult = Literal[
+    "scored",
+    "replaced",  # newer answers took its place
+    "too_long",  # for engine.shadow.max_tokens
+    "no_memory",  # the budget cannot hold it
+    "gave_way",  # a request wanted its bytes
+    "no_reference",  # which is withdrawn
+    "switched",  # its backend is in force no more
+    "undefined",  # a distribution that is none
+    "failed",
+]
+
+
+@dataclass(frozen=True)
+class Shadowed:
+    """What became of an answer that was to be scored again under the reference."""
+
+    id: str
+    backend: str
+    prompt_tokens: int
+    result: ShadowResult
+    nats: tuple[float, ...] = ()  # KL(reference || served) at each place that was compared
+    agreed: int = 0  # places where both find the same token likeliest
+
+
+@dataclass(frozen=True)
+class ShadowLevels:
+    """How it stands with answers that are scored again."""
+
+    waiting: int
+    kept_bytes: int  # of those that wait
+    lent_bytes: int  # of the budget, for the one that is being scored
+    seconds: float  # that the model thread has spent on it
+
+
 @dataclass(frozen=True)
 class Snapshot:
     """The engine's levels at one moment."""
@@ -60,6 +95,7 @@ class Snapshot:
     pool_bytes: Mapping[str, int]  # decode state by backend
     pool_slots: Mapping[str, int]
     prefix_bytes: Mapping[str, int]  # states of prefixes that are kept, by backend
+    withdrawn: Mapping[str, bool]  # backends in force: whether nothing is answered under it
     prefix_hits: int  # completions so far that went on from one
     prefix_misses: int  # and those that found none
     prefix_evictions: int  # kept states that had to make room
@@ -67,6 +103,7 @@ class Snapshot:
     row_multiple: int | None  # None: answers may differ in the last bits by what shares the batch
     busy_seconds: float  # the model thread has computed for so long
     measuring_seconds: float  # of it on measuring memory
+    shadow: ShadowLevels
     last_progress: float  # time.monotonic() of the last finished step or of the first request's coming; now when there is none
 
 
@@ -82,6 +119,9 @@ class Observer(Protocol):
     def stepped(self, step: Step) -> None:
         """The model ran once."""
 
+    def shadowed(self, shadowed: Shadowed) -> None:
+        """An answer was scored again, or was left out."""
+
 
 class NullObserver:
     """Watches nothing."""
@@ -93,4 +133,7 @@ class NullObserver:
         pass
 
     def stepped(self, step: Step) -> None:
+        pass
+
+    def shadowed(self, shadowed: Shadowed) -> None:
         pass

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from array import array
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import nullcontext
 from typing import cast
 
@@ -20,9 +20,11 @@ from service.engine.sampling import Past, draw, logprobs
 from service.engine.work import Member, Work
 from service.model.pooler import gathered, pooled
 from service.model.pooling import Pooling
-from service.model.transformer import Stages, Transformer
+from service.model.transformer import Transformer
 
 LOGIT_ROWS = 64  # rows of an echoed prompt whose logits exist at one time
+Answering = Callable[[int, tuple[Tensor, Tensor, Tensor], Segments, Tensor], Iterator[None]]
+"""(layer, its question, the sequences, what takes the answer), see `Lane.answering`."""
 
 
 class Runner:
@@ -98,30 +100,22 @@ class Runner:
 
     def _stages(self, work: Work) -> Generator[None, None, None]:
         """The computation of a step, pausing within layers."""
-        ids, segments = self._packed(work)
-        padding = torch.arange(len(ids) - segments.total, device=self._model.device) % self._model.config.max_length
-        positions = torch.cat((segments.positions(self._model.device), padding))  # what is padded stands there as one more text
-        hidden = yield from self._hidden(work, segments, self._model.stages(ids, positions, self._types(work, len(ids))))
+        tokens, segments = array("i"), work.segments
+        for member in work.members:
+            tokens += member.sequence.tokens(member.start, member.end)
+        hidden = yield from self.hidden(tokens, segments, work.answering, self._types(work))
         if work.kind == "embed":
             self._pool(work, segments, hidden)
         else:
             self._tell_prompts(work, segments, hidden)
             self._draw(work, segments, hidden)
 
-    def _packed(self, work: Work) -> tuple[Tensor, Segments]:
-        """Tokens of all members, padded to a height of the model's, and where each member stands."""
-        ids = array("i")
-        for member in work.members:
-            ids += member.sequence.tokens(member.start, member.end)
-        ids += array("i", [0] * (self._height(len(ids)) - len(ids)))
-        return torch.tensor(ids, dtype=torch.long, device=self._model.device), work.segments
-
-    def _types(self, work: Work, rows: int) -> Tensor | None:
-        """Which of a pair of texts each token is of (rows,); None where no member is a pair, or the model does not ask."""
+    def _types(self, work: Work) -> Tensor | None:
+        """Which of a pair of texts each row is of (rows,); None where no member is a pair, or the model does not ask."""
         pairs = [member.job.request.second for member in work.members]
         if self._model.config.num_token_types < 2 or not any(pairs):
             return None
-        types = torch.zeros(rows, dtype=torch.long)
+        types = torch.zeros(self._height(work.tokens), dtype=torch.long)
         for (start, end, _), second in zip(work.segments.spans(), pairs, strict=True):
             types[start + second if second else end : end] = 1
         return types.to(self._model.device)
@@ -138,14 +132,32 @@ class Runner:
             for job in ended:
                 job.vectors = [pooler.ended(next(vectors), job.request.is_ended).tolist() for _ in job.pooled]
 
-    def _hidden(self, work: Work, segments: Segments, stages: Stages) -> Generator[None, None, Tensor]:
-        """Hidden states of the members' tokens; pauses between the parts of each layer's attention."""
-        count, question = segments.total, next(stages)
+    def hidden(
+        self, tokens: array[int], segments: Segments, answering: Answering, types: Tensor | None = None
+    ) -> Generator[None, None, Tensor]:
+        """Hidden states of packed tokens; pauses between the parts of each layer's attention, and behind each layer.
+
+        Args:
+            tokens: T of them, which are padded to a height of the model's: rows.
+            answering: answers each layer's question for T rows.
+            types: int64 (rows,), see `Transformer.hidden`.
+
+        Returns:
+            (rows, C); what stands behind the first T is padding.
+        """
+        count, device = segments.total, self._model.device
+        padding = self._height(count) - count
+        ids = torch.tensor(tokens + array("i", [0] * padding), dtype=torch.long, device=device)
+        behind = (
+            torch.arange(padding, device=device) % self._model.config.max_length
+        )  # the padding stands there as one more text
+        stages = self._model.stages(ids, torch.cat((segments.positions(device), behind)), types)
+        question = next(stages)
         while True:
             assert question is not None, "a layer begins with a question"
             layer, q, k, v = question
             answer = torch.zeros_like(q) if len(q) > count else torch.empty_like(q)  # padded rows get no answer
-            yield from work.answering(layer, (q[:count], k[:count], v[:count]), segments, answer[:count])
+            yield from answering(layer, (q[:count], k[:count], v[:count]), segments, answer[:count])
             yield
             del question, q, k, v  # the rest of the layer has no use for them
             try:
@@ -175,9 +187,9 @@ class Runner:
         targets = job.prompt[member.start + 1 : member.end + 1]
         for a in range(0, len(targets), LOGIT_ROWS):
             some = targets[a : a + LOGIT_ROWS]
-            job.prompt_logprobs += logprobs(self._logits(hidden[a : a + len(some)]), some, [top] * len(some))
+            job.prompt_logprobs += logprobs(self.logits(hidden[a : a + len(some)]), some, [top] * len(some))
 
-    def _logits(self, hidden: Tensor) -> Tensor:
+    def logits(self, hidden: Tensor) -> Tensor:
         """Logits of hidden states (N, C), those of ids that are no tokens at -inf: float32 (N, V)."""
         rows = len(hidden)
         if (missing := self._height(rows) - rows) > 0:
@@ -195,7 +207,7 @@ class Runner:
         if not ready:
             return
         last = [row for _, row in ready]
-        logits = self._logits(hidden[last])
+        logits = self.logits(hidden[last])
         sequences, rows = [], []
         for index, (member, _) in enumerate(ready):
             drawing = [member.sequence, *member.job.siblings]

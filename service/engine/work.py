@@ -48,7 +48,8 @@ class Work:
     stages: Generator[None, None, None] | None = None
     meter: Meter | None = None  # measures this step's peak; None when it is not sampled
     begun_at: float | None = None  # time.monotonic() of its first slice
-    seconds: float = 0.0
+    seconds: float = 0.0  # of computing
+    elapsed: float = 0.0  # seconds with the way to the model thread and back, and what was drawn handed out
     drawn: list[tuple[Sequence, Drawn]] = field(default_factory=list)
 
     @property

@@ -7,6 +7,7 @@ for. xz's figure is for the same bytes as one file.
 
     python -m service.training.evaluate            all of it
     python -m service.training.evaluate --quick    fewer tokens, lengths and trials, within 8 minutes
+    python -m service.training.evaluate --parts bits recall    only these; `seconds` alone needs the machine to itself
 
 The last line printed is JSON.
 """
@@ -60,7 +61,7 @@ class Extent:
 
 
 LENGTHS = (1024, 2048, 4096, 8192, 16384, 32768)
-FULL = Extent(LENGTHS, None, dict(zip(LENGTHS, (25, 25, 25, 25, 10, 5), strict=True)), 65536, 3)
+FULL = Extent(LENGTHS, None, dict.fromkeys(LENGTHS, 25), 65536, 3)
 QUICK = Extent((1024, 2048, 8192, 16384), 65536, {1024: 10, 4096: 10, 8192: 10}, 16384, 1)
 DEPTHS = (0.1, 0.3, 0.5, 0.7, 0.9)
 
@@ -216,43 +217,71 @@ def by_backend(model: Subject, columns: Sequence[int], measure: Callable[[str, i
 
 
 @torch.inference_mode()
-def evaluate(model: Subject, extent: Extent) -> dict[str, object]:
-    """Measure, print the tables, return the figures of the JSON line."""
+def evaluate(model: Subject, extent: Extent, parts: Sequence[str]) -> dict[str, object]:
+    """Measure these of PARTS, print the tables, return the figures of the JSON line."""
     _, modules = corpus.split(list(corpus.modules()))
     text = b"".join(module.text.encode() for module in modules)
-    xz = 8 * len(lzma.compress(text, preset=9 | lzma.PRESET_EXTREME)) / len(text)
     tokens = encoded(model, modules)
     stream, size = cut(model, tokens, extent.tokens)
     print(f"held out: {len(modules)} modules, {len(text)} bytes, {len(tokens)} tokens")
     print(f"scored: {size} bytes, {len(stream)} tokens")
-    print(f"xz -9e of all of it as one file: {xz:.4f} bits per byte")
+    found: dict[str, object] = {}
+    for part in parts:
+        found |= PARTS[part](model, extent, Held(text, stream, size))
+    return found
 
-    bits = by_backend(model, extent.contexts, lambda name, n: bits_per_byte(model, name, stream, size, n))
+
+@dataclass(frozen=True)
+class Held:
+    """The held-out text, and the part of it that is scored as tokens and as bytes of text."""
+
+    text: bytes
+    stream: Tensor
+    size: int
+
+
+def _bits(model: Subject, extent: Extent, held: Held) -> dict[str, object]:
+    xz = 8 * len(lzma.compress(held.text, preset=9 | lzma.PRESET_EXTREME)) / len(held.text)
+    print(f"xz -9e of all of it as one file: {xz:.4f} bits per byte")
+    bits = by_backend(model, extent.contexts, lambda name, n: bits_per_byte(model, name, held.stream, held.size, n))
     table("bits per byte by context", extent.contexts, bits)
+    return {"xz_bits_per_byte": xz, "bits_per_byte": bits}
+
+
+def _recall(model: Subject, extent: Extent, held: Held) -> dict[str, object]:
     recall = {
-        name: {n: needle_recall(model, name, stream, n, trials) for n, trials in extent.needle_trials.items()}
+        name: {n: needle_recall(model, name, held.stream, n, trials) for n, trials in extent.needle_trials.items()}
         for name in model.backends
     }
-    mean_recall = {name: {n: float(np.mean(list(d.values()))) for n, d in rows.items()} for name, rows in recall.items()}
-    table(f"needle recall by context, {list(extent.needle_trials.values())} trials", list(extent.needle_trials), mean_recall)
+    mean = {name: {n: float(np.mean(list(d.values()))) for n, d in rows.items()} for name, rows in recall.items()}
+    table(f"needle recall by context, {list(extent.needle_trials.values())} trials", list(extent.needle_trials), mean)
     longest = 8192
     table(f"needle recall by depth at {longest}", DEPTHS, {name: rows[longest] for name, rows in recall.items()})
-    close = {name: agreement(model, name, stream, extent.agreement_tokens) for name in model.backends}
+    return {"needle_recall": mean}
+
+
+def _agreement(model: Subject, extent: Extent, held: Held) -> dict[str, object]:
+    close = {name: agreement(model, name, held.stream, extent.agreement_tokens) for name in model.backends}
     table("agreement with dense at 2048", ("kl", "top1"), close)
-    timed = {n: prefill_seconds(model, stream, n, extent.repeats) for n in extent.contexts}
+    w = kernel_arguments(model, held.stream)
+    print("\nw = |q' + k'|^2 by layer, mean (95th percentile): " + ", ".join(f"{m:.1f} ({high:.1f})" for m, high in w))
+    return {"agreement": close}
+
+
+def _seconds(model: Subject, extent: Extent, held: Held) -> dict[str, object]:
+    timed = {n: prefill_seconds(model, held.stream, n, extent.repeats) for n in extent.contexts}
     seconds = by_backend(model, extent.contexts, lambda name, n: timed[n][name])
     table("bare prefill seconds by context", extent.contexts, seconds)
-    w = kernel_arguments(model, stream)
-    print("\nw = |q' + k'|^2 by layer, mean (95th percentile): " + ", ".join(f"{m:.1f} ({high:.1f})" for m, high in w))
+    return {"prefill_seconds": seconds}
+
+
+def _completions(model: Subject, extent: Extent, held: Held) -> dict[str, object]:
     for beginning in BEGINNINGS:
         print(f"\n--- greedy, dense, 80 tokens\n{complete(model, 'dense', beginning, 80)}")
-    return {
-        "xz_bits_per_byte": xz,
-        "bits_per_byte": bits,
-        "needle_recall": mean_recall,
-        "agreement": close,
-        "prefill_seconds": seconds,
-    }
+    return {}
+
+
+PARTS = {"bits": _bits, "recall": _recall, "agreement": _agreement, "seconds": _seconds, "completions": _completions}
 
 
 def main() -> None:
@@ -262,6 +291,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     checkpoint = load(arguments.model, arguments.dtype)
@@ -270,7 +300,8 @@ def main() -> None:
     backends = {name: attention.build(name, options, shape) for name, options in {"dense": {}, **chosen}.items()}
     print(f"model: {checkpoint.id}, {checkpoint.model.dtype}, {arguments.threads} threads, torch {torch.__version__}")
     print("backends: " + json.dumps({name: backend.options.model_dump() for name, backend in backends.items()}))
-    print("\n" + json.dumps(evaluate(Subject(checkpoint, backends), QUICK if arguments.quick else FULL)))
+    found = evaluate(Subject(checkpoint, backends), QUICK if arguments.quick else FULL, arguments.parts)
+    print("\n" + json.dumps(found))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from service.config import EngineConfig, ServiceConfig, UserConfig
+from service.config import EngineConfig, ServiceConfig, ShadowConfig, UserConfig
 from service.plain import listening
 from service.replica import Replica
 from tests.http.client import Client
@@ -31,8 +31,9 @@ def exported() -> Mapping[str, frozenset[str]]:
 
 
 async def _everything() -> str:
-    """The metrics of a replica that has switched, answered, embedded and refused."""
-    replica = Replica(ServiceConfig(threads=1, engine=EngineConfig(memory_sample_share=1)))
+    """The metrics of a replica that has switched, answered, embedded, refused, and scored an answer again."""
+    engine = EngineConfig(memory_sample_share=1, shadow=ShadowConfig(share=1))
+    replica = Replica(ServiceConfig(threads=1, engine=engine))
     async with listening(replica, UserConfig()) as url:
         client = Client(url, replica)
         replica.retarget({"attention": SWITCH})
@@ -43,18 +44,22 @@ async def _everything() -> str:
             ("/v1/completions", {"prompt": [7] * 40_000}, 400),
             ("/v1/completions", {"prompt": "import os\n" * 1000, "max_tokens": 1}, 200),  # long enough for a worker process
             ("/v1/embeddings", {"input": "import os"}, 200),
+            ("/v1/completions", {"prompt": "import os", "max_tokens": 4, "attention": "performer"}, 200),
         ):
             assert (await asyncio.to_thread(client.post, path, body)).status == status
+        while "longserve_shadow_agreed_total{" not in await asyncio.to_thread(client.metrics):
+            await asyncio.sleep(0.01)
         return await asyncio.to_thread(client.metrics)
 
 
 @pytest.fixture(scope="module")
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    """Two replicas that measure what every step takes, so that what is read once has numbers."""
+    """Two replicas that measure what every step takes and score every answer again, so that what is read once has numbers."""
 
     def two_replicas(data: Any) -> None:
         data["applications"][0]["args"]["threads"] = 1
         data["applications"][0]["args"]["engine"]["memory_sample_share"] = 1
+        data["applications"][0]["args"]["engine"]["shadow"]["share"] = 1
         data["applications"][0]["deployments"][0]["num_replicas"] = 2
 
     with serving(tmp_path_factory.mktemp("serve") / "two.yaml", two_replicas) as service:

@@ -38,7 +38,7 @@ LENGTHS = {"2048": 1500, "8192": 6000}  # tokens by length class
 REPEATS = 6
 SCRAPE_SECONDS = 2  # and as long may a scrape take
 RATE_SECONDS = 20  # over which rates are taken while a replica dies
-MAY_BE_EMPTY = {"Switch, mean time; last one", "Worker processes, mean"}  # nothing of it has happened here
+MAY_BE_EMPTY = {"Last switch: age, seconds it took", "Worker processes, mean"}  # nothing of it has happened here
 
 
 @dataclass(frozen=True)
@@ -121,6 +121,7 @@ def load(service: Service, watch: Prometheus) -> Load:
         for job in [callers.submit(send, *each) for each in jobs]:
             job.result()
     done.sent = len(jobs)
+    assert eventually(lambda: watch.value("sum(longserve_shadow_agreed_total)") > 0, 60)  # at rest, answers are scored again
     time.sleep(3 * SCRAPE_SECONDS)  # the page may be a second old, and the rules are a second behind it
     return done
 

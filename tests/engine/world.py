@@ -17,7 +17,7 @@ from torch import Tensor
 import attention
 from service.config import EngineConfig
 from service.engine.engine import Backends, Engine
-from service.engine.observer import Outcome, Step
+from service.engine.observer import Outcome, Shadowed, Step
 from service.engine.request import Delta, Embedding, Request, Sampling
 from service.model import families
 from service.model.tokenizer import Tokenizer, _byte_alphabet
@@ -75,6 +75,7 @@ class Watcher:
     ended: list[tuple[str, Outcome]] = field(default_factory=list)
     refusals: list[str] = field(default_factory=list)
     steps: list[Step] = field(default_factory=list)
+    shadows: list[Shadowed] = field(default_factory=list)
 
     def finished(self, request: Request, outcome: Outcome) -> None:
         self.ended.append((request.id, outcome))
@@ -84,6 +85,9 @@ class Watcher:
 
     def stepped(self, step: Step) -> None:
         self.steps.append(step)
+
+    def shadowed(self, shadowed: Shadowed) -> None:
+        self.shadows.append(shadowed)
 
 
 @asynccontextmanager

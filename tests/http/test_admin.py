@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from attention import AttentionBackend, truth
-from service.config import HttpConfig, ServiceConfig, UserConfig
+from service.config import EngineConfig, HttpConfig, ServiceConfig, UserConfig
 from service.plain import listening
 from service.replica import Replica
 from tests.http.client import Client, Reply, eventually
@@ -24,7 +24,7 @@ async def service(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Client]:
     monkeypatch.setenv("OPERATORS", "operator")
     monkeypatch.setenv("CALLERS", "caller")
     http = HttpConfig(admin_keys_env="OPERATORS", api_keys_env="CALLERS")
-    replica = Replica(ServiceConfig(threads=1, http=http))
+    replica = Replica(ServiceConfig(threads=1, http=http, engine=EngineConfig(memory_budget_bytes=2**26)))
     async with listening(replica, UserConfig.model_validate({"attention": BOTH})) as url:
         yield Client(url, replica)
 
@@ -72,6 +72,7 @@ async def test_a_switch_over_http_serves_when_it_is_answered_and_is_told(service
         ({"backends": {"dense": {"window": 1}}}, "window"),
         ({"default": "longformer", "backends": {"longformer": {}}}, "no causal form"),
         ({"default": "native", "backends": {"dense": {}}}, "native"),
+        ({"default": "performer", "backends": {"performer": {"features": 65536}}}, "for a request of one token"),
     ],
 )
 async def test_what_cannot_serve_is_refused_and_leaves_all_as_it_was(service: Client, wanted: Any, word: str) -> None:
