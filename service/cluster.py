@@ -1,8 +1,8 @@
 """Ray as the command line needs it: start one on this machine, deploy a checked file on it, ask it, end it.
 
-Beside `app.py` the only module that imports Ray. Two calls go through Serve's client, which is private: `deploy_apps`, the
-call behind `serve run config.yaml` (the public `serve.run` would replace replicas when only the switch has changed), and
-`get_serve_details`, the one behind `serve status`. And a handle's `_init` is, which says where it runs.
+Beside `app.py` and `router.py` the only module that imports Ray. Two calls go through Serve's client, which is private:
+`deploy_apps`, the call behind `serve run config.yaml` (the public `serve.run` would replace replicas when only the switch has
+changed), and `get_serve_details`, the one behind `serve status`. A handle's `_init`, which says where it runs, is private, too.
 """
 
 from __future__ import annotations
@@ -27,8 +27,6 @@ ENVIRONMENT = {
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
     "RAY_DISABLE_DOCKER_CPU_WARNING": "1",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    # Serve's proxy asks no replica of another node until those of its own have `max_ongoing_requests`: they would idle
-    "RAY_SERVE_PROXY_PREFER_LOCAL_NODE_ROUTING": "0",
     "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",  # three of these pass before a proxy that died is replaced; Ray's is 10
     # A replica that fails its health check has not moved for long: Ray would give it its time to drain all the same
     "RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS": "1",
