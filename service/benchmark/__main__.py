@@ -25,6 +25,8 @@ from service.benchmark.encoder import measure_encoder
 from service.benchmark.peak import memory_trial
 from service.benchmark.prefix import measure_prefix
 from service.benchmark.served import measure_http
+from service.benchmark.shared import measure_shared
+from service.benchmark.step import measure_step
 from service.machine import BESIDE_BUDGET_BYTES
 from service.threads import in_passing_thread
 
@@ -36,12 +38,18 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="one repeat, up to 16k tokens, by default without HTTP")
     parser.add_argument("--parts", nargs="+", choices=PARTS, help="which parts to run")
     parser.add_argument("--encoder", metavar="DIR", help="the checkpoint of part encoder, by default all-MiniLM-L6-v2")
+    parser.add_argument("--profile-step", action="store_true", help="where the time of a decode step goes, and nothing else")
+    parser.add_argument("--shared", action="store_true", help="the engine beside busy processes, and nothing else")
     options = parser.parse_args()
     lengths = [16_384] if options.quick else [16_384, 32_768]
     repeats = 1 if options.quick else 2
-    parts = options.parts or PARTS[: 5 if options.quick else 6]
+    parts = () if options.profile_step or options.shared else options.parts or PARTS[: 5 if options.quick else 6]
     random.seed(0)
-    result: dict[str, Any] = {"prefill_ratio": {}}
+    result: dict[str, Any] = {"prefill_ratio": {}} if parts else {}
+    if options.profile_step:
+        result["step_us"] = measure_step([1024, 4096, *lengths])
+    if options.shared:
+        result["shared"] = asyncio.run(measure_shared())
     if "bare" in parts:
         in_passing_thread(lambda: measure_bare([1024, 4096, *lengths]))
     if "engine" in parts:
