@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 CONFIG ?= deploy/local.yaml
-KERNELS := $(wildcard attention/kernels/*.h attention/kernels/*/*.c service/model/csrc/*.c)
+KERNELS := $(wildcard attention/kernels/*.[ch] attention/kernels/*/*.c service/model/csrc/*.c)
 
 .PHONY: serve watch test prometheus soak check format bench engine-bench evaluate loadtest clean
 
@@ -70,4 +70,4 @@ $(VENV)/.bench-installed: $(VENV)/.dev-installed
 	touch $@
 
 clean:
-	rm -rf $(VENV) build *.egg-info attention/kernels/*.so service/model/*.so
+	rm -rf $(VENV) build *.egg-info attention/kernels/*.so

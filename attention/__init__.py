@@ -12,6 +12,7 @@ from typing import Any
 
 from attention.backends import named, names
 from attention.interface import AttentionBackend, BackendOptions
+from attention.kernels.library import gather_team
 from attention.layered import LAYERED, NATIVE, Layered, Native, layers_of, shares
 from attention.parts import result
 from attention.pool import PoolExhausted, StatePool, StateTensor
@@ -31,6 +32,7 @@ __all__ = [
     "StateTensor",
     "backend_class",
     "build",
+    "gather_team",
     "layers_of",
     "names",
     "result",

@@ -6,6 +6,7 @@ the kernels built under sanitizers; as `pytest tests/fuzz.py`, with the ones ins
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -23,13 +24,14 @@ from attention import AttentionBackend, HeadShape, Segments, build, names
 from attention.kernels.features import native as features
 from attention.kernels.softmax import native as softmax
 from attention.truth import BOUNDS
+from service.model import families
 from service.model import native as layer
-from service.model.transformer import rotate
+from service.model.checkpoint import EMBEDDED
+from service.model.transformer import Layer, Transformer, rotate
 
 SANITIZED = os.environ.get("SANITIZED")
 if SANITIZED:
-    softmax.KERNEL.home = features.KERNEL.home = Path(SANITIZED, "attention")
-    layer.KERNEL.home = Path(SANITIZED, "model")
+    softmax.KERNEL.home = features.KERNEL.home = layer.KERNEL.home = Path(SANITIZED)
 DTYPES = [dtype for dtype in (torch.float32, torch.bfloat16) if softmax.obstacle(HeadShape(4, 2, 64, dtype)) is None]
 CASE = Path(SANITIZED or ".pytest_cache") / f"case-{os.getppid()}"  # the call under way, for a process that does not survive it
 CALLS = os.environ.get("LONGSERVE_FUZZ_CALLS")
@@ -265,3 +267,60 @@ def test_a_layer_answers_like_its_slow_reading_or_refuses(
     if weights is not None:
         qk = functional.rms_norm(qk, (depth,), None, 1e-6) * weights.double()
     assert near(layer.turn(x, weights, heads, depth, 1e-6, cos, sin), rotate(qk, cos[:rows].double(), sin[:rows].double()))
+
+
+@generated(0.1)
+@given(
+    st.sampled_from((1, 2, 5, 6, 7, 13)),
+    st.sampled_from((64, 128, 192)),
+    st.sampled_from((64, 320)),
+    st.sampled_from(((1, 1, 64), (4, 2, 64), (2, 1, 128), (2, 1, 32), (4, 2, 96), (2, 2, 256), (2, 2, 288))),
+    st.lists(layouts, min_size=4, max_size=4),
+    st.sampled_from(("none", "none", "none", "rows", "width", "shape", "scales")),
+)
+@torch.inference_mode()
+def test_a_layer_in_a_decode_step_answers_like_its_slow_reading_or_refuses(
+    rows: int, width: int, inner: int, shape: tuple[int, int, int], where: list[Layout], wrong: str
+) -> None:
+    note((rows, width, inner, shape, where, wrong))
+    (heads, _, depth), generator = shape, torch.Generator().manual_seed(rows + width)
+    block = decoder(width, inner, shape)
+    if block.packed is None:
+        return
+
+    def drawn(count: int, heads: int, depth: int) -> Tensor:
+        return torch.randn(count, heads, depth, generator=generator).bfloat16()
+
+    x, answer = where[0].of(drawn(rows, 1, width))[:, 0], where[1].of(drawn(rows, heads, depth))
+    turns = where[2].of(drawn(rows, 1, depth)), where[3].of(drawn(rows, 1, depth))
+    if wrong != "none" or (where[1].head and heads > 1):
+        packed = block.packed
+        norms, scales, matrices = packed._weights
+        sizes = width, inner, *shape
+        if wrong == "width":
+            x = x[:, : width - 1]
+        if wrong == "shape":
+            packed = layer.PackedLayer(norms, scales, matrices, (*sizes[:2], 2 * heads, *sizes[3:]), 1e-6)
+        if wrong == "scales":
+            packed = layer.PackedLayer(norms, scales[:1], matrices, sizes, 1e-6)
+        if wrong == "rows":
+            turns = turns[0][: rows - 1], turns[1]
+        with pytest.raises(RuntimeError, match="the native kernel was given what it cannot take"):
+            packed.question(x, turns)
+            packed.output(x, answer)
+        return
+    for found, wanted in zip(block.packed.question(x, turns), block.question(x, turns), strict=True):
+        assert float((found.double() - wanted.double()).abs().max()) <= 2**-5 * max(1.0, float(wanted.abs().max()))
+    found, wanted = block.packed.output(x, answer), block.output(x, answer)
+    assert float((found.double() - wanted.double()).abs().max()) <= 2**-5 * max(1.0, float(wanted.abs().max()))
+
+
+def decoder(width: int, inner: int, shape: tuple[int, int, int]) -> Layer:
+    """A packed layer of these sizes."""
+    names = "num_attention_heads", "num_key_value_heads", "head_dim"
+    sizes = dict(zip(names, shape, strict=True)) | {"hidden_size": width, "intermediate_size": inner}
+    config = json.loads((EMBEDDED / "config.json").read_text()) | sizes | {"num_hidden_layers": 1, "vocab_size": 64}
+    torch.manual_seed(width)
+    model = Transformer(families.read(config)).to(torch.bfloat16).requires_grad_(False)
+    model.pack()
+    return model.stack[0]

@@ -15,10 +15,12 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 HEADERS = ROOT / "attention/kernels"
-LIBRARIES = {  # folder in the build: sources
-    "attention": ("attention/kernels/softmax/softmax.c", "attention/kernels/features/features.c"),
-    "model": ("service/model/csrc/layer.c",),
-}
+SOURCES = (
+    "attention/kernels/softmax/softmax.c",
+    "attention/kernels/features/features.c",
+    "attention/kernels/team.c",
+    "service/model/csrc/layer.c",
+)
 FLAGS = [
     *("-O1", "-fopenmp", "-fPIC", "-shared", f"-I{HEADERS}"),
     *("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"),
@@ -41,28 +43,23 @@ def runtime() -> list[str]:
 
 
 def build(cache: Path) -> Path:
-    """The folder with both libraries, built from the sources as they stand unless that was done already."""
-    sources = [ROOT / name for names in LIBRARIES.values() for name in names]
+    """The folder with the library, built from the sources as they stand unless that was done already."""
+    sources = [ROOT / name for name in SOURCES]
     digest = hashlib.sha256(subprocess.check_output(["gcc", "--version"]) + repr(FLAGS).encode())
     for path in sorted([*sources, *HEADERS.glob("*.h")]):
         digest.update(path.read_bytes())
     built = cache / digest.hexdigest()[:16]
     if not built.exists():
         new = cache / f"{built.name}.{os.getpid()}"
-        compilers = [_compile(new / name, sources) for name, sources in LIBRARIES.items()]
-        assert [compiler.wait() for compiler in compilers] == [0, 0], "gcc did not build the kernels"
+        new.mkdir(parents=True)
+        library = new / f"_native{sysconfig.get_config_var('EXT_SUFFIX')}"
+        subprocess.run(["gcc", *FLAGS, "-o", library, *sources, "-lm"], check=True)
         new.rename(built)
     return built
 
 
-def _compile(folder: Path, sources: tuple[str, ...]) -> subprocess.Popen[bytes]:
-    folder.mkdir(parents=True)
-    library = folder / f"_native{sysconfig.get_config_var('EXT_SUFFIX')}"
-    return subprocess.Popen(["gcc", *FLAGS, "-o", library, *(ROOT / name for name in sources), "-lm"])
-
-
 def run(built: Path, arguments: list[str], timeout_seconds: float) -> subprocess.CompletedProcess[str]:
-    """Python with these arguments, that finds the folder with the libraries as SANITIZED in its environment."""
+    """Python with these arguments, that finds the folder with the library as SANITIZED in its environment."""
     options = "detect_leaks=0:abort_on_error=1:detect_odr_violation=0"
     environment = {
         **os.environ,

@@ -89,6 +89,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "service.config",
         "service.machine",
         "service.threads",
+        "service.training.corpus",
     ),
 }
 """What of ours a package may import at run time; the longest name that fits is the one that counts."""

@@ -5,6 +5,7 @@
     implementation.py    a backend's option `impl`, settled once
     library.py           the compiled functions: loading, layouts, what they may be told
     given.h  cpu.h  simd.h    what the C files share
+    team.h  team.c       threads for calls of microseconds, which no other process holds up
 
 A backend holds what `implementation` hands it and never asks which reading that is. No backend is known here.
 """

@@ -86,6 +86,12 @@ def threads() -> int:
     return torch.get_num_threads()
 
 
+def gather_team(threads: int) -> None:
+    """Let the team of team.c come to be for calls of so many threads: its members then can be told from other threads."""
+    if TEAM.library() is not None:
+        TEAM.call("gather_team", threads)
+
+
 class Kernel:
     """The functions of one C file.
 
@@ -173,3 +179,6 @@ def _offsets(struct: type[ctypes.Structure]) -> list[int]:
     inner = tuple(f"_{part}" for part in VIEW[1:])
     names = [name for name, *_ in struct._fields_ if not name.endswith(inner)]
     return [ctypes.sizeof(struct), *(getattr(struct, name).offset for name in names)]
+
+
+TEAM = Kernel(HERE, "team_layout", {"gather_team": (INT,)})

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from service.benchmark.again import measure_again
 from service.benchmark.alone import measure_engine
 from service.benchmark.auto import measure_auto
 from service.benchmark.bare import measure_bare, report
@@ -25,10 +26,12 @@ from service.benchmark.peak import memory_trial
 from service.benchmark.prefix import measure_prefix
 from service.benchmark.proxies import measure_proxies
 from service.benchmark.served import measure_http
+from service.benchmark.shared import measure_shared
+from service.benchmark.step import measure_step
 from service.machine import BESIDE_BUDGET_BYTES
 from service.threads import in_passing_thread
 
-PARTS = ("bare", "engine", "auto", "prefix", "memory", "http", "proxies", "encoder")
+PARTS = ("bare", "engine", "auto", "prefix", "memory", "http", "proxies", "encoder", "again")
 
 
 def main() -> None:
@@ -36,12 +39,18 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="one repeat, up to 16k tokens, by default without HTTP")
     parser.add_argument("--parts", nargs="+", choices=PARTS, help="which parts to run")
     parser.add_argument("--encoder", metavar="DIR", help="the checkpoint of part encoder, by default all-MiniLM-L6-v2")
+    parser.add_argument("--profile-step", action="store_true", help="where the time of a decode step goes, and nothing else")
+    parser.add_argument("--shared", action="store_true", help="the engine beside busy processes, and nothing else")
     options = parser.parse_args()
     lengths = [16_384] if options.quick else [16_384, 32_768]
     repeats = 1 if options.quick else 2
-    parts = options.parts or PARTS[: 5 if options.quick else 6]
+    parts = () if options.profile_step or options.shared else options.parts or PARTS[: 5 if options.quick else 6]
     random.seed(0)
-    result: dict[str, Any] = {"prefill_ratio": {}}
+    result: dict[str, Any] = {"prefill_ratio": {}} if parts else {}
+    if options.profile_step:
+        result["step_us"] = measure_step([1024, 4096, *lengths])
+    if options.shared:
+        result["shared"] = asyncio.run(measure_shared())
     if "bare" in parts:
         in_passing_thread(lambda: measure_bare([1024, 4096, *lengths]))
     if "engine" in parts:
@@ -65,6 +74,8 @@ def main() -> None:
         result["proxies"] = measure_proxies()
     if "encoder" in parts:
         result["encoder"] = measure_encoder(options.encoder)
+    if "again" in parts:
+        result["again"] = asyncio.run(measure_again([512, 2048, 8192]))
     print(f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}")
     print(json.dumps(result))
 

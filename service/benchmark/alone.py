@@ -14,6 +14,7 @@ from typing import Any
 from service.benchmark.bare import BACKENDS, bare, build, report
 from service.config import EngineConfig
 from service.engine.engine import Backends, Engine
+from service.engine.observer import Observer
 from service.engine.request import Delta, Request, Sampling
 from service.machine import Place, dealt_cpus
 from service.model.checkpoint import Checkpoint, load
@@ -23,10 +24,10 @@ from service.threads import in_passing_thread
 SHORT = (200, 16)  # tokens in and out of a short request
 
 
-def make_engine(checkpoint: Checkpoint, **config: Any) -> Engine:
+def make_engine(checkpoint: Checkpoint, observer: Observer | None = None, **config: Any) -> Engine:
     backends = in_passing_thread(lambda: {name: build(checkpoint.model, name) for name in BACKENDS})
     settings = EngineConfig(**config)
-    return Engine(checkpoint.model, checkpoint.tokenizer, Backends(backends, "dense"), settings, cpus=dealt_cpus(Place()))
+    return Engine(checkpoint.model, checkpoint.tokenizer, Backends(backends, "dense"), settings, observer, dealt_cpus(Place()))
 
 
 def make_request(tokens: int, answer: int, backend: str) -> Request:

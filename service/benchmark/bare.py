@@ -53,7 +53,8 @@ def bare(model: Transformer, backend: AttentionBackend, tokens: int, steps: int 
     def extend(ids: torch.Tensor, start: int) -> torch.Tensor:
         segments = Segments((len(ids),), (start,))
         positions = torch.arange(start, start + len(ids))
-        return model.hidden(ids, positions, lambda layer, q, k, v: backend.extend(q, k, v, segments, pool, layer, (slot,)))
+        attend = lambda layer, q, k, v: backend.extend(q, k, v, segments, pool, layer, (slot,))  # noqa: E731
+        return model.hidden(ids, positions, attend, is_decode=len(ids) == 1)
 
     def decode(place: int) -> float:
         return _seconds(lambda: model.logits(extend(ids[:1], place)).argmax(-1).item())

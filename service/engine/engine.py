@@ -21,7 +21,7 @@ from typing import TypeVar, cast
 import numpy as np
 import torch
 
-from attention import AttentionBackend
+from attention import AttentionBackend, gather_team
 from service.config import EngineConfig
 from service.engine.admission import Admission, Ledger, Offer, Plan
 from service.engine.allowlist import Backends, Lane, check_room, lane_for, unmeasured
@@ -101,7 +101,7 @@ class Engine:
         model, config = self._model, self._config
         available = available_bytes(model.device)
         self._ledger = Ledger(budget_bytes(config.memory_budget_bytes, config.memory_share, available))
-        give = partial(give_team_its_cpus, torch.get_num_threads(), self._cpus)
+        give = partial(give_team_its_cpus, torch.get_num_threads(), self._cpus, gather_team)
         self._thread = ThreadPoolExecutor(1, "longserve-model", initializer=give)
         rows, logit_rows = max(config.chunk_tokens, config.max_sequences), max(LOGIT_ROWS, config.max_sequences)
         await self._on_model_thread(lambda: model.warm_up(rows, logit_rows))

@@ -83,7 +83,7 @@ def measure_model(model: Transformer, tokens: int = 256) -> Ramp:
         positions = torch.arange(count, device=model.device) % model.config.max_length
 
         def compute() -> Iterator[None]:
-            last = model.hidden(ids, positions, lambda layer, q, k, v: q)[-1:]
+            last = model.hidden(ids, positions, lambda layer, q, k, v: q, is_decode=count == 1)[-1:]
             (model.logits(last) if model.config.is_causal else last)[0, 0].item()  # which waits for an accelerator
             yield
 

@@ -103,7 +103,7 @@ class Runner:
         tokens, segments = array("i"), work.segments
         for member in work.members:
             tokens += member.sequence.tokens(member.start, member.end)
-        hidden = yield from self.hidden(tokens, segments, work.answering, self._types(work))
+        hidden = yield from self.hidden(tokens, segments, work.answering, self._types(work), work.kind == "decode")
         if work.kind == "embed":
             self._pool(work, segments, hidden)
         else:
@@ -133,7 +133,12 @@ class Runner:
                 job.vectors = [pooler.ended(next(vectors), job.request.is_ended).tolist() for _ in job.pooled]
 
     def hidden(
-        self, tokens: array[int], segments: Segments, answering: Answering, types: Tensor | None = None
+        self,
+        tokens: array[int],
+        segments: Segments,
+        answering: Answering,
+        types: Tensor | None = None,
+        is_decode: bool = False,
     ) -> Generator[None, None, Tensor]:
         """Hidden states of packed tokens; pauses between the parts of each layer's attention, and behind each layer.
 
@@ -141,17 +146,18 @@ class Runner:
             tokens: T of them, which are padded to a height of the model's: rows.
             answering: answers each layer's question for T rows.
             types: int64 (rows,), see `Transformer.hidden`.
+            is_decode: whether each token is the next of a stream, likewise.
 
         Returns:
             (rows, C); what stands behind the first T is padding.
         """
         count, device = segments.total, self._model.device
-        padding = self._height(count) - count
+        padding = self._height(count, is_decode) - count
         ids = torch.tensor(tokens + array("i", [0] * padding), dtype=torch.long, device=device)
-        behind = (
-            torch.arange(padding, device=device) % self._model.config.max_length
-        )  # the padding stands there as one more text
-        stages = self._model.stages(ids, torch.cat((segments.positions(device), behind)), types)
+        positions = segments.positions(device)
+        if padding:  # stands there as one more text
+            positions = torch.cat((positions, torch.arange(padding, device=device) % self._model.config.max_length))
+        stages = self._model.stages(ids, positions, types, is_decode)
         question = next(stages)
         while True:
             assert question is not None, "a layer begins with a question"
@@ -196,9 +202,9 @@ class Runner:
             hidden = torch.nn.functional.pad(hidden, (0, 0, 0, missing))
         return self._model.logits(hidden)[:rows].index_fill_(1, self._unknown, -torch.inf)
 
-    def _height(self, rows: int) -> int:
+    def _height(self, rows: int, is_decode: bool = False) -> int:
         """How many rows so many are padded to."""
-        return -(-self._model.height(rows) // self._row_multiple) * self._row_multiple
+        return -(-self._model.height(rows, is_decode) // self._row_multiple) * self._row_multiple
 
     def _draw(self, work: Work, segments: Segments, hidden: Tensor) -> None:
         """Draw the next token of every member that has none left to process, and of the samples that waited for it."""

@@ -1,27 +1,64 @@
 """What a decoder layer does between its products, in C for CPUs with AVX-512; `Layer` in `transformer.py` is the slow reading.
 
-`csrc/layer.c` computes, built at install. A packed model uses it where it can (`Transformer.pack`); no gradient passes here.
+For a decode step, all that it does on either side of its attention (`PackedLayer`), in one pass over its weights as they lie in
+oneDNN's order. `csrc/layer.c` computes, built at install into the library of `attention.kernels`. A packed model uses it
+where it can (`Transformer.pack`); no gradient passes here.
 """
 
 from __future__ import annotations
 
-from pathlib import Path
+import ctypes
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from attention.kernels.library import FLOAT, INT, NUMBER, POINTER, VIEW, WIDEST, Kernel, pack_view, room, threads
+from attention.kernels.library import (
+    FLOAT,
+    HERE,
+    INT,
+    NUMBER,
+    POINTER,
+    VIEW,
+    WIDEST,
+    Kernel,
+    floats,
+    numbers,
+    pack_view,
+    packing,
+    room,
+    rooms,
+    threads,
+    view,
+)
+
+COLUMNS = 64  # of a matrix that oneDNN packs together, as in layer.c
+
+
+class _Layer(ctypes.Structure):
+    """`Layer` of layer.c."""
+
+    _fields_ = [
+        *rooms("attention_norm", "mlp_norm", "scales", "qkv", "out", "gate_up", "down"),
+        *numbers("width", "inner", "heads", "groups", "depth"),
+        *floats("epsilon"),
+    ]
+
 
 _ROOM, _LAST = (POINTER, NUMBER), (POINTER, NUMBER, INT, INT)
 KERNEL = Kernel(
-    Path(__file__).parent,
+    HERE,
     "layer_layout",
     {
         "norm": (POINTER, *_ROOM, FLOAT, *_LAST),
         "turn": (POINTER, *_ROOM, NUMBER, NUMBER, FLOAT, POINTER, POINTER, *_LAST),
         "gate": (POINTER, *_LAST),
+        "question": (POINTER, POINTER, POINTER, POINTER, *_ROOM, *_ROOM, INT),
+        "logits": (POINTER, *_ROOM, NUMBER, *_ROOM, INT),
+        "output": (POINTER, POINTER, POINTER, *_ROOM, *_ROOM, INT),
     },
     (len(VIEW),),
+    (_Layer,),
 )
 
 
@@ -53,6 +90,84 @@ def gate(x: Tensor) -> Tensor:
     out = x.new_empty(x.shape[0], x.shape[1] // 2)
     KERNEL.call("gate", _view(x), *_last(out))
     return out
+
+
+class PackedLayer:
+    """A layer on either side of its attention, as `Layer` computes it, for the few rows of a decode step.
+
+    A row's numbers are the same whatever the others. They differ from those of oneDNN's products in the last bits, for that
+    sums wide rows in several parts.
+
+    Args:
+        norms: those of attention and feed-forward, (C).
+        scales: of the QK-norm (H + G, D); None where the family norms no heads.
+        matrices: of queries, keys and values, of the answer, of gate and up, of down, each as `reads` takes it.
+        shape: C, F, H, G, D.
+    """
+
+    def __init__(
+        self,
+        norms: Sequence[Tensor],
+        scales: Tensor | None,
+        matrices: Sequence[Tensor],
+        shape: Sequence[int],
+        epsilon: float,
+    ) -> None:
+        self.width, self.inner, self.heads, self.groups, self.depth = shape
+        self._weights = norms, scales, matrices  # which the C reads where they lie
+        tight = [part for x in (*norms, scales) for part in _room(x, norms[0])]
+        packed = [part for x in matrices for part in _packed_room(x)]
+        self._layer = packing(_Layer)(*tight, *packed, *shape, epsilon)
+
+    def question(self, x: Tensor, turns: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
+        """`Layer.question`: q (T, H, D), k and v (T, G, D) of x (T, C)."""
+        assert turns is not None, "a layer that turns nothing is not packed"
+        rows = len(x)
+        out = x.new_empty(rows, self.heads + 2 * self.groups, self.depth)
+        scratch = x.new_empty(rows * self.width)
+        KERNEL.call("question", self._layer, _view(x), *map(_view, turns), *room(out), *room(scratch), threads())
+        q, k, v = out.split((self.heads, self.groups, self.groups), dim=1)
+        return q, k, v
+
+    def output(self, x: Tensor, answer: Tensor) -> Tensor:
+        """`Layer.output`: what the layer hands on, (T, C), from its input x and attention's answer (T, H, D)."""
+        rows = len(x)
+        out = x.new_empty(rows, self.width)
+        scratch = x.new_empty(rows * (2 * self.width + self.inner))
+        KERNEL.call("output", self._layer, _view(x), pack_view(*view(answer)), *room(out), *room(scratch), threads())
+        return out
+
+
+class PackedHead:
+    """The product of hidden states and a matrix (V, C) that `reads` takes, which must stay as it is: logits."""
+
+    def __init__(self, weight: Tensor) -> None:
+        self.weight = weight
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Logits of x (N, C), rounded to its dtype: float32 (N, V). A row's are the same whatever the others."""
+        size, width = self.weight.shape
+        assert x.shape[1] == width, f"hidden states must be {width} wide, received {tuple(x.shape)}"
+        out = x.new_empty(len(x), size, dtype=torch.float32)
+        KERNEL.call("logits", _view(x), *_packed_room(self.weight), size, *room(out), threads())
+        return out
+
+
+def reads(weight: Tensor) -> bool:
+    """Whether a matrix that oneDNN has packed lies as layer.c reads it; looks at all of it, and takes its bytes twice."""
+    if not weight.is_mkldnn or not hasattr(torch.ops.mkldnn, "data_ptr") or not hasattr(torch.ops.mkldnn, "_nbytes"):
+        return False
+    (rows, columns), (at, size) = weight.shape, _packed_room(weight)
+    if rows % COLUMNS or columns % 2 or size != 2 * rows * columns:
+        return False
+    found = torch.frombuffer((ctypes.c_char * size).from_address(at), dtype=torch.int16)
+    wanted = weight.to_dense().view(torch.int16).view(rows // COLUMNS, COLUMNS, columns // 2, 2).transpose(1, 2)
+    return torch.equal(found.view(wanted.shape), wanted)
+
+
+def _packed_room(x: Tensor) -> tuple[int, int]:
+    """The memory of a matrix that oneDNN has packed, and its bytes."""
+    return torch.ops.mkldnn.data_ptr(x), torch.ops.mkldnn._nbytes(x)
 
 
 def _view(x: Tensor) -> bytes:

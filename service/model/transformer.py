@@ -139,6 +139,25 @@ class Layer(nn.Module):
         self.activation = ACTIVATIONS[config.activation]
         self._qk_scales: Tensor | None = None  # once they can change no more
         self.is_native = False  # what stands between products is computed by `native`
+        self.packed: native.PackedLayer | None = None  # who computes a decode step, where that can be told from weights packed
+
+    def settle(self, is_native: bool, is_turned: bool) -> None:
+        """Settle who computes it, its weights being packed.
+
+        is_native: whether the kernel knows the family. is_turned: whether positions turn the layer's queries and keys.
+        """
+        config, products = self.config, (self.qkv, self.out, self.gate_up, self.down)
+        self._qk_scales = self.qk_scales() if config.qk_norm else None
+        self.is_native = is_native
+        is_plain = is_turned and not (config.is_post_normed or config.is_sandwiched) and config.query_scale == 1
+        if is_native and is_plain and all(each.bias is None and native.reads(each.weight) for each in products):
+            heads, groups = config.num_attention_heads, config.num_key_value_heads
+            shape = config.hidden_size, config.intermediate_size, heads, groups, config.head_dim
+            norms, matrices = (
+                cast(tuple[Tensor, Tensor], (self.attention_norm, self.mlp_norm)),
+                [each.weight for each in products],
+            )
+            self.packed = native.PackedLayer(norms, self._qk_scales, matrices, shape, config.norm_eps)
 
     def norm(self, x: Tensor, name: str) -> Tensor:
         """One of the layer's norms of x (T, C); x itself where it has none of that name."""
@@ -243,6 +262,7 @@ class Transformer(nn.Module):
             self.head = Projection(config.hidden_size, config.vocab_size, bias=False)
         self.pooler = Pooler(config.pooled)
         self._packed_head: Tensor | None = None  # of tied weights, see `pack`
+        self._head: native.PackedHead | None = None  # who multiplies with either head, where that can be told from it packed
         self._turns: Tensor | None = None  # see `rotation`
         self._ropes = tuple(rope for rope in dict.fromkeys(config.ropes) if rope != rotary.NONE)
         self._rope_of = [None if rope == rotary.NONE else self._ropes.index(rope) for rope in config.ropes]
@@ -269,18 +289,22 @@ class Transformer(nn.Module):
         """The heads an attention backend for this model is built for."""
         return self.config.head_shape(self.dtype, self.device)
 
-    def hidden(self, tokens: Tensor, positions: Tensor, attend: Attend, types: Tensor | None = None) -> Tensor:
+    def hidden(
+        self, tokens: Tensor, positions: Tensor, attend: Attend, types: Tensor | None = None, is_decode: bool = False
+    ) -> Tensor:
         """Last hidden states, after the final norm.
 
         Args:
             tokens: int64 (T,), each below the vocabulary's size. positions: int64 (T,), each in its own sequence.
             attend: answers each layer's queries.
             types: int64 (T,), which of a pair of texts each is of, in models that tell them apart; None: the first.
+            is_decode: whether this is a decode step, which `PackedLayer` computes where it can: a sequence's numbers must not
+                depend on how many others step beside it.
 
         Returns:
             (T, C) in the model's dtype.
         """
-        stages = self.stages(tokens, positions, types)
+        stages = self.stages(tokens, positions, types, is_decode)
         question = next(stages)
         while True:
             assert question is not None, "a layer begins with a question"
@@ -293,16 +317,17 @@ class Transformer(nn.Module):
             except StopIteration as end:
                 return cast(Tensor, end.value)
 
-    def stages(self, tokens: Tensor, positions: Tensor, types: Tensor | None = None) -> Stages:
+    def stages(self, tokens: Tensor, positions: Tensor, types: Tensor | None = None, is_decode: bool = False) -> Stages:
         """`hidden` turned inside out: who drives it answers each layer's question, and may pause at any."""
         turns, x = self._turns_by_layer(positions), self._embedded(tokens, positions, types)
         starts = (positions == 0).nonzero().flatten().tolist() if self.config.has_global_first else ()
         for index, layer in enumerate(self.stack):
-            answer = yield index, *layer.question(x, turns[index])
+            sides = layer.packed if is_decode and layer.packed else layer
+            answer = yield index, *sides.question(x, turns[index])
             assert answer is not None, "a question was left without an answer"
             if starts:
                 layer.answer_first(x, answer, starts)
-            x = layer.output(x, answer)
+            x = sides.output(x, answer)
             del answer
             yield None
         return self._final(x)
@@ -327,7 +352,9 @@ class Transformer(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Next-token logits of hidden states (N, C): float32 (N, V)."""
-        if not self.config.tie_word_embeddings:
+        if self._head is not None:
+            logits = self._head(hidden)
+        elif not self.config.tie_word_embeddings:
             logits = self.head(hidden).float()
         else:
             logits = product(hidden, self.embed.weight if self._packed_head is None else self._packed_head).float()
@@ -346,20 +373,22 @@ class Transformer(nn.Module):
         for module in self.modules():
             if isinstance(module, Projection):
                 module.pack()
-            if isinstance(module, Layer):
-                module._qk_scales = module.qk_scales() if self.config.qk_norm else None
-                module.is_native = is_native
+        for layer, rope in zip(self.stack, self._rope_of, strict=True):
+            layer.settle(is_native, rope is not None)
         tied = self.embed.weight
         if self.config.is_causal and self.config.tie_word_embeddings and tied.nbytes <= TIED_COPY_BYTES and can_pack(tied):
             self._packed_head = packed(tied)
+        head = self._packed_head if config.tie_word_embeddings else self.head.weight
+        if head is not None and native.KERNEL.obstacle(self.dtype, self.device) is None and native.reads(head):
+            self._head = native.PackedHead(head)
 
-    def height(self, rows: int) -> int:
+    def height(self, rows: int, is_decode: bool = False) -> int:
         """How many rows a product of `rows` rows is padded to where oneDNN computes it: 26 up to 512, then 16 a doubling.
 
         For each height it compiles kernels anew and keeps a thousand of them: 0.5 ms and 0.6 MiB for each of the embedded
         model's matrices. Prompts of all lengths would fill hundreds of MiB with them; 32 more rows, or a sixteenth, cost less.
         """
-        if not self.stack[0].qkv.weight.is_mkldnn:
+        if not self.stack[0].qkv.weight.is_mkldnn or (is_decode and all(layer.packed for layer in self.stack)):
             return rows
         above = 1 << (rows - 1).bit_length()
         step = min(32, max(1, above >> 2)) if rows <= 512 else above >> 5

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.sanitizers import HEADERS, LIBRARIES, ROOT
+from tests.sanitizers import HEADERS, ROOT, SOURCES
 
 
 @pytest.fixture(autouse=True)
@@ -22,12 +22,10 @@ def inference() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def without_avx512(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folders with the kernels as built for a CPU without AVX-512: `attention` and `model`; empty ones where gcc is missing."""
+    """The folder with the kernels as built for a CPU without AVX-512; an empty one where gcc is missing."""
     folder = tmp_path_factory.mktemp("without")
-    for name, sources in LIBRARIES.items():
-        (folder / name).mkdir()
-        target = folder / name / f"_native{sysconfig.get_config_var('EXT_SUFFIX')}"
-        flags = ["-DWITHOUT_AVX512", "-mno-avx512f", "-Werror", "-fopenmp", "-fPIC", "-shared", f"-I{HEADERS}"]
-        if shutil.which("gcc"):
-            subprocess.run(["gcc", *flags, "-o", target, *(ROOT / source for source in sources), "-lm"], check=True)
+    target = folder / f"_native{sysconfig.get_config_var('EXT_SUFFIX')}"
+    flags = ["-DWITHOUT_AVX512", "-mno-avx512f", "-Werror", "-fopenmp", "-fPIC", "-shared", f"-I{HEADERS}"]
+    if shutil.which("gcc"):
+        subprocess.run(["gcc", *flags, "-o", target, *(ROOT / source for source in SOURCES), "-lm"], check=True)
     return folder

@@ -164,8 +164,8 @@ def disturb(model: Transformer, trouble: Callable[[Tensor, Tensor], None]) -> Tr
     """A model whose every call first does `trouble(tokens, positions)`, behind its first layer."""
     stages = model.stages
 
-    def disturbed(tokens: Tensor, positions: Tensor, types: Tensor | None = None) -> Stages:
-        inner = stages(tokens, positions, types)
+    def disturbed(tokens: Tensor, positions: Tensor, *rest: Any) -> Stages:
+        inner = stages(tokens, positions, *rest)
         question = inner.send((yield next(inner)))
         trouble(tokens, positions)
         while True:

@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from service.model import native
 from service.model.checkpoint import load
-from service.model.transformer import rotate
+from service.model.transformer import can_pack, packed, rotate
 
 CPU = torch.device("cpu")
 BOUNDS = {torch.float32: 2e-6, torch.bfloat16: 2**-6}  # values up to 4, rounded once against several times
@@ -80,6 +80,31 @@ def test_the_embedded_model_answers_the_same_with_and_without_it(dtype: str, bou
         assert layer.is_native
         layer.is_native = False
     assert largest(ours, logits()) <= bound
+
+
+@pytest.mark.parametrize("rows", [1, 5, 6, 7, 40])
+def test_a_decode_step_is_what_torch_computes_and_a_row_feels_no_other(rows: int) -> None:
+    need_native(torch.bfloat16)
+    model = load(dtype="bfloat16").model
+    ids, positions = torch.randint(model.config.vocab_size, (rows,)), torch.randint(1000, (rows,))
+
+    def hidden(which: slice, is_decode: bool) -> torch.Tensor:
+        return model.hidden(ids[which], positions[which], lambda layer, q, k, v: q, is_decode=is_decode)
+
+    together, one = hidden(slice(None), True), hidden(slice(rows - 1, rows), True)
+    assert torch.equal(together[-1:], one)
+    if all(native.reads(layer.down.weight) for layer in model.stack):
+        assert all(layer.packed for layer in model.stack)
+    wanted = hidden(slice(None), False)
+    assert largest(together, wanted) <= 2**-5 * float(wanted.abs().max())  # a sum that falls on the other side of a tie
+
+
+def test_matrices_that_lie_otherwise_are_not_read() -> None:
+    need_native(torch.bfloat16)
+    weight = torch.randn(128, 64).bfloat16()
+    assert not native.reads(weight)
+    if can_pack(weight) and native.reads(packed(weight)):
+        assert not native.reads(packed(torch.randn(100, 64).bfloat16()))  # oneDNN pads it
 
 
 def test_other_dtypes_devices_and_widths_are_left_to_torch() -> None:

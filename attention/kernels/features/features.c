@@ -112,6 +112,7 @@ const int64_t features_layout[] = {
 
 #ifdef HAS_AVX512
 #include "simd.h"
+#include "team.h"
 #include <omp.h>
 
 #define MOST 4096 /* m, at most */
@@ -622,7 +623,7 @@ static const char *wrong_step(const FeaturesStep *c, const State *states, int64_
                                         c->weights_bytes, c->count);
     if (reason) return reason;
     const int64_t size = c->wide ? 4 : 2, rows = c->sequences * c->heads;
-    REQUIRE(within(c->sequences, 0, FAR) && count == c->sequences && threads >= 1,
+    REQUIRE(within(c->sequences, 0, PIECES / HEADS - 1) && count == c->sequences && threads >= 1,
             "there must be threads, and a state for each sequence");
     REQUIRE(is_tight(&c->q, size, c->sequences, c->heads, c->width),
             "q must be (sequences, heads, width), heads side by side");
@@ -648,20 +649,35 @@ static const char *wrong_step(const FeaturesStep *c, const State *states, int64_
     return 0;
 }
 
-/* Slow reading: `Features.step`, `Features.join_step`. */
-const char *features_step(const FeaturesStep *c, const State *states, int64_t count, int threads) {
-    const char *reason = wrong_step(c, states, count, threads);
-    if (reason) return reason;
+typedef struct { /* what `features_step` was given */
+    FeaturesStep step;
+    const State *states;
+} Stepping;
+
+_Static_assert(sizeof(Stepping) <= GIVEN, "threads are told no more");
+
+/* Slow reading: `Features.step`. */
+static void step_heads(const void *given, uint64_t call) {
+    const Stepping *told = given;
+    const FeaturesStep *c = &told->step;
     const int64_t tasks = c->sequences * c->groups, each = (c->heads / c->groups + 1) * c->count;
-#pragma omp parallel for schedule(dynamic, 1) num_threads(tasks > 1 ? threads : 1)
-    for (int64_t i = 0; i < tasks; i++) {
+    for (int64_t i; (i = take(call, 0, tasks)) >= 0; give(call, 0)) {
         const int64_t b = i / c->groups, g = i % c->groups;
-        float *sums = states[b].sums + g * (c->width + 1) * c->count,
-              *level = states[b].level + g * c->count;
+        float *sums = told->states[b].sums + g * (c->width + 1) * c->count,
+              *level = told->states[b].level + g * c->count;
         (c->wide          ? head_wide
          : c->width == 64 ? head_narrow_64
                           : head_narrow)(c, b, g, sums, level, c->features + i * each);
     }
+    await(call, 0, tasks);
+}
+
+/* Slow reading: `Features.step`, `Features.join_step`. */
+const char *features_step(const FeaturesStep *c, const State *states, int64_t count, int threads) {
+    const char *reason = wrong_step(c, states, count, threads);
+    if (reason) return reason;
+    const Stepping told = { *c, states };
+    together(step_heads, &told, sizeof told, c->sequences * c->groups > 1 ? threads : 1);
     return 0;
 }
 

@@ -117,6 +117,7 @@ const int64_t softmax_layout[] = {
 #ifdef HAS_AVX512
 #include "cpu.h"
 #include "simd.h"
+#include "team.h"
 
 #define KEYS 128  /* keys of a packed block */
 #define PART 256  /* keys of a history that one thread takes at a time */
@@ -538,10 +539,52 @@ static const char *wrong_step(const Step *c, const History *histories, int64_t c
                 "a state must be (kept, groups x width)");
         parts = least(FAR, parts + (x->count + PART - 1) / PART);
     }
-    REQUIRE(parts < FAR &&
+    REQUIRE(within(parts, 0, PIECES - 1) && count < PIECES &&
                 is_room(c->parts, c->parts_bytes, parts * c->heads * (c->width + 2), sizeof(float)),
             "parts must hold (parts, heads, width + 2)");
     return 0;
+}
+
+typedef struct { /* what `step` was given */
+    Step step;
+    const History *histories;
+    const int64_t *starts;
+    int64_t count, parts;
+} Stepping;
+
+_Static_assert(sizeof(Stepping) <= GIVEN, "threads are told no more");
+
+/* Slow reading: `step`. */
+static void step_parts(const void *given, uint64_t call) {
+    const Stepping *told = given;
+    const Step *c = &told->step;
+    void (*answer)(const Step *, const char *, const char *, const char *, int64_t, int64_t,
+                   int64_t, float *) = c->wide ? (c->width == 64 ? step_wide_64 : step_wide)
+                                               : (c->width == 64 ? step_narrow_64 : step_narrow);
+    const int64_t size = c->wide ? 4 : 2, count = told->count, *starts = told->starts;
+    for (int64_t p; (p = take(call, 0, told->parts)) >= 0; give(call, 0)) {
+        int64_t low = 0, high = count;
+        while (high - low > 1) {
+            const int64_t middle = (low + high) / 2;
+            if (starts[middle] <= p) low = middle;
+            else high = middle;
+        }
+        const History *x = told->histories + low;
+        const int64_t at = (p - starts[low]) * PART, k_bytes = x->k_row * size,
+                      v_bytes = x->v_row * size;
+        answer(c, c->q.at + x->sequence * c->q.row * size, x->k + (x->first + at) * k_bytes,
+               x->v + (x->first + at) * v_bytes, k_bytes, v_bytes, least(PART, x->count - at),
+               c->parts + p * c->heads * (c->width + 2));
+    }
+    await(call, 0, told->parts);
+    for (int64_t i; (i = take(call, 1, count)) >= 0; give(call, 1)) {
+        const History *x = told->histories + i;
+        int64_t end = i + 1;
+        if (i && x->sequence == x[-1].sequence) continue;
+        while (end < count && told->histories[end].sequence == x->sequence) end++;
+        merge(c, x->sequence, starts[i], starts[end]);
+    }
+    await(call, 1, count);
 }
 
 /* histories: in the order of their sequences. starts (count + 1) is filled with the number of each
@@ -551,38 +594,11 @@ const char *step(const Step *c, const History *histories, int64_t count, int64_t
                  int64_t starts_bytes, int threads) {
     const char *reason = wrong_step(c, histories, count, starts_bytes, threads);
     if (reason) return reason;
-    void (*answer)(const Step *, const char *, const char *, const char *, int64_t, int64_t,
-                   int64_t, float *) = c->wide ? (c->width == 64 ? step_wide_64 : step_wide)
-                                               : (c->width == 64 ? step_narrow_64 : step_narrow);
-    const int64_t size = c->wide ? 4 : 2;
     starts[0] = 0;
     for (int64_t i = 0; i < count; i++)
         starts[i + 1] = starts[i] + (histories[i].count + PART - 1) / PART;
-#pragma omp parallel num_threads(starts[count] > 1 ? threads : 1)
-    {
-#pragma omp for schedule(dynamic, 1)
-        for (int64_t p = 0; p < starts[count]; p++) {
-            int64_t low = 0, high = count;
-            while (high - low > 1) {
-                const int64_t middle = (low + high) / 2;
-                if (starts[middle] <= p) low = middle;
-                else high = middle;
-            }
-            const History *x = histories + low;
-            const int64_t at = (p - starts[low]) * PART, k_bytes = x->k_row * size,
-                          v_bytes = x->v_row * size;
-            answer(c, c->q.at + x->sequence * c->q.row * size, x->k + (x->first + at) * k_bytes,
-                   x->v + (x->first + at) * v_bytes, k_bytes, v_bytes, least(PART, x->count - at),
-                   c->parts + p * c->heads * (c->width + 2));
-        }
-#pragma omp for schedule(static)
-        for (int64_t i = 0; i < count; i++) {
-            if (i && histories[i].sequence == histories[i - 1].sequence) continue;
-            int64_t end = i + 1;
-            while (end < count && histories[end].sequence == histories[i].sequence) end++;
-            merge(c, histories[i].sequence, starts[i], starts[end]);
-        }
-    }
+    const Stepping told = { *c, histories, starts, count, starts[count] };
+    together(step_parts, &told, sizeof told, starts[count] > 1 ? threads : 1);
     return 0;
 }
 

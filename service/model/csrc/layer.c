@@ -1,15 +1,56 @@
-/* What a decoder layer does between its products, each in one pass: the functions behind
+/* What a decoder layer does between its products, each in one pass, and for a decode step what it
+ * does on either side of its attention, products and all: the functions behind
  * `service/model/native.py`.
  *
  * For one token these are a dozen operators of torch a layer, each some microseconds of dispatch
- * for a few hundred numbers. Float32 between, rounded once at the end; `layer` in transformer.py is
- * the slow reading. Rows are independent.
+ * for a few hundred numbers. Float32 between, rounded where torch rounds; `Layer` in transformer.py
+ * is the slow reading. Rows are independent.
  */
 #include "given.h"
 
+typedef struct { /* a layer's weights, bfloat16, tight: norms (C), scales (heads + groups, D) or
+                    null, and matrices as oneDNN packs them (see below) */
+    const char *attention_norm;
+    int64_t attention_norm_bytes;
+    const char *mlp_norm;
+    int64_t mlp_norm_bytes;
+    const char *scales;
+    int64_t scales_bytes;
+    const char *qkv;
+    int64_t qkv_bytes;
+    const char *out;
+    int64_t out_bytes;
+    const char *gate_up;
+    int64_t gate_up_bytes;
+    const char *down;
+    int64_t down_bytes;
+    int64_t width, inner, heads, groups, depth; /* C, F, H, G, D */
+    float epsilon;
+} Layer;
+
+/* clang-format off */
+/* How oneDNN packs a matrix (N, K) of bfloat16, for a product over K (words of 32 bits): blocks of
+ * 64 rows, one behind the other, and in a block the words of each pair of columns side by side
+ *
+ *   w(0, 0..1) w(1, 0..1) .. w(63, 0..1)
+ *   w(0, 2..3) w(1, 2..3) .. w(63, 2..3)
+ *   ..                                      K / 2 lines of a block: b of `product` in simd.h
+ */
+const int64_t layer_layout[] = {
+    sizeof(View),
+    sizeof(Layer), FIELD(Layer, attention_norm), FIELD(Layer, attention_norm_bytes),
+    FIELD(Layer, mlp_norm), FIELD(Layer, mlp_norm_bytes), FIELD(Layer, scales),
+    FIELD(Layer, scales_bytes), FIELD(Layer, qkv), FIELD(Layer, qkv_bytes), FIELD(Layer, out),
+    FIELD(Layer, out_bytes), FIELD(Layer, gate_up), FIELD(Layer, gate_up_bytes),
+    FIELD(Layer, down), FIELD(Layer, down_bytes), FIELD(Layer, width), FIELD(Layer, inner),
+    FIELD(Layer, heads), FIELD(Layer, groups), FIELD(Layer, depth), FIELD(Layer, epsilon),
+    -1,
+};
+/* clang-format on */
+
 #ifdef HAS_AVX512
-#include "cpu.h"
 #include "simd.h"
+#include "team.h"
 
 #define MOST (1 << 20) /* elements of a row, at most */
 #define ALONE 32       /* rows up to which other threads are not worth waking */
@@ -57,12 +98,12 @@ INLINE void turn_head(const int wide, const char *x, const char *weight, int64_t
     }
 }
 
-/* silu(gate) up of one row, (gate, up) to (F). Slow reading: `functional.silu`. */
-INLINE void gate_row(const int wide, const char *x, int64_t width, char *out) {
+/* silu(gate) up of one row, (F) each. Slow reading: `functional.silu`. */
+INLINE void gate_row(const int wide, const char *gates, const char *ups, int64_t width, char *out) {
     const __m512 one = _mm512_set1_ps(1.0f), minus_log2_e = _mm512_set1_ps(-1.44269504f);
     const int64_t size = wide ? 4 : 2;
     for (int64_t j = 0; j < width; j += 16) {
-        const __m512 gate = load16(wide, x + j * size), up = load16(wide, x + (width + j) * size);
+        const __m512 gate = load16(wide, gates + j * size), up = load16(wide, ups + j * size);
         const __m512 below = _mm512_add_ps(one, exp2_16(1, _mm512_mul_ps(gate, minus_log2_e)));
         store16(wide, out + j * size, _mm512_mul_ps(_mm512_div_ps(gate, below), up));
     }
@@ -130,19 +171,247 @@ const char *gate(const View *x, char *out, int64_t out_bytes, int wide, int thre
     for (int64_t i = 0; i < rows; i++) {
         const char *from = x->at + i * x->row * size;
         char *to = out + i * width * size;
-        if (wide) gate_row(1, from, width, to);
-        else gate_row(0, from, width, to);
+        if (wide) gate_row(1, from, from + width * size, width, to);
+        else gate_row(0, from, from + width * size, width, to);
     }
     return 0;
 }
 
-/* For a caller in another language to compare with its own. */
-const int64_t layer_layout[] = { sizeof(View), -1 };
+/* ---- a decode step: all of a layer but its attention ---- */
+
+#define COLUMNS 64 /* of a product, in one piece */
+
+/* Up to TILE rows of x times 64 columns of a packed matrix, rounded to bfloat16. A number is the
+ * sum over its words in their order, whatever the other rows. Slow reading: `functional.linear`. */
+INLINE void piece(int64_t rows, const char *x, int64_t row, int64_t inputs, const char *matrix,
+                  int64_t block, char to[TILE][2 * COLUMNS]) {
+    float sums[TILE][COLUMNS] __attribute__((aligned(64)));
+    const uint32_t *words = (const uint32_t *)matrix + block * (inputs / 2) * COLUMNS;
+    tile_products(0, rows, COLUMNS, inputs / 2, x, row * 2, 4, words, COLUMNS, sums[0], COLUMNS, 0);
+    for (int64_t i = 0; i < rows; i++)
+        for (int64_t j = 0; j < COLUMNS; j += 16)
+            store16(0, to[i] + 2 * j, _mm512_load_ps(&sums[i][j]));
+}
+
+/* 64 columns of all rows of a product. Slow reading: `functional.linear`. */
+INLINE void product_piece(int64_t rows, const char *x, int64_t inputs, const char *matrix,
+                          int64_t block, char *to, int64_t outputs) {
+    char found[TILE][2 * COLUMNS] __attribute__((aligned(64)));
+    for (int64_t i = 0; i < rows; i++) {
+        if (i % TILE == 0)
+            piece(least(TILE, rows - i), x + i * inputs * 2, inputs, inputs, matrix, block, found);
+        memcpy(to + (i * outputs + block * COLUMNS) * 2, found[i % TILE], sizeof found[0]);
+    }
+}
+
+/* The same, added to a stream (rows, outputs). Slow reading: `torch.add`. */
+INLINE void added_piece(int64_t rows, const char *x, int64_t row, int64_t inputs,
+                        const char *matrix, int64_t block, const char *stream, int64_t stream_row,
+                        char *to, int64_t outputs) {
+    char found[TILE][2 * COLUMNS] __attribute__((aligned(64)));
+    for (int64_t i = 0; i < rows; i++) {
+        if (i % TILE == 0)
+            piece(least(TILE, rows - i), x + i * row * 2, row, inputs, matrix, block, found);
+        for (int64_t j = 0; j < COLUMNS; j += 16) {
+            const int64_t at = block * COLUMNS + j;
+            store16(0, to + (i * outputs + at) * 2,
+                    _mm512_add_ps(load16(0, stream + (i * stream_row + at) * 2),
+                                  load16(0, found[i % TILE] + 2 * j)));
+        }
+    }
+}
+
+/* 64 columns of the feed-forward's inner rows (rows, F). Slow reading: `Layer.mlp`. */
+INLINE void gated_piece(int64_t rows, const char *x, const Layer *layer, int64_t block, char *to) {
+    char gates[TILE][2 * COLUMNS] __attribute__((aligned(64)));
+    char ups[TILE][2 * COLUMNS] __attribute__((aligned(64)));
+    const int64_t width = layer->width, inner = layer->inner, other = block + inner / COLUMNS;
+    for (int64_t i = 0; i < rows; i++) {
+        if (i % TILE == 0) {
+            const int64_t some = least(TILE, rows - i);
+            piece(some, x + i * width * 2, width, width, layer->gate_up, block, gates);
+            piece(some, x + i * width * 2, width, width, layer->gate_up, other, ups);
+        }
+        gate_row(0, gates[i % TILE], ups[i % TILE], COLUMNS,
+                 to + (i * inner + block * COLUMNS) * 2);
+    }
+}
+
+static const char *wrong_layer(const Layer *x, int64_t rows, int threads) {
+    REQUIRE(within(rows, 0, MOST) && within(threads, 1, MOST),
+            "there must be threads, and not too many rows");
+    REQUIRE(within(x->width, COLUMNS, MOST) && x->width % COLUMNS == 0 &&
+                within(x->inner, COLUMNS, MOST) && x->inner % COLUMNS == 0,
+            "the widths of a layer must be multiples of 64");
+    REQUIRE(within(x->depth, 32, WIDEST) && x->depth % 32 == 0 && within(x->heads, 1, MOST) &&
+                within(x->groups, 1, MOST),
+            "width must be a multiple of 32, up to 256");
+    const int64_t answer = x->heads * x->depth, all = (x->heads + 2 * x->groups) * x->depth;
+    REQUIRE(answer % COLUMNS == 0 && all % COLUMNS == 0 && all <= MOST,
+            "all heads together must be a multiple of 64 wide");
+    REQUIRE(is_room(x->attention_norm, x->attention_norm_bytes, x->width, 2) &&
+                is_room(x->mlp_norm, x->mlp_norm_bytes, x->width, 2),
+            "a norm must hold a row");
+    REQUIRE(!x->scales || is_room(x->scales, x->scales_bytes, (x->heads + x->groups) * x->depth, 2),
+            "scales must hold (heads + groups, depth)");
+    REQUIRE(is_room(x->qkv, x->qkv_bytes, all * x->width, 2) &&
+                is_room(x->out, x->out_bytes, answer * x->width, 2) &&
+                is_room(x->gate_up, x->gate_up_bytes, 2 * x->inner * x->width, 2) &&
+                is_room(x->down, x->down_bytes, x->inner * x->width, 2),
+            "a matrix must hold its numbers");
+    return 0;
+}
+
+/* A phase of rows that are normed into tight ones. Slow reading: `functional.rms_norm`. */
+INLINE void norm_rows(uint64_t call, int phase, int64_t rows, const char *x, int64_t row,
+                      const char *weight, int64_t width, float epsilon, char *out) {
+    for (int64_t i; (i = take(call, phase, rows)) >= 0; give(call, phase))
+        norm_row(0, x + i * row * 2, weight, width, epsilon, out + i * width * 2);
+    await(call, phase, rows);
+}
+
+typedef struct { /* what `question` was given, and below `output` */
+    Layer layer;
+    View x, cos, sin;
+    char *out, *room;
+} Asking;
+
+typedef struct {
+    Layer layer;
+    View x, answer;
+    char *out, *room;
+} Answering;
+
+_Static_assert(sizeof(Asking) <= GIVEN && sizeof(Answering) <= GIVEN, "threads are told no more");
+
+/* Slow reading: `Layer.question`. */
+static void ask(const void *given, uint64_t call) {
+    const Asking *c = given;
+    const Layer *layer = &c->layer;
+    const int64_t rows = c->x.rows, width = layer->width, depth = layer->depth,
+                  turned = layer->heads + layer->groups, all = turned + layer->groups,
+                  pieces = all * depth / COLUMNS;
+    norm_rows(call, 0, rows, c->x.at, c->x.row, layer->attention_norm, width, layer->epsilon,
+              c->room);
+    for (int64_t p; (p = take(call, 1, pieces)) >= 0; give(call, 1))
+        product_piece(rows, c->room, width, layer->qkv, p, c->out, all * depth);
+    await(call, 1, pieces);
+    for (int64_t i; (i = take(call, 2, rows)) >= 0; give(call, 2))
+        for (int64_t h = 0; h < turned; h++) {
+            char *head = c->out + (i * all + h) * depth * 2;
+            turn_head(0, head, layer->scales ? layer->scales + h * depth * 2 : 0, depth,
+                      layer->epsilon, c->cos.at + i * c->cos.row * 2,
+                      c->sin.at + i * c->sin.row * 2, head);
+        }
+    await(call, 2, rows);
+}
+
+/* Slow reading: `Layer.output`. */
+static void answer(const void *given, uint64_t call) {
+    const Answering *c = given;
+    const Layer *layer = &c->layer;
+    const int64_t rows = c->x.rows, width = layer->width, inner = layer->inner,
+                  asked = layer->heads * layer->depth, pieces = width / COLUMNS;
+    char *stream = c->room, *normed = stream + rows * width * 2, *gated = normed + rows * width * 2;
+    for (int64_t p; (p = take(call, 0, pieces)) >= 0; give(call, 0))
+        added_piece(rows, c->answer.at, c->answer.row, asked, layer->out, p, c->x.at, c->x.row,
+                    stream, width);
+    await(call, 0, pieces);
+    norm_rows(call, 1, rows, stream, width, layer->mlp_norm, width, layer->epsilon, normed);
+    for (int64_t p; (p = take(call, 2, inner / COLUMNS)) >= 0; give(call, 2))
+        gated_piece(rows, normed, layer, p, gated);
+    await(call, 2, inner / COLUMNS);
+    for (int64_t p; (p = take(call, 3, pieces)) >= 0; give(call, 3))
+        added_piece(rows, gated, inner, inner, layer->down, p, stream, width, c->out, width);
+    await(call, 3, pieces);
+}
+
+/* Queries, keys and values (rows, H + 2 G, D), tight, of x (rows, C). room: (rows, C). Slow
+ * reading: `Layer.question`. */
+const char *question(const Layer *layer, const View *x, const View *cos, const View *sin, char *out,
+                     int64_t out_bytes, char *room, int64_t room_bytes, int threads) {
+    const int64_t rows = x->rows;
+    const char *reason = wrong_layer(layer, rows, threads);
+    if (reason) return reason;
+    const int64_t width = layer->width, depth = layer->depth, turned = layer->heads + layer->groups,
+                  all = turned + layer->groups;
+    REQUIRE(is_view(x, 2, 0, 1, width), "x must be rows of the layer's width");
+    REQUIRE(is_view(cos, 2, rows, 1, depth) && is_view(sin, 2, rows, 1, depth),
+            "cos and sin must be (tokens, 1, width)");
+    REQUIRE(is_room(out, out_bytes, rows * all * depth, 2),
+            "out must hold (rows, heads + 2 groups, depth)");
+    REQUIRE(is_room(room, room_bytes, rows * width, 2), "room must hold all rows");
+    const Asking told = { *layer, *x, *cos, *sin, out, room };
+    together(ask, &told, sizeof told, threads);
+    return 0;
+}
+
+/* What the layer hands on (rows, C), tight, from its input x (rows, C) and attention's answer
+ * (rows, H, D). room: (rows, 2 C + F). Slow reading: `Layer.output`. */
+const char *output(const Layer *layer, const View *x, const View *answers, char *out,
+                   int64_t out_bytes, char *room, int64_t room_bytes, int threads) {
+    const int64_t rows = x->rows;
+    const char *reason = wrong_layer(layer, rows, threads);
+    if (reason) return reason;
+    const int64_t width = layer->width, inner = layer->inner;
+    REQUIRE(is_view(x, 2, 0, 1, width), "x must be rows of the layer's width");
+    REQUIRE(is_tight(answers, 2, rows, layer->heads, layer->depth),
+            "answer must be (rows, heads, depth), heads side by side");
+    REQUIRE(is_room(out, out_bytes, rows * width, 2), "out must hold all rows");
+    REQUIRE(is_room(room, room_bytes, rows * (2 * width + inner), 2),
+            "room must hold (rows, 2 widths and the inner one)");
+    const Answering told = { *layer, *x, *answers, out, room };
+    together(answer, &told, sizeof told, threads);
+    return 0;
+}
+
+typedef struct { /* what `logits` was given */
+    View x;
+    const char *matrix;
+    int64_t outputs;
+    float *out;
+} Asked;
+
+/* Slow reading: `Transformer.logits`. */
+static void score(const void *given, uint64_t call) {
+    const Asked *c = given;
+    char found[TILE][2 * COLUMNS] __attribute__((aligned(64)));
+    const int64_t pieces = c->outputs / COLUMNS, rows = c->x.rows, row = c->x.row,
+                  inputs = c->x.width;
+    for (int64_t p; (p = take(call, 0, pieces)) >= 0; give(call, 0))
+        for (int64_t i = 0; i < rows; i++) {
+            if (i % TILE == 0)
+                piece(least(TILE, rows - i), c->x.at + i * row * 2, row, inputs, c->matrix, p,
+                      found);
+            for (int64_t j = 0; j < COLUMNS; j += 16)
+                _mm512_storeu_ps(c->out + i * c->outputs + p * COLUMNS + j,
+                                 load16(0, found[i % TILE] + 2 * j));
+        }
+    await(call, 0, pieces);
+}
+
+/* x (rows, C) times a packed matrix (outputs, C), rounded to bfloat16: float32 (rows, outputs),
+ * tight. Slow reading: `Transformer.logits`. */
+const char *logits(const View *x, const char *matrix, int64_t matrix_bytes, int64_t outputs,
+                   float *out, int64_t out_bytes, int threads) {
+    REQUIRE(is_view(x, 2, 0, 1, x->width) && within(x->width, 2, MOST) && x->width % 2 == 0 &&
+                within(x->rows, 0, MOST) && within(threads, 1, MOST),
+            "x must be rows of an even width, and not too many");
+    REQUIRE(within(outputs, COLUMNS, MOST) && outputs % COLUMNS == 0,
+            "outputs must be a multiple of 64");
+    REQUIRE(is_room(matrix, matrix_bytes, outputs * x->width, 2), "matrix must hold its numbers");
+    REQUIRE(is_room(out, out_bytes, x->rows * outputs, sizeof(float)),
+            "out must hold (rows, outputs)");
+    const Asked told = { *x, matrix, outputs, out };
+    together(score, &told, sizeof told, threads);
+    return 0;
+}
 
 #else
-int supported(void) { return 0; }
 const char *norm(void) { return "this machine has no AVX-512"; }
 const char *turn(void) { return "this machine has no AVX-512"; }
 const char *gate(void) { return "this machine has no AVX-512"; }
-const int64_t layer_layout[] = { sizeof(View), -1 };
+const char *question(void) { return "this machine has no AVX-512"; }
+const char *output(void) { return "this machine has no AVX-512"; }
+const char *logits(void) { return "this machine has no AVX-512"; }
 #endif

@@ -1,0 +1,124 @@
+"""Where the time of a decode step goes, by backend and history: `python -m service.benchmark --profile-step`.
+
+A stream's time between two tokens is cut by what can be measured apart:
+
+    reading     summing up as many bytes as the step reads, weights and state, on all threads
+    native      what the calls of our kernels take beyond that: arithmetic, and threads that wait for each other
+    Python      the model without those calls: Python and torch's dispatch
+    sampling    drawing the token
+    engine      the rest of the step on the model thread: packing, states, accounts
+    hand-over   between steps: the event loop, the scheduler, delivery
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from statistics import median
+
+import torch
+
+from attention import AttentionBackend, Segments
+from service.benchmark.alone import answered, make_engine, make_request
+from service.benchmark.bare import BACKENDS, build, report
+from service.engine.observer import NullObserver, Step
+from service.engine.request import Sampling
+from service.engine.sampling import draw
+from service.model import native
+from service.model.checkpoint import load
+from service.model.transformer import Transformer
+from service.threads import in_passing_thread
+
+REPEATS = 60
+PARTS = ("reading", "native", "Python", "sampling", "engine", "hand-over")
+
+
+def measure_step(lengths: Sequence[int]) -> dict[str, dict[str, list[float]]]:
+    """Microseconds of the parts, by backend and history."""
+    return asyncio.run(_measure(lengths))
+
+
+class _Steps(NullObserver):
+    """The decode steps of one stream, those left out that memory was measured on."""
+
+    def __init__(self) -> None:
+        self.seen: list[Step] = []
+
+    def stepped(self, step: Step) -> None:
+        if step.kind == "decode" and step.measured_bytes is None and step.token_gaps:
+            self.seen.append(step)
+
+    def medians(self) -> tuple[float, float]:
+        """Seconds between two tokens, and of a step on the model thread."""
+        return median(step.token_gaps[0] for step in self.seen), median(step.seconds for step in self.seen)
+
+
+async def _measure(lengths: Sequence[int]) -> dict[str, dict[str, list[float]]]:
+    checkpoint, steps = in_passing_thread(load), _Steps()
+    engine, found = make_engine(checkpoint, steps), dict[str, dict[str, list[float]]]()
+    await engine.start()
+    print(f"{'microseconds of a decode step':76s}" + "".join(f"{part:>10s}" for part in ("in all", *PARTS)))
+    for name in BACKENDS:
+        for tokens in (min(n, checkpoint.model.config.max_length - REPEATS) for n in lengths):
+            steps.seen.clear()
+            await answered(engine, make_request(tokens, REPEATS, name))
+            alone = partial(_alone, checkpoint.model, build(checkpoint.model, name), tokens)
+            parts = [1e6 * part for part in _parts(*steps.medians(), *await engine._on_model_thread(alone))]
+            found.setdefault(name, {})[str(tokens)] = [round(part, 1) for part in parts]
+            report(f"behind {tokens} tokens", name, "".join(f"{part:10.0f}" for part in (sum(parts), *parts)))
+    await engine.stop()
+    return found
+
+
+def _parts(between: float, busy: float, reading: float, bare: float, without: float, sampling: float) -> list[float]:
+    """Seconds of each of PARTS, from what was measured; their sum is the time between two tokens."""
+    return [reading, bare - without - reading, without, sampling, busy - bare - sampling, between - busy]
+
+
+@torch.inference_mode()
+def _alone(model: Transformer, backend: AttentionBackend, tokens: int) -> tuple[float, float, float, float]:
+    """Seconds of reading a step's bytes, of the bare model's step, of that without its kernels' calls, and of drawing."""
+    pool = backend.new_pool(model.config.num_hidden_layers, 2**62)
+    tokens += 7  # no round number, at which a backend has more to do than at others
+    slot = pool.allocate(tokens + 1)
+    for tensor in pool.tensors(slot).values():
+        tensor.zero_()
+    ids, position, segments = torch.ones(1, dtype=torch.long), torch.tensor([tokens]), Segments((1,), (tokens,))
+
+    def step() -> torch.Tensor:
+        pool.pretend(slot, tokens)
+        attend = lambda layer, q, k, v: backend.extend(q, k, v, segments, pool, layer, (slot,))  # noqa: E731
+        return model.logits(model.hidden(ids, position, attend, is_decode=True))
+
+    bare, logits = _seconds(step), step()
+    with _without_kernels():
+        without = _seconds(step)
+    weights = model.dtype.itemsize * sum(math.prod(weight.shape) for weight in model.parameters())
+    read = torch.ones((weights + pool.bytes_in_use) // 4)  # of the embeddings all rows, as the head; of the state all of it
+    return _seconds(read.sum), bare, without, _seconds(lambda: draw(logits, [Sampling(temperature=0.0)], [0.0]))
+
+
+@contextmanager
+def _without_kernels() -> Iterator[None]:
+    """Calls of compiled kernels return at once; what they should have written is left as it was."""
+    kernel = type(native.KERNEL)
+    call = kernel.call
+    kernel.call = lambda *_: None  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        kernel.call = call  # type: ignore[method-assign]
+
+
+def _seconds(run: Callable[[], object]) -> float:
+    """Median seconds of a call, behind some that warm up."""
+    times = []
+    for _ in range(REPEATS):
+        start = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - start)
+    return median(times[REPEATS // 6 :])
