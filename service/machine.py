@@ -23,6 +23,7 @@ CGROUP_V1 = Path("/sys/fs/cgroup/cpu")
 # What a warm process may take beside weights, runtime and budget: slack of the allocator, kernels that the matrix library
 # compiles and the scratch inside them. `python -m service.benchmark` measures it under four times the budget.
 BESIDE_BUDGET_BYTES = 64 << 20
+STARVATION_SECONDS = 10.0  # of computing, after which two thirds of what was before are forgotten
 
 
 def cache_folder() -> Path | None:
@@ -159,3 +160,19 @@ def trim() -> None:
     release = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if release is not None:
         release(0)
+
+
+class Starvation:
+    """The share of the time a thread computed in that it had no CPU, over the last seconds of it: others take its CPUs.
+
+    A thread that waits for another, which has none, counts as well where it sleeps meanwhile.
+    """
+
+    def __init__(self) -> None:
+        self.ratio = 0.0
+
+    def note(self, seconds: float, cpu_seconds: float) -> None:
+        """Book some seconds by the clock, and those of them that the thread was running."""
+        if seconds > 0:
+            share = min(1.0, max(0.0, 1 - cpu_seconds / seconds))
+            self.ratio += (share - self.ratio) * -math.expm1(-seconds / STARVATION_SECONDS)

@@ -328,6 +328,11 @@ class Levels(Collector):
                 "Reserved share of the budget: a gateway's KV-cache use.",
                 now.bytes_in_use / now.budget_bytes,
             ),
+            (
+                "cpu_starved_ratio",
+                "Of the model thread's last seconds of computing, the share in which other processes had its CPU.",
+                now.cpu_starved_ratio,
+            ),
             ("draining", "1 while nothing more is admitted.", now.draining),
             ("progress_age_seconds", "Since a step ended while work waits.", time.monotonic() - now.last_progress),
             ("shadow_waiting", "Answers that wait to be scored again.", now.shadow.waiting),

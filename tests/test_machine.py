@@ -12,6 +12,7 @@ from service import machine
 from service.machine import (
     BESIDE_BUDGET_BYTES,
     Place,
+    Starvation,
     available_bytes,
     available_cpus,
     budget_bytes,
@@ -125,3 +126,16 @@ def test_what_a_process_takes_beside_its_budget_is_held_back() -> None:
 
 def test_the_real_machine_is_read() -> None:
     assert 0 < available_bytes(CPU) < 2**50
+
+
+def test_a_thread_that_runs_is_not_starved_and_one_that_does_not_is() -> None:
+    starvation = Starvation()
+    for _ in range(1000):
+        starvation.note(0.01, 0.0101)  # clocks differ
+    assert starvation.ratio == 0.0
+    for _ in range(3000):
+        starvation.note(0.01, 0.0075)
+    assert 0.2 < starvation.ratio <= 0.25
+    starvation.note(0.0, 0.0)
+    starvation.note(1000.0, 0.0)  # forgets what was before
+    assert starvation.ratio > 0.99

@@ -51,8 +51,10 @@ T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 STREAM_SLICES = 10  # slices after which a decode step gives way too: most end before, and a pause within one delays its streams
+PACED_TOKENS = 4096  # of the prompt whose pace is told
 REST = 2.0  # times a slice of what runs beside requests, for them: a part may take some 50 ms, an answer many steps
 REST_SECONDS = 1.0  # with nothing to do for so long, free heap goes back to the system
+STARVED_RATIO = 0.2  # of the model thread's computing, from which that is worth a line in the log
 
 
 class Engine:
@@ -82,6 +84,7 @@ class Engine:
         self._cpus = sorted(cpus)
         self._profile = profile or Profile()
         self._is_dead = False
+        self._is_starvation_told = False
         self._last_progress = time.monotonic()
         self._wake = asyncio.Event()
         self._idle = asyncio.Event()
@@ -316,10 +319,20 @@ class Engine:
             draining=self._admission.is_closed,
             row_multiple=self._rows,
             busy_seconds=self._runner.busy_seconds,
+            cpu_starved_ratio=self._runner.starvation.ratio,
             measuring_seconds=self._runner.measuring_seconds,
             shadow=self._shadow.levels(),
             last_progress=self._last_progress if running or waiting or self._is_dead else now,
         )
+
+    def outstanding_seconds(self) -> float:
+        """Predicted, until all that runs or waits is done."""
+        return self._scheduler.seconds_in_front()
+
+    def token_seconds(self) -> float:
+        """Predicted, to read a token of a prompt of `PACED_TOKENS`."""
+        lane = self._admission.lanes.get(self.backends.default) or next(iter(self._admission.lanes.values()))
+        return lane.prefill_seconds(PACED_TOKENS) / PACED_TOKENS
 
     # ---- the loop ---------------------------------------------------------------------------------------------------
 
@@ -371,7 +384,15 @@ class Engine:
             if not is_over:
                 self._scheduler.pause(work)
         self._last_progress = time.monotonic()
+        self._tell_starvation()
         return is_over
+
+    def _tell_starvation(self) -> None:
+        """Log, once, that other processes take the model thread's CPU."""
+        ratio = self._runner.starvation.ratio
+        if ratio > STARVED_RATIO and not self._is_starvation_told:
+            self._is_starvation_told = True
+            logger.warning("the model thread has no CPU for %.0f%% of the time it computes: others take its CPUs", 100 * ratio)
 
     async def _rest(self) -> None:
         """Wait for a request; give free heap back when none comes."""

@@ -102,6 +102,7 @@ class Snapshot:
     draining: bool
     row_multiple: int | None  # None: answers may differ in the last bits by what shares the batch
     busy_seconds: float  # the model thread has computed for so long
+    cpu_starved_ratio: float  # of it lately, the share in which it had no CPU
     measuring_seconds: float  # of it on measuring memory
     shadow: ShadowLevels
     last_progress: float  # time.monotonic() of the last finished step or of the first request's coming; now when there is none

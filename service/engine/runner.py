@@ -18,6 +18,7 @@ from service.engine.prefixes import Prefixes
 from service.engine.request import TokenLogprob
 from service.engine.sampling import Past, draw, logprobs
 from service.engine.work import Member, Work
+from service.machine import Starvation
 from service.model.pooler import gathered, pooled
 from service.model.pooling import Pooling
 from service.model.transformer import Transformer
@@ -48,6 +49,7 @@ class Runner:
         self._row_multiple = row_multiple or 1
         self._metering = Metering(model.device, sample_share, _counting_seconds(model))
         self.busy_seconds = 0.0  # spent on steps so far
+        self.starvation = Starvation()  # of the model thread in steps; none where an accelerator computes
 
     @property
     def measuring_seconds(self) -> float:
@@ -60,7 +62,7 @@ class Runner:
         Changes the slots of its members, and on ending their jobs' sums, log-probabilities and the work's `drawn`.
         Raises whatever the model raises; the members' states are then undefined.
         """
-        start = time.perf_counter()
+        start, running = time.perf_counter(), time.thread_time()
         try:
             with torch.inference_mode():
                 if work.stages is None:
@@ -76,6 +78,8 @@ class Runner:
             seconds = time.perf_counter() - start
             work.seconds += seconds
             self.busy_seconds += seconds
+            if self._model.device.type == "cpu":
+                self.starvation.note(seconds, time.thread_time() - running)
 
     def _keep(self, work: Work) -> None:
         """Keep the states that now stand where they are worth it."""

@@ -15,7 +15,7 @@ from typing import Any
 
 from service.engine.request import Delta, FinishReason, Request, TokenLogprob
 from service.http.face import Host, Tokenizer
-from service.http.schemas import RerankBody
+from service.http.read_schemas import RerankBody
 from service.timing import PHASES, receipt
 
 Json = dict[str, Any]

@@ -17,7 +17,7 @@ from starlette.datastructures import Headers
 
 from service.engine.request import MOST_QUOTED, InvalidRequest, quoted
 from service.http.errors import WrongMediaType
-from service.http.schemas import TAGS
+from service.http.plan_schemas import TAGS
 
 B = TypeVar("B", bound=BaseModel)
 

@@ -19,27 +19,13 @@ from pydantic.json_schema import models_json_schema
 from service.engine.request import AUTO
 from service.http.answer_schemas import ChatChunk, CompletionChunk, Error
 from service.http.auth import OPEN_PATHS
+from service.http.drawn_schemas import ChatBody, CompletionBody, DrawnBody
 from service.http.errors import ETA_HEADER, NotReady, codes
 from service.http.face import Host, ModelCard
-from service.http.schemas import (
-    MOST_BIAS,
-    MOST_BIASES,
-    MOST_FIELDS,
-    MOST_PREFERRED,
-    PLANS,
-    AutoWish,
-    ChatBody,
-    ClassifyBody,
-    CompletionBody,
-    DetokenizeBody,
-    DrawnBody,
-    EmbeddingBody,
-    PlanBody,
-    PrefixBody,
-    RerankBody,
-    ScoreBody,
-    TokenizeBody,
-)
+from service.http.fields import MOST_BIAS, MOST_BIASES
+from service.http.plan_schemas import PLANS, DetokenizeBody, PlanBody, PrefixBody, TokenizeBody
+from service.http.read_schemas import ClassifyBody, EmbeddingBody, RerankBody, ScoreBody
+from service.http.schemas import MOST_FIELDS, MOST_PREFERRED, AutoWish
 
 Json = dict[str, Any]
 
@@ -49,7 +35,7 @@ BODIES = (
     *(PrefixBody, TokenizeBody, DetokenizeBody),
 )
 
-ALWAYS = (400, 401, 408, 413, 415, 429, 500, 503)
+ALWAYS = (400, 401, 408, 413, 415, 429, 500, 502, 503)
 """Statuses of every route: a body is read, and bounded, wherever one is sent. 401 only where keys are asked for."""
 
 TIMEOUT_HEADER = "x-longserve-timeout-seconds"

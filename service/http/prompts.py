@@ -19,29 +19,15 @@ from service.engine.request import (
     check_task,
     quoted,
 )
+from service.http.drawn_schemas import MOST_FORM, ChatBody, CompletionBody, DrawnBody, ObjectFormat, SchemaFormat
 from service.http.errors import ModelNotFound
 from service.http.face import Host
+from service.http.fields import Prompt
 from service.http.length import Side, check_text, check_tokens, cut
+from service.http.plan_schemas import PlanBody, PrefixBody
+from service.http.read_schemas import ClassifyBody, EmbeddingBody, RerankBody, ScoreBody, ScoredBody
 from service.http.reader import Call
-from service.http.schemas import (
-    MOST_FORM,
-    Attended,
-    AutoWish,
-    Body,
-    ChatBody,
-    ClassifyBody,
-    CompletionBody,
-    DrawnBody,
-    EmbeddingBody,
-    ObjectFormat,
-    PlanBody,
-    PrefixBody,
-    Prompt,
-    RerankBody,
-    SchemaFormat,
-    ScoreBody,
-    ScoredBody,
-)
+from service.http.schemas import Attended, AutoWish, Body
 from service.timing import Timings
 
 DEFAULT_MAX_TOKENS = 16  # OpenAI's

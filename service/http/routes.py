@@ -46,10 +46,12 @@ from service.http.answer_schemas import (
 from service.http.answers import Completion
 from service.http.auth import ApiKeys
 from service.http.body import check_media_type
+from service.http.drawn_schemas import ChatBody, CompletionBody, DrawnBody, StreamOptions
 from service.http.edge import Edge
 from service.http.errors import ModelNotFound, PrefixNotFound
 from service.http.face import Host
 from service.http.openapi import EXPOSED, TIMEOUT_HEADER, document, model_ids, operation
+from service.http.plan_schemas import DetokenizeBody, PlanBody, PrefixBody, TokenizeBody
 from service.http.prompts import (
     chat_requests,
     check_ids,
@@ -62,21 +64,8 @@ from service.http.prompts import (
     planned_requests,
     prefix_request,
 )
+from service.http.read_schemas import ClassifyBody, EmbeddingBody, RerankBody, ScoreBody
 from service.http.reader import Call
-from service.http.schemas import (
-    ChatBody,
-    ClassifyBody,
-    CompletionBody,
-    DetokenizeBody,
-    DrawnBody,
-    EmbeddingBody,
-    PlanBody,
-    PrefixBody,
-    RerankBody,
-    ScoreBody,
-    StreamOptions,
-    TokenizeBody,
-)
 from service.http.streaming import CompletionStream, complete, embed, read
 
 if TYPE_CHECKING:

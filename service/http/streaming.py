@@ -19,11 +19,11 @@ from service.engine.request import Delta, Embedding, Request, RequestError
 from service.http import answers
 from service.http.answers import Completion
 from service.http.auth import Caller
+from service.http.drawn_schemas import StreamOptions
 from service.http.errors import ClientGone, InternalError, body_of
 from service.http.face import Host
 from service.http.headway import headway
 from service.http.reader import left
-from service.http.schemas import StreamOptions
 
 Item = tuple[int, Delta | Embedding]
 """(index of the prompt, what its answer gave next)."""

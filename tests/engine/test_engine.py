@@ -245,6 +245,19 @@ async def test_a_new_backend_is_timed_in_slices_between_the_steps_of_a_stream(mo
     assert max(waits) <= parts // 4  # and nowhere near as a whole: the loop may be late now and then
 
 
+async def test_a_model_thread_without_cpu_is_told_of_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    trouble = lambda tokens, positions: time.sleep(0.02)  # noqa: E731  a thread that sleeps has no CPU, either
+    monkeypatch.setattr("service.machine.STARVATION_SECONDS", 0.1)
+    async with running(world.disturb(world.make_model(), trouble)) as engine:
+        assert engine.snapshot().cpu_starved_ratio == 0.0
+        for _ in range(2):
+            await complete(engine, completion(max_tokens=20))
+        assert 0.2 < engine.snapshot().cpu_starved_ratio <= 1.0
+    assert [record.getMessage().count("has no CPU") for record in caplog.records].count(1) == 1
+
+
 async def test_an_old_backend_dies_with_its_last_request() -> None:
     model = world.make_model()
     gone = []

@@ -9,7 +9,10 @@ from typing import Any
 import pytest
 
 from service.engine.request import QueueFull, RequestError, UnknownBackend
-from service.http import errors, schemas
+from service.http import errors
+from service.http.drawn_schemas import ChatBody, CompletionBody
+from service.http.read_schemas import ClassifyBody, EmbeddingBody, RerankBody, ScoreBody
+from service.http.schemas import Body
 from tests.http.client import Client
 
 PAGE = Path(errors.__file__).with_name("README.md").read_text()
@@ -21,14 +24,7 @@ TYPED: dict[tuple[int, str], type[RequestError]] = {
 UNTYPED = {(404, "not_found"), (405, "method_not_allowed"), (431, "invalid_request"), (503, "unavailable")}
 """Of the router and the connection: tested in test_errors.py and test_line.py."""
 
-BODIES = (
-    schemas.CompletionBody,
-    schemas.ChatBody,
-    schemas.EmbeddingBody,
-    schemas.ClassifyBody,
-    schemas.ScoreBody,
-    schemas.RerankBody,
-)
+BODIES = (CompletionBody, ChatBody, EmbeddingBody, ClassifyBody, ScoreBody, RerankBody)
 
 
 def test_the_page_has_every_error_and_no_other() -> None:
@@ -61,7 +57,7 @@ def test_each_error_is_answered_as_its_row_says(
 
 
 @pytest.mark.parametrize("kind", BODIES)
-def test_every_field_that_is_taken_stands_on_the_page(kind: type[schemas.Body]) -> None:
+def test_every_field_that_is_taken_stands_on_the_page(kind: type[Body]) -> None:
     offered = PAGE.partition("## Fields")[2].partition("Refused by name")[0]
     known = {"model", "prompt", "messages", "input"}
     assert [name for name in kind.model_fields if f"`{name}`" not in offered and name not in known] == []

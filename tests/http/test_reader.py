@@ -119,7 +119,7 @@ def test_a_large_body_keeps_the_loop_for_a_fraction_of_its_reading(alone: Client
 
 
 def worker_kind() -> Any:
-    from service.http.schemas import CompletionBody
+    from service.http.drawn_schemas import CompletionBody
 
     return CompletionBody
 
