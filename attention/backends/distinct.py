@@ -121,7 +121,7 @@ class Distinct(AttentionBackend):
     def _novelties(self, keys: Tensor, values: Tensor, old: int) -> Tensor:
         """Of all tokens behind the first `old`, keys and values (N, G, D): (N - old,), infinite for sinks."""
         new = _directions(keys[old:], values[old:])
-        rows = torch.arange(len(new))
+        rows = torch.arange(len(new), device=new.device)
         similar = (new @ new.T).masked_fill_(rows >= rows[:, None], -1.0).amax(1)
         row_bytes = 2 * self.shape.key_value_heads * self.shape.head_width * new.itemsize
         for a, b in spread(0, old, max(16, PIECE_BYTES // row_bytes)):
