@@ -88,6 +88,7 @@ CONTESTS = (
     ),
     Contest("sliding_window", BAND, True, {"local-attention": local_attention}),
     Contest("topk", {}, True, {"torch SDPA, dense": sdpa, "flex_attention, compiled": flex_chosen}),
+    Contest("distinct", {}, True, {"torch SDPA, dense": sdpa}),
     Contest(
         "longformer",
         {"window": WINDOW, "global_tokens": GLOBALS},
@@ -285,7 +286,7 @@ def show_decode() -> None:
     print("\ndecode: microseconds of a step of one layer (bf16)")
     print(f"  {'':15} {'1k':>8} {'64k':>8}    {'32 at 1k':>8} {'one by one':>10}")
     options: dict[str, dict[str, int]] = {"dense": {}, "sliding_window": {"window": 512}, "chunked": {"chunk": 512}}
-    for name, chosen in (options | {"topk": {}, "bigbird": {}, "performer": {}, "linear": {}}).items():
+    for name, chosen in (options | {"topk": {}, "distinct": {}, "bigbird": {}, "performer": {}, "linear": {}}).items():
         backend = build(name, chosen, HeadShape(HEADS, HEADS, WIDTH, torch.bfloat16))
         cases = ((1023, 1), (65535, 1), (1023, 32), (1023, 32, False))
         short, long, many, each = (decode_step(backend, *case) * 1e6 for case in cases)

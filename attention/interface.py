@@ -200,8 +200,8 @@ class AttentionBackend(ABC):
         """
         raise NotImplementedError(f"{self.name} is no softmax over a set of keys")
 
-    def kernel(self, q: Tensor, k: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        """What each key weighs for each query: (..., N, D) and (..., M, D) to (..., N, M), up to a factor per query.
+    def kernel(self, q: Tensor, k: Tensor, v: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        """What each key weighs for each query: q (..., N, D), k and v (..., M, D) to (..., N, M), up to a factor per query.
 
         The definition of a backend that is no softmax, in the inputs' dtype. `i` and `j` are the int64 positions of queries
         and keys, (N, 1) and (1, M).

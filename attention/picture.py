@@ -25,6 +25,7 @@ SMALL: Mapping[str, Mapping[str, Any]] = {
     "bigbird": {"block": 2, "global_blocks": 1, "random_blocks": 2},
     "chunked": {"chunk": 8},
     "topk": {"block": 2, "blocks": 2, "window": 4, "sinks": 1},
+    "distinct": {"window": 4, "kept": 6, "sinks": 1, "block": 2},
     "performer": {"features": 64},
 }
 
@@ -35,7 +36,7 @@ def shades(backend: AttentionBackend, tokens: int, causal: bool) -> Tensor:
         return reference.visible(backend, torch.arange(tokens), tokens, causal).double()
     generator = torch.Generator().manual_seed(0)
     q, k = (torch.randn(tokens, 1, SHAPE.head_width, generator=generator) for _ in range(2))
-    weights = reference.weights(backend, q, k, causal=causal)[0]
+    weights = reference.weights(backend, q, k, k, causal=causal)[0]
     return weights / weights.amax(-1, keepdim=True)
 
 

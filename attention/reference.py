@@ -24,17 +24,17 @@ def answer(backend: AttentionBackend, q: Tensor, k: Tensor, v: Tensor, *, causal
     Returns:
         float64 (rows, H, D). A row that sees nothing is zeros.
     """
-    found = weights(backend, q, k, causal=causal, rows=rows)
+    found = weights(backend, q, k, v, causal=causal, rows=rows)
     answers: Tensor = found @ v.double().transpose(0, 1).repeat_interleave(backend.shape.group, 0)
     return answers.transpose(0, 1)
 
 
-def weights(backend: AttentionBackend, q: Tensor, k: Tensor, *, causal: bool, rows: Tensor | None = None) -> Tensor:
+def weights(backend: AttentionBackend, q: Tensor, k: Tensor, v: Tensor, *, causal: bool, rows: Tensor | None = None) -> Tensor:
     """What each key weighs in each answer of `answer`, float64 (H, rows, n): a row sums to 1, or 0 if it sees nothing."""
     rows = torch.arange(len(q)) if rows is None else rows
-    queries, keys = (x.double().transpose(0, 1) for x in (q[rows], k))
-    keys = keys.repeat_interleave(backend.shape.group, 0)  # (H, n, D)
-    found = torch.where(visible(backend, rows, len(q), causal), _weights(backend, queries, keys, rows), 0.0)
+    queries, keys, values = (x.double().transpose(0, 1) for x in (q[rows], k, v))
+    keys, values = (x.repeat_interleave(backend.shape.group, 0) for x in (keys, values))  # (H, n, D)
+    found = torch.where(visible(backend, rows, len(q), causal), _weights(backend, queries, keys, values, rows), 0.0)
     total = found.sum(-1, keepdim=True)
     return found / torch.where(total == 0, 1.0, total)
 
@@ -48,10 +48,10 @@ def visible(backend: AttentionBackend, rows: Tensor, length: int, causal: bool) 
     return before & backend.visible(i, j, i + 1 if causal else length)
 
 
-def _weights(backend: AttentionBackend, queries: Tensor, keys: Tensor, rows: Tensor) -> Tensor:
+def _weights(backend: AttentionBackend, queries: Tensor, keys: Tensor, values: Tensor, rows: Tensor) -> Tensor:
     """Weights (H, rows, n) up to a factor per row."""
     if not backend.exact:
-        return backend.kernel(queries, keys, rows[:, None], torch.arange(keys.shape[1])[None, :])
+        return backend.kernel(queries, keys, values, rows[:, None], torch.arange(keys.shape[1])[None, :])
     scores = queries @ keys.transpose(-1, -2) / math.sqrt(queries.shape[-1])
     if backend.score_cap is not None:
         scores = backend.score_cap * (scores / backend.score_cap).tanh()

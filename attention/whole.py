@@ -46,8 +46,8 @@ class Whole(AttentionBackend):
     def visible(self, i: Tensor, j: Tensor, length: int | Tensor) -> Tensor:
         return self.inner.visible(i, j, length)
 
-    def kernel(self, q: Tensor, k: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        return self.inner.kernel(q, k, i, j)
+    def kernel(self, q: Tensor, k: Tensor, v: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        return self.inner.kernel(q, k, v, i, j)
 
     def extending(
         self,

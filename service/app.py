@@ -20,6 +20,7 @@ from ray._common.network_utils import build_address
 from ray.experimental import internal_kv
 from ray.serve import context as context_of_serve
 from ray.serve._private import replica as serve_replica
+from ray.serve._private.constants import RAY_SERVE_ENABLE_HA_PROXY
 from ray.serve.schema import ServeDeploySchema
 from starlette.types import ASGIApp
 
@@ -28,6 +29,7 @@ from service.config import DEPLOYMENT, IMPORT_PATH, AttentionConfig, ServiceConf
 from service.exposition import Families, Format, Gathered
 from service.machine import Place
 from service.replica import Replica
+from service.router import TOLD_SECONDS
 from service.switch import LastServed
 
 AUTO_REPLICAS = 100  # what Serve's `num_replicas: auto` may grow to
@@ -51,6 +53,7 @@ class Longserve:
         self._name: str = self._context.replica_tag
         self._peers: Any = None  # a handle on this deployment, made at the first scrape
         self._started = False
+        self._tellings = 0  # of work to do
         self._kept = KeptByRay(self._context.app_name)
         self._replica = Replica(
             config,
@@ -83,6 +86,12 @@ class Longserve:
         """Raise when this replica should be replaced."""
         if fault := self._replica.fault():
             raise RuntimeError(fault)
+
+    def record_routing_stats(self) -> dict[str, float]:
+        """This replica's work, for `service/router.py`; Serve sends it on when it differs from the last."""
+        work = self._replica.work()
+        self._tellings += work.get("outstanding_seconds", 0.0) > 0
+        return work | {"tellings": float(self._tellings)}
 
     async def export(self, format: Format) -> tuple[str, Families]:
         """This replica's name and metrics, for the one that answers a scrape."""
@@ -219,8 +228,18 @@ _deployment: Any = serve.deployment(
     serve.ingress()(Longserve),
     name=DEPLOYMENT,
     user_config=UserConfig().model_dump(mode="json"),  # without one, Serve never calls `reconfigure`
+    logging_config={"enable_access_log": False},  # a line per request in Serve's files; `log_level: info` writes a better one
     max_constructor_retry_count=1,  # a wrong config does not get better by trying
 )
+
+_routed: Any = _deployment
+if not RAY_SERVE_ENABLE_HA_PROXY:  # which sends to replicas past Serve's router, and Serve refuses one that would not be asked
+    _routed = _deployment.options(
+        request_router_config={
+            "request_router_class": "service.router:LeastWork",
+            "request_routing_stats_period_s": TOLD_SECONDS,
+        }
+    )
 
 
 def build(args: dict[str, Any]) -> serve.Application:
@@ -229,7 +248,7 @@ def build(args: dict[str, Any]) -> serve.Application:
         config = ServiceConfig.model_validate(args)
     except ValidationError as error:
         raise ValueError("\n".join(f"args.{fault}" for fault in explain(error, ServiceConfig))) from error
-    return _deployment.bind(config)
+    return _routed.bind(config)
 
 
 def _place(context: Any) -> Place:

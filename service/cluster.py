@@ -1,8 +1,8 @@
 """Ray as the command line needs it: start one on this machine, deploy a checked file on it, ask it, end it.
 
-Beside `app.py` the only module that imports Ray. Two calls go through Serve's client, which is private: `deploy_apps`, the
-call behind `serve run config.yaml` (the public `serve.run` would replace replicas when only the switch has changed), and
-`get_serve_details`, the one behind `serve status`.
+Beside `app.py` and `router.py` the only module that imports Ray. Two calls go through Serve's client, which is private:
+`deploy_apps`, the call behind `serve run config.yaml` (the public `serve.run` would replace replicas when only the switch has
+changed), and `get_serve_details`, the one behind `serve status`. A handle's `_init`, which says where it runs, is private, too.
 """
 
 from __future__ import annotations
@@ -27,8 +27,18 @@ ENVIRONMENT = {
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
     "RAY_DISABLE_DOCKER_CPU_WARNING": "1",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",  # three of these pass before a proxy that died is replaced; Ray's is 10
+    # A replica that fails its health check has not moved for long: Ray would give it its time to drain all the same
+    "RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS": "1",
     "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "service.http.proxy:middlewares",  # what stands around Serve's proxy
+    "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",  # a line per request to a process that counts it; `/metrics` has what it counts
     "RAY_SERVE_LOG_TO_STDERR": "0",  # Serve's own lines stay in its files; ours are on stderr
+}
+HAPROXY_FILES = {  # Ray's own are in /tmp/haproxy-serve, with a socket that lets any user of the machine steer HAProxy
+    "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": "haproxy.cfg",
+    "RAY_SERVE_HAPROXY_SOCKET_PATH": "admin.sock",
+    "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": "",
+    "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": "server-state",
 }
 os.environ.update({name: value for name, value in ENVIRONMENT.items() if name not in os.environ})  # Ray reads them on import
 
@@ -89,6 +99,8 @@ def running(file: ServeFile, cpus: int) -> Iterator[str]:
 
 def _start(file: ServeFile, cpus: int, folder: str) -> None:
     os.environ[LIMITS] = file.applications[0].args.http.line.model_dump_json()  # the first application's, for all
+    for name, path in HAPROXY_FILES.items():
+        os.environ.setdefault(name, os.path.join(folder, path))
     ray.init(
         num_cpus=max(cpus, _reserved_cpus(file)),
         include_dashboard=False,
@@ -234,7 +246,10 @@ def drain(file: ServeFile, seconds: float) -> list[str]:
 
 
 def _ask(application: ApplicationSection, method: str) -> Any:
-    return serve.get_deployment_handle(DEPLOYMENT, app_name=application.name).broadcast(method)
+    handle = serve.get_deployment_handle(DEPLOYMENT, app_name=application.name)
+    if not handle.is_initialized:  # under RAY_SERVE_THROUGHPUT_OPTIMIZED it would look for an event loop, and here is none
+        handle._init(_run_router_in_separate_loop=True)
+    return handle.broadcast(method)
 
 
 @contextmanager

@@ -252,6 +252,13 @@ class Replica:
             return None
         return f"no step has ended for {stalled:.0f} s while {now.running} requests run and {now.waiting} wait"
 
+    def work(self) -> dict[str, float]:
+        """What there is to do, in predicted seconds, and what a token more of a prompt would add; empty before the start."""
+        engine = self._engine
+        if engine is None:
+            return {}
+        return {"outstanding_seconds": engine.outstanding_seconds(), "token_seconds": engine.token_seconds()}
+
     def readiness(self) -> Mapping[str, Any]:
         engine = self._engine
         withdrawn = {} if engine is None else engine.withdrawn

@@ -2,10 +2,8 @@
 
 Starts `longserve serve` with two replicas, measures its capacity, sends half of that, open loop, and has one fault after the
 other happen to it; then starts it in ways that cannot work. A table tells of each fault what became of the requests sent from
-then until all was well again, and after how many seconds that was. An answer is whole, or it refuses (429, 503, with an error
-that a client can read; nobody listens), or it fails where the caller sees it (an error, a broken connection); what ends in none
-of these, or looks whole and is not, is lost. Exit status 1 when a request was lost, a fault was not recovered from, or
-a start that cannot work was not refused with a reason.
+then until all was well again (`tests/load.py`: answered, refused, failed or lost), and after how many seconds that was. Exit
+status 1 when a request was lost, a fault was not recovered from, or a start that cannot work was not refused with a reason.
 """
 
 from __future__ import annotations
@@ -13,8 +11,9 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import json
 import os
-import random
+import resource
 import shutil
 import signal
 import socket
@@ -31,91 +30,27 @@ from typing import Any
 import aiohttp
 import yaml
 
+from tests.load import OUTCOMES, Load
 from tests.serving import LOCAL, Service, are_gone, descendants, free_port, serving
 
 LOAD = 0.5  # of the capacity
-CAPACITY_SECONDS, CALLERS = 10.0, 6
 BEFORE_SECONDS, AFTER_SECONDS = 2.0, 5.0  # of load around a fault and its recovery
 RECOVERED_SECONDS = 180.0
 TIMEOUT_SECONDS = 120.0  # what has not ended by then is lost
 BUDGET_BYTES = 128 << 20  # of a replica; small, so that four times as much is asked for soon
+FULL_SECONDS = 5.0
 LONG_TOKENS, LONG_BYTES = 8192, 28 << 20  # a dense request, and what it reserves
 SLOW_READERS, HALF_OPEN = 16, 200
-REPLICA, CONTROLLER, PROXY = "ray::ServeReplica", "ray::ServeController", "ray::ProxyActor"
-OUTCOMES = ("sent", "answered", "refused", "failed", "lost")
+REPLICA, CONTROLLER, PROXY, STORE = "ray::ServeReplica", "ray::ServeController", "ray::ProxyActor", "gcs_server"
 
 
 def settings(data: Any) -> None:
     application = data["applications"][0]
-    application["args"] |= {"threads": 1, "drain_seconds": 20}
+    application["args"] |= {"threads": 1, "drain_seconds": 20, "log_level": "info", "log_file": os.devnull}
     application["args"]["engine"]["memory_budget_bytes"] = BUDGET_BYTES
     application["args"]["http"] |= {"workers": 1}
     application["args"]["http"]["line"] |= {"head_timeout_seconds": 5, "send_timeout_seconds": 10}
     application["deployments"][0] |= {"num_replicas": 2, "health_check_period_s": 2, "health_check_timeout_s": 5}
-
-
-class Load:
-    """Requests at random times, and what becomes of them."""
-
-    def __init__(self, service: Service, session: aiohttp.ClientSession, seed: int) -> None:
-        self.service = service
-        self.tally: Counter[str] = Counter()
-        self.words: Counter[str] = Counter()
-        self._session = session
-        self._random = random.Random(seed)
-        self._under_way: set[asyncio.Task[None]] = set()
-
-    async def capacity(self) -> float:
-        """Requests a second that a few callers get answered, each one after the other."""
-        until = time.monotonic() + CAPACITY_SECONDS
-
-        async def call() -> None:
-            while time.monotonic() < until:
-                await self.send(self._body())
-
-        await asyncio.gather(*(call() for _ in range(CALLERS)))
-        return self.tally["answered"] / CAPACITY_SECONDS
-
-    def _body(self) -> dict[str, Any]:
-        stream = self._random.random() < 0.5
-        return {"prompt": "import os", "max_tokens": self._random.randint(1, 48), "ignore_eos": True, "stream": stream}
-
-    async def send(self, body: dict[str, Any]) -> None:
-        self.tally["sent"] += 1
-        outcome, words = await self._outcome(body)
-        self.tally[outcome] += 1
-        if outcome in ("failed", "lost"):
-            self.words[words] += 1
-
-    async def _outcome(self, body: dict[str, Any]) -> tuple[str, str]:
-        try:
-            async with self._session.post(f"{self.service.url}/v1/completions", json=body) as answer:
-                text = await answer.text()
-        except TimeoutError:
-            return "lost", "no end"
-        except aiohttp.ClientConnectorError:  # nobody listens: told at once, as by a 503
-            return "refused", "not connected"
-        except (aiohttp.ClientError, OSError) as error:
-            return "failed", type(error).__name__
-        if answer.status == 200 and (not body.get("stream") or text.rstrip().endswith("[DONE]")):
-            return "answered", ""
-        if '"error"' not in text:
-            return "lost", f"status {answer.status} and no error: {text[-60:]!r}"
-        refused = answer.status in (429, 503)
-        return ("refused" if refused else "failed"), f"status {answer.status}: {text[:60]!r}"
-
-    async def run(self, rate: float, stopped: asyncio.Event) -> None:
-        """Send until `stopped`, whatever becomes of what was sent before; then wait for all of it."""
-        while not stopped.is_set():
-            self.start(self._body())
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(stopped.wait(), self._random.expovariate(rate))
-        await asyncio.gather(*self._under_way)
-
-    def start(self, body: dict[str, Any]) -> None:
-        task = asyncio.create_task(self.send(body))
-        self._under_way.add(task)
-        task.add_done_callback(self._under_way.discard)
 
 
 def processes(service: Service, name: str) -> list[int]:
@@ -123,9 +58,14 @@ def processes(service: Service, name: str) -> list[int]:
     found = []
     for pid in sorted(descendants(service.process.pid)):
         with contextlib.suppress(OSError):
-            if Path(f"/proc/{pid}/cmdline").read_text().startswith(name):
+            if name in Path(f"/proc/{pid}/cmdline").read_text().partition("\0")[0]:
                 found.append(pid)
     return found
+
+
+def address(service: Service) -> tuple[str, int]:
+    host, _, port = service.url.removeprefix("http://").partition(":")
+    return host, int(port)
 
 
 def is_whole(service: Service) -> bool:
@@ -153,22 +93,28 @@ def signalled(name: str, number: signal.Signals) -> Fault:
 
 async def slow_readers(load: Load) -> Callable[[], bool]:
     """Streams whose callers stop reading; the service hangs up on them, and their bytes come back."""
-    body = {"prompt": "import os", "max_tokens": 30_000, "stream": True, "ignore_eos": True}
-    held = contextlib.ExitStack()
+    body = {"prompt": "import os", "max_tokens": 30_000, "stream": True, "ignore_eos": True, "attention": "sliding_window"}
+    raw = json.dumps(body).encode()
+    head = f"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {len(raw)}\r\n\r\n"
+    lines = [socket.socket() for _ in range(SLOW_READERS)]
 
-    def begin() -> None:
-        for _ in range(SLOW_READERS):
-            held.enter_context(load.service.half_read(body, read=500))
+    def begin(line: socket.socket) -> None:
+        line.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)  # else the kernel reads megabytes in the caller's stead
+        line.connect(address(load.service))
+        line.sendall(head.encode() + raw)
+        assert b" 200 " in line.recv(500)
 
-    await asyncio.to_thread(begin)
-    asyncio.get_running_loop().call_later(30, held.close)
-    return lambda: sum(load.service.metric("longserve_requests_running")) < SLOW_READERS
+    await asyncio.gather(*(asyncio.to_thread(begin, line) for line in lines))
+
+    def over() -> bool:  # the lines are open until then: what ends these streams is not their callers' leaving
+        return bool(lines) and sum(load.service.metric("longserve_requests_running")) < SLOW_READERS
+
+    return over
 
 
 async def half_open(load: Load) -> Callable[[], bool]:
     """Connections that begin a request and never end it; the service hangs up on all of them."""
-    host, _, port = load.service.url.removeprefix("http://").partition(":")
-    lines = [socket.create_connection((host, int(port))) for _ in range(HALF_OPEN)]
+    lines = [socket.create_connection(address(load.service)) for _ in range(HALF_OPEN)]
     for line in lines:
         line.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\n")
         line.setblocking(False)
@@ -191,6 +137,27 @@ async def over_budget(load: Load) -> Callable[[], bool]:
     return lambda: sum(load.service.metric("longserve_requests_waiting")) < 4
 
 
+async def full_disk(load: Load) -> Callable[[], bool]:
+    """For some seconds no file can grow that those on a request's way write: its log lines, Ray's of it."""
+    pids = [pid for name in (REPLICA, PROXY, CONTROLLER) for pid in processes(load.service, name)]
+    limits = {pid: resource.prlimit(pid, resource.RLIMIT_FSIZE) for pid in pids}
+    for pid, (_, hard) in limits.items():
+        resource.prlimit(pid, resource.RLIMIT_FSIZE, (0, hard))
+    await asyncio.sleep(FULL_SECONDS)
+    for pid, limit in limits.items():
+        resource.prlimit(pid, resource.RLIMIT_FSIZE, limit)
+    return lambda: True
+
+
+async def update(load: Load) -> Callable[[], bool]:
+    """`longserve apply --restart` of a file that says another model: every replica is replaced, one after the other."""
+    before = processes(load.service, REPLICA)
+    load.service.rewrite(lambda data: data["applications"][0]["args"].update(max_length=16_384))
+    done = await asyncio.to_thread(load.service.cli, "apply", "--restart", str(load.service.file))
+    assert done.returncode == 0, done.stderr
+    return lambda: not set(before) & set(processes(load.service, REPLICA))
+
+
 FAULTS: dict[str, Fault] = {
     "replica killed": signalled(REPLICA, signal.SIGKILL),
     "replica stalled": signalled(REPLICA, signal.SIGSTOP),
@@ -199,6 +166,8 @@ FAULTS: dict[str, Fault] = {
     "slow readers": slow_readers,
     "half-open connections": half_open,
     "four times the bytes": over_budget,
+    "full disk": full_disk,
+    "rolling update": update,
 }
 
 
@@ -220,14 +189,21 @@ async def under(fault: Fault, load: Load, rate: float) -> float | None:
     return seconds
 
 
-async def ended(load: Load, rate: float) -> float | None:
-    """Seconds that the service takes to end after SIGTERM under load; None when it does not end in order."""
+ENDS = {"SIGTERM": 0, "Ray's store killed": 1}
+"""What ends the service, and with which status: a supervisor starts it again after 1."""
+
+
+async def ended(load: Load, rate: float, name: str) -> float | None:
+    """Seconds that the service takes to end, told to or because its Ray has died; None when it does not end in order."""
     load.tally, load.words, stopped = Counter(), Counter(), asyncio.Event()
     process, below = load.service.process, descendants(load.service.process.pid)
     sending = asyncio.create_task(load.run(rate, stopped))
     await asyncio.sleep(BEFORE_SECONDS)
     began = time.monotonic()
-    process.send_signal(signal.SIGTERM)
+    if name == "SIGTERM":
+        process.send_signal(signal.SIGTERM)
+    else:
+        os.kill(processes(load.service, STORE)[0], signal.SIGKILL)
     try:
         code = await asyncio.to_thread(process.wait, RECOVERED_SECONDS)
     except subprocess.TimeoutExpired:
@@ -235,7 +211,7 @@ async def ended(load: Load, rate: float) -> float | None:
     seconds = time.monotonic() - began
     stopped.set()
     await sending
-    return seconds if code == 0 and are_gone(below) else None
+    return seconds if code == ENDS[name] and are_gone(below) else None
 
 
 def row(name: str, load: Load, seconds: float | None) -> None:
@@ -255,10 +231,15 @@ async def run(service: Service, names: Sequence[str], seed: int) -> bool:
         print(f"{'fault':<24}" + "".join(f"{each:>9}" for each in OUTCOMES) + f"{'seconds':>9}")
         well = True
         for name in names:
-            seconds = await (ended(load, rate) if name == "SIGTERM" else under(FAULTS[name], load, rate))
+            seconds = await (ended(load, rate, name) if name in ENDS else under(FAULTS[name], load, rate))
             row(name, load, seconds)
             well = well and seconds is not None and not load.tally["lost"]
         return well
+
+
+def running(names: Sequence[str], seed: int) -> bool:
+    with tempfile.TemporaryDirectory() as folder, serving(Path(folder) / "faults.yaml", settings) as service:
+        return asyncio.run(run(service, names, seed))
 
 
 @contextmanager
@@ -302,19 +283,17 @@ def refused(name: str) -> bool:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.faults", description=__doc__.splitlines()[0] if __doc__ else None)
-    every = [*FAULTS, "SIGTERM", *STARTS]
+    every = [*FAULTS, *ENDS, *STARTS]
     parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(every))
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(argv)
     names = [name for name in every if name in (options.names or every)]
     if unknown := set(options.names) - set(every):
         parser.error(f"no such fault: {', '.join(sorted(unknown))}; there are {', '.join(every)}")
-    well, running = True, [name for name in names if name not in STARTS]
-    if running:
-        with tempfile.TemporaryDirectory() as folder, serving(Path(folder) / "faults.yaml", settings) as service:
-            well = asyncio.run(run(service, running, options.seed))
-    starts = [refused(name) for name in names if name in STARTS]
-    return 0 if well and all(starts) else 1
+    survived = [name for name in names if name in FAULTS]
+    services = [survived] * bool(survived) + [[name] for name in names if name in ENDS]
+    ran = [running(each, options.seed) for each in services] + [refused(name) for name in names if name in STARTS]
+    return 0 if all(ran) else 1
 
 
 if __name__ == "__main__":

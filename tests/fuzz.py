@@ -76,6 +76,12 @@ OPTIONS: dict[str, dict[str, tuple[Any, ...]]] = {
         "window": (16, 64, 127, 129, 300, *HUGE),
         "sinks": (0, 1, 4, 130, *HUGE),
     },
+    "distinct": {
+        "window": (1, 16, 129, 300, *HUGE),
+        "kept": (1, 30, 128, 700, *HUGE),
+        "sinks": (0, 1, 4, 130, *HUGE),
+        "block": (1, 16, 17, 129, *HUGE),
+    },
 }
 
 

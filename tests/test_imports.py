@@ -60,8 +60,10 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "service.logs",
         "service.machine",
         "service.replica",
+        "service.router",
         "service.switch",
     ),
+    "service.router": (),
     "service.cluster": ("service.child", "service.config", "service.http.proxy"),
     "service.asking": ("service.config",),
     "service.apply": ("service.asking", "service.cluster", "service.config", "service.difference", "service.survey"),
@@ -93,7 +95,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
 """What of ours a package may import at run time; the longest name that fits is the one that counts."""
 
 FOREIGN: dict[str, tuple[str, ...]] = {
-    "ray": ("service.app", "service.cluster"),
+    "ray": ("service.app", "service.cluster", "service.router"),
     "torch": (
         "attention",
         "service.model",

@@ -34,7 +34,7 @@ class Linear(AttentionBackend):
         super().__init__(options, shape)
         self.impl, self.features = implementation.features(options.impl, None, 0.0, shape)
 
-    def kernel(self, q: Tensor, k: Tensor, i: Tensor, j: Tensor) -> Tensor:
+    def kernel(self, q: Tensor, k: Tensor, v: Tensor, i: Tensor, j: Tensor) -> Tensor:
         """The unnormalised weight of each key for each query, (..., N, D) and (..., M, D) to (..., N, M): the definition."""
         return phi(q) @ phi(k).transpose(-1, -2)
 

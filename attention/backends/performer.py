@@ -77,7 +77,7 @@ class Performer(AttentionBackend):
     def edge(self) -> int:
         return max(1, 2 * self.options.local_chunk)
 
-    def kernel(self, q: Tensor, k: Tensor, i: Tensor, j: Tensor) -> Tensor:
+    def kernel(self, q: Tensor, k: Tensor, v: Tensor, i: Tensor, j: Tensor) -> Tensor:
         rows, scale = self.weights.to(q.dtype), LOG2_E / math.sqrt(k.shape[-1])
         queries: Tensor = q @ rows
         keys: Tensor = k @ rows - k.square().sum(-1, keepdim=True) * (scale / 2)

@@ -73,7 +73,7 @@ class TopK(AttentionBackend):
     def edge(self) -> int:
         return self.options.window + 1 + (self.blocks.first + self.options.blocks + 1) * self.options.block
 
-    def kernel(self, q: Tensor, k: Tensor, i: Tensor, j: Tensor) -> Tensor:
+    def kernel(self, q: Tensor, k: Tensor, v: Tensor, i: Tensor, j: Tensor) -> Tensor:
         """The definition: a softmax's weights where a query sees a key, else zero."""
         block = (j[0] // self.options.block).clamp(max=len(j[0]) // self.options.block)
         picked = self.picked(q, k, i[:, 0])[..., block]

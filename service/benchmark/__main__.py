@@ -1,4 +1,4 @@
-"""python -m service.benchmark: the bare model, then the engine alone, then the service over HTTP, in one run; encoders by name.
+"""python -m service.benchmark: the bare model, the engine alone, the service over HTTP, in one run; proxies, encoders by name.
 
 Prints a table for people, the machine beneath, and one last line of JSON for programs. About five minutes on two cores;
 `--quick` leaves out 32k tokens and HTTP.
@@ -24,13 +24,14 @@ from service.benchmark.bare import measure_bare, report
 from service.benchmark.encoder import measure_encoder
 from service.benchmark.peak import memory_trial
 from service.benchmark.prefix import measure_prefix
+from service.benchmark.proxies import measure_proxies
 from service.benchmark.served import measure_http
 from service.benchmark.shared import measure_shared
 from service.benchmark.step import measure_step
 from service.machine import BESIDE_BUDGET_BYTES
 from service.threads import in_passing_thread
 
-PARTS = ("bare", "engine", "auto", "prefix", "memory", "http", "encoder", "again")
+PARTS = ("bare", "engine", "auto", "prefix", "memory", "http", "proxies", "encoder", "again")
 
 
 def main() -> None:
@@ -69,6 +70,8 @@ def main() -> None:
         found = measure_http(lengths, repeats)
         result["prefill_ratio"]["http"] = found["prefill_ratio"]
         result["overhead_ms"] = found["overhead_ms"]
+    if "proxies" in parts:
+        result["proxies"] = measure_proxies()
     if "encoder" in parts:
         result["encoder"] = measure_encoder(options.encoder)
     if "again" in parts:

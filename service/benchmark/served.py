@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import http.client
 import json
+import os
 import random
 import signal
 import socket
@@ -12,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
@@ -26,12 +27,16 @@ from service.model.checkpoint import load
 from service.threads import in_passing_thread
 
 
-@contextmanager
-def serving() -> Iterator[int]:
-    """The port of a whole service, Ray with its Python proxy, in processes of its own."""
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = int(probe.getsockname()[1])
+        return int(probe.getsockname()[1])
+
+
+@contextmanager
+def serving(environment: Mapping[str, str] | None = None) -> Iterator[int]:
+    """The port of a whole service, Ray with its Python proxy unless the environment says otherwise, in processes of its own."""
+    port = free_port()
     user = {"attention": {"default": "dense", "backends": BACKENDS}}
     application = {
         "args": {},
@@ -41,7 +46,7 @@ def serving() -> Iterator[int]:
         file = Path(folder) / "serve.yaml"
         file.write_text(yaml.safe_dump({"http_options": {"port": port}, "applications": [application]}))
         command = [sys.executable, "-m", "service.cli", "serve", str(file)]
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env=os.environ | dict(environment or {}))
         try:
             _wait_ready(port, process)
             yield port

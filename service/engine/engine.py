@@ -51,6 +51,7 @@ T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 STREAM_SLICES = 10  # slices after which a decode step gives way too: most end before, and a pause within one delays its streams
+PACED_TOKENS = 4096  # of the prompt whose pace is told
 REST = 2.0  # times a slice of what runs beside requests, for them: a part may take some 50 ms, an answer many steps
 REST_SECONDS = 1.0  # with nothing to do for so long, free heap goes back to the system
 STARVED_RATIO = 0.2  # of the model thread's computing, from which that is worth a line in the log
@@ -323,6 +324,15 @@ class Engine:
             shadow=self._shadow.levels(),
             last_progress=self._last_progress if running or waiting or self._is_dead else now,
         )
+
+    def outstanding_seconds(self) -> float:
+        """Predicted, until all that runs or waits is done."""
+        return self._scheduler.seconds_in_front()
+
+    def token_seconds(self) -> float:
+        """Predicted, to read a token of a prompt of `PACED_TOKENS`."""
+        lane = self._admission.lanes.get(self.backends.default) or next(iter(self._admission.lanes.values()))
+        return lane.prefill_seconds(PACED_TOKENS) / PACED_TOKENS
 
     # ---- the loop ---------------------------------------------------------------------------------------------------
 

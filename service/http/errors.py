@@ -114,6 +114,12 @@ class InternalError(RequestError):
     code = "internal_error"
 
 
+class ReplicaGone(RequestError):
+    """The replica that was answering has died; the same call may be sent again."""
+
+    code = "replica_gone"
+
+
 STATUS: dict[type[RequestError], tuple[int, str]] = {
     InvalidRequest: (400, "invalid_request_error"),
     Unauthorized: (401, "authentication_error"),
@@ -129,6 +135,7 @@ STATUS: dict[type[RequestError], tuple[int, str]] = {
     InternalError: (500, "server_error"),
     ModelFailed: (500, "server_error"),
     SwitchFailed: (500, "server_error"),
+    ReplicaGone: (502, "server_error"),
     Draining: (503, "server_error"),
     NotReady: (503, "server_error"),
     OutOfMemory: (503, "server_error"),

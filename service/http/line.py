@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 from http import HTTPStatus
 from typing import Any
 
@@ -16,6 +17,10 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResp
 
 from service.config import LineConfig
 from service.http.errors import shaped
+
+UNSENT_BYTES = 1 << 17
+"""That the kernel takes of an answer before its reader has room for them: else it takes four megabytes, and a slow reader is
+noticed when those are full."""
 
 
 class Line(HttpToolsProtocol):
@@ -34,6 +39,8 @@ class Line(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        if (own := transport.get_extra_info("socket")) is not None and own.family != socket.AF_UNIX:
+            own.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, UNSENT_BYTES)
         if len(self.connections) > self.limits.max_connections:
             self._refuse(503, f"{self.limits.max_connections} connections are open, and no more may be")
         else:

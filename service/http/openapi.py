@@ -35,7 +35,7 @@ BODIES = (
     *(PrefixBody, TokenizeBody, DetokenizeBody),
 )
 
-ALWAYS = (400, 401, 408, 413, 415, 429, 500, 503)
+ALWAYS = (400, 401, 408, 413, 415, 429, 500, 502, 503)
 """Statuses of every route: a body is read, and bounded, wherever one is sent. 401 only where keys are asked for."""
 
 TIMEOUT_HEADER = "x-longserve-timeout-seconds"

@@ -1,5 +1,5 @@
-"""What stands around Ray Serve's proxy, in the proxy's own process: our connection limits, one shape of error, and no way
-to take a call out of the service's hands.
+"""What stands around Ray Serve's proxy, in the proxy's own process: our connection limits, one shape of error, an end for an
+answer whose replica has died, and no way to take a call out of the service's hands.
 
 Serve calls `middlewares` when a proxy starts, for the environment variable RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH names it
 (`service/cluster.py` sets it; set it on every node where Ray was started otherwise).
@@ -18,7 +18,7 @@ from uvicorn.config import HTTP_PROTOCOLS
 from service.config import LineConfig
 from service.engine.request import InvalidRequest
 from service.http import line
-from service.http.errors import response_to, shaped
+from service.http.errors import ReplicaGone, body_of, response_to, shaped
 
 LIMITS = "LONGSERVE_LINE"
 """The environment variable that brings a `LineConfig` as JSON to the proxy."""
@@ -31,6 +31,9 @@ RENAMED = {b"x-request-timeout-seconds": b"x-longserve-timeout-seconds"}
 
 DROPPED = frozenset({b"x-request-disconnect-disabled"})
 """Would let a call go on after its caller has left."""
+
+GONE = ReplicaGone("the replica that was answering has died; the same call may be sent again")
+"""What Serve's proxy tells nobody: it leaves the caller of a dead replica without an answer, or with half of one."""
 
 
 def middlewares() -> list[Middleware]:
@@ -54,20 +57,31 @@ class Front:
         answer = Reshaped(scope["path"], send)
         if _are_text(scope["headers"]):
             await self.app({**scope, "headers": _service_headers(scope["headers"])}, receive, answer)
+            if not answer.has_begun:
+                await response_to(GONE)(scope, receive, send)
+            elif answer.is_open_stream:
+                await send({"type": "http.response.body", "body": b"data: " + json.dumps(body_of(GONE)).encode() + b"\n\n"})
         else:
             await response_to(InvalidRequest("header values must be UTF-8"))(scope, receive, send)
 
 
 class Reshaped:
-    """A `send` that gives the proxy's plain errors the shape of the service's."""
+    """A `send` that gives the proxy's plain errors the shape of the service's, and knows how far the answer has come."""
 
     def __init__(self, path: str, send: Send) -> None:
+        self.has_begun = False
+        self.is_open_stream = False
         self._path = path
         self._send = send
         self._start: Message | None = None  # of a plain error, held back until its text is known
         self._text = b""
 
     async def __call__(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self.has_begun = True
+            self.is_open_stream = _content_type(message).startswith("text/event-stream")
+        elif not message.get("more_body", False):
+            self.is_open_stream = False
         if message["type"] == "http.response.start" and _is_plain_error(message):
             self._start = message
         elif self._start is None:
@@ -83,14 +97,18 @@ class Reshaped:
         body = json.dumps(shaped(status, message)).encode()
         headers = MutableHeaders(scope=start)
         headers["content-type"], headers["content-length"] = "application/json", str(len(body))
+        if status in (429, 503):
+            headers.setdefault("retry-after", "1")
         await self._send(start)
         await self._send({"type": "http.response.body", "body": body})
 
 
 def _is_plain_error(start: Message) -> bool:
-    return start["status"] >= 400 and not Headers(raw=list(start["headers"])).get("content-type", "").startswith(
-        "application/json"
-    )
+    return start["status"] >= 400 and not _content_type(start).startswith("application/json")
+
+
+def _content_type(start: Message) -> str:
+    return Headers(raw=list(start["headers"])).get("content-type", "")
 
 
 def _are_text(headers: list[tuple[bytes, bytes]]) -> bool:

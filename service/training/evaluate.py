@@ -1,9 +1,9 @@
 """What each backend costs the embedded model in quality: bits per byte, needle recall, agreement with dense, speed.
 
 All text is held out (service.training.corpus); the backends have the options of a Serve config, `deploy/local.yaml` by
-default. The held-out modules stand one behind the other, an end-of-text token in front of each, as in training; at a
-context of N the stream is cut into pieces of N tokens, each read from nothing, and every token of every piece is paid
-for. xz's figure is for the same bytes as one file.
+default; dense stands beside them where others are compared with it. The held-out modules stand one behind the other, an
+end-of-text token in front of each, as in training; at a context of N the stream is cut into pieces of N tokens, each read
+from nothing, and every token of every piece is paid for. xz's figure is for the same bytes as one file.
 
     python -m service.training.evaluate            all of it
     python -m service.training.evaluate --quick    fewer tokens, lengths and trials, within 8 minutes
@@ -297,7 +297,8 @@ def main() -> None:
     checkpoint = load(arguments.model, arguments.dtype)
     chosen = settings.read(arguments.config).applications[0].deployments[0].user_config.attention.backends
     shape = checkpoint.model.head_shape()
-    backends = {name: attention.build(name, options, shape) for name, options in {"dense": {}, **chosen}.items()}
+    compared: dict[str, dict[str, Any]] = {"dense": {}} if {"agreement", "completions"} & {*arguments.parts} else {}
+    backends = {name: attention.build(name, options, shape) for name, options in {**compared, **chosen}.items()}
     print(f"model: {checkpoint.id}, {checkpoint.model.dtype}, {arguments.threads} threads, torch {torch.__version__}")
     print("backends: " + json.dumps({name: backend.options.model_dump() for name, backend in backends.items()}))
     found = evaluate(Subject(checkpoint, backends), QUICK if arguments.quick else FULL, arguments.parts)

@@ -21,6 +21,7 @@ OPTIONS: dict[str, tuple[dict[str, Any], ...]] = {
     "bigbird": ({}, {"global_blocks": 1, "closing_blocks": 1}, {"block": 16, "random_blocks": 0}, {"block": 100}),
     "chunked": ({}, {"chunk": 100}),
     "topk": ({}, {"block": 32, "blocks": 4, "window": 100}),
+    "distinct": ({}, {"kept": 100, "window": 200, "block": 16}, {"kept": 5000}),
     "performer": ({}, {"hyperbolic": True}, {"features": 32}, {"local_chunk": 1000}, {"local_chunk": 64, "features": 64}),
 }
 PLAIN = [(name, options) for name in names() for options in OPTIONS.get(name, ({},))]

@@ -67,8 +67,9 @@ def test_the_image_has_no_fault_that_hadolint_knows() -> None:
     assert done.returncode == 0, done.stdout
 
 
-def test_the_image_gives_ray_what_longserve_serve_would() -> None:
-    image = dict(re.findall(r"(RAY_\w+)=(\S+)", (DEPLOY / "Dockerfile").read_text()))
+@pytest.mark.parametrize("file", ["deploy/Dockerfile", "docs/deploy.md"])
+def test_a_ray_that_is_started_otherwise_gets_what_longserve_serve_would_give_it(file: str) -> None:
+    image = dict(re.findall(r"(RAY_\w+)=([^\s`]+)", (DEPLOY.parent / file).read_text()))
     alone = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "RAY_DISABLE_DOCKER_CPU_WARNING", "RAY_SERVE_LOG_TO_STDERR"}
     assert image == {name: value for name, value in cluster.ENVIRONMENT.items() if name not in alone}
 

@@ -28,6 +28,7 @@ BACKENDS: dict[str, dict[str, Any]] = {
     "linear": {},
     "bigbird": {"block": 16},
     "topk": {"block": 8, "blocks": 3, "window": 40},
+    "distinct": {"window": 40, "kept": 60, "block": 16},
     "layered": {"layers": {"0": {"sliding_window": {"window": 70}}, "1": {"topk": {"block": 8, "blocks": 3, "window": 40}}}},
 }
 WHOLE = [prompt(400, seed) for seed in range(2)]

@@ -88,8 +88,11 @@ class Client:
     def half_read(self, body: Any, read: int) -> Iterator[socket.socket]:
         """A completion of which `read` bytes have been read; the block's end hangs up."""
         with self.uploaded("/v1/completions", json.dumps(body).encode()) as line:
-            while read > 0:
-                read -= len(line.recv(read))
+            got = b""
+            while len(got) < read:
+                more = line.recv(read - len(got))
+                assert more, f"the answer ends after {got!r}"
+                got += more
             yield line
 
     @contextmanager

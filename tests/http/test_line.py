@@ -121,6 +121,22 @@ def test_a_reader_who_reads_nothing_is_hung_up_on(strict: Client) -> None:
         assert eventually(lambda: sockets_of_this_process(strict) == 0)
 
 
+def test_a_reader_who_stops_is_noticed_before_the_kernel_has_taken_megabytes(strict: Client) -> None:
+    """Uvicorn would hand the whole of this answer to the kernel, and the engine would write it to its end."""
+    body = {"prompt": "import os", "max_tokens": 4000, "stream": True, "ignore_eos": True}
+    raw, cancelled = json.dumps(body).encode(), ended(strict, "cancelled")
+    with connect(strict) as line:
+        line.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        line.sendall(HEAD + b"content-length: %d\r\n\r\n" % len(raw) + raw)
+        assert line.recv(100)
+        assert eventually(lambda: ended(strict, "cancelled") == cancelled + 1)
+
+
+def ended(client: Client, outcome: str) -> float:
+    counted = client.replica._metrics.registry.get_sample_value
+    return float(counted("longserve_requests_total", {"kind": "completion", "outcome": outcome, "backend": "dense"}) or 0)
+
+
 def sockets_of_this_process(client: Client) -> int:
     """Connections that the service has open."""
     port = int(urlsplit(client.url).port or 0)

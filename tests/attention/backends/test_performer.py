@@ -85,7 +85,7 @@ class TestPerformer(Laws):
         assert isinstance(backend, Performer)
         q, k = (x * WIDTH**0.25 for x in torch.randn(2, 5, WIDTH, dtype=torch.float64) * 0.3)
         at = torch.arange(5)
-        ours = backend.kernel(q, k, at[:, None], at)
+        ours = backend.kernel(q, k, k, at[:, None], at)
         rows = projection(FEATURES, WIDTH, 7)[None]
         theirs = torch.stack(
             [torch.cat([estimates(rows, a, b, hyperbolic) * (a @ b).exp() for b in k / WIDTH**0.25]) for a in q / WIDTH**0.25]

@@ -1,0 +1,72 @@
+"""What stands around Serve's proxy, here around apps that fail as that does: every answer has an end, every error one shape."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import Any
+
+import pytest
+from starlette.types import Message, Receive, Scope, Send
+
+from service.http.errors import STATUS, ReplicaGone, body_of
+from service.http.proxy import GONE, Front
+from tests.http.client import Reply
+
+STREAM, JSON, PLAIN = "text/event-stream; charset=utf-8", "application/json", "text/plain"
+
+
+def start(status: int, content_type: str) -> Message:
+    return {"type": "http.response.start", "status": status, "headers": [(b"content-type", content_type.encode())]}
+
+
+def body(text: str, more: bool) -> Message:
+    return {"type": "http.response.body", "body": text.encode(), "more_body": more}
+
+
+def answer(*messages: Message) -> tuple[Reply, bool]:
+    """What a caller gets of an app that sends these messages and returns, and whether that has an end."""
+    got: list[Message] = []
+
+    async def app(_: Scope, __: Receive, send: Send) -> None:
+        for message in messages:
+            await send(message)
+
+    async def keep(message: Message) -> None:
+        got.append(message)
+
+    scope: Any = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": []}
+    asyncio.run(Front(app)(scope, None, keep))  # type: ignore[arg-type]
+    headers = {name.decode(): value.decode() for name, value in got[0]["headers"]}
+    text = b"".join(each["body"] for each in got[1:]).decode()
+    return Reply(got[0]["status"], headers, text), not got[-1].get("more_body", False)
+
+
+def test_a_caller_whose_replica_dies_before_it_answers_is_told() -> None:
+    reply, has_ended = answer()
+    assert (reply.status, reply.error["code"], has_ended) == (STATUS[ReplicaGone][0], "replica_gone", True)
+
+
+def test_a_stream_whose_replica_dies_ends_with_an_error_and_without_done() -> None:
+    reply, has_ended = answer(start(200, STREAM), body('data: {"a": 1}\n\n', True))
+    assert (reply.status, reply.events, has_ended) == (200, [{"a": 1}, body_of(GONE)], True)
+
+
+def test_a_whole_stream_is_passed_on_as_it_is() -> None:
+    reply, has_ended = answer(
+        start(200, STREAM), body('data: {"a": 1}\n\n', True), body("data: [DONE]\n\n", True), body("", False)
+    )
+    assert (reply.events, has_ended) == ([{"a": 1}, "[DONE]"], True)
+
+
+@pytest.mark.parametrize(("more", "has_ended"), [(True, False), (False, True)])
+def test_json_gets_nothing_added_so_that_half_of_it_does_not_look_whole(more: bool, has_ended: bool) -> None:
+    assert answer(start(200, JSON), body('{"a": 1}', more)) == (Reply(200, {"content-type": JSON}, '{"a": 1}'), has_ended)
+
+
+@pytest.mark.parametrize(("status", "retries"), [(408, False), (429, True), (500, False), (503, True)])
+def test_an_error_of_serves_own_has_our_shape_and_says_when_to_come_again(status: int, retries: bool) -> None:
+    reply, has_ended = answer(start(status, PLAIN), body("not ", True), body("now", False))
+    assert (reply.status, reply.error["message"], has_ended) == (status, "not now", True)
+    assert ("retry-after" in reply.headers) == retries
+    assert json.loads(reply.text) == reply.json

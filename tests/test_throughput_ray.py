@@ -1,0 +1,82 @@
+"""`deploy/throughput.yaml` behind HAProxy: what `longserve` does with the local profile it does with this one, too."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.serving import LOCAL, Service, are_gone, descendants, free_port, serving, switch_of
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+
+PORTS = ("HAPROXY_STATS", "HAPROXY_METRICS", "FALLBACK_PROXY_HTTP")
+PROFILE = {"RAY_SERVE_ENABLE_HA_PROXY": "1", "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1"}
+
+
+@pytest.fixture(scope="module")
+def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    def two(data: Any) -> None:
+        data["applications"] = yaml.safe_load((LOCAL.parent / "throughput.yaml").read_text())["applications"]
+        data["applications"][0]["args"] = {"threads": 1, "http": {"workers": 1}}
+        data["applications"][0]["deployments"][0] |= {"num_replicas": 2, "ray_actor_options": {"num_cpus": 0.5}}
+
+    ports = {f"RAY_SERVE_{name}_PORT": str(free_port()) for name in PORTS}
+    with serving(tmp_path_factory.mktemp("throughput") / "two.yaml", two, env=os.environ | PROFILE | ports) as service:
+        yield service
+
+
+def proxies(service: Service) -> list[Path]:
+    """HAProxy's processes."""
+    found = [Path("/proc") / str(pid) for pid in descendants(service.process.pid)]
+    return [each for each in found if (each / "comm").read_text().strip() == "haproxy"]
+
+
+def test_answers_and_streams_come_through_haproxy(service: Service) -> None:
+    assert proxies(service)
+    assert service.complete("import os").status == 200
+    reply = service.post("/v1/completions", {"prompt": "import os", "max_tokens": 30, "stream": True, "ignore_eos": True})
+    assert (len(reply.events), reply.events[-1]) == (31, "[DONE]")
+    assert service.get("/nowhere").error["code"] == "not_found"
+
+
+def test_its_admin_socket_is_this_users_alone(service: Service) -> None:
+    (config,) = {
+        each for one in proxies(service) for each in (one / "cmdline").read_text().split("\0") if each.endswith(".cfg")
+    }
+    folders = list(Path(config).resolve().parents)
+    assert "admin.sock" in {each.name for each in Path(config).parent.iterdir()}
+    assert any(folder.stat().st_mode & 0o077 == 0 for folder in folders)
+
+
+def test_both_replicas_answer_and_one_scrape_tells_of_both(service: Service) -> None:
+    with concurrent.futures.ThreadPoolExecutor(8) as callers:
+        asked = [callers.submit(service.complete, "import os", max_tokens=60, ignore_eos=True) for _ in range(16)]
+    assert {each.result().status for each in asked} == {200}
+    assert min(service.metric("longserve_requests_total", outcome="ok", kind="completion", backend="dense")) > 0
+
+
+def test_status_and_apply_reach_the_replicas(service: Service) -> None:
+    pids = service.pids()
+    service.rewrite(lambda data: switch_of(data).update(default="sliding_window"))
+    applied = service.apply()
+    assert applied.returncode == 0, applied.stderr
+    status, told = service.status()
+    assert status == 0 and {each["pid"] for each in told} == pids
+    assert [each["attention"]["default"] for each in told] == ["sliding_window"] * 2
+
+
+def test_sigterm_lets_a_stream_end(service: Service) -> None:
+    """The last test of the module."""
+    below = descendants(service.process.pid)
+    with service.half_read({"prompt": "import os", "max_tokens": 300, "stream": True, "ignore_eos": True}, read=500) as line:
+        service.process.send_signal(signal.SIGTERM)
+        rest = b"".join(iter(lambda: line.recv(65536), b""))
+    assert b"data: [DONE]" in rest
+    assert service.process.wait(60) == 0 and are_gone(below), "".join(service.lines)
