@@ -432,6 +432,66 @@ INLINE void gather(const int wide, const int64_t width, const float *weights, co
     }
 }
 
+/* The same of up to 4 heads that share values, 64 elements at a time (`blocks`: 2) or 32: so many
+ * sums at once that none waits for the one before. weights: a row of STRIDE for each head. Slow
+ * reading: `weigh`. */
+INLINE void gather_heads(const int wide, const int heads, const int blocks, const float *weights,
+                         const char *v, int64_t bytes, int64_t n, const float *factors, float *sums,
+                         int64_t sums_row) {
+    const __m512i upper = _mm512_set1_epi32((int)0xffff0000);
+    __m512 a[4][2], b[4][2];
+#pragma GCC unroll 4
+    for (int h = 0; h < heads; h++)
+#pragma GCC unroll 2
+        for (int d = 0; d < blocks; d++) {
+            const float *from = sums + h * sums_row + 32 * d;
+            a[h][d] = _mm512_mul_ps(_mm512_set1_ps(factors[h]), _mm512_loadu_ps(from));
+            b[h][d] = _mm512_mul_ps(_mm512_set1_ps(factors[h]), _mm512_loadu_ps(from + 16));
+        }
+    for (int64_t j = 0; j < n; j++)
+#pragma GCC unroll 2
+        for (int d = 0; d < blocks; d++) {
+            const char *row = v + j * bytes + 32 * d * (wide ? 4 : 2);
+            const __m512i x = _mm512_loadu_si512(row);
+            const __m512 even =
+                wide ? _mm512_castsi512_ps(x) : _mm512_castsi512_ps(_mm512_slli_epi32(x, 16));
+            const __m512 odd =
+                wide ? _mm512_loadu_ps(row + 64) : _mm512_castsi512_ps(_mm512_and_si512(x, upper));
+#pragma GCC unroll 4
+            for (int h = 0; h < heads; h++) {
+                const __m512 weight = _mm512_set1_ps(weights[h * STRIDE + j]);
+                a[h][d] = _mm512_fmadd_ps(weight, even, a[h][d]);
+                b[h][d] = _mm512_fmadd_ps(weight, odd, b[h][d]);
+            }
+        }
+#pragma GCC unroll 4
+    for (int h = 0; h < heads; h++)
+#pragma GCC unroll 2
+        for (int d = 0; d < blocks; d++) {
+            _mm512_storeu_ps(sums + h * sums_row + 32 * d, a[h][d]);
+            _mm512_storeu_ps(sums + h * sums_row + 32 * d + 16, b[h][d]);
+        }
+}
+
+/* The same of all heads of a group. Slow reading: `weigh`. */
+INLINE void gather_group(const int wide, const int64_t width, int64_t heads, const float *weights,
+                         const char *v, int64_t bytes, int64_t n, const float *factors,
+                         float *sums) {
+    const int64_t size = wide ? 4 : 2;
+    for (int64_t h = 0; h < heads;) {
+        const int64_t some = heads - h >= 4 ? 4 : heads - h >= 2 ? 2 : 1;
+        for (int64_t d = 0; d < width; d += 64) {
+            const float *w = weights + h * STRIDE, *f = factors + h;
+            float *to = sums + h * width + d;
+#define GATHER(H) \
+    case H: gather_heads(wide, H, 2, w, v + d * size, bytes, n, f, to, width); break; \
+    case 8 + H: gather_heads(wide, H, 1, w, v + d * size, bytes, n, f, to, width); break;
+            switch (some + (width - d < 64 ? 8 : 0)) { GATHER(4) GATHER(2) GATHER(1) }
+        }
+        h += some;
+    }
+}
+
 /* 32 sums of `gather` in the order of their elements. Slow reading: `torch.stack`. */
 INLINE void in_order(const int wide, __m512 *a, __m512 *b) {
     const __m512i low = _mm512_set_epi32(23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
@@ -446,7 +506,7 @@ INLINE void in_order(const int wide, __m512 *a, __m512 *b) {
 INLINE void step_part(const int wide, const int64_t width, const Step *c, const char *q,
                       const char *k, const char *v, int64_t k_bytes, int64_t v_bytes, int64_t count,
                       float *sums) {
-    float s[HEADS][STRIDE] __attribute__((aligned(64)));
+    float s[HEADS][STRIDE] __attribute__((aligned(64))), factors[HEADS];
     const int64_t size = wide ? 4 : 2, ratio = c->heads / c->groups,
                   whole = c->groups * width * size;
     float *tops = sums + c->heads * width, *totals = tops + c->heads;
@@ -465,11 +525,11 @@ INLINE void step_part(const int wide, const int64_t width, const Step *c, const 
                 score(wide, width * size / 4, q + h * width * size,
                       k + (at + j) * k_bytes + h / ratio * width * size, k_bytes, n - j, &s[h][j]);
         }
-        for (int64_t h = 0; h < c->heads; h++) {
-            const float factor = soften(wide, s[h], (n + 15) & ~15, c->scale, tops + h, totals + h);
-            gather(wide, width, s[h], v + at * v_bytes + h / ratio * width * size, v_bytes, n,
-                   factor, sums + h * width);
-        }
+        for (int64_t h = 0; h < c->heads; h++)
+            factors[h] = soften(wide, s[h], (n + 15) & ~15, c->scale, tops + h, totals + h);
+        for (int64_t g = 0; g < c->groups; g++)
+            gather_group(wide, width, ratio, s[g * ratio], v + at * v_bytes + g * width * size,
+                         v_bytes, n, factors + g * ratio, sums + g * ratio * width);
     }
 }
 
