@@ -9,6 +9,7 @@ that, the verdict says what was not covered.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Generator
 from dataclasses import dataclass
 
@@ -28,6 +29,7 @@ MOST = 16384  # tokens: a wider pattern would be checked for seconds and gigabyt
 BEYOND = 131  # tokens behind the pattern's edge: more than a kernel's block of rows, and no multiple of it
 SAMPLE = 48  # rows compared per sequence, the first and last among them
 ROWS = 8  # of them whose reference is computed at once
+USUAL = 5.0  # the largest scores and values of such input
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,24 @@ def checking(backend: AttentionBackend, seed: int = 0, max_length: int = MOST, *
     answer = yield from (_extended if causal else _attended)(backend, q, k, v, segments)
     wanted = yield from _wanted(backend, q, k, v, segments, causal)
     return Truth(_distance(answer, wanted), BOUNDS[backend.shape.dtype], _uncovered(backend, longest, max_length))
+
+
+def comparing(backend: AttentionBackend, q: Tensor, k: Tensor, v: Tensor, answer: Tensor, *, causal: bool) -> Checking:
+    """Compare an answer (T, H, D) to one whole sequence of any numbers, q (T, H, D), k and v (T, G, D), in parts.
+
+    The bound grows with what rounding errors grow with: the largest score and the largest value, beyond those of seeded input.
+    """
+    q, k, v = (x.cpu().double() for x in (q, k, v))
+    scores = torch.einsum("qhd,khd->hqk", q, k.repeat_interleave(backend.shape.group, 1)) / math.sqrt(q.shape[-1])
+    bound = BOUNDS[backend.shape.dtype] * math.prod(max(1.0, float(x.abs().amax()) / USUAL) for x in (scores, v))
+    del scores
+    yield
+    errors = [0.0]
+    for rows in torch.linspace(0, len(q) - 1, min(SAMPLE, len(q))).long().split(ROWS):
+        wanted = reference.answer(backend, q, k, v, causal=causal, rows=rows)
+        errors.append(float((answer[rows].cpu().double() - wanted).abs().amax()))
+        yield
+    return Truth(max(errors, key=_nan_last), bound)
 
 
 def _longest(backend: AttentionBackend, max_length: int) -> int:

@@ -45,6 +45,9 @@ class Slices(Protocol):
     async def beside(self, parts: Generator[None, None, T]) -> T:
         """What it returns, its parts run between whatever is more urgent."""
 
+    async def check_served(self, backend: AttentionBackend) -> truth.Truth | None:
+        """Whether a backend answers as it is defined on what was served last; None where nothing was served yet."""
+
 
 class Swappable(Slices, Protocol):
     """Where a switch is at work, and what it gives the backends to: the engine."""
@@ -65,6 +68,10 @@ class Startup:
     async def beside(self, parts: Generator[None, None, T]) -> T:
         """What they return, from a passing thread."""
         return await asyncio.to_thread(in_passing_thread, partial(result, parts))
+
+    async def check_served(self, backend: AttentionBackend) -> truth.Truth | None:
+        """Nothing was served yet."""
+        return None
 
 
 class LastServed:
@@ -242,10 +249,12 @@ class Switch:
         return backend
 
     async def _verdict(self, backend: AttentionBackend, host: Slices) -> truth.Truth:
-        """The worst verdict on the kinds of layers that a backend has, told to the metrics."""
+        """The worst verdict on the kinds of layers that a backend has, and on what was served last, told to the metrics."""
         check = partial(truth.checking, max_length=self._max_length, causal=self._is_causal)
         verdicts = [await host.beside(check(kind)) for kind in attention.shares(backend)]
-        worst = max(verdicts, key=lambda verdict: (not verdict.passed, verdict.error))
+        if (served := await host.check_served(backend)) is not None:
+            verdicts.append(served)
+        worst = max(verdicts, key=lambda verdict: (not verdict.passed, verdict.error / verdict.bound))
         self._metrics.truth(backend.name, worst.error, worst.bound)
         return replace(worst, uncovered="; ".join(filter(None, (verdict.uncovered for verdict in verdicts))))
 

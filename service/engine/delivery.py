@@ -21,6 +21,7 @@ from service.engine.request import Delta, Embedding, FinishReason, InvalidReques
 from service.engine.runner import Runner
 from service.engine.sampling import Drawn
 from service.engine.scheduler import Scheduler
+from service.engine.served import TAIL
 from service.engine.text import Settled
 from service.engine.work import Work
 from service.timing import Chunk
@@ -47,6 +48,7 @@ class Delivery:
         self._observer = observer
         self._eos_token_ids = frozenset(eos_token_ids)
         self._shadow = shadow
+        self.tail = array("i")  # of what was served last: what a check of the served truth reads
 
     def settle(self, work: Work) -> None:
         """Book a finished step: move its sequences on, hand out what was drawn, tell the observer."""
@@ -104,6 +106,8 @@ class Delivery:
         job.request.timings.finished_at = time.monotonic()
         job.answer.end(error)
         attempt(partial(self._observer.finished, job.request, outcome))
+        if outcome in ("stop", "length", "embedded"):
+            self.tail = (job.prompt + samples[0].output)[-TAIL:]
         if outcome in ("stop", "length"):
             attempt(partial(self._shadow.served, job.request, job.lane, job.prompt, samples[0].output))
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import sys
 import time
 from collections.abc import Callable, Collection, Generator
 from concurrent.futures import ThreadPoolExecutor
@@ -21,8 +22,9 @@ from typing import TypeVar, cast
 import numpy as np
 import torch
 
-from attention import AttentionBackend, gather_team
+from attention import AttentionBackend, gather_team, truth
 from service.config import EngineConfig
+from service.engine import served
 from service.engine.admission import Admission, Ledger, Offer, Plan
 from service.engine.allowlist import Backends, Lane, check_room, lane_for, unmeasured
 from service.engine.answer import Answer
@@ -151,7 +153,8 @@ class Engine:
             return
         self._admission.is_closed = True
         try:
-            await asyncio.wait_for(self.when_idle(), cap_seconds)
+            async with asyncio.timeout(cap_seconds):
+                await self.when_idle()
         except TimeoutError:
             for job in self._scheduler.jobs:
                 error = Draining("the service is stopping; send the request again elsewhere")
@@ -183,6 +186,14 @@ class Engine:
         """Raise ValueError for a backend under which the budget does not hold even the shortest request."""
         budget = self._ledger.budget
         check_room(unmeasured(backend.name, backend, self._model, self._config.chunk_tokens, budget), budget)
+
+    async def check_served(self, backend: AttentionBackend) -> truth.Truth | None:
+        """Whether a backend answers as it is defined on the tail of what was served last; None where nothing was served yet."""
+        if not (tokens := self._delivery.tail):
+            return None
+        model = self._model
+        lane = unmeasured(backend.name, backend, model, self._config.chunk_tokens, sys.maxsize)
+        return await self.beside(served.checking(self._runner, lane, tokens, model.config.is_causal))
 
     async def beside(self, parts: Generator[None, None, T], is_patient: bool = False) -> T:
         """What a computation in parts returns, run on the model thread at the mercy of requests: a slice between two steps.
@@ -400,7 +411,8 @@ class Engine:
         self._idle.set()
         self._wake.clear()
         try:
-            await asyncio.wait_for(self._wake.wait(), REST_SECONDS)
+            async with asyncio.timeout(REST_SECONDS):  # wait_for would lose a cancellation that comes with the wake
+                await self._wake.wait()
         except TimeoutError:
             await self._on_model_thread(trim)
             await self._wake.wait()

@@ -171,7 +171,7 @@ def complete(model: Subject, backend: str, beginning: str, tokens: int) -> str:
     while len(text) < tokens:
         segments = Segments((len(new),), (past,))
         attend = _extend(chosen, segments, pool, slot)
-        hidden = model.core.hidden(torch.tensor(new), segments.positions(), attend)
+        hidden = model.core.hidden(torch.tensor(new), segments.positions(), attend, is_decode=past > 0)
         past += len(new)
         new = [int(model.core.logits(hidden[-1:]).argmax())]
         if new[0] == model.eos:
