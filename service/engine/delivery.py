@@ -21,7 +21,7 @@ from service.engine.request import Delta, Embedding, FinishReason, InvalidReques
 from service.engine.runner import Runner
 from service.engine.sampling import Drawn
 from service.engine.scheduler import Scheduler
-from service.engine.served import TAIL
+from service.engine.reread import TAIL
 from service.engine.text import Settled
 from service.engine.work import Work
 from service.timing import Chunk

@@ -24,7 +24,7 @@ import torch
 
 from attention import AttentionBackend, gather_team, truth
 from service.config import EngineConfig
-from service.engine import served
+from service.engine import reread
 from service.engine.admission import Admission, Ledger, Offer, Plan
 from service.engine.allowlist import Backends, Lane, check_room, lane_for, unmeasured
 from service.engine.answer import Answer
@@ -193,7 +193,7 @@ class Engine:
             return None
         model = self._model
         lane = unmeasured(backend.name, backend, model, self._config.chunk_tokens, sys.maxsize)
-        return await self.beside(served.checking(self._runner, lane, tokens, model.config.is_causal))
+        return await self.beside(reread.checking(self._runner, lane, tokens, model.config.is_causal))
 
     async def beside(self, parts: Generator[None, None, T], is_patient: bool = False) -> T:
         """What a computation in parts returns, run on the model thread at the mercy of requests: a slice between two steps.
