@@ -18,10 +18,10 @@ import torch
 from service.engine.job import Job, Sequence
 from service.engine.observer import Observer, Outcome, Step
 from service.engine.request import Delta, Embedding, FinishReason, InvalidRequest, ModelFailed, OutOfMemory, RequestError
+from service.engine.reread import TAIL
 from service.engine.runner import Runner
 from service.engine.sampling import Drawn
 from service.engine.scheduler import Scheduler
-from service.engine.reread import TAIL
 from service.engine.text import Settled
 from service.engine.work import Work
 from service.timing import Chunk
