@@ -30,6 +30,7 @@ from service.exposition import Families, Format, Gathered
 from service.machine import Place
 from service.replica import Replica
 from service.router import TOLD_SECONDS
+from service.scaling import HOLDS, WORK
 from service.switch import LastServed
 
 AUTO_REPLICAS = 100  # what Serve's `num_replicas: auto` may grow to
@@ -92,6 +93,10 @@ class Longserve:
         work = self._replica.work()
         self._tellings += work.get("outstanding_seconds", 0.0) > 0
         return work | {"tellings": float(self._tellings)}
+
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """The same, for `service/scaling.py`."""
+        return {WORK: self._replica.work().get("outstanding_seconds", 0.0), HOLDS: float(self._replica.holds_pins)}
 
     async def export(self, format: Format) -> tuple[str, Families]:
         """This replica's name and metrics, for the one that answers a scrape."""

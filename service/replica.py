@@ -259,6 +259,11 @@ class Replica:
             return {}
         return {"outstanding_seconds": engine.outstanding_seconds(), "token_seconds": engine.token_seconds()}
 
+    @property
+    def holds_pins(self) -> bool:
+        """Whether callers have pinned prefixes here: with this replica they would be gone."""
+        return self._engine is not None and self._engine.has_pins
+
     def readiness(self) -> Mapping[str, Any]:
         engine = self._engine
         withdrawn = {} if engine is None else engine.withdrawn

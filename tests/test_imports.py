@@ -54,6 +54,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "service.tracing",
     ),
     "service.plain": ("service.config", "service.http.line", "service.replica"),
+    "service.scaling": (),
     "service.app": (
         "service.config",
         "service.exposition",
@@ -61,6 +62,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "service.machine",
         "service.replica",
         "service.router",
+        "service.scaling",
         "service.switch",
     ),
     "service.router": (),

@@ -277,6 +277,11 @@ class Engine:
         current, is_shared = self._prefixes.pins.current(), self._config.prefix_shared
         return {pin: self._prefixes.is_kept(pin.lane, pin.mark) for pin in current if is_shared or pin.owner == owner}
 
+    @property
+    def has_pins(self) -> bool:
+        """Whether anybody has pinned a prefix."""
+        return bool(self._prefixes.pins.current())
+
     def withdraw(self, name: str, reason: str | None) -> None:
         """Answer nothing more under a backend of the allow-list, and end what runs under it; None: it serves again."""
         lane = self._admission.lanes[name]
