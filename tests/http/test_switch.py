@@ -75,6 +75,29 @@ async def test_a_request_keeps_the_backend_it_was_admitted_with(service: Client)
     assert (reply.status, reply.json["longserve"]["backend"]) == (200, "dense")
 
 
+async def test_an_old_request_and_a_new_one_answer_side_by_side_bit_for_bit_as_alone(service: Client) -> None:
+    """Log-probabilities are told in full, so that they differ where a bit does."""
+    long = {"max_tokens": 1500, "ignore_eos": True, "temperature": 0, "logprobs": 1}
+    new = {"max_tokens": 40, "ignore_eos": True, "temperature": 0, "logprobs": 1}
+
+    async def ask(fields: dict[str, Any]) -> Any:
+        reply = await asyncio.to_thread(service.complete, "import os", **fields)
+        assert reply.status == 200, reply.text
+        return reply.json["longserve"]["backend"], reply.json["choices"]
+
+    before = await ask(long)
+    task = asyncio.create_task(ask(long))
+    while service.replica.engine.snapshot().running == 0:
+        await asyncio.sleep(0.001)
+    service.replica.retarget(to("performer"))
+    await settled(service)
+    beside = await ask(new)
+    assert not task.done(), "it ended before the new one"
+    assert await task == before
+    assert await ask(new) == beside
+    assert (before[0], beside[0]) == ("dense", "performer")
+
+
 async def test_of_several_targets_the_newest_comes_in_force(service: Client) -> None:
     for default in ("performer", "sliding_window", "dense", "sliding_window"):
         service.replica.retarget(to(default))
