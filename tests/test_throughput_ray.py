@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
+from tests.http.client import eventually
 from tests.serving import LOCAL, Service, are_gone, descendants, free_port, serving, switch_of
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
@@ -56,10 +57,15 @@ def test_its_admin_socket_is_this_users_alone(service: Service) -> None:
 
 
 def test_both_replicas_answer_and_one_scrape_tells_of_both(service: Service) -> None:
-    with concurrent.futures.ThreadPoolExecutor(8) as callers:
-        asked = [callers.submit(service.complete, "import os", max_tokens=60, ignore_eos=True) for _ in range(16)]
-    assert {each.result().status for each in asked} == {200}
-    assert min(service.metric("longserve_requests_total", outcome="ok", kind="completion", backend="dense")) > 0
+    def both_have_answered() -> bool:
+        """HAProxy hears of a replica some seconds after Serve."""
+        with concurrent.futures.ThreadPoolExecutor(8) as callers:
+            asked = [callers.submit(service.complete, "import os", max_tokens=60, ignore_eos=True) for _ in range(16)]
+        assert {each.result().status for each in asked} == {200}
+        return min(service.metric("longserve_requests_total", outcome="ok", kind="completion", backend="dense")) > 0
+
+    assert eventually(both_have_answered)
+    assert len(service.metric("longserve_requests_total", outcome="ok", kind="completion", backend="dense")) == 2
 
 
 def test_status_and_apply_reach_the_replicas(service: Service) -> None:
