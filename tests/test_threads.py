@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 
@@ -41,3 +43,21 @@ def test_a_team_without_a_cpu_for_each_is_left_to_the_scheduler() -> None:
         own, workers = affinities_after(len(cpus) + 1, given)
         assert own == cpus
         assert all(affinity == cpus for affinity in workers)
+
+
+@pytest.mark.parametrize(
+    ("set_before", "told"), [({}, "2000"), ({"GOMP_SPINCOUNT": "77"}, "77"), ({"OMP_WAIT_POLICY": "ACTIVE"}, None)]
+)
+def test_threads_spin_briefly_where_they_wait_unless_the_operator_says_otherwise(
+    set_before: dict[str, str], told: str | None
+) -> None:
+    clean = {name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    env = clean | set_before | {"OMP_DISPLAY_ENV": "VERBOSE"}
+    done = subprocess.run(
+        [sys.executable, "-c", "import service, torch"], env=env, capture_output=True, text=True, check=True, timeout=60
+    )
+    lines = [line for line in done.stderr.splitlines() if "GOMP_SPINCOUNT" in line]
+    if not lines:
+        pytest.skip("this torch has another OpenMP than GNU's")
+    found = lines[0].split("'")[1]
+    assert found == told if told else int(found) > 2000
