@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import ipaddress
+import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -319,11 +320,14 @@ class ConfigError(ValueError):
 def read(path: Path) -> ServeFile:
     """Read and check a Serve config file. Raises ConfigError."""
     try:
-        raw = yaml.safe_load(path.read_text())
+        # As JSON has it, for so Serve hands it on: a key that is a number, as a layer's, is text there
+        raw = json.loads(json.dumps(yaml.safe_load(path.read_text())))
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: no YAML: {error}") from error
+    except (TypeError, ValueError, RecursionError) as error:  # a date, say, a list as a key, or what holds itself
+        raise ConfigError(f"{path}: not to be told as JSON: {error}") from error
     try:
         return _with_absolute_models(ServeFile.model_validate(raw), path.resolve().parent)
     except ValidationError as error:

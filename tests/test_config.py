@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -173,3 +174,20 @@ def test_a_switch_that_contradicts_the_checkpoint_is_refused(
 ) -> None:
     with pytest.raises(ValueError, match=says):
         AttentionConfig.model_validate(attention).for_checkpoint(own)
+
+
+def test_a_switch_is_the_same_in_the_file_and_as_serve_hands_it_on(tmp_path: Path) -> None:
+    """`longserve apply` compares the two; a layer's number is a number in YAML and text in JSON."""
+    path = tmp_path / "layers.yaml"
+    switch = "{layered: {layers: {0-4: {sliding_window: {}}, 5: {topk: {}}}}}"
+    path.write_text(
+        "applications:\n  - deployments:\n      - user_config: {attention: {default: layered, backends: " + switch + "}}\n"
+    )
+    file = read(path)
+    (section,) = json.loads(json.dumps(file.to_serve()))["applications"][0]["deployments"]
+    handed = UserConfig.model_validate(section["user_config"]).attention
+    assert handed == file.applications[0].deployments[0].user_config.attention
+    assert handed.model_dump() == file.applications[0].deployments[0].user_config.attention.model_dump()
+    path.write_text("applications: [{name: 2026-11-26}]")
+    with pytest.raises(ConfigError, match="not to be told as JSON"):
+        read(path)
