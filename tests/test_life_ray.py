@@ -102,7 +102,7 @@ def test_a_second_signal_ends_at_once(tmp_path: Path, scratch: Path) -> None:
             stream.cancel()
             assert stream.exception(timeout=15) is not None or stream.result().events[-1] != "[DONE]"
         assert are_gone(below)
-    assert list(scratch.iterdir()) == []
+    assert list(scratch.glob("longserve-*")) == []  # one of Ray's processes may still make Ray's own default folder as it dies
 
 
 @pytest.mark.parametrize("who", ["parent", "child"])
