@@ -10,7 +10,7 @@ that, the verdict says what was not covered.
 from __future__ import annotations
 
 import math
-from collections.abc import Generator
+from collections.abc import Generator, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -77,6 +77,11 @@ def checking(backend: AttentionBackend, seed: int = 0, max_length: int = MOST, *
     answer = yield from (_extended if causal else _attended)(backend, q, k, v, segments)
     wanted = yield from _wanted(backend, q, k, v, segments, causal)
     return Truth(_distance(answer, wanted), BOUNDS[backend.shape.dtype], _uncovered(backend, longest, max_length))
+
+
+def worst(verdicts: Iterable[Truth]) -> Truth:
+    """Of some verdicts, one that has failed, else the one nearest to its bound."""
+    return max(verdicts, key=lambda verdict: (not verdict.passed, verdict.error / verdict.bound))
 
 
 def comparing(backend: AttentionBackend, q: Tensor, k: Tensor, v: Tensor, answer: Tensor, *, causal: bool) -> Checking:

@@ -96,7 +96,7 @@ class Longserve:
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
         """The same, for `service/scaling.py`."""
-        return {WORK: self._replica.work().get("outstanding_seconds", 0.0), HOLDS: float(self._replica.holds_pins)}
+        return {WORK: self._replica.work().get(WORK, 0.0), HOLDS: float(self._replica.holds_pins)}
 
     async def export(self, format: Format) -> tuple[str, Families]:
         """This replica's name and metrics, for the one that answers a scrape."""

@@ -220,9 +220,8 @@ def ask_replicas(application: ApplicationSection, method: str, timeout_seconds: 
 
 def rehearse(application: ApplicationSection, attention: AttentionConfig, timeout_seconds: float) -> None:
     """Have a running replica build and check what a switch names. Raises ValueError for what cannot serve, and Unanswered."""
-    handle = serve.get_deployment_handle(DEPLOYMENT, app_name=application.name)
     try:
-        handle.rehearse.remote(attention).result(timeout_s=timeout_seconds)
+        _handle(application).rehearse.remote(attention).result(timeout_s=timeout_seconds)
     except RayTaskError as error:
         raise ValueError(str(error.cause)) from error
     except (RayError, RayServeException, TimeoutError) as error:
@@ -246,10 +245,14 @@ def drain(file: ServeFile, seconds: float) -> list[str]:
 
 
 def _ask(application: ApplicationSection, method: str) -> Any:
+    return _handle(application).broadcast(method)
+
+
+def _handle(application: ApplicationSection) -> Any:
     handle = serve.get_deployment_handle(DEPLOYMENT, app_name=application.name)
     if not handle.is_initialized:  # under RAY_SERVE_THROUGHPUT_OPTIMIZED it would look for an event loop, and here is none
         handle._init(_run_router_in_separate_loop=True)
-    return handle.broadcast(method)
+    return handle
 
 
 @contextmanager

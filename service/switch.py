@@ -254,7 +254,7 @@ class Switch:
         verdicts = [await host.beside(check(kind)) for kind in attention.shares(backend)]
         if (served := await host.check_served(backend)) is not None:
             verdicts.append(served)
-        worst = max(verdicts, key=lambda verdict: (not verdict.passed, verdict.error / verdict.bound))
+        worst = truth.worst(verdicts)
         self._metrics.truth(backend.name, worst.error, worst.bound)
         return replace(worst, uncovered="; ".join(filter(None, (verdict.uncovered for verdict in verdicts))))
 

@@ -12,13 +12,11 @@ from typing import Any
 import pytest
 import yaml
 
+from service.benchmark.proxies import throughput
 from tests.http.client import eventually
-from tests.serving import LOCAL, Service, are_gone, descendants, free_port, serving, switch_of
+from tests.serving import LOCAL, Service, are_gone, descendants, serving, switch_of
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
-
-PORTS = ("HAPROXY_STATS", "HAPROXY_METRICS", "FALLBACK_PROXY_HTTP")
-PROFILE = {"RAY_SERVE_ENABLE_HA_PROXY": "1", "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1"}
 
 
 @pytest.fixture(scope="module")
@@ -28,8 +26,7 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
         data["applications"][0]["args"] = {"threads": 1, "http": {"workers": 1}}
         data["applications"][0]["deployments"][0] |= {"num_replicas": 2, "ray_actor_options": {"num_cpus": 0.5}}
 
-    ports = {f"RAY_SERVE_{name}_PORT": str(free_port()) for name in PORTS}
-    with serving(tmp_path_factory.mktemp("throughput") / "two.yaml", two, env=os.environ | PROFILE | ports) as service:
+    with serving(tmp_path_factory.mktemp("throughput") / "two.yaml", two, env={**os.environ, **throughput()}) as service:
         yield service
 
 

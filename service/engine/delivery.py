@@ -107,7 +107,7 @@ class Delivery:
         job.answer.end(error)
         attempt(partial(self._observer.finished, job.request, outcome))
         if outcome in ("stop", "length", "embedded"):
-            self.tail = (job.prompt + samples[0].output)[-TAIL:]
+            self.tail = (job.prompt[-TAIL:] + samples[0].output[-TAIL:])[-TAIL:]
         if outcome in ("stop", "length"):
             attempt(partial(self._shadow.served, job.request, job.lane, job.prompt, samples[0].output))
 

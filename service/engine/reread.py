@@ -31,7 +31,7 @@ def checking(runner: Runner, lane: Lane, tokens: array[int], is_causal: bool) ->
         nonlocal worst
         yield from lane.answering(layer, question, given, slots, out)
         verdict = yield from truth.comparing(lane.pool.backends[layer], *question, out, causal=is_causal)
-        worst = max(worst, verdict, key=lambda each: (not each.passed, each.error / each.bound))
+        worst = truth.worst((worst, verdict))
 
     yield from runner.hidden(tokens, segments, answering)
     lane.release(slots[0])

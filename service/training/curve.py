@@ -23,6 +23,7 @@ import torch
 import attention
 from service.model.checkpoint import EMBEDDED, load
 from service.training.evaluate import Subject, held_out, needle_recall
+from service.training.layers import plan
 
 NEAR: dict[str, Any] = {"sliding_window": {"window": 512}}  # of all layers but the last
 KEPT = (256, 512, 1024, 2048, 4096)
@@ -33,12 +34,8 @@ def plans(layers: int) -> Iterator[tuple[str, str, dict[str, Any], float]]:
     """(label, backend, options, tokens that its last layer sees at most); the growing ones, for comparison, at the end."""
 
     def last(label: str, backend: str, options: dict[str, Any], seen: float) -> tuple[str, str, dict[str, Any], float]:
-        return (
-            f"{label}, last layer",
-            attention.LAYERED,
-            {"layers": {f"0-{layers - 2}": NEAR, f"{layers - 1}": {backend: options}}},
-            seen,
-        )
+        kinds = {"near": NEAR, "far": {backend: options}}
+        return f"{label}, last layer", attention.LAYERED, plan(layers, frozenset({layers - 1}), kinds), seen
 
     for kept in KEPT:
         yield last(f"window {512 + kept}", "sliding_window", {"window": 512 + kept}, 512 + kept)
