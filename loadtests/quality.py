@@ -1,6 +1,7 @@
 """What a backend costs in quality, read from a model card: the tables that `service.training.evaluate` prints into it.
 
-A table is a title line that begins with one of TITLES, a line of context lengths, then one line a backend.
+A table is a title line that begins with one of TITLES, a line of context lengths, then one line a backend. Where a backend stands
+in several tables of one title, its first row counts.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ def read(path: Path) -> Quality:
     for place, line in enumerate(lines):
         for title, name in TITLES.items():
             if line.startswith(title):
-                found[name] = _table(lines[place + 1 :])
+                found[name] = _table(lines[place + 1 :]) | found[name]
     if not any(found.values()):
         raise ScenarioError(f"{path}: no table titled {' or '.join(repr(title) for title in TITLES)}")
     return Quality(str(path), **found)
