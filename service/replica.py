@@ -152,6 +152,7 @@ class Replica:
             "model": str(model.config),
             "impl": str(model.impl),
             "dtype": str(shape.dtype),
+            "weights": self.settings.weights,
             "device": str(shape.device),
         }
 
@@ -287,9 +288,11 @@ class Replica:
             "labels": list(model.config.pooled.labels),
             "prompts": [name for name, _ in model.config.pooled.prompts],
             "max_model_len": self._loaded.max_length,
-            "parameters": sum(each.numel() for each in model.parameters()),
+            "parameters": model.num_weights,
             "dtype": str(model.head_shape().dtype).removeprefix("torch."),
             "dtype_reason": self._loaded.dtype_reason,
+            "weights": self.settings.weights,
+            "weights_bytes": model.weight_bytes,
             "impl": model.impl,
             "device": self.settings.device,
             "threads": torch.get_num_threads(),
@@ -344,7 +347,7 @@ def _traced(metrics: Metrics, endpoint: str, name: str) -> Traced:
 
 
 def _load(config: ServiceConfig) -> Checkpoint:
-    return checkpoint.load(_directory(config), config.dtype, config.device, config.name, config.max_length)
+    return checkpoint.load(_directory(config), config.dtype, config.device, config.name, config.max_length, config.weights)
 
 
 def _directory(config: ServiceConfig) -> str:
