@@ -357,7 +357,7 @@ def test_a_product_of_fewer_bits_answers_like_its_slow_reading_or_refuses(
     note((rows, outputs, inputs, bits, where, is_biased, wrong))
     generator = torch.Generator().manual_seed(rows + outputs)
     kept = Quantized.of(torch.randn(outputs, inputs, generator=generator), bits)
-    if not kept.is_native:
+    if not kept.is_native or (wrong == "bias" and outputs == 1):  # an empty one is none
         return
     x = where.of(torch.randn(rows, 1, inputs, generator=generator).bfloat16())[:, 0]
     bias = torch.randn(outputs, generator=generator).bfloat16() if is_biased else None

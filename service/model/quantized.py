@@ -21,7 +21,7 @@ from service.model import native
 Weights = Literal["auto", "bf16", "int8", "int4"]
 BITS = {"int8": 8, "int4": 4}
 COLUMNS, GROUP = native.COLUMNS, 64  # outputs packed together, inputs that share a scale, as in product.h
-ROWS = 2048  # turned at a time: what that takes is small beside a model
+ROWS = 1024  # turned at a time: what that takes is small beside a model
 TRIES = (1.0, 0.93, 0.86, 0.79)  # of the widest scale, in 4 bits: a group's largest numbers may be cut for the others' sake
 
 
@@ -72,9 +72,18 @@ class Quantized:
         """x (T, K) times this, plus a bias (N): (T, N) in the dtype of x. A row's numbers are the same whatever the others."""
         if x.dtype == torch.bfloat16 and self.is_native:
             return native.product(x, self, self.shape[0], bias)
-        parts = (functional.linear(x.float(), part) for part in self._parts())
-        wide = torch.cat(list(parts), dim=1)
-        return (wide if bias is None else wide + bias.float()).to(x.dtype)
+        wide, at, factor = x.new_empty(len(x), self.shape[0], dtype=torch.float32), 0, x.float()
+        for part in self._parts():
+            torch.mm(factor, part.T, out=wide[:, at : at + len(part)])
+            at += len(part)
+        return (wide if bias is None else wide.add_(bias)).to(x.dtype)
+
+    def reading_bytes(self, rows: int, dtype: torch.dtype) -> int:
+        """What the slow reading of a product takes beside its answer; 0 where it is not read so."""
+        if dtype == torch.bfloat16 and self.is_native:
+            return 0
+        outputs, inputs = self.shape
+        return (4 * rows * (outputs + inputs) if dtype != torch.float32 else 0) + 17 * min(ROWS, outputs) * inputs
 
     def logits(self, x: Tensor) -> Tensor:
         """The same as float32, rounded as x is."""

@@ -102,6 +102,11 @@ class Layer(nn.Module):
             shape = config.hidden_size, config.intermediate_size, heads, groups, config.head_dim
             self.packed = native.PackedLayer(norms, self._qk_scales, known, shape, config.norm_eps)
 
+    @property
+    def kept(self) -> list[Quantized]:
+        """Its matrices in fewer bits."""
+        return [each.quantized for each in (self.qkv, self.out, self.gate_up, self.down) if each.quantized is not None]
+
     def norm(self, x: Tensor, name: str) -> Tensor:
         """One of the layer's norms of x (T, C); x itself where it has none of that name."""
         weight = self._parameters[name]
@@ -390,8 +395,13 @@ class Transformer(nn.Module):
         attending = stream + qkv + (qk if turns else 0) + (heads * depth if config.query_scale != 1 else 0)
         inner = 3 if is_native else 4 if config.is_gated else 2  # gate and up, and what becomes of them
         feeding = stream + 2 * config.hidden_size + heads * depth + inner * config.intermediate_size
+        if self.stack[0].packed is not None and self.stack[0].packed.takes_prompts:
+            turning = stream + config.hidden_size + qkv
+            feeding = stream + 3 * config.hidden_size + heads * depth + config.intermediate_size
         width = tokens * self.dtype.itemsize
-        return max(width * (turning + wide), width * attending + attention, width * (feeding + wide))
+        reading = max((each.reading_bytes(tokens, self.dtype) for each in self.stack[0].kept), default=0)
+        looking = 9 * tokens * config.hidden_size if self.quantized else 0  # int8, float32, and that scaled
+        return max(width * (turning + wide), width * attending + attention, width * (feeding + wide), looking) + reading
 
     def _turns_by_layer(self, positions: Tensor) -> list[Turns | None]:
         turns = self.rotation(positions)
