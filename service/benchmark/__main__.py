@@ -22,13 +22,13 @@ from service.benchmark.alone import measure_engine
 from service.benchmark.auto import measure_auto
 from service.benchmark.bare import measure_bare, report
 from service.benchmark.encoder import measure_encoder
+from service.benchmark.fewer import measure_weights
 from service.benchmark.peak import memory_trial
 from service.benchmark.prefix import measure_prefix
 from service.benchmark.proxies import measure_proxies
 from service.benchmark.served import measure_http
 from service.benchmark.shared import measure_shared
 from service.benchmark.step import measure_step
-from service.benchmark.weights import measure_weights
 from service.machine import BESIDE_BUDGET_BYTES
 from service.threads import in_passing_thread
 
