@@ -31,7 +31,7 @@ from service.http.reader import Reader
 from service.http.routes import create_app
 from service.http.workers import Workers
 from service.logs import LOGGERS
-from service.machine import Place, available_cpus, cache_folder, dealt_cpus, dealt_threads, processor
+from service.machine import Place, available_cpus, cache_folder, dealt_cpus, dealt_threads, processor, trim
 from service.metrics import Metrics
 from service.model import checkpoint
 from service.model.checkpoint import Checkpoint
@@ -347,7 +347,9 @@ def _traced(metrics: Metrics, endpoint: str, name: str) -> Traced:
 
 
 def _load(config: ServiceConfig) -> Checkpoint:
-    return checkpoint.load(_directory(config), config.dtype, config.device, config.name, config.max_length, config.weights)
+    loaded = checkpoint.load(_directory(config), config.dtype, config.device, config.name, config.max_length, config.weights)
+    trim()  # what loading took for a while is no weight: the budget is drawn from what is left
+    return loaded
 
 
 def _directory(config: ServiceConfig) -> str:
