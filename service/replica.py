@@ -298,6 +298,7 @@ class Replica:
                 "backends": [each.describe() | {"lossy": self.lossy(each.name)} for each in engine.backends.by_name.values()],
             },
             "memory_budget_bytes": engine.snapshot().budget_bytes,
+            "laws": {"cpus": available_cpus(), "vocabulary": model.config.vocab_size, **engine.laws()},
             "limits": self.config.model_dump(exclude={"api_keys_env", "api_keys_file"}),
             "engine": self.settings.engine.model_dump(),
             "versions": {"longserve": version("longserve"), "torch": torch.__version__},

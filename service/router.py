@@ -10,35 +10,13 @@ from __future__ import annotations
 import pickle
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 from ray.serve.request_router import PendingRequest, ReplicaID, ReplicaResult, RequestRouter, RunningReplica
 
-TOLD_SECONDS = 1.0  # between two tellings of a replica
+from service.routing import Sent
+
 TOKEN_BYTES = 4  # of a body, some
-Told = Mapping[str, float]
-"""outstanding_seconds, token_seconds (to read one more), tellings (how many there were); empty before the first."""
-
-
-@dataclass
-class Sent:
-    """What a proxy has sent to a replica and knows no end of."""
-
-    tokens: dict[str, int] = field(default_factory=dict)  # by call
-    telling: dict[str, float] = field(default_factory=dict)  # the replica's last one when the call was sent
-
-    def seconds(self, told: Told) -> float:
-        """Of the replica: what it tells, and what it cannot have counted yet. One telling may have crossed a call."""
-        new = [call for call, telling in self.telling.items() if telling + 2 > told.get("tellings", 0)]
-        return told.get("outstanding_seconds", 0.0) + told.get("token_seconds", 0.0) * sum(self.tokens[call] for call in new)
-
-    def add(self, call: str, tokens: int, told: Told) -> None:
-        self.tokens[call], self.telling[call] = tokens, told.get("tellings", 0)
-
-    def remove(self, call: str) -> None:
-        self.tokens.pop(call, None)
-        self.telling.pop(call, None)
 
 
 class LeastWork(RequestRouter):  # type: ignore[misc]
@@ -69,11 +47,10 @@ class LeastWork(RequestRouter):  # type: ignore[misc]
 def by_work(replicas: Sequence[RunningReplica], sent: Mapping[ReplicaID, Sent]) -> list[RunningReplica]:
     """The replicas, the least seconds first; those with as few of them in any order, the fewest calls first."""
 
-    def work(replica: RunningReplica) -> tuple[float, int]:
-        own = sent[replica.replica_id]
-        return own.seconds(replica.routing_stats), len(own.tokens)
+    def rank(replica: RunningReplica) -> tuple[float, int]:
+        return sent[replica.replica_id].rank(replica.routing_stats)
 
-    return sorted(random.sample(replicas, len(replicas)), key=work)
+    return sorted(random.sample(replicas, len(replicas)), key=rank)
 
 
 def body_bytes(pending_request: PendingRequest) -> int:

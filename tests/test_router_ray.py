@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from service.router import TOLD_SECONDS
+from service.routing import TOLD_SECONDS
 from tests.http.client import eventually
 from tests.serving import Service, serving
 
