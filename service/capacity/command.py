@@ -102,8 +102,9 @@ def _site(options: argparse.Namespace, file: ServeFile, application: Application
             return site.told(asyncio.run(_measured(application, neighbours)), application.args, auto)
         url, around = options.url.rstrip("/").removesuffix("/v1"), site.Surroundings()
         if options.probe:
-            ids = ask(f"{url}/info", application)["laws"]["vocabulary"]
-            around = probe(Caller(url, key_header(application), options.backend, ids), mix, neighbours)
+            info = ask(f"{url}/info", application)
+            caller = Caller(url, key_header(application), options.backend, info["laws"]["vocabulary"])
+            around = probe(caller, mix, neighbours, min(info["laws"]["cpus"], neighbours * info["threads"]))
         infos = {info["replica"]["name"]: info for info in (ask(f"{url}/info", application) for _ in range(ASKED))}
         return replace(site.told(together(list(infos.values())), application.args, auto), around=around)
     except (FileNotFoundError, ValueError) as error:

@@ -169,11 +169,18 @@ class Fleet:
                 proxy.hear(index)
             yield self._env.timeout(TOLD_SECONDS - ON_ITS_WAY_SECONDS)
 
+    def utilisation(self) -> float:
+        """Of the replicas' time so far, computing."""
+        return sum(each.busy_seconds for each in self._replicas) / self._spent()
+
+    def _spent(self) -> float:
+        return (self._env.now - BEGIN) * len(self._replicas)
+
     def _outcome(self) -> Outcome:
         first = int(WARM_UP * self._count)
         judged = [call for call in self.calls[first:] if call.ended is not None]
         answered = [call for call in judged if call.refused is None]
-        spent = (self._env.now - BEGIN) * len(self._replicas)
+        spent = self._spent()
         good = 0 if self._level is None else sum(map(self._level.keeps, judged))
         waits = {
             "bytes": sum(each.bytes_seconds for each in self._replicas) / spent,
@@ -188,7 +195,7 @@ class Fleet:
             refusals=dict(Counter(call.refused for call in judged if call.refused is not None)),
             first_token_seconds=quantiles([call.first_token_seconds for call in answered]),
             token_seconds=quantiles([call.token_seconds for call in answered if call.lengths.answer > 1]),
-            utilisation=sum(each.busy_seconds for each in self._replicas) / spent,
+            utilisation=self.utilisation(),
             front=self.front,
             waiting_for=waits,
             is_cut=self._left > 0,

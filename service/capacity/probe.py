@@ -64,12 +64,12 @@ class Caller:
 PHASES = ("queue_seconds", "prefill_seconds", "decode_seconds")  # of a receipt, in the engine
 
 
-def probe(caller: Caller, mix: Mix, neighbours: int) -> Surroundings:
-    """What HTTP and neighbours cost. `neighbours`: replicas on one machine, itself counted."""
+def probe(caller: Caller, mix: Mix, neighbours: int, cpus: int) -> Surroundings:
+    """What HTTP and neighbours cost. `neighbours`: replicas on one machine, itself counted; `cpus`: that they keep busy."""
     call = median(around for _, around in (caller.send(lengths) for lengths in mix.draw(ALONE, 0)))
     small = Lengths(1, STREAMED)
     whole, streamed = (median(_at_once(STREAMS, lambda flag=flag: caller.send(small, flag))) for flag in (False, True))  # type: ignore[misc]
-    token = max(0.0, streamed - whole) / (STREAMS * STREAMED)
+    token = max(0.0, streamed - whole) * cpus / (STREAMS * STREAMED)
     longest = Lengths(max(lengths.prompt for lengths, _ in mix.weights), 1)
     crowding = 1.0
     if neighbours > 1:

@@ -61,9 +61,7 @@ def capacity(site: Site, layout: Layout, question: Question, precision: float = 
     guess, step = layout.replicas / mean_seconds(site, question), STEP
     if layout.replicas > LOOKED_AT:
         machines, proxies = (max(1, LOOKED_AT * each // layout.replicas) for each in (layout.machines, layout.proxies))
-        few = replace(
-            layout, replicas=LOOKED_AT, machines=machines, proxies=max(1, LOOKED_AT * layout.proxies // layout.replicas)
-        )
+        few = replace(layout, replicas=LOOKED_AT, machines=machines, proxies=proxies)
         found = capacity(site, few, question, precision).kept
         if found is not None:
             guess, step = found.rate * layout.replicas / LOOKED_AT, SMALL_STEP
