@@ -253,11 +253,16 @@ class Replica:
         return f"no step has ended for {stalled:.0f} s while {now.running} requests run and {now.waiting} wait"
 
     def work(self) -> dict[str, float]:
-        """What there is to do, in predicted seconds, and what a token more of a prompt would add; empty before the start."""
+        """What there is to do, in predicted seconds, what a token more of a prompt would add, and whether beginnings of prompts
+        are kept; empty before the start."""
         engine = self._engine
         if engine is None:
             return {}
-        return {"outstanding_seconds": engine.outstanding_seconds(), "token_seconds": engine.token_seconds()}
+        return {
+            "outstanding_seconds": engine.outstanding_seconds(),
+            "token_seconds": engine.token_seconds(),
+            "keeps_prefixes": float(engine.keeps_prefixes),
+        }
 
     @property
     def holds_pins(self) -> bool:

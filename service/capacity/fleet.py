@@ -10,7 +10,8 @@ import random
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from math import ceil
+from math import ceil, sqrt
+from statistics import fmean
 
 import simpy
 
@@ -60,6 +61,7 @@ class Outcome:
     token_seconds: tuple[float, float] | None
     utilisation: float  # of the replicas' time, computing
     front: float  # of the proxies' time
+    growth: float = 0.0  # at least so many seconds later first tokens come for each second that passes, in the second half
     waiting_for: dict[str, float] = field(default_factory=dict)  # bytes, sequences: shares of the replicas' time
     is_cut: bool = False  # ended when it could keep the level no more
 
@@ -197,9 +199,21 @@ class Fleet:
             token_seconds=quantiles([call.token_seconds for call in answered if call.lengths.answer > 1]),
             utilisation=self.utilisation(),
             front=self.front,
+            growth=slope([(call.due, call.first_token_seconds) for call in answered[len(answered) // 2 :]]),
             waiting_for=waits,
             is_cut=self._left > 0,
         )
+
+
+def slope(points: Sequence[tuple[float, float]]) -> float:
+    """Of the straight line through points, by least squares, less two standard errors; 0 of fewer than three."""
+    if len(points) < 3:
+        return 0.0
+    x, y = (fmean(values) for values in zip(*points, strict=True))
+    spread = sum((at - x) ** 2 for at, _ in points)
+    found = sum((at - x) * (value - y) for at, value in points) / spread
+    rest = sum((value - y - found * (at - x)) ** 2 for at, value in points)
+    return float(found - 2 * sqrt(rest / (len(points) - 2) / spread))
 
 
 def quantiles(values: Sequence[float]) -> tuple[float, float] | None:

@@ -21,6 +21,7 @@ STEP, SMALL_STEP = 2.0, 1.08  # to the next rate while nothing has kept, or brok
 LOOKED_AT = 32  # replicas, whose rate is a good guess for more
 SHORT = 0.1  # of the time, from which that somebody waits for bytes or a slot is what binds
 BUSY_FRONT = 0.95
+GROWTH = 0.05  # of a second in a second, by which first tokens may come later without its being a queue that grows
 CALLS, CALLS_EACH = 1000, 10  # of a run at least, and for each replica
 
 Bound = Literal["time", "bytes", "sequences", "queue", "length", "front"]
@@ -97,8 +98,8 @@ def _search(site: Site, layout: Layout, question: Question, rate: float, step: f
 
 
 def keeps(outcome: Outcome, level: Level) -> bool:
-    """Whether a run kept the level."""
-    return not outcome.is_cut and outcome.good >= level.share * outcome.judged
+    """Whether a run kept the level, and would have gone on to: a queue that grows breaks any level in the end."""
+    return not outcome.is_cut and outcome.good >= level.share * outcome.judged and outcome.growth <= GROWTH
 
 
 def mean_seconds(site: Site, question: Question) -> float:

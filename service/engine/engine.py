@@ -276,6 +276,11 @@ class Engine:
         return {pin: self._prefixes.is_kept(pin.lane, pin.mark) for pin in current if is_shared or pin.owner == owner}
 
     @property
+    def keeps_prefixes(self) -> bool:
+        """Whether states of prompts' beginnings are kept for the next."""
+        return self._prefixes.limit > 0
+
+    @property
     def has_pins(self) -> bool:
         """Whether anybody has pinned a prefix."""
         return bool(self._prefixes.pins.current())

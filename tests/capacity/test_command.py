@@ -53,9 +53,9 @@ def test_it_prints_a_row_for_each_number_of_replicas(url: str, capsys: pytest.Ca
 def test_for_programs_it_prints_json_the_same_for_the_same_seed(url: str, capsys: pytest.CaptureFixture[str]) -> None:
     found = []
     for seed in ("7", "7", "8"):
-        assert cli.main([*ASKED, "--url", url, "--rate", "5", "--seed", seed, "--backend", "sliding_window", "--json"]) == 0
+        assert cli.main([*ASKED, "--url", url, "--rate", "100", "--seed", seed, "--backend", "sliding_window", "--json"]) == 0
         found.append(json.loads(capsys.readouterr().out)["capacity"][0]["outcome"])
-    assert found[0]["judged"] == 90 and found[0]["rate"] == 5
+    assert found[0]["judged"] == 90 and found[0]["rate"] == 100
     assert [each["first_token_seconds"] for each in found[:2]] == [found[0]["first_token_seconds"]] * 2
     assert found[2]["first_token_seconds"] != found[0]["first_token_seconds"]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -27,9 +28,18 @@ def test_the_rate_found_keeps_the_level_and_one_a_little_higher_does_not() -> No
 
 def test_twice_the_replicas_hold_twice_the_calls_or_somewhat_more() -> None:
     site = make_site(max_waiting_requests=10_000)
-    two, four = (capacity(site, Layout(n, n), QUESTION).kept for n in (2, 4))
+    two, four = (capacity(site, Layout(n, n), replace(QUESTION, calls=200 * n)).kept for n in (2, 4))
     assert two is not None and four is not None
     assert 1.9 * two.rate <= four.rate <= 3 * two.rate
+
+
+def test_a_run_too_short_to_break_a_level_is_told_by_its_growing_queue() -> None:
+    """100 calls take less than a second, so that none of them waits for the 60 s that are allowed."""
+    site = make_site(max_waiting_requests=10_000)
+    found = capacity(site, Layout(1), Question(MIX, Level(60.0, 60.0, 0.95), calls=100))
+    assert found.kept is not None and found.kept.utilisation > 0.5
+    seconds = site.lanes["dense"].prefill_seconds(300)
+    assert found.kept.rate < 1.2 / seconds
 
 
 def test_a_full_queue_is_told() -> None:
