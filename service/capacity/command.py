@@ -94,7 +94,7 @@ def _layout(options: argparse.Namespace, file: ServeFile, replicas: int) -> Any:
 def _site(options: argparse.Namespace, file: ServeFile, application: ApplicationSection, mix: Mix, neighbours: int) -> Site:
     """What a replica is, with so many on its machine."""
     from service.capacity import site
-    from service.capacity.probe import Caller, probe, together
+    from service.capacity.probe import Sender, probe, together
 
     auto = application.deployments[0].user_config.attention.auto
     try:
@@ -103,7 +103,7 @@ def _site(options: argparse.Namespace, file: ServeFile, application: Application
         url, around = options.url.rstrip("/").removesuffix("/v1"), site.Surroundings()
         if options.probe:
             info = ask(f"{url}/info", application)
-            caller = Caller(url, key_header(application), options.backend, info["laws"]["vocabulary"])
+            caller = Sender(url, key_header(application), options.backend, info["laws"]["vocabulary"])
             around = probe(caller, mix, neighbours, min(info["laws"]["cpus"], neighbours * info["threads"]))
         infos = {info["replica"]["name"]: info for info in (ask(f"{url}/info", application) for _ in range(ASKED))}
         return replace(site.told(together(list(infos.values())), application.args, auto), around=around)

@@ -16,7 +16,7 @@ from statistics import fmean
 import simpy
 
 from service.capacity.mix import Lengths, Mix, gaps
-from service.capacity.replica import LEAP, Call, Events, Node, Paper
+from service.capacity.paper import LEAP, Events, Node, Paper, Visit
 from service.capacity.site import Site
 from service.routing import TOLD_SECONDS, Sent, Told
 
@@ -43,7 +43,7 @@ class Level:
     token_seconds: float
     share: float
 
-    def keeps(self, call: Call) -> bool:
+    def keeps(self, call: Visit) -> bool:
         return call.first_token_seconds <= self.first_token_seconds and call.token_seconds <= self.token_seconds
 
 
@@ -118,7 +118,7 @@ class Fleet:
         self._told: list[Told] = [{} for _ in self._replicas]
         self._proxies = [Proxy(self._told, f"proxy {number} {seed}") for number in range(layout.proxies)]
         self._random = random.Random(f"fleet {seed}")
-        self.calls: list[Call] = []
+        self.calls: list[Visit] = []
         self._judged = 0  # calls that count, of those that have ended
         self._bad = 0
 
@@ -135,11 +135,11 @@ class Fleet:
     def _arriving(self, lengths: Sequence[Lengths], between: Sequence[float]) -> Events:
         for number, (each, gap) in enumerate(zip(lengths, between, strict=True)):
             yield self._env.timeout(gap / self._rate)
-            call = Call(each, self._env.now)
+            call = Visit(each, self._env.now)
             self.calls.append(call)
             self._env.process(self._passing(call, str(number), number >= WARM_UP * self._count))
 
-    def _passing(self, call: Call, name: str, counts: bool) -> Events:
+    def _passing(self, call: Visit, name: str, counts: bool) -> Events:
         """A call's way through a proxy to its replica."""
         proxy = self._random.choice(self._proxies)
         proxy.free_at = max(proxy.free_at, self._env.now) + self._call_seconds
@@ -153,7 +153,7 @@ class Fleet:
 
         self._replicas[index].take(call, ended)
 
-    def _count_end(self, call: Call, counts: bool) -> None:
+    def _count_end(self, call: Visit, counts: bool) -> None:
         self._left -= 1
         if counts and self._level is not None:
             self._bad += not self._level.keeps(call)

@@ -29,7 +29,7 @@ STREAMS, STREAMED = 8, 64  # at once, tokens each
 SECONDS = 600.0
 
 
-class Caller:
+class Sender:
     """Sends calls of token ids to a service, one at a time."""
 
     def __init__(self, url: str, headers: Mapping[str, str], backend: str | None, ids: int) -> None:
@@ -64,7 +64,7 @@ class Caller:
 PHASES = ("queue_seconds", "prefill_seconds", "decode_seconds")  # of a receipt, in the engine
 
 
-def probe(caller: Caller, mix: Mix, neighbours: int, cpus: int) -> Surroundings:
+def probe(caller: Sender, mix: Mix, neighbours: int, cpus: int) -> Surroundings:
     """What HTTP and neighbours cost. `neighbours`: replicas on one machine, itself counted; `cpus`: that they keep busy."""
     call = median(around for _, around in (caller.send(lengths) for lengths in mix.draw(ALONE, 0)))
     small = Lengths(1, STREAMED)

@@ -16,9 +16,10 @@ from service.engine.choice import predicted_seconds
 from service.engine.request import QueueFull, Request, Sampling
 
 PRECISION = 0.02  # between the highest rate that kept and the lowest that broke
+FEW_PRECISION = 0.05  # of the few whose rate is a guess for many
 LEAST = 1 / 64  # of the first rate: a level that is not kept there is not kept at any
 STEP, SMALL_STEP = 2.0, 1.08  # to the next rate while nothing has kept, or broken; from a good guess
-LOOKED_AT = 32  # replicas, whose rate is a good guess for more
+LOOKED_AT = 16  # replicas, whose rate is a good guess for more
 SHORT = 0.1  # of the time, from which that somebody waits for bytes or a slot is what binds
 BUSY_FRONT = 0.95
 GROWTH = 0.05  # of a second in a second, by which first tokens may come later without its being a queue that grows
@@ -63,7 +64,7 @@ def capacity(site: Site, layout: Layout, question: Question, precision: float = 
     if layout.replicas > LOOKED_AT:
         machines, proxies = (max(1, LOOKED_AT * each // layout.replicas) for each in (layout.machines, layout.proxies))
         few = replace(layout, replicas=LOOKED_AT, machines=machines, proxies=proxies)
-        found = capacity(site, few, question, precision).kept
+        found = capacity(site, few, question, FEW_PRECISION).kept
         if found is not None:
             guess, step = found.rate * layout.replicas / LOOKED_AT, SMALL_STEP
     return _search(site, layout, question, guess, step, precision)

@@ -24,8 +24,8 @@ import aiohttp
 from service.capacity import site as sites
 from service.capacity.fleet import Fleet, Layout, Level, Outcome, quantiles
 from service.capacity.mix import Lengths, Mix, gaps
-from service.capacity.probe import Caller, probe, together
-from service.capacity.replica import Call
+from service.capacity.paper import Visit
+from service.capacity.probe import Sender, probe, together
 from service.capacity.search import Question, capacity
 from service.config import ServiceConfig
 from service.machine import available_cpus
@@ -45,22 +45,22 @@ def settings(data: Any) -> None:
 
 def site_of(service: Service, mix: Mix, backend: str) -> sites.Site:
     """What two replicas on this machine are made of, HTTP and each other included."""
-    around = probe(Caller(service.url, {}, backend, 4000), mix, LAYOUT.replicas, available_cpus())
+    around = probe(Sender(service.url, {}, backend, 4000), mix, LAYOUT.replicas, available_cpus())
     infos = {info["replica"]["name"]: info for info in (service.get("/info").json for _ in range(12))}
     return replace(sites.told(together(list(infos.values())), ServiceConfig()), around=around)
 
 
-async def trial(url: str, mix: Mix, backend: str, rate: float, count: int, seed: int) -> list[Call]:
+async def trial(url: str, mix: Mix, backend: str, rate: float, count: int, seed: int) -> list[Visit]:
     """What became of so many calls at one rate."""
     numbers = random.Random(seed)
     connector = aiohttp.TCPConnector(limit=0)
     async with aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(total=120)) as session:
 
-        async def send(lengths: Lengths, due: float) -> Call:
+        async def send(lengths: Lengths, due: float) -> Visit:
             prompt = numbers.choices(range(1, 4000), k=lengths.prompt)
             body = {"prompt": prompt, "max_tokens": lengths.answer, "ignore_eos": True, "stream": True, "attention": backend}
             await asyncio.sleep(due - time.monotonic())
-            call = Call(lengths, due)
+            call = Visit(lengths, due)
             async with session.post(f"{url}/v1/completions", json=body) as answer:
                 if answer.status != 200:
                     call.refused = str(answer.status)
@@ -76,7 +76,7 @@ async def trial(url: str, mix: Mix, backend: str, rate: float, count: int, seed:
         return await asyncio.gather(*calls)
 
 
-def outcome(calls: Sequence[Call], rate: float, level: Level) -> Outcome:
+def outcome(calls: Sequence[Visit], rate: float, level: Level) -> Outcome:
     judged = calls[int(BEGINNING * len(calls)) :]
     answered = [call for call in judged if call.refused is None]
     return Outcome(

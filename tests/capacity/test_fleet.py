@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from service.capacity.fleet import WARM_UP, Fleet, Layout, Level, Proxy
 from service.capacity.mix import Lengths, Mix
-from service.capacity.replica import Call
+from service.capacity.paper import Visit
 from service.capacity.site import Site, Surroundings
 from service.router import by_work
 from service.routing import Sent
@@ -25,13 +25,13 @@ SHORTER = Mix.parse("200:20@0.7,900:40@0.3")
 LEVEL = Level(1.0, 1.0, 0.95)
 
 
-def calls(site: Site, layout: Layout, mix: Mix, rate: float, count: int, seed: int = 0, **kwargs: Any) -> list[Call]:
+def calls(site: Site, layout: Layout, mix: Mix, rate: float, count: int, seed: int = 0, **kwargs: Any) -> list[Visit]:
     fleet = Fleet(site, layout, mix, rate, seed, **kwargs)
     fleet.run(count)
     return fleet.calls
 
 
-def first_token(found: list[Call]) -> float:
+def first_token(found: list[Visit]) -> float:
     """The mean of calls that are answered, the first ones left out."""
     return mean(call.first_token_seconds for call in found[int(WARM_UP * len(found)) :] if call.refused is None)
 

@@ -34,7 +34,7 @@ Events = Generator[simpy.Event, Any, Any]
 
 
 @dataclass(eq=False)
-class Call:
+class Visit:
     """One call: what it asks for, when each thing happened to it, in simulated seconds."""
 
     lengths: Lengths
@@ -89,14 +89,14 @@ class Paper:
             known, site.max_length, most, self._ledger, self._scheduler, lambda request, offer: 0, site.tasks
         )
         self._admission.lanes, self._admission.rules = site.lanes, site.rules
-        self._calls: dict[Job, tuple[Call, Callable[[], None]]] = {}
+        self._calls: dict[Job, tuple[Visit, Callable[[], None]]] = {}
         self._laws: WeakKeyDictionary[Work, float] = WeakKeyDictionary()  # seconds of steps, some of which come in slices
         self._tellings = 0
         self._news: simpy.Event | None = None  # what it rests for
         self._is_open = False  # a step may be cut short by news
         self._process = env.process(self._serve())
 
-    def take(self, call: Call, ended: Callable[[], None]) -> None:
+    def take(self, call: Visit, ended: Callable[[], None]) -> None:
         """Let a call in, or refuse it; `ended` is called at its end, whatever that is."""
         sampling = Sampling(max_tokens=call.lengths.answer, ignore_eos=True, seed=0)
         prompt = array("i", bytes(4 * call.lengths.prompt))
