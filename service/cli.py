@@ -224,7 +224,6 @@ def _drain(file: ServeFile) -> None:
     _tell(f"draining, at most {seconds:.0f} s; Ctrl-C again ends at once")
     for fault in cluster.drain(file, seconds):
         _tell(f"longserve serve: {fault}")
-    cluster.hang_up()
 
 
 def apply(options: argparse.Namespace) -> int:

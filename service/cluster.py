@@ -15,7 +15,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -45,7 +45,6 @@ os.environ.update({name: value for name, value in ENVIRONMENT.items() if name no
 import ray  # noqa: E402
 from ray import serve  # noqa: E402
 from ray.exceptions import RayError, RayTaskError  # noqa: E402
-from ray.serve._private.constants import RAY_SERVE_ENABLE_HA_PROXY, SERVE_PROXY_NAME  # noqa: E402
 from ray.serve.exceptions import RayServeException  # noqa: E402
 from ray.serve.schema import ServeDeploySchema  # noqa: E402
 
@@ -243,20 +242,6 @@ def drain(file: ServeFile, seconds: float) -> list[str]:
         found = answers.results(timeout_s=max(0.0, deadline - time.monotonic()), return_exceptions=True)
         faults += [f"{name} has not drained: {each!r}" for each in found if isinstance(each, Exception)]
     return faults
-
-
-def hang_up() -> None:
-    """End Serve's Python proxies: whoever calls now finds nobody listening, and not a proxy whose replicas are going.
-
-    For a service whose replicas have drained and are about to end. HAProxy ends with its manager, as Ray has it.
-    """
-    if RAY_SERVE_ENABLE_HA_PROXY:
-        return
-    named = [each["name"] for each in ray.util.list_named_actors(all_namespaces=True)]
-    for name in named:
-        if name.startswith(SERVE_PROXY_NAME):
-            with suppress(ValueError):  # it is gone already
-                ray.kill(ray.get_actor(name, namespace=SERVE_NAMESPACE))
 
 
 def _ask(application: ApplicationSection, method: str) -> Any:
