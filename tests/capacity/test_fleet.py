@@ -38,11 +38,11 @@ def first_token(found: list[Visit]) -> float:
 
 @pytest.mark.parametrize("load", [0.3, 0.6])
 def test_one_at_a_time_with_equal_work_waits_as_pollaczek_and_khinchine_say(load: float) -> None:
-    """M/D/1: the mean wait is rho / (2 mu (1 - rho)). 8,000 calls have it to some percent at these loads."""
-    site, mix = make_site(packs=False, max_waiting_requests=100_000), Mix.parse("100:1")
+    """M/D/1: the mean wait is rho / (2 mu (1 - rho)). 4,000 calls have it to some percent at these loads."""
+    site, mix = make_site(packs=False, max_waiting_requests=100_000, slice_seconds=1.0), Mix.parse("100:1")
     service = site.lanes["dense"].prefill_seconds(100)
-    wait = first_token(calls(site, ONE, mix, load / service, 8_000)) - service
-    assert wait == pytest.approx(load * service / (2 * (1 - load)), rel=0.08)
+    wait = first_token(calls(site, ONE, mix, load / service, 4_000)) - service
+    assert wait == pytest.approx(load * service / (2 * (1 - load)), rel=0.1)
 
 
 def test_a_call_that_is_alone_takes_what_is_predicted() -> None:
@@ -53,7 +53,7 @@ def test_a_call_that_is_alone_takes_what_is_predicted() -> None:
     assert call.token_seconds * 29 == pytest.approx(decode, rel=1e-3)
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=5, deadline=None)
 @given(st.floats(1, 60), st.integers(0, 5), st.integers(1, 3))
 def test_many_decode_steps_in_one_event_are_what_they_are_one_by_one(rate: float, seed: int, replicas: int) -> None:
     layout = Layout(replicas, machines=replicas)
@@ -63,7 +63,7 @@ def test_many_decode_steps_in_one_event_are_what_they_are_one_by_one(rate: float
         assert one.ended == pytest.approx(other.ended, rel=1e-3)
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=5, deadline=None)
 @given(st.floats(1, 200), st.integers(0, 5), st.integers(1, 4), st.sampled_from([4, 256]))
 def test_every_call_ends_once_and_nothing_is_held_behind_it(rate: float, seed: int, replicas: int, queue: int) -> None:
     site = make_site(budget=3_000_000, max_waiting_requests=queue)
@@ -77,7 +77,7 @@ def test_every_call_ends_once_and_nothing_is_held_behind_it(rate: float, seed: i
         assert (replica._ledger.in_use, replica._scheduler.jobs, replica._calls) == (0, [], {})
 
 
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=4, deadline=None)
 @given(st.floats(2, 12), st.integers(0, 5))
 def test_more_replicas_are_never_worse(rate: float, seed: int) -> None:
     """But for what a router that is told once a second may get wrong."""
@@ -85,7 +85,7 @@ def test_more_replicas_are_never_worse(rate: float, seed: int) -> None:
     assert waits[1] <= waits[0] * 1.05 and waits[2] <= waits[1] * 1.05
 
 
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=4, deadline=None)
 @given(st.floats(1, 10), st.integers(0, 5), st.sampled_from([1.5, 2.0]))
 def test_longer_prompts_and_answers_are_never_better(rate: float, seed: int, factor: float) -> None:
     longer = Mix(tuple((Lengths(int(n.prompt * factor), int(n.answer * factor)), weight) for n, weight in SHORTER.weights))
@@ -110,7 +110,7 @@ def test_http_and_neighbours_cost_what_they_were_measured_to() -> None:
     (behind,) = calls(make_site(around=Surroundings(call_seconds=0.5)), ONE, lengths, 0.001, 1)
     assert behind.first_token_seconds == pytest.approx(alone.first_token_seconds + 0.5, rel=1e-2)
     crowded = make_site(around=Surroundings(crowding=1.5), max_waiting_requests=10_000)
-    apart, beside = (first_token(calls(crowded, Layout(2, machines, cpus=2), lengths, 150, 2000)) for machines in (2, 1))
+    apart, beside = (first_token(calls(crowded, Layout(2, machines, cpus=2), lengths, 150, 600)) for machines in (2, 1))
     assert beside > 1.1 * apart
 
 
