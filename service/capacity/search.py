@@ -22,6 +22,7 @@ STEP, SMALL_STEP = 2.0, 1.08  # to the next rate while nothing has kept, or brok
 LOOKED_AT = 16  # replicas, whose rate is a good guess for more
 SHORT = 0.1  # of the time, from which that somebody waits for bytes or a slot is what binds
 BUSY_FRONT = 0.95
+FULL = 0.9  # of the time computing, below which a queue that grows for a while is chance
 GROWTH = 0.05  # of a second in a second, by which first tokens may come later without its being a queue that grows
 CALLS, CALLS_EACH = 1000, 10  # of a run at least, and for each replica
 
@@ -100,7 +101,9 @@ def _search(site: Site, layout: Layout, question: Question, rate: float, step: f
 
 def keeps(outcome: Outcome, level: Level) -> bool:
     """Whether a run kept the level, and would have gone on to: a queue that grows breaks any level in the end."""
-    return not outcome.is_cut and outcome.good >= level.share * outcome.judged and outcome.growth <= GROWTH
+    is_full = outcome.utilisation > FULL or any(share > SHORT for share in outcome.waiting_for.values())
+    is_growing = is_full and outcome.growth > GROWTH
+    return not outcome.is_cut and not is_growing and outcome.good >= level.share * outcome.judged
 
 
 def mean_seconds(site: Site, question: Question) -> float:

@@ -27,8 +27,9 @@ def test_the_rate_found_keeps_the_level_and_one_a_little_higher_does_not() -> No
 
 
 def test_twice_the_replicas_hold_twice_the_calls_or_somewhat_more() -> None:
+    """Of so many calls: with 150 chance moves the rate by a third."""
     site = make_site(max_waiting_requests=10_000)
-    one, two = (capacity(site, Layout(n, n), replace(QUESTION, calls=150 * n)).kept for n in (1, 2))
+    one, two = (capacity(site, Layout(n, n), replace(QUESTION, calls=1000 * n)).kept for n in (1, 2))
     assert one is not None and two is not None
     assert 1.9 * one.rate <= two.rate <= 3 * one.rate
 
