@@ -28,7 +28,7 @@ OK, FAILED, USAGE, INVALID, INTERRUPTED = 0, 1, 2, 3, 130
 SCENARIOS = Path(__file__).with_name("scenarios")
 KINDS = {
     "sweep": "every backend at every length under every load",
-    "capacity": "the highest rate that keeps a service level",
+    "capacity": "the highest rate at which a running service keeps a service level; `longserve capacity` simulates replicas",
     "mixed": "long and short requests side by side",
     "soak": "one rate for long, watched for growth",
 }

@@ -29,7 +29,7 @@ from service.config import DEPLOYMENT, IMPORT_PATH, AttentionConfig, ServiceConf
 from service.exposition import Families, Format, Gathered
 from service.machine import Place
 from service.replica import Replica
-from service.router import TOLD_SECONDS
+from service.routing import TOLD_SECONDS
 from service.scaling import HOLDS, WORK
 from service.switch import LastServed
 

@@ -27,10 +27,7 @@ def base_url(file: ServeFile, application: ApplicationSection) -> str:
 
 def ask(url: str, application: ApplicationSection, body: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """The JSON a route answers; POST when there is a body. Raises Refused with the service's own words, if it has some."""
-    name = application.args.http.api_keys_env
-    headers = {"content-type": "application/json"}
-    if name and (keys := os.environ.get(name)):
-        headers["authorization"] = f"Bearer {keys.split(',')[0].strip()}"
+    headers = {"content-type": "application/json", **key_header(application)}
     request = urllib.request.Request(url, None if body is None else json.dumps(body).encode(), headers)
     try:
         with urllib.request.urlopen(request, timeout=60) as response:
@@ -40,6 +37,13 @@ def ask(url: str, application: ApplicationSection, body: Mapping[str, Any] | Non
         raise Refused(f"{url} answered {error.code}: {told}") from error
     except urllib.error.URLError as error:
         raise Refused(f"nothing answers at {url} ({error.reason}); longserve serve starts the service") from error
+
+
+def key_header(application: ApplicationSection) -> dict[str, str]:
+    """What shows the first API key of the environment, where the application asks for one and it is there."""
+    name = application.args.http.api_keys_env
+    keys = os.environ.get(name, "") if name else ""
+    return {"authorization": f"Bearer {keys.split(',')[0].strip()}"} if keys else {}
 
 
 def ray_address(file: ServeFile) -> str:

@@ -1,4 +1,5 @@
-"""`longserve`: serve a config file, apply an edited one, tell how the service stands, plan, check or convert a model.
+"""`longserve`: serve a config file, apply an edited one, tell how the service stands, plan, check or convert a model, and
+tell what many replicas would hold.
 
 Ray is imported only by the commands that need it; `plan` speaks HTTP.
 """
@@ -21,6 +22,8 @@ from types import FrameType
 from typing import Any, get_args
 
 from service.asking import Refused, ask, base_url, ray_address
+from service.capacity.command import add_arguments
+from service.capacity.command import run as run_on_paper
 from service.child import heeded, run_in_own_session
 from service.config import ApplicationSection, ConfigError, ServeFile, ServiceConfig, admin_keys, api_keys, read
 from service.machine import available_cpus
@@ -64,6 +67,11 @@ def _parser() -> argparse.ArgumentParser:
             check,
             "what a checkpoint would be served as: what is lossy, bytes by length; starts nothing",
         ),
+        (
+            "capacity",
+            capacity,
+            "calls a second that so many replicas would hold, simulated; `python -m loadtests capacity` loads a real service",
+        ),
     ):
         command = commands.add_parser(name, help=help, description=help)
         command.set_defaults(run=run)
@@ -79,6 +87,8 @@ def _parser() -> argparse.ArgumentParser:
         if name == "apply":
             command.add_argument("--restart", action="store_true", help="also what restarts replicas")
             command.add_argument("--rollback", action="store_true", help="the switch that served before, not the file's")
+        if name == "capacity":
+            add_arguments(command)
         if name == "check":
             command.add_argument("directory", type=Path, help="a checkpoint in Hugging Face format")
             kinds = get_args(ServiceConfig.model_fields["weights"].annotation)
@@ -279,6 +289,11 @@ def check(options: argparse.Namespace) -> int:
     except (FileNotFoundError, ValueError) as error:
         raise Refused(str(error)) from error
     return 0
+
+
+def capacity(options: argparse.Namespace) -> int:
+    """Print what so many replicas of the file's first application would hold."""
+    return run_on_paper(options, read(config_path(options.file)))
 
 
 def convert(options: argparse.Namespace) -> int:

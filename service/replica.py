@@ -254,11 +254,16 @@ class Replica:
         return f"no step has ended for {stalled:.0f} s while {now.running} requests run and {now.waiting} wait"
 
     def work(self) -> dict[str, float]:
-        """What there is to do, in predicted seconds, and what a token more of a prompt would add; empty before the start."""
+        """What there is to do, in predicted seconds, what a token more of a prompt would add, and whether beginnings of prompts
+        are kept; empty before the start."""
         engine = self._engine
         if engine is None:
             return {}
-        return {"outstanding_seconds": engine.outstanding_seconds(), "token_seconds": engine.token_seconds()}
+        return {
+            "outstanding_seconds": engine.outstanding_seconds(),
+            "token_seconds": engine.token_seconds(),
+            "keeps_prefixes": float(engine.keeps_prefixes),
+        }
 
     @property
     def holds_pins(self) -> bool:
@@ -301,6 +306,7 @@ class Replica:
                 "backends": [each.describe() | {"lossy": self.lossy(each.name)} for each in engine.backends.by_name.values()],
             },
             "memory_budget_bytes": engine.snapshot().budget_bytes,
+            "laws": {"cpus": available_cpus(), "vocabulary": model.config.vocab_size, **engine.laws()},
             "limits": self.config.model_dump(exclude={"api_keys_env", "api_keys_file"}),
             "engine": self.settings.engine.model_dump(),
             "versions": {"longserve": version("longserve"), "torch": torch.__version__},

@@ -1,8 +1,10 @@
 """Which replica a call goes to: the one whose work is done soonest, in predicted seconds, not the one with the fewest calls.
 
 Serve's own routers count calls, and a prompt of 32,768 tokens counts as one of ten. Each replica tells once a second what it
-has to do (`Longserve.record_routing_stats`); what this proxy has sent it since is added, by the length of the body, which is
-all that a proxy sees of a prompt. With HAProxy in the proxy's place this is not asked: it sends to the fewest connections.
+has to do (`Longserve.record_routing_stats`); what this proxy has sent it since is added, by the length of the body. What a
+replica may have kept of a prompt need not be computed there: a call whose beginning was sent to a replica before goes there
+again, unless it would wait there for longer than that saves (service/http/beginning.py). With HAProxy in the proxy's place
+this is not asked: it sends to the fewest connections.
 """
 
 from __future__ import annotations
@@ -10,35 +12,14 @@ from __future__ import annotations
 import pickle
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 from ray.serve.request_router import PendingRequest, ReplicaID, ReplicaResult, RequestRouter, RunningReplica
 
-TOLD_SECONDS = 1.0  # between two tellings of a replica
+from service.http.beginning import HEADER, STEP_BYTES
+from service.routing import Homes, Sent
+
 TOKEN_BYTES = 4  # of a body, some
-Told = Mapping[str, float]
-"""outstanding_seconds, token_seconds (to read one more), tellings (how many there were); empty before the first."""
-
-
-@dataclass
-class Sent:
-    """What a proxy has sent to a replica and knows no end of."""
-
-    tokens: dict[str, int] = field(default_factory=dict)  # by call
-    telling: dict[str, float] = field(default_factory=dict)  # the replica's last one when the call was sent
-
-    def seconds(self, told: Told) -> float:
-        """Of the replica: what it tells, and what it cannot have counted yet. One telling may have crossed a call."""
-        new = [call for call, telling in self.telling.items() if telling + 2 > told.get("tellings", 0)]
-        return told.get("outstanding_seconds", 0.0) + told.get("token_seconds", 0.0) * sum(self.tokens[call] for call in new)
-
-    def add(self, call: str, tokens: int, told: Told) -> None:
-        self.tokens[call], self.telling[call] = tokens, told.get("tellings", 0)
-
-    def remove(self, call: str) -> None:
-        self.tokens.pop(call, None)
-        self.telling.pop(call, None)
 
 
 class LeastWork(RequestRouter):  # type: ignore[misc]
@@ -47,18 +28,23 @@ class LeastWork(RequestRouter):  # type: ignore[misc]
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._sent: dict[ReplicaID, Sent] = {}
+        self._homes: Homes[ReplicaID] = Homes()
 
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
     ) -> list[list[RunningReplica]]:
+        home = None
         if pending_request is not None:
             pending_request.routing_context.should_backoff = True  # when none of them takes it
+            home = self._homes.find(marks_of(headers_of(pending_request)))
         self._sent = {each.replica_id: self._sent.get(each.replica_id, Sent()) for each in candidate_replicas}
-        return [[each] for each in by_work(candidate_replicas, self._sent)]
+        return [[each] for each in by_work(candidate_replicas, self._sent, home)]
 
     def on_request_routed(self, pending_request: PendingRequest, replica_id: ReplicaID, result: ReplicaResult) -> None:
         if (replica := self._replicas.get(replica_id)) is not None:
-            tokens = body_bytes(pending_request) // TOKEN_BYTES + 1
+            headers = headers_of(pending_request)
+            self._homes.note(marks_of(headers), replica_id)
+            tokens = body_bytes(headers) // TOKEN_BYTES + 1
             self._sent[replica_id].add(pending_request.metadata.internal_request_id, tokens, replica.routing_stats)
 
     def on_request_completed(self, replica_id: ReplicaID, internal_request_id: str) -> None:
@@ -66,20 +52,40 @@ class LeastWork(RequestRouter):  # type: ignore[misc]
             sent.remove(internal_request_id)
 
 
-def by_work(replicas: Sequence[RunningReplica], sent: Mapping[ReplicaID, Sent]) -> list[RunningReplica]:
-    """The replicas, the least seconds first; those with as few of them in any order, the fewest calls first."""
+def by_work(
+    replicas: Sequence[RunningReplica], sent: Mapping[ReplicaID, Sent], home: tuple[ReplicaID, int] | None = None
+) -> list[RunningReplica]:
+    """The replicas, the least seconds first; those with as few of them in any order, the fewest calls first.
 
-    def work(replica: RunningReplica) -> tuple[float, int]:
-        own = sent[replica.replica_id]
-        return own.seconds(replica.routing_stats), len(own.tokens)
+    home: the one that has seen the prompt's beginning, and how many steps of it: the seconds that reading those takes are less
+    to do there, where prefixes are kept.
+    """
+    at, steps = home or (None, 0)
 
-    return sorted(random.sample(replicas, len(replicas)), key=work)
+    def rank(replica: RunningReplica) -> tuple[float, int]:
+        told, is_home = replica.routing_stats, replica.replica_id == at
+        tokens = steps * STEP_BYTES // TOKEN_BYTES if is_home and told.get("keeps_prefixes") else 0
+        return sent[replica.replica_id].rank(told, told.get("token_seconds", 0.0) * tokens)
+
+    return sorted(random.sample(replicas, len(replicas)), key=rank)
 
 
-def body_bytes(pending_request: PendingRequest) -> int:
-    """As the caller's headers say, 0 where they do not, or where it is no caller of HTTP."""
+Head = Mapping[bytes, bytes]
+
+
+def headers_of(pending_request: PendingRequest) -> Head:
+    """Those of a call by HTTP; none where it is no such call."""
     if not pending_request.args or not isinstance(pending_request.args[0], bytes):
-        return 0
-    headers = dict(pickle.loads(pending_request.args[0]).asgi_scope["headers"])  # packed by the proxy that this runs in
+        return {}
+    return dict(pickle.loads(pending_request.args[0]).asgi_scope["headers"])  # packed by the proxy that this runs in
+
+
+def marks_of(headers: Head) -> list[bytes]:
+    """Those of the prompt's beginning, as the proxy found them."""
+    return [mark for mark in headers.get(HEADER, b"").split(b",") if mark]
+
+
+def body_bytes(headers: Head) -> int:
+    """As the caller says, 0 where it does not."""
     told = headers.get(b"content-length", b"")
     return int(told) if told.isdigit() else 0

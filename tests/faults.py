@@ -17,6 +17,7 @@ import resource
 import shutil
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import tempfile
@@ -30,6 +31,7 @@ from typing import Any
 import aiohttp
 import yaml
 
+from tests.clock import Clock, make_clock
 from tests.load import OUTCOMES, Load
 from tests.serving import LOCAL, Service, are_gone, descendants, free_port, serving
 
@@ -38,9 +40,9 @@ BEFORE_SECONDS, AFTER_SECONDS = 2.0, 5.0  # of load around a fault and its recov
 RECOVERED_SECONDS = 180.0
 TIMEOUT_SECONDS = 120.0  # what has not ended by then is lost
 BUDGET_BYTES = 128 << 20  # of a replica; small, so that four times as much is asked for soon
-FULL_SECONDS = 5.0
+FULL_SECONDS, SEND_SECONDS = 5.0, 10
 LONG_TOKENS, LONG_BYTES = 8192, 28 << 20  # a dense request, and what it reserves
-SLOW_READERS, HALF_OPEN = 16, 200
+SLOW_READERS, HALF_OPEN, SCRAPERS = 16, 200, 16
 REPLICA, CONTROLLER, PROXY, STORE = "ray::ServeReplica", "ray::ServeController", "ray::ProxyActor", "gcs_server"
 
 
@@ -49,7 +51,7 @@ def settings(data: Any) -> None:
     application["args"] |= {"threads": 1, "drain_seconds": 20, "log_level": "info", "log_file": os.devnull}
     application["args"]["engine"]["memory_budget_bytes"] = BUDGET_BYTES
     application["args"]["http"] |= {"workers": 1}
-    application["args"]["http"]["line"] |= {"head_timeout_seconds": 5, "send_timeout_seconds": 10}
+    application["args"]["http"]["line"] |= {"head_timeout_seconds": 5, "send_timeout_seconds": SEND_SECONDS}
     application["deployments"][0] |= {"num_replicas": 2, "health_check_period_s": 2, "health_check_timeout_s": 5}
 
 
@@ -149,6 +151,34 @@ async def full_disk(load: Load) -> Callable[[], bool]:
     return lambda: True
 
 
+async def clock_jumps(load: Load) -> Callable[[], bool]:
+    """The wall clock of every process of the service, Ray's too, goes an hour ahead, then an hour behind, then right again."""
+    clock = Clock(load.service.file.with_name("clock"), {})
+    for seconds in (3600, -3600, 0):
+        clock.set(seconds)
+        await asyncio.sleep(FULL_SECONDS)
+    return lambda: True
+
+
+async def scrapers(load: Load) -> Callable[[], bool]:
+    """Half of some scrapers leave in the middle of /metrics, half stop reading it; both ask past the page that is kept."""
+    head = b"GET /metrics HTTP/1.1\r\nhost: x\r\ncache-control: no-cache\r\n\r\n"
+    lines = [socket.socket() for _ in range(SCRAPERS)]
+
+    def begin(line: socket.socket, leaves: bool) -> None:
+        line.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        line.connect(address(load.service))
+        line.sendall(head)
+        assert b" 200 " in line.recv(500)
+        if leaves:
+            line.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # a reset, as of a machine that died
+            line.close()
+
+    await asyncio.gather(*(asyncio.to_thread(begin, line, index % 2 == 0) for index, line in enumerate(lines)))
+    await asyncio.sleep(SEND_SECONDS + 2)  # hung up on by then
+    return lambda: bool(lines)
+
+
 async def update(load: Load) -> Callable[[], bool]:
     """`longserve apply --restart` of a file that says another model: every replica is replaced, one after the other."""
     before = processes(load.service, REPLICA)
@@ -167,6 +197,8 @@ FAULTS: dict[str, Fault] = {
     "half-open connections": half_open,
     "four times the bytes": over_budget,
     "full disk": full_disk,
+    "clock jumps": clock_jumps,
+    "scrapers hang": scrapers,
     "rolling update": update,
 }
 
@@ -238,8 +270,10 @@ async def run(service: Service, names: Sequence[str], seed: int) -> bool:
 
 
 def running(names: Sequence[str], seed: int) -> bool:
-    with tempfile.TemporaryDirectory() as folder, serving(Path(folder) / "faults.yaml", settings) as service:
-        return asyncio.run(run(service, names, seed))
+    with tempfile.TemporaryDirectory() as folder:
+        environment = make_clock(Path(folder)).environment if "clock jumps" in names else os.environ
+        with serving(Path(folder) / "faults.yaml", settings, env=environment) as service:
+            return asyncio.run(run(service, names, seed))
 
 
 @contextmanager

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 from ray.serve._private.common import StreamingHTTPRequest
 
-from service.router import Sent, body_bytes, by_work
+from service.router import body_bytes, by_work, headers_of
+from service.routing import Homes, Sent
 
 LONG = {"outstanding_seconds": 8.0, "token_seconds": 1e-3, "tellings": 1.0}
 SHORT = {"outstanding_seconds": 0.5, "token_seconds": 1e-3, "tellings": 1.0}
@@ -44,7 +45,7 @@ def test_a_burst_between_two_tellings_is_shared_out() -> None:
     sent = {name: Sent() for name in told}
     for call in range(40):
         sent[first(told, sent)].add(str(call), 100, SHORT)
-    assert {len(each.tokens) for each in sent.values()} == {10}
+    assert {len(each.calls) for each in sent.values()} == {10}
 
 
 def test_replicas_that_have_told_nothing_yet_get_calls_in_turn() -> None:
@@ -62,7 +63,45 @@ def test_an_end_that_is_told_twice_or_of_a_call_unknown_is_no_fault() -> None:
     sent.add("call", 1, {})
     for call in ("call", "call", "other"):
         sent.remove(call)
-    assert (sent.tokens, sent.telling) == ({}, {})
+    assert sent.calls == {}
+
+
+def at_home(told: dict[str, Any], home: tuple[str, int], sent: dict[str, Sent] | None = None) -> str:
+    replicas: Any = [SimpleNamespace(replica_id=name, routing_stats=each) for name, each in told.items()]
+    queues: Any = sent or {name: Sent() for name in told}
+    return str(by_work(replicas, queues, home)[0].replica_id)  # type: ignore[arg-type]
+
+
+def test_a_prompt_goes_where_its_beginning_is_kept_unless_it_waits_there_longer_than_that_saves() -> None:
+    """8 steps of 2,048 bytes are some 4,096 tokens, which take 4.1 s."""
+    busy = SHORT | {"outstanding_seconds": 4.0, "keeps_prefixes": 1.0}
+    idle = SHORT | {"outstanding_seconds": 0.0, "keeps_prefixes": 1.0}
+    assert at_home({"a": busy, "b": idle}, ("a", 8)) == "a"
+    assert at_home({"a": busy | {"outstanding_seconds": 4.2}, "b": idle}, ("a", 8)) == "b"
+    assert at_home({"a": busy, "b": idle}, ("a", 1)) == "b"
+
+
+def test_where_no_prefixes_are_kept_or_the_replica_is_gone_work_alone_counts() -> None:
+    told = {"a": SHORT | {"keeps_prefixes": 0.0}, "b": SHORT | {"outstanding_seconds": 0.1, "keeps_prefixes": 1.0}}
+    assert at_home(told, ("a", 8)) == "b" == at_home(told, ("gone", 8))
+
+
+def test_a_home_is_that_of_the_longest_beginning_that_was_seen_last() -> None:
+    homes: Homes[str] = Homes()
+    assert homes.find([b"1"]) is None
+    homes.note([b"1", b"2", b"3"], "a")
+    homes.note([b"1", b"4"], "b")
+    assert homes.find([b"1", b"2", b"5"]) == ("a", 2)
+    assert homes.find([b"1", b"6"]) == ("b", 1)
+    assert homes.find([b"7"]) is homes.find([]) is None
+
+
+def test_homes_are_bounded_and_the_oldest_goes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("service.routing.MOST_HOMES", 2)
+    homes: Homes[str] = Homes()
+    for mark in (b"1", b"2", b"3"):
+        homes.note([mark], "a")
+    assert [homes.find([mark]) is not None for mark in (b"1", b"2", b"3")] == [False, True, True]
 
 
 @pytest.mark.parametrize(
@@ -70,4 +109,4 @@ def test_an_end_that_is_told_twice_or_of_a_call_unknown_is_no_fault() -> None:
 )
 def test_a_bodys_length_is_what_its_headers_say(headers: Any, bytes: int) -> None:
     call: Any = SimpleNamespace(args=(pickle.dumps(StreamingHTTPRequest({"headers": headers}, proxy_actor_name="a")),))
-    assert body_bytes(call) == bytes
+    assert body_bytes(headers_of(call)) == bytes

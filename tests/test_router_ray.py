@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from service.router import TOLD_SECONDS
+from service.routing import TOLD_SECONDS
 from tests.http.client import eventually
 from tests.serving import Service, serving
 
@@ -51,6 +51,18 @@ def test_short_calls_go_past_the_replica_that_reads_long_prompts(service: Servic
         assert not long.done(), "it ended too soon to tell"
         assert answered(service, busy) == 0
         assert long.result().status == 200
+
+
+def test_a_long_prompt_that_is_asked_about_again_goes_where_its_state_is_kept(service: Service) -> None:
+    """Two replicas: without that the second question would come to the other one every other time."""
+    time.sleep(3 * TOLD_SECONDS)  # until both have told that nothing is to do
+    text = " ".join(f"def f{number}(a, b): return a + {number} * b" for number in range(400))
+    cached = []
+    for question in range(6):
+        reply = service.post("/v1/completions", {"prompt": f"{text} # {question}", "max_tokens": 1})
+        cached.append(reply.json["longserve"]["cached_tokens"])
+        time.sleep(0.1)
+    assert cached[0] == 0 and min(cached[1:]) > 2048, cached
 
 
 def test_equal_replicas_share_what_comes_at_once(service: Service) -> None:

@@ -33,6 +33,8 @@ from service.engine.request import (
 )
 from service.model.pooling import Task
 
+PACED_TOKENS = 4096  # of the prompt whose pace is told, where the context is as long
+
 logger = logging.getLogger(__name__)
 
 
@@ -190,6 +192,12 @@ class Admission:
         left = (self._ledger.free, self._ledger.budget)
         choice = choose(request, self.lanes, self.rules, left, self._queue.seconds_in_front)
         return Offer(choice.lane, choice.why, choice.need, prompt)
+
+    def token_seconds(self) -> float:
+        """Predicted, to read a token of a prompt of `PACED_TOKENS` under the default backend, or under the first."""
+        lane = self.lanes.get(self.rules.default) or next(iter(self.lanes.values()))
+        tokens = min(PACED_TOKENS, self._max_length)
+        return lane.prefill_seconds(tokens) / tokens
 
     def _planned(self, request: Request, offer: Offer) -> Plan:
         lane, needed, budget = offer.lane, offer.need.total, self._ledger.budget

@@ -172,5 +172,18 @@ def lane_for(
         measured = yield from measure_attention(serving, longest, chunk, has_history=has_history)
         lines = [line for kind in kinds for line in (measured[kind].many, measured[kind].one)]
         profile.keep(key, lines)
-    attending = dict(zip(kinds, map(Attending, lines[::2], lines[1::2]), strict=True))
+    return paced(name, backend, model, pace, lines, chunk, budget)
+
+
+def paced(
+    name: str, backend: AttentionBackend, model: Transformer, pace: Ramp, lines: Sequence[Ramp], chunk: int, budget: int
+) -> Lane:
+    """A lane whose pace is known: the model's, and the lines of its layers' attention as `lines_of` has them."""
+    serving = _serving(backend, model)
+    attending = dict(zip(shares(serving), map(Attending, lines[::2], lines[1::2]), strict=True))
     return _lane(name, backend, model, Pace(model.config.num_hidden_layers, pace, attending, serving), chunk, budget)
+
+
+def lines_of(lane: Lane) -> list[Ramp]:
+    """The pace of a lane's attention: two lines of each kind of layer."""
+    return [line for each in lane.course.pace.attention.values() for line in (each.many, each.one)]

@@ -54,8 +54,7 @@ class Delivery:
         """Book a finished step: move its sequences on, hand out what was drawn, tell the observer."""
         now = time.monotonic()
         attempt(lambda: self._book(work, now))  # before its sequences move on
-        for member in work.members:
-            member.sequence.past, member.sequence.is_held = member.end, False
+        work.move_on()
         for member in work.members:
             job, timings = member.job, member.job.request.timings
             timings.batch_mates = max(timings.batch_mates, len(work.members) - 1)

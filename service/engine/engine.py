@@ -17,7 +17,7 @@ from collections.abc import Callable, Collection, Generator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -26,7 +26,7 @@ from attention import AttentionBackend, gather_team, truth
 from service.config import EngineConfig
 from service.engine import reread
 from service.engine.admission import Admission, Ledger, Offer, Plan
-from service.engine.allowlist import Backends, Lane, check_room, lane_for, unmeasured
+from service.engine.allowlist import Backends, Lane, check_room, lane_for, lines_of, unmeasured
 from service.engine.answer import Answer
 from service.engine.delivery import Delivery, attempt
 from service.engine.departures import Departures
@@ -53,7 +53,6 @@ T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 STREAM_SLICES = 10  # slices after which a decode step gives way too: most end before, and a pause within one delays its streams
-PACED_TOKENS = 4096  # of the prompt whose pace is told
 REST = 2.0  # times a slice of what runs beside requests, for them: a part may take some 50 ms, an answer many steps
 REST_SECONDS = 1.0  # with nothing to do for so long, free heap goes back to the system
 STARVED_RATIO = 0.2  # of the model thread's computing, from which that is worth a line in the log
@@ -236,10 +235,9 @@ class Engine:
         answer = Answer(lambda: self._departures.mark(job, "cancelled", None))
         job = Job.create(request, offer, answer, self._tokenizer)
         job.marks = self._prefixes.marks(request, offer.prompt)
-        self._scheduler.meet(job)
         if not self._scheduler.jobs:
             self._last_progress = time.monotonic()  # the hours at rest are no standstill
-        self._scheduler.waiting.append(job)
+        self._scheduler.take_in(job)
         self._idle.clear()
         self._wake.set()
         return answer
@@ -276,6 +274,11 @@ class Engine:
         """An owner's pins, and whether the state of each is there now; everybody's where prefixes are shared."""
         current, is_shared = self._prefixes.pins.current(), self._config.prefix_shared
         return {pin: self._prefixes.is_kept(pin.lane, pin.mark) for pin in current if is_shared or pin.owner == owner}
+
+    @property
+    def keeps_prefixes(self) -> bool:
+        """Whether states of prompts' beginnings are kept for the next."""
+        return self._prefixes.limit > 0
 
     @property
     def has_pins(self) -> bool:
@@ -346,9 +349,21 @@ class Engine:
         return self._scheduler.seconds_in_front()
 
     def token_seconds(self) -> float:
-        """Predicted, to read a token of a prompt of `PACED_TOKENS`."""
-        lane = self._admission.lanes.get(self.backends.default) or next(iter(self._admission.lanes.values()))
-        return lane.prefill_seconds(PACED_TOKENS) / PACED_TOKENS
+        """Predicted, to read a token of a prompt, see `Admission.token_seconds`."""
+        return self._admission.token_seconds()
+
+    def laws(self) -> dict[str, Any]:
+        """What is predicted by, as plain data: whoever has it and the model's config predicts the same (service/capacity).
+
+        Straight lines are (seconds, seconds for each more), see `forecast.Ramp`: `model` over tokens, those of a backend over
+        one layer's flops as `lines_of` has them. `drift`: times as long that steps of a kind lately took. `packs`: prompts may
+        share a step.
+        """
+        lanes = self._admission.lanes.values()
+        backends = {
+            each.name: {"lines": [(r.fixed, r.slope) for r in lines_of(each)], "drift": each.drift.now()} for each in lanes
+        }
+        return {"model": (self._pace.fixed, self._pace.slope), "packs": self._rows is not None, "backends": backends}
 
     # ---- the loop ---------------------------------------------------------------------------------------------------
 

@@ -196,6 +196,10 @@ class Drift:
         """What to multiply a prediction by."""
         return math.exp(self._now(kind)[0])
 
+    def now(self) -> dict[str, float]:
+        """The same for each kind that was seen."""
+        return {kind: self(kind) for kind in list(self._seen)}
+
     def note(self, kind: str, predicted: float, measured: float) -> None:
         """A step has ended."""
         if predicted > 0 and measured > 0:

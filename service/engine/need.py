@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 from service.engine.allowlist import Lane
 from service.engine.grammar import GRAMMAR_BYTES
@@ -24,7 +25,7 @@ class Need:
 
     terms: Mapping[str, int]
 
-    @property
+    @cached_property
     def total(self) -> int:
         return sum(self.terms.values())
 

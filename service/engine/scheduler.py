@@ -69,6 +69,11 @@ class Scheduler:
         decode = max((job.remaining_tokens * job.lane.decode_seconds(len(job.prompt)) for job in jobs), default=0.0)
         return prefill + decode
 
+    def take_in(self, job: Job) -> None:
+        """Let a job wait that was let in."""
+        self.meet(job)
+        self.waiting.append(job)
+
     def remove(self, job: Job) -> None:
         """Forget a job, and the step of its own that is paused."""
         self._ledger.release(job)

@@ -83,6 +83,11 @@ class Work:
             timings = member.job.request.timings
             timings.admitted_at = timings.admitted_at or self.begun_at
 
+    def move_on(self) -> None:
+        """It has ended: its members' tokens are in their states."""
+        for member in self.members:
+            member.sequence.past, member.sequence.is_held = member.end, False
+
     def allocate(self) -> None:
         """A slot for every member that has none. Raises PoolExhausted."""
         for member in self.members:

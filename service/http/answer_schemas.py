@@ -349,6 +349,7 @@ class Info(Record):
     threads: int
     attention: AttentionFacts
     memory_budget_bytes: int
+    laws: dict[str, Any] = Field(description="What this replica predicts by, for `longserve capacity`: seconds, CPUs.")
     limits: dict[str, Any]
     engine: dict[str, Any]
     versions: dict[str, str]

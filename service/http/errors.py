@@ -187,6 +187,8 @@ def response_to(error: RequestError) -> Response:
     headers = {} if seconds is None else {"retry-after": str(max(1, math.ceil(seconds)))}
     if isinstance(error, QueueFull):
         headers[ETA_HEADER] = f"{error.retry_after_seconds:.3f}"
+    if isinstance(error, Draining):
+        headers["connection"] = "close"  # whoever sends the next call on this one would find it cut off
     if isinstance(error, Unauthorized):
         headers["www-authenticate"] = "Bearer"
     if isinstance(error, WrongEncoding):

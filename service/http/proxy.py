@@ -1,5 +1,5 @@
 """What stands around Ray Serve's proxy, in the proxy's own process: our connection limits, one shape of error, an end for an
-answer whose replica has died, and no way to take a call out of the service's hands.
+answer whose replica has died, what the router has to know of a prompt, and no way to take a call out of the service's hands.
 
 Serve calls `middlewares` when a proxy starts, for the environment variable RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH names it
 (`service/cluster.py` sets it; set it on every node where Ray was started otherwise).
@@ -18,6 +18,7 @@ from uvicorn.config import HTTP_PROTOCOLS
 from service.config import LineConfig
 from service.engine.request import InvalidRequest
 from service.http import line
+from service.http.beginning import HEADER, read_beginning
 from service.http.errors import ReplicaGone, body_of, response_to, shaped
 
 LIMITS = "LONGSERVE_LINE"
@@ -29,8 +30,8 @@ RAYS_OWN = "/-/"
 RENAMED = {b"x-request-timeout-seconds": b"x-longserve-timeout-seconds"}
 """Serve would answer a timeout itself, while the replica goes on; the service's own header says the same to the engine."""
 
-DROPPED = frozenset({b"x-request-disconnect-disabled"})
-"""Would let a call go on after its caller has left."""
+DROPPED = frozenset({b"x-request-disconnect-disabled", HEADER})
+"""Would let a call go on after its caller has left; is the router's own."""
 
 GONE = ReplicaGone("the replica that was answering has died; the same call may be sent again")
 """What Serve's proxy tells nobody: it leaves the caller of a dead replica without an answer, or with half of one."""
@@ -56,7 +57,9 @@ class Front:
             return
         answer = Reshaped(scope["path"], send)
         if _are_text(scope["headers"]):
-            await self.app({**scope, "headers": _service_headers(scope["headers"])}, receive, answer)
+            marks, receive = await read_beginning(scope, receive)
+            headers = [*_service_headers(scope["headers"]), *([(HEADER, b",".join(marks))] if marks else [])]
+            await self.app({**scope, "headers": headers}, receive, answer)
             if not answer.has_begun:
                 await response_to(GONE)(scope, receive, send)
             elif answer.is_open_stream:

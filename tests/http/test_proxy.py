@@ -35,8 +35,11 @@ def answer(*messages: Message) -> tuple[Reply, bool]:
     async def keep(message: Message) -> None:
         got.append(message)
 
+    async def receive() -> Message:
+        return {"type": "http.request", "body": b"{}", "more_body": False}
+
     scope: Any = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": []}
-    asyncio.run(Front(app)(scope, None, keep))  # type: ignore[arg-type]
+    asyncio.run(Front(app)(scope, receive, keep))
     headers = {name.decode(): value.decode() for name, value in got[0]["headers"]}
     text = b"".join(each["body"] for each in got[1:]).decode()
     return Reply(got[0]["status"], headers, text), not got[-1].get("more_body", False)
