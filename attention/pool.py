@@ -41,12 +41,17 @@ class StateTensor:
         return tensor if self.fill is None else tensor.fill_(self.fill)
 
 
+Undo = dict[int, list[tuple[Tensor, Tensor]]]
+"""By position of a token that may be taken back: views of what it wrote over in a state, and what stood there."""
+
+
 @dataclass
 class _Slot:
     max_tokens: int
     tensors: list[dict[str, Tensor]]  # of the layers of each backend, (layers, ...)
     views: list[dict[str, Tensor]]  # of each layer, made once, since a decode step asks for many
     held: list[int]  # tokens in the state of each layer, or UNDEFINED
+    undo: dict[int, Undo]  # by layer, of the tokens that came last, until more are taken
 
 
 class PoolExhausted(Exception):
@@ -179,12 +184,39 @@ class StatePool:
             taken.append(entry)
         for entry in taken:
             entry.held[layer] = UNDEFINED
+            entry.undo.pop(layer, None)
         return [entry.views[layer] for entry in taken]
 
-    def settle(self, slots: Sequence[int], layer: int, segments: Segments) -> None:
-        """Note that slots that were taken hold the new tokens, too."""
-        for slot, length, past in zip(slots, segments.lengths, segments.past, strict=True):
+    def settle(self, slots: Sequence[int], layer: int, segments: Segments, undo: Sequence[Undo] | None = None) -> None:
+        """Note that slots that were taken hold the new tokens, too, and what those wrote over that may be taken back."""
+        for index, (slot, length, past) in enumerate(zip(slots, segments.lengths, segments.past, strict=True)):
             self._slots[slot].held[layer] = past + length
+            if undo is not None:
+                self._slots[slot].undo[layer] = undo[index]
+
+    def take_back(self, slot: int, tokens: int) -> None:
+        """Leave a slot, which was extended by steps last, as if only its first `tokens` tokens had been appended.
+
+        Raises:
+            ValueError: it holds fewer at some layer, or was not extended by steps from there on. Nothing is taken back then.
+        """
+        entry = self._slots[slot]
+        for layer, held in enumerate(entry.held):
+            if held < tokens or (held > tokens and layer not in entry.undo):
+                raise ValueError(f"slot {slot} holds {held} tokens at layer {layer}, which cannot be taken back to {tokens}")
+        for layer, (backend, held, view) in enumerate(zip(self.backends, entry.held, entry.views, strict=True)):
+            undo = entry.undo.pop(layer, {})
+            if held > tokens:
+                for position in range(held - 1, tokens - 1, -1):
+                    for written, before in undo.get(position, ()):
+                        written.copy_(before)
+                backend.cut(view, tokens, held)
+                entry.held[layer] = tokens
+
+    def undo_bytes(self, max_tokens: int, count: int) -> int:
+        """Most bytes that a slot for so many tokens takes beside its own while `count` of them can be taken back."""
+        layers = self._layers_of.items()
+        return sum(len(own) * backend.undo_bytes(max_tokens, count) for backend, own in layers)
 
     def __len__(self) -> int:
         return len(self._slots)
@@ -199,7 +231,7 @@ class StatePool:
             for at, layer in enumerate(layers):
                 views[layer] = {name: tensor[at] for name, tensor in each.items()}
         slot, self._next = self._next, self._next + 1
-        self._slots[slot] = _Slot(max_tokens, tensors, views, held)
+        self._slots[slot] = _Slot(max_tokens, tensors, views, held, {})
         self.bytes_in_use += self.slot_bytes(max_tokens)
         return slot
 
