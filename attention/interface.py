@@ -143,7 +143,8 @@ class AttentionBackend(ABC):
         """
         self.check_extend(q, k, v, segments, pool, layer, out)
         if by_steps and any(end - start > self.runway(past) for start, end, past in segments.spans()):
-            raise ValueError(f"{self.name} takes fewer single steps at once behind {segments.past}, received {segments.lengths}")
+            behind = f"behind {segments.past}, received {segments.lengths}"
+            raise ValueError(f"{self.name} takes fewer single steps at once {behind}")
         states, undo = pool.take(slots, layer, segments), None
         if segments.total == len(slots):
             self.step(q, k, v, segments.past, states, out)
@@ -236,7 +237,7 @@ class AttentionBackend(ABC):
         """
         return list(state.values())
 
-    def cut(self, state: dict[str, Tensor], tokens: int, total: int) -> None:
+    def cut(self, state: dict[str, Tensor], tokens: int, total: int) -> None:  # noqa: B027 (most have nothing to clear)
         """Clear away what the last of `total` tokens of a sequence have added to a state, those behind the first `tokens`."""
 
     def undo_bytes(self, max_tokens: int, count: int) -> int:

@@ -31,9 +31,8 @@ def through(
     Returns:
         What all but the first token of each sequence wrote over, by sequence.
     """
-    rows = [
-        [(index, at, past + at - start) for at in range(start, end)] for index, (start, end, past) in enumerate(segments.spans())
-    ]
+    spans = enumerate(segments.spans())
+    rows = [[(index, at, past + at - start) for at in range(start, end)] for index, (start, end, past) in spans]
     undo: list[Undo] = [{} for _ in rows]
     if not any(backend.touched(states[index], position) for own in rows for index, _, position in own[1:]):
         every = [row for own in rows for row in own]

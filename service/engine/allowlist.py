@@ -13,12 +13,14 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from attention import AttentionBackend, Segments, StatePool, shares, whole
-from service.config import AutoConfig
+from service.config import AutoConfig, LookupConfig
 from service.engine.forecast import Attending, Course, Drift, Pace, Ramp, measure_attention
 from service.engine.profile import Profile
-from service.engine.request import AUTO, Withdrawn
+from service.engine.request import AUTO, Sampling, Withdrawn
 from service.model.transformer import Transformer
 
+NO_LOOKUP = LookupConfig(tokens=0)
+LEAST_PRICE = 0.02  # of a guessed token's row: a forecast may be off
 BOTH_WAYS = "bidirectional, for the model is an encoder; causal"
 
 
@@ -62,6 +64,7 @@ class Lane:
     kept: StatePool = field(init=False)
     drift: Drift = field(default_factory=Drift)
     withdrawn: str | None = None  # why nothing more is answered under it
+    lookup: LookupConfig = NO_LOOKUP
 
     def __post_init__(self) -> None:
         self.kept = StatePool(self.pool.backends, self.pool.max_bytes)
@@ -82,14 +85,39 @@ class Lane:
         """The same of a decode step that makes a sequence `length` tokens long."""
         return self.drift("decode") * self.course.decode_seconds(length)
 
+    def most_guessed(self, sampling: Sampling) -> int:
+        """Tokens that may be guessed for a step of one of a request's samples."""
+        wish = sampling.lookup_tokens
+        return self.lookup.tokens if wish is None else min(wish, self.lookup.tokens)
+
+    def row_price(self, sequences: int, length: int) -> float:
+        """What one row more of a decode step takes, in parts of what each of its sequences' tokens does without.
+
+        By the forecast, and by how much longer steps with guesses have lately taken than it says for plain ones.
+        """
+        one, rows = self.course.decode_seconds(length), sequences * (1 + self.lookup.tokens)
+        plain, wide = (self.course.rows_seconds(count, one) for count in (sequences, rows))
+        more = (self.drift("guess") * wide - plain) / (rows - sequences)
+        return max(LEAST_PRICE, more * sequences / plain) if plain > 0 else 1.0
+
     def answering(
-        self, layer: int, question: tuple[Tensor, Tensor, Tensor], segments: Segments, slots: Sequence[int], out: Tensor
+        self,
+        layer: int,
+        question: tuple[Tensor, Tensor, Tensor],
+        segments: Segments,
+        slots: Sequence[int],
+        out: Tensor,
+        by_steps: bool = False,
     ) -> Iterator[None]:
         """Answer a layer's question, q (T, H, D), k and v (T, G, D), into `out` (T, H, D), pausing about every millisecond.
 
-        `slots`: each sequence's state, which takes its new tokens in.
+        `slots`: each sequence's state, which takes its new tokens in. `by_steps`: as so many decode steps would.
         """
-        return self.pool.backends[layer].extending(*question, segments, self.pool, layer, slots, out)
+        return self.pool.backends[layer].extending(*question, segments, self.pool, layer, slots, out, by_steps)
+
+    def take_back(self, slot: int, tokens: int) -> None:
+        """Leave a state as if only the first `tokens` tokens were in it; those behind them were answered by steps."""
+        self.pool.take_back(slot, tokens)
 
     def allocate(self, max_tokens: int) -> int:
         """A slot for the state of a sequence of up to `max_tokens` tokens. Raises PoolExhausted."""
@@ -118,6 +146,10 @@ class Lane:
     def state_bytes(self, max_tokens: int) -> int:
         """Bytes that such a slot takes, by the law of cost."""
         return self.pool.slot_bytes(max_tokens)
+
+    def undo_bytes(self, max_tokens: int, count: int) -> int:
+        """Bytes kept of such a slot while `count` tokens may be taken back."""
+        return self.pool.undo_bytes(max_tokens, count)
 
     def held_bytes(self, slots: Iterable[int]) -> int:
         """Bytes that slots hold, by their tensors."""
@@ -150,14 +182,29 @@ def _serving(backend: AttentionBackend, model: Transformer) -> AttentionBackend:
     return backend if model.config.is_causal else whole(backend)
 
 
-def _lane(name: str, backend: AttentionBackend, model: Transformer, pace: Pace, chunk: int, budget: int) -> Lane:
+def _lane(
+    name: str,
+    backend: AttentionBackend,
+    model: Transformer,
+    pace: Pace,
+    chunk: int,
+    budget: int,
+    lookup: LookupConfig = NO_LOOKUP,
+) -> Lane:
     longest = model.config.max_length
     course = Course(model, pace, longest, chunk if model.config.is_causal else longest)
-    return Lane(name, backend, course, pace.backend.new_pool(model.config.num_hidden_layers, budget))
+    return Lane(name, backend, course, pace.backend.new_pool(model.config.num_hidden_layers, budget), lookup=lookup)
 
 
 def lane_for(
-    name: str, backend: AttentionBackend, model: Transformer, pace: Ramp, profile: Profile, chunk: int, budget: int
+    name: str,
+    backend: AttentionBackend,
+    model: Transformer,
+    pace: Ramp,
+    profile: Profile,
+    chunk: int,
+    budget: int,
+    lookup: LookupConfig,
 ) -> Generator[None, None, Lane]:
     """Make a backend ready to serve, in parts: its pace beside the model's, and room for states of `budget` bytes.
 
@@ -173,4 +220,5 @@ def lane_for(
         lines = [line for kind in kinds for line in (measured[kind].many, measured[kind].one)]
         profile.keep(key, lines)
     attending = dict(zip(kinds, map(Attending, lines[::2], lines[1::2]), strict=True))
-    return _lane(name, backend, model, Pace(model.config.num_hidden_layers, pace, attending, serving), chunk, budget)
+    whole_pace = Pace(model.config.num_hidden_layers, pace, attending, serving)
+    return _lane(name, backend, model, whole_pace, chunk, budget, lookup)

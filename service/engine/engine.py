@@ -26,7 +26,7 @@ from attention import AttentionBackend, gather_team, truth
 from service.config import EngineConfig
 from service.engine import reread
 from service.engine.admission import Admission, Ledger, Offer, Plan
-from service.engine.allowlist import Backends, Lane, check_room, lane_for, unmeasured
+from service.engine.allowlist import NO_LOOKUP, Backends, Lane, check_room, lane_for, unmeasured
 from service.engine.answer import Answer
 from service.engine.delivery import Delivery, attempt
 from service.engine.departures import Departures
@@ -180,7 +180,9 @@ class Engine:
 
     def _lane_for(self, name: str, backend: AttentionBackend) -> Generator[None, None, Lane]:
         chunk, budget = self._config.chunk_tokens, self._ledger.budget
-        return lane_for(name, backend, self._model, self._pace, self._profile, chunk, budget)
+        # A guess is looked over beside others' rows: nothing is guessed where those would change its last bits
+        lookup = self._config.prompt_lookup if self._rows is not None else NO_LOOKUP
+        return lane_for(name, backend, self._model, self._pace, self._profile, chunk, budget, lookup)
 
     def check_room(self, backend: AttentionBackend) -> None:
         """Raise ValueError for a backend under which the budget does not hold even the shortest request."""
@@ -378,7 +380,7 @@ class Engine:
             self._delivery.settle(work)
         work.elapsed += time.perf_counter() - start
         if is_over and work.meter is None:  # counting takes time of its own
-            work.lane.drift.note(work.kind, work.predicted_seconds, work.elapsed)
+            work.note()
 
     async def _run(self, work: Work) -> bool:
         """Run a step, or one slice of it. Returns whether it has ended, and well."""

@@ -260,6 +260,10 @@ class Course:
         """Predicted seconds of a decode step that makes a sequence `length` tokens long."""
         return self.step_seconds(length - 1, length)
 
+    def rows_seconds(self, rows: int, one: float) -> float:
+        """The same of a step of several rows, of which each alone takes `one` second."""
+        return rows * one - (rows - 1) * self.pace.model.fixed  # which is paid once
+
     def prefill_bytes(self, length: int) -> int:
         """Peak workspace of any chunk of a prefill of `length` tokens."""
         done, rest = divmod(length, self._chunk)
