@@ -1,7 +1,7 @@
 """What prompt lookup brings and costs: tokens a second with guesses and without, one behind the other on one engine.
 
-On text that repeats itself (log lines, and this project's own code, greedily continued) it should bring much, on text that never
-does (random tokens, drawn at temperature 1) cost next to nothing.
+On text that repeats itself (log lines, and this project's own code, greedily continued) it should bring much, on text that
+never does (random tokens, drawn at temperature 1) cost next to nothing.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from service.benchmark.alone import make_engine
 from service.benchmark.bare import BACKENDS, report
 from service.engine.engine import Engine
 from service.engine.request import Request, Sampling
+from service.model.checkpoint import load
 from service.model.tokenizer import Tokenizer
 from service.threads import in_passing_thread
-from service.model.checkpoint import load
 
 ANSWER = 256  # tokens
 PROMPT = 1024
@@ -45,7 +45,7 @@ def code(tokenizer: Tokenizer) -> list[int]:
 
 def noise(tokenizer: Tokenizer) -> list[int]:
     """Tokens that hang together in no way."""
-    return random.choices(sorted(tokenizer.ids - tokenizer.controls), k=PROMPT)
+    return random.choices(sorted(set(tokenizer.ids) - set(tokenizer.controls)), k=PROMPT)
 
 
 TEXTS: dict[str, tuple[Callable[[Tokenizer], list[int]], float]] = {  # a prompt, and the temperature of its answer

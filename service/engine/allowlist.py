@@ -91,14 +91,15 @@ class Lane:
         return self.lookup.tokens if wish is None else min(wish, self.lookup.tokens)
 
     def row_price(self, sequences: int, length: int) -> float:
-        """What one row more of a decode step takes, in parts of what each of its sequences' tokens does without.
+        """What one row more of a decode step takes, in parts of what each of its sequences' tokens takes without."""
+        plain, more = self.plain_seconds(sequences, length), sequences * self.lookup.tokens
+        wide = self.drift("guess") * (plain + more * self.course.row_seconds(length))
+        return max(LEAST_PRICE, (wide - plain) / more * sequences / plain) if plain > 0 else 1.0
 
-        By the forecast, and by how much longer steps with guesses have lately taken than it says for plain ones.
-        """
-        one, rows = self.course.decode_seconds(length), sequences * (1 + self.lookup.tokens)
-        plain, wide = (self.course.rows_seconds(count, one) for count in (sequences, rows))
-        more = (self.drift("guess") * wide - plain) / (rows - sequences)
-        return max(LEAST_PRICE, more * sequences / plain) if plain > 0 else 1.0
+    def plain_seconds(self, sequences: int, length: int) -> float:
+        """Predicted seconds of a decode step of so many sequences without guesses, as such steps have lately gone."""
+        one = self.course.decode_seconds(length)
+        return self.drift("decode") * self.course.rows_seconds(sequences, one)
 
     def answering(
         self,
@@ -167,7 +168,8 @@ class Lane:
 def unmeasured(name: str, backend: AttentionBackend, model: Transformer, chunk: int, budget: int) -> Lane:
     """A lane that can be asked for bytes only: no pace was measured. Room is for states of `budget` bytes."""
     none, serving = Ramp(0.0, 0.0), _serving(backend, model)
-    pace = Pace(model.config.num_hidden_layers, none, dict.fromkeys(shares(serving), Attending(none, none)), serving)
+    attending = dict.fromkeys(shares(serving), Attending(none, none, none))
+    pace = Pace(model.config.num_hidden_layers, none, none, attending, serving)
     return _lane(name, backend, model, pace, chunk, budget)
 
 
@@ -200,7 +202,7 @@ def lane_for(
     name: str,
     backend: AttentionBackend,
     model: Transformer,
-    pace: Ramp,
+    paces: tuple[Ramp, Ramp],
     profile: Profile,
     chunk: int,
     budget: int,
@@ -213,12 +215,12 @@ def lane_for(
     serving = _serving(backend, model)
     kinds = list(shares(serving))
     key = json.dumps(backend.describe(), sort_keys=True, default=str)
-    lines = profile.recall(key, 2 * len(kinds))
+    lines = profile.recall(key, 3 * len(kinds))
     if lines is None:
         longest, has_history = model.config.max_length, model.config.is_causal
         measured = yield from measure_attention(serving, longest, chunk, has_history=has_history)
-        lines = [line for kind in kinds for line in (measured[kind].many, measured[kind].one)]
+        lines = [line for kind in kinds for line in (measured[kind].many, measured[kind].one, measured[kind].more)]
         profile.keep(key, lines)
-    attending = dict(zip(kinds, map(Attending, lines[::2], lines[1::2]), strict=True))
-    whole_pace = Pace(model.config.num_hidden_layers, pace, attending, serving)
-    return _lane(name, backend, model, whole_pace, chunk, budget, lookup)
+    attending = dict(zip(kinds, map(Attending, lines[::3], lines[1::3], lines[2::3]), strict=True))
+    pace = Pace(model.config.num_hidden_layers, *paces, attending, serving)
+    return _lane(name, backend, model, pace, chunk, budget, lookup)

@@ -109,7 +109,7 @@ class Engine:
         self._thread = ThreadPoolExecutor(1, "longserve-model", initializer=give)
         rows, logit_rows = max(config.chunk_tokens, config.max_sequences), max(LOGIT_ROWS, config.max_sequences)
         await self._on_model_thread(lambda: model.warm_up(rows, logit_rows))
-        self._pace = await self._on_model_thread(lambda: _pace_of(model, self._profile))
+        self._paces = await self._on_model_thread(lambda: _paces_of(model, self._profile))
         self._rows = await self._on_model_thread(lambda: row_multiple(model))
         prefixes = Prefixes(self._ledger, config.chunk_tokens, config.prefix_share, config.prefix_shared)
         self._prefixes = prefixes
@@ -182,7 +182,7 @@ class Engine:
         chunk, budget = self._config.chunk_tokens, self._ledger.budget
         # A guess is looked over beside others' rows: nothing is guessed where those would change its last bits
         lookup = self._config.prompt_lookup if self._rows is not None else NO_LOOKUP
-        return lane_for(name, backend, self._model, self._pace, self._profile, chunk, budget, lookup)
+        return lane_for(name, backend, self._model, self._paces, self._profile, chunk, budget, lookup)
 
     def check_room(self, backend: AttentionBackend) -> None:
         """Raise ValueError for a backend under which the budget does not hold even the shortest request."""
@@ -446,12 +446,12 @@ class Engine:
         self._idle.set()
 
 
-def _pace_of(model: Transformer, profile: Profile) -> Ramp:
+def _paces_of(model: Transformer, profile: Profile) -> tuple[Ramp, Ramp]:
     """The model's own pace: the profile's, else measured and kept there."""
-    if (kept := profile.recall("model", 1)) is None:
-        kept = [measure_model(model)]
+    if (kept := profile.recall("model", 2)) is None:
+        kept = [*measure_model(model)]
         profile.keep("model", kept)
-    return kept[0]
+    return kept[0], kept[1]
 
 
 def _slice(parts: Generator[None, None, T], limit: float) -> tuple[bool, T | None, float]:

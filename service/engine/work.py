@@ -80,7 +80,9 @@ class Work:
     def predicted_seconds(self) -> float:
         course = self.lane.course
         if self.kind == "decode":
-            return course.rows_seconds(self.tokens, course.decode_seconds(self._mean_end))
+            guessed = self.tokens - len(self.members)
+            plain = course.rows_seconds(len(self.members), course.decode_seconds(self._mean_end))
+            return plain + guessed * course.row_seconds(self._mean_end)
         mates = len(self.members) - 1
         return self._summed(course.step_seconds) - mates * course.pace.model.fixed  # which is paid once
 
@@ -95,7 +97,9 @@ class Work:
         """Let the forecast learn how long it took; of a step with guesses, beside how long plain ones take."""
         drift = self.lane.drift
         if self.has_guesses:
-            drift.note("guess", drift("decode") * self.predicted_seconds, self.elapsed)
+            length, guessed = self._mean_end, self.tokens - len(self.members)
+            plain = self.lane.plain_seconds(len(self.members), length)
+            drift.note("guess", plain + guessed * self.lane.course.row_seconds(length), self.elapsed)
         else:
             drift.note(self.kind, self.predicted_seconds, self.elapsed)
 
