@@ -145,14 +145,14 @@ class AttentionBackend(ABC):
         if by_steps and any(end - start > self.runway(past) for start, end, past in segments.spans()):
             behind = f"behind {segments.past}, received {segments.lengths}"
             raise ValueError(f"{self.name} takes fewer single steps at once {behind}")
-        states, undo = pool.take(slots, layer, segments), None
+        states = pool.take(slots, layer, segments)
         if segments.total == len(slots):
             self.step(q, k, v, segments.past, states, out)
         elif by_steps:
-            undo = yield from steps.through(self, q, k, v, segments, states, out)
+            yield from steps.through(self, q, k, v, segments, states, pool.undo(slots, layer), out)
         else:
             yield from self._extend_mixed(q, k, v, segments, states, out)
-        pool.settle(slots, layer, segments, undo)
+        pool.settle(slots, layer, segments, by_steps)
 
     def _extend_mixed(
         self, q: Tensor, k: Tensor, v: Tensor, segments: Segments, states: Sequence[dict[str, Tensor]], out: Tensor

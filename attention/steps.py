@@ -6,11 +6,12 @@ a text): the model reads all of them at once, and what is wrong is taken back (`
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from attention.parts import Parts
 from attention.pool import Undo
 from attention.shapes import Segments
 
@@ -21,31 +22,33 @@ State = dict[str, Tensor]
 
 
 def through(
-    backend: AttentionBackend, q: Tensor, k: Tensor, v: Tensor, segments: Segments, states: Sequence[State], out: Tensor
-) -> Generator[None, None, list[Undo]]:
+    backend: AttentionBackend,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    segments: Segments,
+    states: Sequence[State],
+    undo: Sequence[Undo],
+    out: Tensor,
+) -> Parts:
     """Answer q (T, H, D), k and v (T, G, D) into `out` (T, H, D) by steps, pausing between them.
 
     Where the tokens only add to their states, all of them in one step; else one token of each sequence after the other, what
-    each writes over being kept.
-
-    Returns:
-        What all but the first token of each sequence wrote over, by sequence.
+    all but its first write over being kept in its `undo`.
     """
     spans = enumerate(segments.spans())
     rows = [[(index, at, past + at - start) for at in range(start, end)] for index, (start, end, past) in spans]
-    undo: list[Undo] = [{} for _ in rows]
     if not any(backend.touched(states[index], position) for own in rows for index, _, position in own[1:]):
         every = [row for own in rows for row in own]
         backend.step(q, k, v, [position for *_, position in every], [states[index] for index, *_ in every], out)
-        return undo
+        return
     for depth in range(max(segments.lengths)):
         deep = [own[depth] for own in rows if depth < len(own)]
         for index, _, position in deep if depth else ():
-            undo[index][position] = [(view, view.clone()) for view in backend.touched(states[index], position)]
+            undo[index].keep(position, backend.touched(states[index], position))
         places, past = [at for _, at, _ in deep], [position for *_, position in deep]
         step(backend, q, k, v, places, past, [states[index] for index, *_ in deep], out)
         yield
-    return undo
 
 
 def step(

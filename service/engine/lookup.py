@@ -20,9 +20,9 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
-FIRST_CHANCE = 0.5  # before anything was seen; it counts as much as one guess
+FIRST_CHANCE = 0.8  # before anything was seen; it counts as much as one guess
 KEPT = 0.9  # of what was seen, at the next guess
-KEPT_IDLE = 0.98  # at each token that might have been guessed, and was not worth it
+KEPT_IDLE = 0.99  # at each token that might have been guessed, and was not worth it
 MOST_CHANCE = 0.99
 Tokens = Callable[[int, int], "array[int]"]
 """(start, end) -> the text's tokens at these positions."""

@@ -360,6 +360,8 @@ class Laws:
                     pool.take_back(slot, tokens_)
             for layer in range(2):
                 finish(backend.extending(q, k, v, batch, pool, layer, [slot], out, by_steps=True))
+            with pytest.raises(ValueError, match="cannot be taken back"):
+                pool.take_back(slot, 20)  # what came first was no guess
             pool.take_back(slot, 21)
             pool.take_back(slot, 21)  # nothing is left to be taken back
             if (runway := backend.runway(21)) < 30:
@@ -378,9 +380,8 @@ class Laws:
                 q, k, v = tokens(backend.shape, width)
                 batch, out = Segments((width,), (past,)), torch.empty_like(q)
                 finish(backend.extending(q, k, v, batch, pool, 0, [slot], out, by_steps=True))
-                kept = pool._slots[slot].undo.get(0, {}).values()
-                real = sum(before.untyped_storage().nbytes() for pairs in kept for _, before in pairs)
-                assert real <= pool.undo_bytes(past + width, width - 1), (backend.options, past)
+                (undo,) = pool.undo([slot], 0)
+                assert undo.nbytes <= pool.undo_bytes(past + width, width - 1), (backend.options, past)
 
     def test_a_slot_is_taken_over_for_no_tokens_but_those_it_holds(self) -> None:
         for backend in self.causal_backends():
