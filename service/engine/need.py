@@ -38,7 +38,7 @@ def need(request: Request, lane: Lane, prompt_tokens: int | None = None) -> Need
         answer = vectors * lane.course.vector_width * NUMBER_BYTES
         return Need({"state": lane.state_bytes(prompt), "step": lane.course.prefill_bytes(prompt), "answer": answer})
     total = prompt + sampling.max_tokens
-    guessed = lane.most_guessed(sampling)
+    guessed = max(0, min(lane.most_guessed(sampling), sampling.max_tokens - 2))  # the prompt's step and each further one draw one anyway
     is_scored = sampling.echo and sampling.logprobs is not None
     scored = request.n * sampling.max_tokens + (prompt if is_scored else 0)
     terms = {
