@@ -38,7 +38,7 @@ def need(request: Request, lane: Lane, prompt_tokens: int | None = None) -> Need
         answer = vectors * lane.course.vector_width * NUMBER_BYTES
         return Need({"state": lane.state_bytes(prompt), "step": lane.course.prefill_bytes(prompt), "answer": answer})
     total = prompt + sampling.max_tokens
-    guessed = max(0, min(lane.most_guessed(sampling), sampling.max_tokens - 2))  # the prompt's step and each further one draw one anyway
+    guessed = max(0, min(lane.most_guessed(sampling), sampling.max_tokens - 2))  # each step draws one, the prompt's too
     is_scored = sampling.echo and sampling.logprobs is not None
     scored = request.n * sampling.max_tokens + (prompt if is_scored else 0)
     terms = {
@@ -48,7 +48,7 @@ def need(request: Request, lane: Lane, prompt_tokens: int | None = None) -> Need
         * max(request.n * (1 + guessed) * bytes_per_logit(sampling), SCORE_BYTES if is_scored else 0),
         "answer": request.n * (sampling.max_tokens * TOKEN_BYTES + (prompt * ECHO_BYTES if sampling.echo else 0)),
         "logprobs": 0 if sampling.logprobs is None else scored * LOGPROB_BYTES * (1 + sampling.logprobs),
-        "grammar": 0 if sampling.grammar is None else (1 + request.n * (1 + (guessed > 0))) * GRAMMAR_BYTES,
+        "grammar": 0 if sampling.grammar is None else (1 + request.n + (guessed > 0)) * GRAMMAR_BYTES,
         "guess": request.n * (lane.undo_bytes(total, guessed) + total * GUESS_BYTES if guessed else 0),
     }
     return Need(terms)
