@@ -1,7 +1,7 @@
 """What a backend costs in quality, read from a model card: the tables that `service.training.evaluate` prints into it.
 
-A table is a title line that begins with one of TITLES, a line of context lengths, then one line a backend. Where a backend stands
-in several tables of one title, its first row counts.
+A table is a title line that begins with one of TITLES, a line of context lengths, then one line a backend. Of a backend's rows
+in several tables of one title the first counts.
 """
 
 from __future__ import annotations

@@ -10,12 +10,14 @@ import torch
 
 import attention
 from service import cli
+from service import config as settings
 from service.config import AttentionConfig, ServiceConfig
 from service.model.checkpoint import load
 from service.survey import rehearse
 from tests.engine import world
 from tests.model import encoders
 from tests.model.checkpoints import change, own_backend, write
+from tests.serving import LOCAL
 
 CONFIG = """
 applications:
@@ -73,6 +75,16 @@ def survey_of(directory: Path, tmp_path: Path, backends: str, capsys: pytest.Cap
     capsys.readouterr()
     assert cli.main(["check", str(directory), str(tmp_path / "serve.yaml")]) == 0
     return capsys.readouterr().out.splitlines()
+
+
+def test_an_encoder_is_served_under_the_list_that_decoders_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    directory = encoders.write(tmp_path / "tiny", "bert")
+    assert cli.main(["check", str(directory), str(LOCAL)]) == 0
+    rows = [line.split("  ")[1] for line in capsys.readouterr().out.splitlines() if line.startswith("  ")]
+    assert {row.split(",")[0] for row in rows} >= {"dense", "sliding_window", "performer"}
+    deployment = settings.read(LOCAL).applications[0]
+    args = deployment.args.model_copy(update={"model": str(directory)})
+    rehearse(args, deployment.deployments[0].user_config.attention, "float32", 2**28)  # each backend against its definition
 
 
 async def test_of_an_encoder_it_tells_the_task_the_pooling_and_which_backends_are_lossy(

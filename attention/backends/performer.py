@@ -39,7 +39,7 @@ class PerformerOptions(BackendOptions):
     seed: int = Field(0, ge=0, le=MOST_SEED, description="of the random rows: the same seed, the same answers")
     hyperbolic: bool = Field(False, description="each row also with its sign turned: twice the state, half the variance")
     local_chunk: int = Field(
-        0, description="tokens of a chunk; keys of a token's own and the previous chunk weigh exactly; 0: none. Causal only"
+        0, description="tokens of a chunk; keys of a token's own and the neighbouring chunks weigh exactly; 0: none"
     )
     impl: implementation.CpuImpl = "auto"
 
@@ -70,10 +70,6 @@ class Performer(AttentionBackend):
         self.ring = history.Ring(options.local_chunk, options.local_chunk)  # a full one is turned: see `_turn`
 
     @property
-    def directions(self) -> tuple[bool, ...]:
-        return (True,) if self.options.local_chunk else (True, False)
-
-    @property
     def edge(self) -> int:
         return max(1, 2 * self.options.local_chunk)
 
@@ -89,16 +85,15 @@ class Performer(AttentionBackend):
             return weights
         # The factors that are left out above, for here the sum meets weights that are whole.
         left_out = shift - q.square().sum(-1, keepdim=True) * (scale / 2) - math.log2(rows.shape[1])
-        near = i // self.options.local_chunk - j // self.options.local_chunk <= 1
+        near = (i // self.options.local_chunk - j // self.options.local_chunk).abs() <= 1
         logs = torch.where(near, q @ k.transpose(-1, -2) * scale, weights.log2() + left_out)
-        top = logs.masked_fill(j > i, -math.inf).amax(-1, keepdim=True)
-        return (logs - top).clamp_max(0).exp2()  # of keys behind the query, whose weights the causal answer leaves out, any
+        return (logs - logs.amax(-1, keepdim=True)).exp2()
 
     def attend_sequence(self, q: Tensor, k: Tensor, v: Tensor, causal: bool, out: Tensor) -> Parts:
         fresh = Sums.fresh(self.shape, self.weights.shape[1])
-        if self.options.local_chunk:
-            return self._attend_chunks(q, k, v, fresh, out)
-        return (self.features.scan if causal else self.features.both_sides)(q, k, v, fresh, out)
+        if not self.options.local_chunk:
+            return (self.features.scan if causal else self.features.both_sides)(q, k, v, fresh, out)
+        return (self._attend_chunks if causal else self._attend_both_sides)(q, k, v, fresh, out)
 
     def extend_sequence(self, q: Tensor, k: Tensor, v: Tensor, past: int, state: dict[str, Tensor], out: Tensor) -> Parts:
         if self.options.local_chunk:
@@ -121,6 +116,23 @@ class Performer(AttentionBackend):
             if first:
                 yield from self.features.absorb(k[first - chunk : first], v[first - chunk : first], sums)
             yield from self._near_and_far(q[a:b], k[first:b], v[first:b], a - first, sums if first else None, out[a:b])
+
+    def _attend_both_sides(self, q: Tensor, k: Tensor, v: Tensor, sums: Sums, out: Tensor) -> Parts:
+        """A whole sequence both ways, near keys exactly; sums of those before them run along first, then of those behind."""
+        chunk, tokens = self.options.local_chunk, len(q)
+        near = torch.empty(*q.shape[:2], 1, dtype=self._wide, device=q.device)
+        chunks = list(spread(0, tokens, chunk))
+        for a, b in chunks:
+            first, last = max(0, a - chunk), min(tokens, b + chunk)
+            yield from self.softmax.dense(q[a:b], k[first:last], v[first:last], a - first, False, out[a:b], near[a:b])
+            if first:
+                yield from self.features.absorb(k[first - chunk : first], v[first - chunk : first], sums)
+                yield from self.features.join(q[a:b], sums, near[a:b], out[a:b])
+        sums.clear()
+        for a, b in reversed(chunks):
+            if (last := b + chunk) < tokens:
+                yield from self.features.absorb(k[last : last + chunk], v[last : last + chunk], sums)
+                yield from self.features.join(q[a:b], sums, near[a:b], out[a:b])
 
     def _extend_chunks(self, q: Tensor, k: Tensor, v: Tensor, past: int, state: dict[str, Tensor], out: Tensor) -> Parts:
         """The same behind `past` tokens. The state keeps two chunks of keys and values and the sums of all before them."""
@@ -199,7 +211,7 @@ class Performer(AttentionBackend):
     def law(self, queries: int, keys: int, *, causal: bool) -> Cost:
         shape, count = self.shape, self.weights.shape[1]
         if self.options.local_chunk:
-            return self._chunks_cost(queries, keys)
+            return self._chunks_cost(queries, keys) if causal else self._both_sides_cost(queries)
         mapping = 2 * queries * (shape.query_heads + shape.key_value_heads) * shape.head_width * count
         workspace = self.features.attend_bytes(queries, causal)
         workspace += self.state_bytes(keys) if queries == keys else 0  # the sums of `attend`
@@ -226,3 +238,21 @@ class Performer(AttentionBackend):
                 workspace = max(workspace, self.features.absorb_bytes(chunk) + answer)
         fresh = sum(spec.nbytes for spec in features.state(shape, count).values()) if queries == keys else 0
         return Cost(flops, workspace + fresh, self.state_bytes(keys))
+
+    def _both_sides_cost(self, tokens: int) -> Cost:
+        shape, count, chunk = self.shape, self.weights.shape[1], self.options.local_chunk
+        per_token = 2 * count * (2 * shape.head_width + 1)
+        answer = tokens * shape.query_heads * shape.head_width * shape.itemsize
+        logs = tokens * shape.query_heads * max(shape.itemsize, 4)
+        flops, workspace = 0, 0
+        for a, b in spread(0, tokens, chunk):
+            first, last = max(0, a - chunk), min(tokens, b + chunk)
+            flops += 4 * shape.query_heads * shape.head_width * (b - a) * (last - first)
+            workspace = max(workspace, self.softmax.dense_bytes(shape, tokens, last - first, asking=b - a))
+            for far in (first > 0, last < tokens):  # before the near keys, behind them
+                flops += far * per_token * (shape.query_heads * (b - a) + shape.key_value_heads * chunk)
+                if far:
+                    joining = max(self.features.join_bytes(b - a), self.features.absorb_bytes(chunk))
+                    workspace = max(workspace, joining + answer)
+        fresh = sum(spec.nbytes for spec in features.state(shape, count).values())
+        return Cost(flops, workspace + logs + fresh, self.state_bytes(tokens))

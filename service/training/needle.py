@@ -39,7 +39,9 @@ def weave(tokens: np.ndarray, length: int, rng: np.random.Generator, encode: Enc
     pairs = dict(draw(rng) for _ in range(count))
     pieces: list[tuple[float, list[int], list[bool]]] = []  # (place in 0..1, tokens, which are the answer)
     for key, value in pairs.items():
-        told, asked = np.sort(rng.random(2))
+        told, asked = np.sort(
+            rng.random(2) ** (1.0, 0.25)
+        )  # most are asked for late: distances up to the whole text are common
         said, query, answer, end = (encode(part) for part in (statement(key, value), question(key), f" {value}", "\n"))
         pieces.append((told, said, [False] * len(said)))
         pieces.append((asked, query + answer + end, [False] * len(query) + [True] * len(answer) + [False] * len(end)))

@@ -1,12 +1,13 @@
 """Train the embedded model: one set of weights for dense, sliding-window and FAVOR+ attention.
 
-Each step draws a backend; all layers of the step attend with it. Matrices learn by Muon (Jordan et al. 2024,
-kellerjordan.github.io/posts/muon), embedding and norms by AdamW; the rate is constant, then falls linearly to nothing.
-Lengths grow in phases, a few percent of the sequences carry needles (needle.py). The scales of the QK-norm are held
-to at most `MAX_QK_SCALE`, which bounds |q| and |k| and so FAVOR+'s variance (attention/backends/performer.py).
+Each step draws a backend; all layers of the step attend with it, or, as `layered`, the last one densely and the others through
+windows. Matrices learn by Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon), embedding and norms by AdamW. Lengths
+grow in phases, each with its rate (CURRICULUM); some of the sequences carry needles (needle.py). The scales of the QK-norm are
+held to at most `MAX_QK_SCALE`, which bounds |q| and |k| and so FAVOR+'s variance (attention/backends/performer.py).
 
     python -m service.training.corpus --out DATA
     python -m service.training.train --data DATA --out RUN        run again to resume from the last saved state
+    python -m service.training.train --data DATA --out RUN --start DIR --seen 55200000     from a checkpoint's weights
     python -m service.training.train --data DATA --out RUN --export service/model/embedded
 
 State is saved outside the repository, read back with `weights_only`. The same seed, data and versions give the same
@@ -32,7 +33,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from service.model import families
-from service.model.checkpoint import save
+from service.model.checkpoint import load, save
 from service.model.tokenizer import Tokenizer
 from service.model.transformer import Attend, Transformer
 from service.training import needle
@@ -40,8 +41,8 @@ from service.training.gradients import performer_attention, softmax_attention, s
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
-# Two layers may attend sharply, which recall in a long text needs; the others stay where FAVOR+ varies little.
-MAX_QK_SCALE = (1.0, 2.5, 1.5, 2.5, 1.5, 1.5)  # by layer
+# Three layers may attend sharply, which recall in a long text needs; the others stay where FAVOR+ varies little.
+MAX_QK_SCALE = (1.0, 2.5, 1.5, 2.5, 1.5, 2.5)  # by layer
 FIRST_QK_SCALE = 0.6
 FROM_THE_TOP = 0.25  # share of the sequences that begin where a module does, as many prompts do
 ANSWER_WEIGHT = 4.0  # an answer token's loss beside an ordinary one's: there are very few
@@ -66,27 +67,42 @@ ARCHITECTURE = {
 
 @dataclass(frozen=True)
 class Phase:
-    """A stretch of the run: until which share of the tokens, with which lengths, and how often each backend is drawn."""
+    """A stretch of the run: its tokens, its rate, its lengths, and how often each backend is drawn."""
 
-    until: float
+    tokens: int
+    rate: tuple[float, float]  # share of the full rate, linearly from its first token to its last
     lengths: tuple[int, ...]
     step_tokens: int
-    needles: float  # share of the sequences under dense that carry needles: the others cannot hold them
+    needles: float  # share of the sequences that carry needles, under the backends of RECALLING
     backends: tuple[tuple[str, float], ...]
 
 
+RECALLING = ("dense", "layered")  # the others cannot hold a needle
 MIXED = (("dense", 0.34), ("sliding_window", 0.2), ("performer", 0.46))
 MOSTLY_DENSE = (("dense", 0.6), ("sliding_window", 0.1), ("performer", 0.3))
+RECALL = (("dense", 0.5), ("layered", 0.3), ("sliding_window", 0.08), ("performer", 0.12))
+LONG = (2048, 2048, 2048, 8192, 8192, *[16384] * 7, *[32768] * 8)
 CURRICULUM = (
-    Phase(0.41, (1024,), 8192, 0.1, MIXED),
-    Phase(0.77, (2048,), 16384, 0.2, MIXED),
-    Phase(0.83, (4096, 8192, 8192, 16384), 16384, 0.3, MIXED),
-    Phase(0.90, (2048,), 16384, 0.5, MOSTLY_DENSE),
-    Phase(0.945, (4096, 8192, 8192, 16384), 16384, 0.5, MOSTLY_DENSE),
-    Phase(1.01, (2048, 2048, 2048, 2048, 2048, 8192, 8192, 16384), 16384, 0.4, MOSTLY_DENSE),
+    Phase(22_600_000, (1.0, 1.0), (1024,), 8192, 0.1, MIXED),
+    Phase(19_900_000, (1.0, 1.0), (2048,), 16384, 0.2, MIXED),
+    Phase(3_300_000, (1.0, 1.0), (4096, 8192, 8192, 16384), 16384, 0.3, MIXED),
+    Phase(3_900_000, (1.0, 1.0), (2048,), 16384, 0.5, MOSTLY_DENSE),
+    Phase(2_500_000, (1.0, 0.55), (4096, 8192, 8192, 16384), 16384, 0.5, MOSTLY_DENSE),
+    Phase(3_000_000, (0.55, 0.02), (2048, 2048, 2048, 2048, 2048, 8192, 8192, 16384), 16384, 0.4, MOSTLY_DENSE),
+    Phase(4_500_000, (0.3, 0.02), LONG, 32768, 0.6, RECALL),
 )
-DECAY_FROM = 0.90
+WARM_UP = 20  # steps
 MATRIX_RATE, VECTOR_RATE = 0.02, 0.003
+
+
+def at(tokens: int) -> tuple[Phase, float] | None:
+    """The phase in which a run that has seen `tokens` stands, and the share of the full rate there; None behind the last."""
+    for phase in CURRICULUM:
+        if tokens < phase.tokens:
+            first, last = phase.rate
+            return phase, first + (last - first) * tokens / phase.tokens
+        tokens -= phase.tokens
+    return None
 
 
 class Sampler:
@@ -97,16 +113,15 @@ class Sampler:
         self.stream, self.encode, self.seed, self.eos = stream, tokenizer.encode, seed, tokenizer.eos_id
         self.tops = np.flatnonzero(stream == self.eos) + 1
 
-    def draw(self, step: int, share: float) -> tuple[Phase, str, int, Tensor, Tensor]:
-        """(phase, backend, length, tokens int64 (B, length + 1), weights float32 (B, length)) of a step."""
+    def draw(self, step: int, phase: Phase) -> tuple[str, int, Tensor, Tensor]:
+        """(backend, length, tokens int64 (B, length + 1), weights float32 (B, length)) of a step."""
         rng = np.random.default_rng((self.seed, step))
-        phase = next(phase for phase in CURRICULUM if share < phase.until)
         names, odds = zip(*phase.backends, strict=True)
         backend, length = str(rng.choice(names, p=odds)), int(rng.choice(phase.lengths))
-        needles = phase.needles if backend == "dense" else 0.0
+        needles = phase.needles if backend in RECALLING else 0.0
         rows = [self._sequence(length, needles, rng) for _ in range(max(1, phase.step_tokens // length))]
         tokens, answers = (torch.from_numpy(np.stack(column)) for column in zip(*rows, strict=True))
-        return phase, backend, length, tokens, 1.0 + (ANSWER_WEIGHT - 1.0) * answers[:, 1:].float()
+        return backend, length, tokens, 1.0 + (ANSWER_WEIGHT - 1.0) * answers[:, 1:].float()
 
     def _sequence(self, length: int, needles: float, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         """The end-of-text token, as in front of every module, and `length` tokens of the stream behind it."""
@@ -124,8 +139,12 @@ def attend_for(backend: str, length: int) -> Attend:
         return performer_attention(length, FEATURES, FEATURE_SEED, LOCAL_CHUNK)
     if backend == "sliding_window":
         return softmax_attention(length, WINDOW, SINKS)
-    assert backend == "dense", backend
-    return softmax_attention(length) if length <= 2048 else streamed_attention(length)
+    dense = softmax_attention(length) if length <= 2048 else streamed_attention(length)
+    if backend == "dense":
+        return dense
+    assert backend == "layered", backend
+    near, last = softmax_attention(length, WINDOW, SINKS), len(MAX_QK_SCALE) - 1
+    return lambda layer, q, k, v: (dense if layer == last else near)(layer, q, k, v)
 
 
 def new_model(seed: int) -> Transformer:
@@ -150,6 +169,7 @@ class Trainer:
         self.model = new_model(seed)
         self.compiled = compiled
         self.step, self.tokens = 0, 0
+        self.warmth = 0  # steps that the optimisers have taken
         self._losses: dict[tuple[str, int, bool], Loss] = {}
         layers = self.model.stack
         fused = [p for layer in layers for p in (layer.qkv.weight, layer.gate_up.weight)]
@@ -197,9 +217,10 @@ class Trainer:
 
         return loss
 
-    def update(self, share: float) -> None:
-        """One step of both optimisers at the rate that `share` of the run calls for."""
-        fraction = min(1.0, (self.step + 1) / 50) * min(1.0, max(0.02, (1 - share) / (1 - DECAY_FROM)))
+    def update(self, fraction: float) -> None:
+        """One step of both optimisers at `fraction` of the full rate."""
+        self.warmth += 1
+        fraction *= min(1.0, self.warmth / WARM_UP)
         for optimizer, rate in zip(self.optimizers, self.rates, strict=True):
             for group in optimizer.param_groups:
                 group["lr"] = rate * fraction
@@ -219,12 +240,13 @@ class Trainer:
         return {
             "step": self.step,
             "tokens": self.tokens,
+            "warmth": self.warmth,
             "model": self.model.state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
         }
 
     def resume(self, state: dict[str, Any]) -> None:
-        self.step, self.tokens = state["step"], state["tokens"]
+        self.step, self.tokens, self.warmth = state["step"], state["tokens"], state["warmth"]
         self.model.load_state_dict(state["model"])
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
@@ -255,31 +277,35 @@ def train(arguments: argparse.Namespace) -> None:
     trainer = Trainer(arguments.seed, arguments.compile)
     if path.exists():
         trainer.resume(torch.load(path, weights_only=True))
+    elif arguments.start is not None:
+        trainer.model.load_state_dict(load(arguments.start, "float32").model.state_dict())
+        trainer.tokens = arguments.seen
     sampler = Sampler(np.load(arguments.data / "train.npy"), Tokenizer.load(arguments.data), arguments.seed)
     held_out = np.load(arguments.data / "held_out.npy")
     log = (arguments.out / "log.jsonl").open("a")
-    bar = tqdm(total=arguments.tokens, initial=trainer.tokens, unit="tok", unit_scale=True, mininterval=10, smoothing=0.05)
+    whole = sum(phase.tokens for phase in CURRICULUM)
+    bar = tqdm(total=whole, initial=trainer.tokens, unit="tok", unit_scale=True, mininterval=10, smoothing=0.05)
     saved = time.monotonic()
-    while trainer.tokens < arguments.tokens:
-        share = trainer.tokens / arguments.tokens
-        _, backend, length, tokens, weights = sampler.draw(trainer.step, share)
+    while (stage := at(trainer.tokens)) is not None:
+        phase, fraction = stage
+        backend, length, tokens, weights = sampler.draw(trainer.step, phase)
         loss = torch.zeros(())
         micro = max(1, 8192 // length)  # sequences at a time: one shape, so one compiled graph
         for some, some_weights in zip(tokens.split(micro), weights.split(micro), strict=True):
             part = trainer.loss(backend, length, some, some_weights) * len(some) / len(tokens)
             part.backward()
             loss += part.detach()
-        trainer.update(share)
+        trainer.update(fraction)
         trainer.step += 1
         trainer.tokens += weights.numel()
         bar.update(weights.numel())
         record = {"step": trainer.step, "tokens": trainer.tokens, "backend": backend, "length": length, "nats": loss.item()}
-        if trainer.step % 250 == 0:
+        if trainer.step % 100 == 0:
             record["held_out"] = held_out_nats(trainer, held_out)
             bar.write(json.dumps(record))
         log.write(json.dumps(record) + "\n")
         log.flush()
-        if time.monotonic() - saved > 120 or trainer.tokens >= arguments.tokens:
+        if time.monotonic() - saved > 120 or at(trainer.tokens) is None:
             write(path, trainer.state())
             saved = time.monotonic()
 
@@ -299,7 +325,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="what service.training.corpus wrote")
     parser.add_argument("--out", type=Path, required=True, help="where the run's state and log go, outside the repository")
-    parser.add_argument("--tokens", type=int, default=55_200_000, help="tokens to train on in all")
+    parser.add_argument("--start", type=Path, help="a checkpoint whose weights a new run begins with")
+    parser.add_argument("--seen", type=int, default=0, help="tokens that they have seen: where in the schedule it begins")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True, help="torch.compile short lengths")

@@ -120,7 +120,7 @@ def _favor(backend: Any, keys: Array) -> Any:
         far = _sum_logs(features(q) + found[seen]) - math.log(len(rows))
         if not chunk:
             return far
-        return np.where(i // chunk - seen // chunk <= 1, keys[seen] @ q / math.sqrt(width), far)
+        return np.where(np.abs(i // chunk - seen // chunk) <= 1, keys[seen] @ q / math.sqrt(width), far)
 
     return weigh
 

@@ -59,8 +59,8 @@ def test_a_piece_behind_another_is_refused() -> None:
 
 
 def test_a_backend_that_is_causal_only_serves_no_encoder() -> None:
-    with pytest.raises(ValueError, match="performer is causal only"):
-        whole(build("performer", {"local_chunk": 64}, SHAPE))
+    with pytest.raises(ValueError, match="topk is causal only"):
+        whole(build("topk", {}, SHAPE))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

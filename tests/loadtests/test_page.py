@@ -146,7 +146,7 @@ def test_the_readme_s_plot_follows_light_and_dark_by_itself(tmp_path: Path) -> N
 def test_the_model_card_s_tables_are_read_as_they_stand(card: Quality) -> None:
     assert card.bits_per_byte["dense"][2048] == pytest.approx(0.779)
     assert card.needle_recall["performer"] == {1024: 1.0, 2048: 0.4, 4096: 0.2, 8192: 0.16, 16384: 0.0, 32768: 0.0}
-    assert card.needle_recall["layered"][16384] == pytest.approx(0.84)  # a second table adds to the first; what stands twice counts once
+    assert card.needle_recall["layered"][16384] == pytest.approx(0.84)  # of another table of this title
     with pytest.raises(ScenarioError, match="no table titled"):
         quality.read(Path("README.md"))
 

@@ -15,7 +15,7 @@ from service.model.tokenizer import Tokenizer
 from service.model.transformer import Attend
 from service.training import corpus, needle
 from service.training.gradients import performer_attention, softmax_attention, streamed_attention
-from service.training.train import FEATURE_SEED, FEATURES, MAX_QK_SCALE, Sampler, Trainer
+from service.training.train import CURRICULUM, FEATURE_SEED, FEATURES, MAX_QK_SCALE, Sampler, Trainer, at, attend_for
 
 TOKENIZER = Tokenizer.load(EMBEDDED)
 
@@ -100,11 +100,30 @@ def test_needles_are_woven_in_whole_and_their_answers_marked() -> None:
     assert sorted(marked.split()) == sorted(told.values())
 
 
+def test_the_schedule_goes_from_phase_to_phase_and_ends() -> None:
+    first, second = CURRICULUM[:2]
+    assert at(0) == (first, first.rate[0]) and at(first.tokens) == (second, second.rate[0])
+    whole = sum(phase.tokens for phase in CURRICULUM)
+    last = at(whole - 1)
+    assert last is not None and last[0] is CURRICULUM[-1] and last[1] == pytest.approx(CURRICULUM[-1].rate[1], rel=1e-3)
+    assert at(whole) is None
+
+
+def test_layered_is_trained_as_it_is_served() -> None:
+    """Windows in all layers but the last, which sees everything."""
+    layers, length = len(MAX_QK_SCALE), 1280
+    q, k, v = (torch.randn(length, heads, 64, generator=torch.Generator().manual_seed(heads)) for heads in (4, 2, 2))
+    near, whole = attend_for("sliding_window", length)(0, q, k, v), attend_for("dense", length)(0, q, k, v)
+    assert not torch.equal(near, whole)
+    for layer in range(layers):
+        torch.testing.assert_close(attend_for("layered", length)(layer, q, k, v), whole if layer == layers - 1 else near)
+
+
 def test_the_same_step_draws_the_same_batch_and_another_seed_another_one() -> None:
     stream = np.random.default_rng(0).integers(0, 4096, 50_000).astype(np.uint16)
-    one, same, other = (Sampler(stream, TOKENIZER, seed).draw(7, 0.1) for seed in (0, 0, 1))
-    assert torch.equal(one[3], same[3]) and one[1] == same[1]
-    assert not torch.equal(one[3], other[3])
+    one, same, other = (Sampler(stream, TOKENIZER, seed).draw(7, CURRICULUM[0]) for seed in (0, 0, 1))
+    assert torch.equal(one[2], same[2]) and one[0] == same[0]
+    assert not torch.equal(one[2], other[2])
 
 
 def test_a_saved_run_goes_on_as_if_it_had_not_stopped(tmp_path: Path) -> None:
@@ -112,7 +131,7 @@ def test_a_saved_run_goes_on_as_if_it_had_not_stopped(tmp_path: Path) -> None:
     sampler = Sampler(stream, TOKENIZER, 0)
 
     def step(trainer: Trainer) -> None:
-        _, backend, length, tokens, weights = sampler.draw(trainer.step, 0.1)
+        backend, length, tokens, weights = sampler.draw(trainer.step, CURRICULUM[0])
         trainer.loss(backend, length, tokens[:1], weights[:1]).backward()
         trainer.update(0.1)
         trainer.step += 1
@@ -130,7 +149,7 @@ def test_a_saved_run_goes_on_as_if_it_had_not_stopped(tmp_path: Path) -> None:
 
 def test_an_update_keeps_the_qk_scales_within_their_bound() -> None:
     trainer = Trainer(0, compiled=False)
-    for layer in trainer.model.layers:
+    for layer in trainer.model.stack:
         layer.q_norm.data.fill_(7.0)
     tokens = torch.randint(0, 4096, (1, 1025), generator=torch.Generator().manual_seed(0))
     trainer.loss("dense", 1024, tokens, torch.ones(1, 1024)).backward()

@@ -45,6 +45,11 @@ class Sums(NamedTuple):
         """Over no key yet."""
         return cls.of({name: spec.new(shape.device) for name, spec in state(shape, count).items()})
 
+    def clear(self) -> None:
+        """Over no key again."""
+        self.s.zero_()
+        self.level.fill_(-math.inf)
+
 
 def state(shape: HeadShape, count: int) -> dict[str, StateTensor]:
     """The tensors of `Sums` over `count` features."""
@@ -79,7 +84,7 @@ class Features(Protocol):
         """Add tokens to the sums."""
 
     def join(self, q: Tensor, sums: Sums, near: Tensor, out: Tensor) -> Parts:
-        """Add the keys in the sums to answers out over other keys, whose weights sum to 2^near, (C, H, 1)."""
+        """Add the keys in the sums to answers out over other keys, whose weights sum to 2^near, (C, H, 1); then all do."""
 
     def step(self, q: Tensor, k: Tensor, v: Tensor, states: Sequence[dict[str, Tensor]], out: Tensor) -> None:
         """Add one token of each of B sequences to the sums in its state and ask them. q, out: (B, H, D). k, v: (B, G, D)."""

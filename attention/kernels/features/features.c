@@ -35,7 +35,7 @@ typedef struct {
     int64_t keys_bytes;
     uint32_t *room; /* scratch: `room_words` for each thread */
     int64_t room_bytes;
-    const float *near; /* (C, H) or null: out holds an answer over other keys already, and this is
+    float *near; /* (C, H) or null: out holds an answer over other keys already, and this is
                           log2 of their weights' sum */
     int64_t near_bytes;
     int64_t tokens, heads, groups, width, count, wide; /* count: m */
@@ -52,7 +52,7 @@ typedef struct {
     int64_t weights_bytes;
     float *features; /* scratch: (R + 1, m) for each sequence and key-value head */
     int64_t features_bytes;
-    const float *near; /* (B, H) or null */
+    float *near; /* (B, H) or null */
     int64_t near_bytes;
     int64_t sequences, heads, groups, width, count, wide, adds;
     float half, limit, log_count;
@@ -212,16 +212,17 @@ INLINE void raise_levels(const uint32_t *weights, const int64_t width, const flo
 }
 
 /* An answer over far keys, sums / total short of 2^level, joins the one over near keys that stands
- * in out; near: log2 of the sum of their weights. Slow reading: `_mix`. */
+ * in out; near: log2 of the sum of their weights, then of all. Slow reading: `_mix`. */
 INLINE void join(const int wide, const int64_t width, char *out, const float *sums, float total,
-                 float level, float near) {
-    const __m512 share = _mm512_set1_ps(1.0f / (1.0f + exp2f(near - log2f(total) - level))),
-                 by = _mm512_set1_ps(total);
+                 float level, float *near) {
+    const float log = log2f(total) + level, part = 1.0f / (1.0f + exp2f(*near - log));
+    const __m512 share = _mm512_set1_ps(part), by = _mm512_set1_ps(total);
     for (int64_t d = 0; d < width; d += 16) {
         char *to = out + d * (wide ? 4 : 2);
         const __m512 answer = load16(wide, to), far = _mm512_div_ps(_mm512_loadu_ps(sums + d), by);
         store16(wide, to, _mm512_fmadd_ps(share, _mm512_sub_ps(far, answer), answer));
     }
+    *near = (log > *near ? log : *near) + log2f(1.0f + exp2f(-fabsf(log - *near)));
 }
 
 /* ---- many tokens ---- */
@@ -366,7 +367,7 @@ INLINE void ask_chunk(const int wide, const int64_t width, const Features *c, in
                 char *out = c->out.at + ((first + i + t) * c->out.row + h * c->out.head) * size;
                 if (c->near)
                     join(wide, width, out, both[t], totals[t], below[t] - c->log_count,
-                         c->near[(first + i + t) * c->heads + h]);
+                         c->near + (first + i + t) * c->heads + h);
                 else
                     for (int64_t d = 0; d < width; d += 16)
                         store_answer(wide, out + d * size, _mm512_loadu_ps(&both[t][d]), totals[t]);
@@ -599,7 +600,7 @@ INLINE void step_head(const int wide, const int64_t width, const FeaturesStep *c
             char *out = c->out + (row + i) * width * size;
             if (c->near)
                 join(wide, width, out, answers[i], answers[i][width], below[i] - c->log_count,
-                     c->near[row + i]);
+                     c->near + row + i);
             else
                 for (int64_t d = 0; d < width; d += 16)
                     store_answer(wide, out + d * size, _mm512_loadu_ps(&answers[i][d]),

@@ -332,7 +332,9 @@ def _divide_step(both: Tensor, out: Tensor) -> None:
 
 
 def _mix(both: Tensor, log: Tensor, near: Tensor, out: Tensor) -> None:
-    """Add far keys, numerator and denominator (C, H, D + 1) short of 2^log, to answers out (C, H, D) of weights 2^near."""
+    """Add far keys, numerator and denominator (C, H, D + 1) short of 2^log, to answers out (C, H, D) of weights 2^near,
+    which then count them, too."""
     far = both[..., -1:].to(log.dtype).log2() + log
     share = torch.sigmoid((far - near) / LOG2_E).to(out.dtype)
     out.lerp_((both[..., :-1] / both[..., -1:]).to(out.dtype), share)
+    torch.logaddexp2(near, far, out=near)
