@@ -54,7 +54,7 @@ class ShadowConfig(Settings):
 class LookupConfig(Settings):
     """Prompt lookup (service/engine/lookup.py): tokens to come are guessed from the text itself, looked over in one step."""
 
-    tokens: int = Field(default=4, ge=0, le=32)  # most that are guessed for a step; 0: none
+    tokens: int = Field(default=0, ge=0, le=32)  # most that are guessed for a step; 0: none
     ngram: int = Field(default=3, ge=1, le=16)  # last tokens of a text that must stand in it before for a guess
 
 

@@ -24,6 +24,7 @@ from service.threads import in_passing_thread
 
 ANSWER = 256  # tokens
 PROMPT = 1024
+GUESSED = 4  # most for one step
 REPEATS = 5
 TOGETHER = (1, 8)  # streams
 
@@ -73,7 +74,7 @@ async def seconds(engine: Engine, prompts: Sequence[list[int]], backend: str, te
 async def measure_speculation() -> dict[str, Any]:
     """Tokens a second with guesses in parts of those without, by text, backend and streams."""
     checkpoint = in_passing_thread(load)
-    engine, found = make_engine(checkpoint), dict[str, Any]()
+    engine, found = make_engine(checkpoint, prompt_lookup={"tokens": GUESSED}), dict[str, Any]()
     await engine.start()
     for text, (made, temperature) in TEXTS.items():
         for name in BACKENDS:
