@@ -220,6 +220,16 @@ def test_min_p_of_one_leaves_the_likeliest_alone(service: Client) -> None:
     assert service.complete("import os", temperature=2, min_p=1, max_tokens=8).json["choices"][0]["text"] == best
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_an_answer_about_repeated_lines_is_the_same_with_guesses_and_without(service: Client, backend: str) -> None:
+    lines = "".join(f"2026-11-26 08:{minute:02d}:17 INFO request ended id=r{minute} tokens=512\n" for minute in range(40))
+    for more in ({"temperature": 0}, {"temperature": 0.7, "seed": 5, "logprobs": 2}):
+        body = {"prompt": lines, "max_tokens": 90, "ignore_eos": True, "attention": backend, **more}
+        plain, fast = (service.post("/v1/completions", {**body, "prompt_lookup_num_tokens": n}).json for n in (0, 4))
+        assert fast["choices"] == plain["choices"]
+        assert plain["longserve"]["guessed_tokens"] == 0
+
+
 def test_a_guessed_token_is_told_in_the_usage_and_the_receipt_and_no_guess_is_made_where_none_is_wanted(
     service: Client,
 ) -> None:
