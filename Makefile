@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 CONFIG ?= deploy/local.yaml
-KERNELS := $(wildcard attention/kernels/*.[ch] attention/kernels/*/*.c service/model/csrc/*.c)
+KERNELS := $(wildcard attention/kernels/*.[ch] attention/kernels/*/*.c service/model/csrc/*.[ch])
 
 .PHONY: serve watch test prometheus soak check format bench engine-bench evaluate loadtest clean
 

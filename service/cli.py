@@ -18,11 +18,11 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, get_args
 
 from service.asking import Refused, ask, base_url, ray_address
 from service.child import heeded, run_in_own_session
-from service.config import ApplicationSection, ConfigError, ServeFile, admin_keys, api_keys, read
+from service.config import ApplicationSection, ConfigError, ServeFile, ServiceConfig, admin_keys, api_keys, read
 from service.machine import available_cpus
 from service.model import files
 
@@ -81,6 +81,8 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument("--rollback", action="store_true", help="the switch that served before, not the file's")
         if name == "check":
             command.add_argument("directory", type=Path, help="a checkpoint in Hugging Face format")
+            kinds = get_args(ServiceConfig.model_fields["weights"].annotation)
+            command.add_argument("--weights", choices=kinds, help="in the place of the config's")
         command.add_argument("file", nargs="?", type=Path, help="a Serve config; by default deploy/local.yaml")
     return parser
 
@@ -269,7 +271,10 @@ def check(options: argparse.Namespace) -> int:
     from service.survey import survey  # brings torch
 
     try:
-        for line in survey(options.directory, application.args, application.deployments[0].user_config.attention):
+        args = application.args
+        if options.weights is not None:
+            args = args.model_copy(update={"weights": options.weights})
+        for line in survey(options.directory, args, application.deployments[0].user_config.attention):
             print(line)
     except (FileNotFoundError, ValueError) as error:
         raise Refused(str(error)) from error

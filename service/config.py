@@ -151,6 +151,7 @@ class ServiceConfig(Settings):
     name: str | None = None  # the id under /v1/models; None: the checkpoint's own
     max_length: int | None = Field(default=None, gt=0)  # tokens of a sequence, at most; None: the checkpoint's context
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    weights: Literal["auto", "bf16", "int8", "int4"] = "auto"  # of matrices; auto: the dtype's; fewer bits are lossy
     device: str = "cpu"
     threads: int | None = Field(default=None, gt=0)  # torch threads; None: this replica's part of the CPUs
     float32_matmul_precision: Literal["highest", "high", "medium"] = "highest"

@@ -31,7 +31,7 @@ from service.http.reader import Reader
 from service.http.routes import create_app
 from service.http.workers import Workers
 from service.logs import LOGGERS
-from service.machine import Place, available_cpus, cache_folder, dealt_cpus, dealt_threads, processor
+from service.machine import Place, available_cpus, cache_folder, dealt_cpus, dealt_threads, processor, trim
 from service.metrics import Metrics
 from service.model import checkpoint
 from service.model.checkpoint import Checkpoint
@@ -152,6 +152,7 @@ class Replica:
             "model": str(model.config),
             "impl": str(model.impl),
             "dtype": str(shape.dtype),
+            "weights": self.settings.weights,
             "device": str(shape.device),
         }
 
@@ -287,9 +288,11 @@ class Replica:
             "labels": list(model.config.pooled.labels),
             "prompts": [name for name, _ in model.config.pooled.prompts],
             "max_model_len": self._loaded.max_length,
-            "parameters": sum(each.numel() for each in model.parameters()),
+            "parameters": model.num_weights,
             "dtype": str(model.head_shape().dtype).removeprefix("torch."),
             "dtype_reason": self._loaded.dtype_reason,
+            "weights": self.settings.weights,
+            "weights_bytes": model.weight_bytes,
             "impl": model.impl,
             "device": self.settings.device,
             "threads": torch.get_num_threads(),
@@ -344,7 +347,9 @@ def _traced(metrics: Metrics, endpoint: str, name: str) -> Traced:
 
 
 def _load(config: ServiceConfig) -> Checkpoint:
-    return checkpoint.load(_directory(config), config.dtype, config.device, config.name, config.max_length)
+    loaded = checkpoint.load(_directory(config), config.dtype, config.device, config.name, config.max_length, config.weights)
+    trim()  # what loading took for a while is no weight: the budget is drawn from what is left
+    return loaded
 
 
 def _directory(config: ServiceConfig) -> str:

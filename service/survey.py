@@ -11,6 +11,7 @@ from service.config import AttentionConfig, ServiceConfig
 from service.engine.allowlist import check_room, unmeasured
 from service.model import checkpoint, files, rotary
 from service.model.config import ModelConfig
+from service.model.quantized import BITS, bits_of, bytes_of
 from service.model.tokenizer import Tokenizer
 from service.model.transformer import Transformer
 
@@ -29,11 +30,11 @@ def survey(directory: Path, args: ServiceConfig, switch: AttentionConfig) -> Ite
     config = checkpoint.read_layout(directory)[0].up_to(args.max_length)
     tokenizer = Tokenizer.load(directory, config.eos_token_id, config.vocab_size)
     dtype, reason = checkpoint.choose_dtype(args.dtype, args.device)
+    checkpoint.check_weights(args.weights, dtype)
     model = checkpoint.outline(config).to(dtype)
-    count = sum(parameter.numel() for parameter in model.parameters())
     name = str(dtype).removeprefix("torch.")
-    yield f"{args.name or checkpoint.id_of(directory)}: {config.model_type}, {count / 1e6:.1f} million parameters"
-    yield f"dtype       {name}, {_mib(count * dtype.itemsize)} MiB of weights ({reason})"
+    yield f"{args.name or checkpoint.id_of(directory)}: {config.model_type}, {model.num_weights / 1e6:.1f} million parameters"
+    yield f"dtype       {name}, {_weights(model, args.weights)} ({reason})"
     yield f"context     {config.max_length} tokens, vocabulary {len(tokenizer.ids)}{_positions(config)}"
     yield f"offers      {_offer(config)}"
     if config.is_causal:
@@ -62,6 +63,15 @@ def rehearse(args: ServiceConfig, switch: AttentionConfig, dtype: str, budget: i
             verdict = result(truth.checking(kind, max_length=min(REHEARSED_TOKENS, config.max_length), causal=config.is_causal))
             if not verdict.passed:
                 raise ValueError(f"{name} is off its definition by {verdict.error:.2g}, allowed: {verdict.bound:.2g}")
+
+
+def _weights(model: Transformer, weights: str) -> str:
+    """Their bytes, and whether they are kept in fewer bits than the file has."""
+    size = 0
+    for name, parameter in model.named_parameters():
+        bits = bits_of(weights, name)
+        size += parameter.nbytes if bits is None else bytes_of(parameter.shape, bits)
+    return f"{_mib(size)} MiB of weights" + (f", matrices in {weights}: lossy" if weights in BITS else "")
 
 
 def _offer(config: ModelConfig) -> str:

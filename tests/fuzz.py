@@ -27,6 +27,7 @@ from attention.truth import BOUNDS
 from service.model import families
 from service.model import native as layer
 from service.model.checkpoint import EMBEDDED
+from service.model.quantized import BITS, Quantized
 from service.model.transformer import Layer, Transformer, rotate
 
 SANITIZED = os.environ.get("SANITIZED")
@@ -282,16 +283,17 @@ def test_a_layer_answers_like_its_slow_reading_or_refuses(
     st.sampled_from((64, 320)),
     st.sampled_from(((1, 1, 64), (4, 2, 64), (2, 1, 128), (2, 1, 32), (4, 2, 96), (2, 2, 256), (2, 2, 288))),
     st.lists(layouts, min_size=4, max_size=4),
-    st.sampled_from(("none", "none", "none", "rows", "width", "shape", "scales")),
+    st.sampled_from(("none", "none", "none", "rows", "width", "shape", "scales", "matrix")),
+    st.sampled_from(("auto", "int8", "int4")),
 )
 @torch.inference_mode()
 def test_a_layer_in_a_decode_step_answers_like_its_slow_reading_or_refuses(
-    rows: int, width: int, inner: int, shape: tuple[int, int, int], where: list[Layout], wrong: str
+    rows: int, width: int, inner: int, shape: tuple[int, int, int], where: list[Layout], wrong: str, weights: str
 ) -> None:
-    note((rows, width, inner, shape, where, wrong))
+    note((rows, width, inner, shape, where, wrong, weights))
     (heads, _, depth), generator = shape, torch.Generator().manual_seed(rows + width)
-    block = decoder(width, inner, shape)
-    if block.packed is None:
+    block = decoder(width, inner, shape, weights)
+    if block.packed is None or (wrong == "matrix" and weights == "auto"):
         return
 
     def drawn(count: int, heads: int, depth: int) -> Tensor:
@@ -309,6 +311,9 @@ def test_a_layer_in_a_decode_step_answers_like_its_slow_reading_or_refuses(
             packed = layer.PackedLayer(norms, scales, matrices, (*sizes[:2], 2 * heads, *sizes[3:]), 1e-6)
         if wrong == "scales":
             packed = layer.PackedLayer(norms, scales[:1], matrices, sizes, 1e-6)
+        if wrong == "matrix":
+            short = [Quantized(each.data.flatten()[:-1], each.shape, each.bits) for each in matrices]
+            packed = layer.PackedLayer(norms, scales, short, sizes, 1e-6)
         if wrong == "rows":
             turns = turns[0][: rows - 1], turns[1]
         with pytest.raises(RuntimeError, match="the native kernel was given what it cannot take"):
@@ -321,12 +326,55 @@ def test_a_layer_in_a_decode_step_answers_like_its_slow_reading_or_refuses(
     assert float((found.double() - wanted.double()).abs().max()) <= 2**-5 * max(1.0, float(wanted.abs().max()))
 
 
-def decoder(width: int, inner: int, shape: tuple[int, int, int]) -> Layer:
-    """A packed layer of these sizes."""
+def decoder(width: int, inner: int, shape: tuple[int, int, int], weights: str) -> Layer:
+    """A packed layer of these sizes, its matrices kept so."""
     names = "num_attention_heads", "num_key_value_heads", "head_dim"
     sizes = dict(zip(names, shape, strict=True)) | {"hidden_size": width, "intermediate_size": inner}
     config = json.loads((EMBEDDED / "config.json").read_text()) | sizes | {"num_hidden_layers": 1, "vocab_size": 64}
     torch.manual_seed(width)
     model = Transformer(families.read(config)).to(torch.bfloat16).requires_grad_(False)
+    for matrix in (block := model.stack[0]).qkv, block.out, block.gate_up, block.down:
+        if weights in BITS:
+            matrix.quantize(BITS[weights])
     model.pack()
-    return model.stack[0]
+    return block
+
+
+@generated(0.1)
+@given(
+    st.sampled_from((1, 2, 6, 7, 95, 96, 97, 200)),
+    st.sampled_from((1, 15, 16, 64, 65, 130)),
+    st.sampled_from((64, 128, 320)),
+    st.sampled_from((8, 4)),
+    layouts,
+    st.booleans(),
+    st.sampled_from(("none", "none", "none", "matrix", "inputs", "outputs", "bits", "bias")),
+)
+@torch.inference_mode()
+def test_a_product_of_fewer_bits_answers_like_its_slow_reading_or_refuses(
+    rows: int, outputs: int, inputs: int, bits: int, where: Layout, is_biased: bool, wrong: str
+) -> None:
+    note((rows, outputs, inputs, bits, where, is_biased, wrong))
+    generator = torch.Generator().manual_seed(rows + outputs)
+    kept = Quantized.of(torch.randn(outputs, inputs, generator=generator), bits)
+    if not kept.is_native or (wrong == "bias" and outputs == 1):  # an empty one is none
+        return
+    x = where.of(torch.randn(rows, 1, inputs, generator=generator).bfloat16())[:, 0]
+    bias = torch.randn(outputs, generator=generator).bfloat16() if is_biased else None
+    if wrong != "none":
+        data, sizes = kept.data, (outputs, inputs)
+        if wrong == "matrix":
+            data = data.flatten()[:-1].clone()
+        if wrong == "inputs":
+            x = x[:, : inputs - 1]
+        if wrong == "outputs":
+            sizes = (outputs + 64, inputs)
+        if wrong == "bias":
+            bias = torch.zeros(outputs - 1, dtype=torch.bfloat16)
+        broken = Quantized(data, sizes, 3 if wrong == "bits" else bits)
+        with pytest.raises(RuntimeError, match="the native kernel was given what it cannot take"):
+            layer.product(x, broken, sizes[0], bias)
+        return
+    wanted = functional.linear(x.double(), kept.dense().double(), None if bias is None else bias.double())
+    for found in (layer.product(x, kept, outputs, bias), layer.product(x, kept, outputs, bias, wide=True)):
+        assert float((found.double() - wanted).abs().max()) <= 2**-7 * max(1.0, float(wanted.abs().max()))

@@ -46,7 +46,7 @@ def build(cache: Path) -> Path:
     """The folder with the library, built from the sources as they stand unless that was done already."""
     sources = [ROOT / name for name in SOURCES]
     digest = hashlib.sha256(subprocess.check_output(["gcc", "--version"]) + repr(FLAGS).encode())
-    for path in sorted([*sources, *HEADERS.glob("*.h")]):
+    for path in sorted([*sources, *HEADERS.glob("*.h"), *(ROOT / "service/model/csrc").glob("*.h")]):
         digest.update(path.read_bytes())
     built = cache / digest.hexdigest()[:16]
     if not built.exists():

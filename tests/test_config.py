@@ -78,6 +78,7 @@ def test_the_shipped_file_is_valid_and_ray_serve_takes_it() -> None:
         (at("http_options", "port", value=70000), ("http_options.port", "65535", "70000")),
         (at(*APP, "args", "threads", value=0), ("args.threads", "greater than 0", "0")),
         (at(*APP, "args", "dtype", value="int8"), ("args.dtype", "bfloat16", "'int8'")),
+        (at(*APP, "args", "weights", value="int2"), ("args.weights", "int8", "int4", "'int2'")),
         (at(*APP, "import_path", value="os:system"), ("import_path", "service.app:build", "os:system")),
         (at("http_options", "host", value="0.0.0.0"), ("0.0.0.0", "api_keys_env")),
         (at("applications", value=[]), ("applications", "at least 1")),

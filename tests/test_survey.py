@@ -67,6 +67,18 @@ async def test_its_bytes_are_those_that_the_engine_reserves(told: tuple[Path, li
             assert float(line.split()[-2]) == pytest.approx(needed / 2**20, abs=0.05)
 
 
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+def test_weights_in_fewer_bits_are_told_as_lossy_and_by_the_bytes_they_take(
+    weights: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    directory = write(tmp_path / "tiny", "qwen3", hidden_size=64, intermediate_size=192, tie_word_embeddings=True)
+    (tmp_path / "serve.yaml").write_text(CONFIG)
+    assert cli.main(["check", str(directory), str(tmp_path / "serve.yaml"), "--weights", weights]) == 0
+    line = capsys.readouterr().out.splitlines()[1]
+    size = load(directory, dtype="float32", weights=weights).model.weight_bytes
+    assert f"{size / 2**20:.1f} MiB of weights, matrices in {weights}: lossy" in line
+
+
 def survey_of(directory: Path, tmp_path: Path, backends: str, capsys: pytest.CaptureFixture[str]) -> list[str]:
     """What is told of an encoder under some backends."""
     told = f"user_config: {{attention: {{backends: {backends}}}}}"

@@ -22,6 +22,7 @@ from service.benchmark.alone import measure_engine
 from service.benchmark.auto import measure_auto
 from service.benchmark.bare import measure_bare, report
 from service.benchmark.encoder import measure_encoder
+from service.benchmark.fewer import measure_weights
 from service.benchmark.peak import memory_trial
 from service.benchmark.prefix import measure_prefix
 from service.benchmark.proxies import measure_proxies
@@ -42,14 +43,27 @@ def main() -> None:
     parser.add_argument("--encoder", metavar="DIR", help="the checkpoint of part encoder, by default all-MiniLM-L6-v2")
     parser.add_argument("--profile-step", action="store_true", help="where the time of a decode step goes, and nothing else")
     parser.add_argument("--shared", action="store_true", help="the engine beside busy processes, and nothing else")
+    parser.add_argument(
+        "--weights",
+        nargs="*",
+        type=int,
+        metavar="TOKENS",
+        help="a 0.6B decoder by its weights' bits, beside llama.cpp, and nothing else",
+    )
     options = parser.parse_args()
     lengths = [16_384] if options.quick else [16_384, 32_768]
     repeats = 1 if options.quick else 2
-    parts = () if options.profile_step or options.shared else options.parts or PARTS[: 5 if options.quick else 6]
+    parts = (
+        ()
+        if options.profile_step or options.shared or options.weights is not None
+        else options.parts or PARTS[: 5 if options.quick else 6]
+    )
     random.seed(0)
     result: dict[str, Any] = {"prefill_ratio": {}} if parts else {}
     if options.profile_step:
         result["step_us"] = measure_step([1024, 4096, *lengths])
+    if options.weights is not None:
+        result["weights"] = in_passing_thread(lambda: measure_weights(options.weights or [1024, 4096]))
     if options.shared:
         result["shared"] = asyncio.run(measure_shared())
     if "bare" in parts:

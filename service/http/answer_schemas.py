@@ -350,6 +350,8 @@ class Info(Record):
     parameters: int
     dtype: str
     dtype_reason: str
+    weights: Literal["auto", "bf16", "int8", "int4"] = Field(description="Of matrices; auto: the dtype's.")
+    weights_bytes: int = Field(description="Memory of the model's parameters.")
     impl: str = Field(description="Who computes what stands between a layer's products: native (C) or torch.")
     device: str
     threads: int

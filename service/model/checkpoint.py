@@ -10,8 +10,9 @@ import json
 import platform
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from safetensors.torch import save_file
@@ -20,6 +21,7 @@ from torch import Tensor
 from service.model import families, files
 from service.model.config import ModelConfig, eos_token_ids
 from service.model.layout import Weight
+from service.model.quantized import Weights, bits_of
 from service.model.sentence import Folder
 from service.model.tokenizer import Tokenizer
 from service.model.transformer import Transformer
@@ -54,6 +56,7 @@ def load(
     device: str = "cpu",
     name: str | None = None,
     max_length: int | None = None,
+    weights: str = "auto",
 ) -> Checkpoint:
     """Load a checkpoint directory.
 
@@ -69,9 +72,10 @@ def load(
     directory = files.find(Path(directory))
     config, layout = read_layout(directory)
     chosen, reason = choose_dtype(dtype, device)
+    check_weights(weights, chosen)
     model = outline(config.up_to(max_length))
-    for weights, tensors in layout:
-        fill(model, weights, tensors, chosen, device)
+    for parameters, tensors in layout:
+        fill(model, parameters, tensors, chosen, device, partial(bits_of, weights))
     assert is_filled(model), f"the layout of {config.model_type} leaves parameters without a value"
     model.eval().pack()
     tokenizer = Tokenizer.load(directory, config.eos_token_id, config.vocab_size)
@@ -168,6 +172,18 @@ def choose_dtype(dtype: str, device: str) -> tuple[torch.dtype, str]:
     if multiplies_bfloat16(device):
         return torch.bfloat16, "auto: this machine has instructions for products of bfloat16"
     return torch.float32, "auto: this machine has no instructions for products of bfloat16"
+
+
+def check_weights(weights: str, dtype: torch.dtype) -> None:
+    """In which a model of a dtype keeps its matrices: `auto`, that dtype; `bf16`; `int8`, `int4`: see `quantized`.
+
+    Raises:
+        ValueError: another name; `bf16` where the dtype is another.
+    """
+    if weights not in get_args(Weights):
+        raise ValueError(f"weights must be one of {', '.join(get_args(Weights))}, received {weights!r}")
+    if weights == "bf16" and dtype != torch.bfloat16:
+        raise ValueError(f"weights: bf16 needs dtype: bfloat16, which here is {dtype}; auto, int8 and int4 go with any")
 
 
 def multiplies_bfloat16(device: str) -> bool:

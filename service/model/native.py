@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -32,7 +34,7 @@ from attention.kernels.library import (
     view,
 )
 
-COLUMNS = 64  # of a matrix that oneDNN packs together, as in layer.c
+COLUMNS = 64  # of a matrix that are packed together, as in product.h
 
 
 class _Layer(ctypes.Structure):
@@ -40,7 +42,7 @@ class _Layer(ctypes.Structure):
 
     _fields_ = [
         *rooms("attention_norm", "mlp_norm", "scales", "qkv", "out", "gate_up", "down"),
-        *numbers("width", "inner", "heads", "groups", "depth"),
+        *numbers("width", "inner", "heads", "groups", "depth", "bits"),
         *floats("epsilon"),
     ]
 
@@ -54,7 +56,7 @@ KERNEL = Kernel(
         "turn": (POINTER, *_ROOM, NUMBER, NUMBER, FLOAT, POINTER, POINTER, *_LAST),
         "gate": (POINTER, *_LAST),
         "question": (POINTER, POINTER, POINTER, POINTER, *_ROOM, *_ROOM, INT),
-        "logits": (POINTER, *_ROOM, NUMBER, *_ROOM, INT),
+        "multiply": (POINTER, *_ROOM, NUMBER, NUMBER, *_ROOM, *_ROOM, INT, INT),
         "output": (POINTER, POINTER, POINTER, *_ROOM, *_ROOM, INT),
     },
     (len(VIEW),),
@@ -92,16 +94,43 @@ def gate(x: Tensor) -> Tensor:
     return out
 
 
-class PackedLayer:
-    """A layer on either side of its attention, as `Layer` computes it, for the few rows of a decode step.
+class Matrix(Protocol):
+    """A matrix packed as product.h reads it: where its bytes are, and of how many bits its numbers are."""
 
-    A row's numbers are the same whatever the others. They differ from those of oneDNN's products in the last bits, for that
-    sums wide rows in several parts.
+    @property
+    def room(self) -> tuple[int, int]: ...
+
+    @property
+    def bits(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class Packed:
+    """One that oneDNN has packed and `reads` takes, which must stay as it is."""
+
+    weight: Tensor
+    bits: ClassVar[int] = 16
+
+    @property
+    def room(self) -> tuple[int, int]:
+        return _packed_room(self.weight)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """The product with x (N, C), rounded to its dtype: float32 (N, V). A row's are the same whatever the others."""
+        assert x.shape[1] == self.weight.shape[1], f"hidden states must be {self.weight.shape[1]} wide, received {x.shape}"
+        return product(x, self, len(self.weight), wide=True)
+
+
+class PackedLayer:
+    """A layer on either side of its attention, as `Layer` computes it: for a decode step; in 8 or 4 bits for any rows.
+
+    A row's numbers are the same whatever the others. In bfloat16 they differ from those of oneDNN's products in the last bits,
+    for that sums wide rows in several parts.
 
     Args:
         norms: those of attention and feed-forward, (C).
         scales: of the QK-norm (H + G, D); None where the family norms no heads.
-        matrices: of queries, keys and values, of the answer, of gate and up, of down, each as `reads` takes it.
+        matrices: of queries, keys and values, of the answer, of gate and up, of down, all of as many bits.
         shape: C, F, H, G, D.
     """
 
@@ -109,15 +138,17 @@ class PackedLayer:
         self,
         norms: Sequence[Tensor],
         scales: Tensor | None,
-        matrices: Sequence[Tensor],
+        matrices: Sequence[Matrix],
         shape: Sequence[int],
         epsilon: float,
     ) -> None:
         self.width, self.inner, self.heads, self.groups, self.depth = shape
         self._weights = norms, scales, matrices  # which the C reads where they lie
         tight = [part for x in (*norms, scales) for part in _room(x, norms[0])]
-        packed = [part for x in matrices for part in _packed_room(x)]
-        self._layer = packing(_Layer)(*tight, *packed, *shape, epsilon)
+        packed = [part for matrix in matrices for part in matrix.room]
+        (bits,) = {matrix.bits for matrix in matrices}
+        self.takes_prompts = bits < 16
+        self._layer = packing(_Layer)(*tight, *packed, *shape, bits, epsilon)
 
     def question(self, x: Tensor, turns: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
         """`Layer.question`: q (T, H, D), k and v (T, G, D) of x (T, C)."""
@@ -138,23 +169,17 @@ class PackedLayer:
         return out
 
 
-class PackedHead:
-    """The product of hidden states and a matrix (V, C) that `reads` takes, which must stay as it is: logits."""
-
-    def __init__(self, weight: Tensor) -> None:
-        self.weight = weight
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """Logits of x (N, C), rounded to its dtype: float32 (N, V). A row's are the same whatever the others."""
-        size, width = self.weight.shape
-        assert x.shape[1] == width, f"hidden states must be {width} wide, received {tuple(x.shape)}"
-        out = x.new_empty(len(x), size, dtype=torch.float32)
-        KERNEL.call("logits", _view(x), *_packed_room(self.weight), size, *room(out), threads())
-        return out
+def product(x: Tensor, matrix: Matrix, size: int, bias: Tensor | None = None, wide: bool = False) -> Tensor:
+    """x (T, C) times a matrix (size, C), plus a bias (size): bfloat16 (T, size), or as float32 where it is to be wide."""
+    out = x.new_empty(len(x), size, dtype=torch.float32 if wide else None)
+    KERNEL.call(
+        "multiply", _view(x), *matrix.room, matrix.bits, size, *_room(bias, x), out.data_ptr(), out.nbytes, wide, threads()
+    )
+    return out
 
 
 def reads(weight: Tensor) -> bool:
-    """Whether a matrix that oneDNN has packed lies as layer.c reads it; looks at all of it, and takes its bytes twice."""
+    """Whether a matrix that oneDNN has packed lies as product.h reads it; looks at all of it, and takes its bytes twice."""
     if not weight.is_mkldnn or not hasattr(torch.ops.mkldnn, "data_ptr") or not hasattr(torch.ops.mkldnn, "_nbytes"):
         return False
     (rows, columns), (at, size) = weight.shape, _packed_room(weight)

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Generator, Sequence
-from functools import partial
 from itertools import pairwise
 from typing import cast
 
@@ -25,6 +24,8 @@ from attention import HeadShape
 from service.model import native, rotary
 from service.model.config import ModelConfig, Rope
 from service.model.pooler import Pooler
+from service.model.projection import ACTIVATIONS, Projection, Table, can_pack, packed, product
+from service.model.quantized import Quantized
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """(layer, q (T, H, D), k (T, G, D), v (T, G, D)) -> (T, H, D)."""
@@ -52,63 +53,6 @@ def normed(x: Tensor, weight: Tensor, bias: Tensor | None, config: ModelConfig) 
     if config.norm == "gemma":  # the sum in float32: in bfloat16 it would cost the weight its last bits
         return (F.rms_norm(x.float(), widths, None, epsilon) * (1 + weight.float())).to(x.dtype)
     return F.rms_norm(x, widths, weight, epsilon)
-
-
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "gelu_tanh": partial(F.gelu, approximate="tanh"),
-    "relu": F.relu,
-}
-
-
-FUSED = {"gelu": ("gelu", "none"), "gelu_tanh": ("gelu", "tanh"), "relu": ("relu", "")}
-"""What oneDNN applies to a product before it is rounded and written: at 512 x 1536 half the time of product and activation."""
-
-
-class Projection(nn.Linear):
-    """A linear layer whose matrix may lie in the order in which oneDNN multiplies it."""
-
-    def pack(self) -> None:
-        """Lay the matrix out for serving on CPU: no call has to look for an order or make one, the products stay the same.
-
-        For one token a call takes 14 microseconds instead of 21, for 512 it is a few percent faster. The operators are
-        those that torch.compile's frozen graphs use; they are not in the public reference, so where they are missing the
-        matrix stays as it is. Other dtypes are multiplied by MKL.
-        """
-        if can_pack(self.weight):
-            self.weight = nn.Parameter(packed(self.weight), requires_grad=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return product(x, self.weight, self.bias)
-
-    def activated(self, x: Tensor, activation: str) -> Tensor:
-        """The product through an activation, by its name in `ACTIVATIONS`."""
-        if self.weight.is_mkldnn and activation in FUSED:
-            name, algorithm = FUSED[activation]
-            return cast(Tensor, torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, name, [], algorithm))
-        return ACTIVATIONS[activation](self(x))
-
-    __call__ = forward  # without nn.Module's look for hooks, which takes a tenth of a small product
-
-
-def can_pack(weight: Tensor) -> bool:
-    """Whether oneDNN multiplies this matrix, bfloat16 on CPU, and this build of torch has the two operators."""
-    if weight.dtype != torch.bfloat16 or weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
-        return False
-    return all(hasattr(torch.ops.mkldnn, name) for name in ("_reorder_linear_weight", "_linear_pointwise"))
-
-
-def packed(weight: Tensor) -> Tensor:
-    """A bfloat16 matrix in oneDNN's own order: an opaque tensor, of which `to_dense` is the inverse."""
-    return cast(Tensor, torch.ops.mkldnn._reorder_linear_weight(weight.detach(), None))
-
-
-def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x weight' + bias for a weight that is packed or not."""
-    if weight.is_mkldnn:
-        return cast(Tensor, torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], ""))
-    return F.linear(x, weight, bias)
 
 
 class Layer(nn.Module):
@@ -139,7 +83,7 @@ class Layer(nn.Module):
         self.activation = ACTIVATIONS[config.activation]
         self._qk_scales: Tensor | None = None  # once they can change no more
         self.is_native = False  # what stands between products is computed by `native`
-        self.packed: native.PackedLayer | None = None  # who computes a decode step, where that can be told from weights packed
+        self.packed: native.PackedLayer | None = None  # who computes a decode step, where that can be told from its matrices
 
     def settle(self, is_native: bool, is_turned: bool) -> None:
         """Settle who computes it, its weights being packed.
@@ -150,14 +94,18 @@ class Layer(nn.Module):
         self._qk_scales = self.qk_scales() if config.qk_norm else None
         self.is_native = is_native
         is_plain = is_turned and not (config.is_post_normed or config.is_sandwiched) and config.query_scale == 1
-        if is_native and is_plain and all(each.bias is None and native.reads(each.weight) for each in products):
+        matrices = [each.matrix() for each in products if is_native and is_plain and each.bias is None]
+        known = [matrix for matrix in matrices if matrix is not None]
+        norms = cast(tuple[Tensor, Tensor], (self.attention_norm, self.mlp_norm))
+        if len(known) == len(products) and norms[0].dtype == torch.bfloat16:
             heads, groups = config.num_attention_heads, config.num_key_value_heads
             shape = config.hidden_size, config.intermediate_size, heads, groups, config.head_dim
-            norms, matrices = (
-                cast(tuple[Tensor, Tensor], (self.attention_norm, self.mlp_norm)),
-                [each.weight for each in products],
-            )
-            self.packed = native.PackedLayer(norms, self._qk_scales, matrices, shape, config.norm_eps)
+            self.packed = native.PackedLayer(norms, self._qk_scales, known, shape, config.norm_eps)
+
+    @property
+    def kept(self) -> list[Quantized]:
+        """Its matrices in fewer bits."""
+        return [each.quantized for each in (self.qkv, self.out, self.gate_up, self.down) if each.quantized is not None]
 
     def norm(self, x: Tensor, name: str) -> Tensor:
         """One of the layer's norms of x (T, C); x itself where it has none of that name."""
@@ -250,7 +198,7 @@ class Transformer(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed = Table(config.vocab_size, config.hidden_size)
         if config.has_position_table:
             self.positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
         if config.num_token_types:
@@ -262,7 +210,7 @@ class Transformer(nn.Module):
             self.head = Projection(config.hidden_size, config.vocab_size, bias=False)
         self.pooler = Pooler(config.pooled)
         self._packed_head: Tensor | None = None  # of tied weights, see `pack`
-        self._head: native.PackedHead | None = None  # who multiplies with either head, where that can be told from it packed
+        self._head: native.Packed | Quantized | None = None  # who multiplies with either head, where it lies packed
         self._turns: Tensor | None = None  # see `rotation`
         self._ropes = tuple(rope for rope in dict.fromkeys(config.ropes) if rope != rotary.NONE)
         self._rope_of = [None if rope == rotary.NONE else self._ropes.index(rope) for rope in config.ropes]
@@ -279,11 +227,29 @@ class Transformer(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.embed.weight.dtype
+        """Of activations, and of all weights that are not quantized."""
+        return next(self.parameters()).dtype
 
     @property
     def device(self) -> torch.device:
-        return self.embed.weight.device
+        return next(self.parameters()).device
+
+    @property
+    def quantized(self) -> list[Quantized]:
+        """The matrices in fewer bits than the dtype's."""
+        owners = (module for module in self.modules() if isinstance(module, Projection | Table))
+        return [each.quantized for each in owners if each.quantized is not None]
+
+    @property
+    def num_weights(self) -> int:
+        """Parameters, in however many bits."""
+        return sum(each.numel() for each in self.parameters()) + sum(each.numel() for each in self.quantized)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Memory of all of them, counted once: a small packed copy of tied embeddings comes on top."""
+        kept = sum(math.prod(each.shape) * each.dtype.itemsize for each in self.parameters())  # of packed ones, too
+        return kept + sum(each.nbytes for each in self.quantized)
 
     def head_shape(self) -> HeadShape:
         """The heads an attention backend for this model is built for."""
@@ -322,7 +288,7 @@ class Transformer(nn.Module):
         turns, x = self._turns_by_layer(positions), self._embedded(tokens, positions, types)
         starts = (positions == 0).nonzero().flatten().tolist() if self.config.has_global_first else ()
         for index, layer in enumerate(self.stack):
-            sides = layer.packed if is_decode and layer.packed else layer
+            sides = layer.packed if layer.packed and (is_decode or layer.packed.takes_prompts) else layer
             answer = yield index, *sides.question(x, turns[index])
             assert answer is not None, "a question was left without an answer"
             if starts:
@@ -353,7 +319,7 @@ class Transformer(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """Next-token logits of hidden states (N, C): float32 (N, V)."""
         if self._head is not None:
-            logits = self._head(hidden)
+            logits = self._head.logits(hidden)
         elif not self.config.tie_word_embeddings:
             logits = self.head(hidden).float()
         else:
@@ -375,12 +341,17 @@ class Transformer(nn.Module):
                 module.pack()
         for layer, rope in zip(self.stack, self._rope_of, strict=True):
             layer.settle(is_native, rope is not None)
-        tied = self.embed.weight
-        if self.config.is_causal and self.config.tie_word_embeddings and tied.nbytes <= TIED_COPY_BYTES and can_pack(tied):
-            self._packed_head = packed(tied)
-        head = self._packed_head if config.tie_word_embeddings else self.head.weight
+        tied = config.tie_word_embeddings
+        if not config.is_causal:
+            return
+        self._head = (self.embed if tied else self.head).quantized
+        if self._head is not None:
+            return
+        if tied and self.embed.weight.nbytes <= TIED_COPY_BYTES and can_pack(self.embed.weight):
+            self._packed_head = packed(self.embed.weight)
+        head = self._packed_head if tied else self.head.weight
         if head is not None and native.KERNEL.obstacle(self.dtype, self.device) is None and native.reads(head):
-            self._head = native.PackedHead(head)
+            self._head = native.Packed(head)
 
     def height(self, rows: int, is_decode: bool = False) -> int:
         """How many rows a product of `rows` rows is padded to where oneDNN computes it: 26 up to 512, then 16 a doubling.
@@ -388,7 +359,9 @@ class Transformer(nn.Module):
         For each height it compiles kernels anew and keeps a thousand of them: 0.5 ms and 0.6 MiB for each of the embedded
         model's matrices. Prompts of all lengths would fill hundreds of MiB with them; 32 more rows, or a sixteenth, cost less.
         """
-        if not self.stack[0].qkv.weight.is_mkldnn or (is_decode and all(layer.packed for layer in self.stack)):
+        qkv = self.stack[0].qkv
+        is_kept = qkv.quantized is not None or not qkv.weight.is_mkldnn
+        if is_kept or (is_decode and all(layer.packed for layer in self.stack)):
             return rows
         above = 1 << (rows - 1).bit_length()
         step = min(32, max(1, above >> 2)) if rows <= 512 else above >> 5
@@ -398,7 +371,8 @@ class Transformer(nn.Module):
     def warm_up(self, rows: int, logit_rows: int) -> None:
         """Compute products of every height up to `rows` once: no request waits for a kernel, and memory stays as it is."""
         layer = self.stack[0]
-        for height in sorted({self.height(n) for n in range(1, rows + 1)}):
+        heights = {rows} if self.quantized else {self.height(n) for n in range(1, rows + 1)}
+        for height in sorted(heights):
             x = torch.zeros(height, self.config.hidden_size, dtype=self.dtype, device=self.device)
             turns = self._turns_by_layer(torch.zeros(height, dtype=torch.long, device=self.device))
             q, _, _ = layer.question(x, turns[0])
@@ -421,8 +395,13 @@ class Transformer(nn.Module):
         attending = stream + qkv + (qk if turns else 0) + (heads * depth if config.query_scale != 1 else 0)
         inner = 3 if is_native else 4 if config.is_gated else 2  # gate and up, and what becomes of them
         feeding = stream + 2 * config.hidden_size + heads * depth + inner * config.intermediate_size
+        if self.stack[0].packed is not None and self.stack[0].packed.takes_prompts:
+            turning = stream + config.hidden_size + qkv
+            feeding = stream + 3 * config.hidden_size + heads * depth + config.intermediate_size
         width = tokens * self.dtype.itemsize
-        return max(width * (turning + wide), width * attending + attention, width * (feeding + wide))
+        reading = max((each.reading_bytes(tokens, self.dtype) for each in self.stack[0].kept), default=0)
+        looking = 9 * tokens * config.hidden_size if self.quantized else 0  # int8, float32, and that scaled
+        return max(width * (turning + wide), width * attending + attention, width * (feeding + wide), looking) + reading
 
     def _turns_by_layer(self, positions: Tensor) -> list[Turns | None]:
         turns = self.rotation(positions)

@@ -7,7 +7,7 @@ go, so that loading holds the model, one parameter and no second copy of the who
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from service.model import files
 from service.model.layout import Part, Weight
+from service.model.projection import Projection, Table
 
 DTYPES = {"F64", "F32", "F16", "BF16"}
 BUFFERS = re.compile(r"(rotary_emb\.inv_freq|\.attn\.(bias|masked_bias)|embeddings\.(position_ids|token_type_ids))$")
@@ -139,14 +140,25 @@ def check(weights: Sequence[Weight], tensors: Tensors, unused: str | None = None
             raise ValueError(f"{name} must have shape {part.shape} by config.json, the file has {tensors.shapes[name]}")
 
 
-def fill(model: nn.Module, weights: Iterable[Weight], tensors: Tensors, dtype: torch.dtype, device: str) -> None:
-    """Give a model made on the meta device its parameters."""
+def fill(
+    model: nn.Module,
+    weights: Iterable[Weight],
+    tensors: Tensors,
+    dtype: torch.dtype,
+    device: str,
+    bits: Callable[[str], int | None] = lambda name: None,
+) -> None:
+    """Give a model made on the meta device its parameters. bits: in which one is kept, by its name; None: the dtype's."""
     for name, parts in weights:
         owner, _, leaf = name.rpartition(".")
         kept = torch.float32 if name.startswith("pooler.") else dtype
         parameter = nn.Parameter(tensors.read(parts, kept, device), requires_grad=False)
-        assert getattr(model.get_submodule(owner), leaf).shape == parameter.shape, f"{name} is of another shape"
-        setattr(model.get_submodule(owner), leaf, parameter)
+        module = model.get_submodule(owner)
+        assert getattr(module, leaf).shape == parameter.shape, f"{name} is of another shape"
+        setattr(module, leaf, parameter)
+        if (fewer := bits(name)) is not None:
+            assert isinstance(module, Projection | Table), f"{name} is no matrix that may be quantized"
+            module.quantize(fewer)
 
 
 def is_filled(model: nn.Module) -> bool:

@@ -23,7 +23,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -34,6 +34,7 @@ import attention
 from attention import AttentionBackend, Segments
 from service import config as settings
 from service.model.checkpoint import EMBEDDED, Checkpoint, load
+from service.model.quantized import BITS, Weights
 from service.model.transformer import Attend
 from service.training import corpus, needle
 
@@ -69,8 +70,8 @@ DEPTHS = (0.1, 0.3, 0.5, 0.7, 0.9)
 class Subject:
     """The served model under its backends: whole sequences in, next-token logits out."""
 
-    def __init__(self, checkpoint: Checkpoint, backends: dict[str, AttentionBackend]) -> None:
-        self.checkpoint, self.backends = checkpoint, backends
+    def __init__(self, checkpoint: Checkpoint, backends: dict[str, AttentionBackend], directory: Path = EMBEDDED) -> None:
+        self.checkpoint, self.backends, self.directory = checkpoint, backends, directory
         self.core, self.tokenizer = checkpoint.model, checkpoint.tokenizer
         assert self.tokenizer.eos_id is not None, "the embedded tokenizer has an end-of-text token"
         self.eos: int = self.tokenizer.eos_id
@@ -138,12 +139,18 @@ def needle_recall(model: Subject, backend: str, stream: Tensor, context: int, tr
     return {depth: float(np.mean(found)) for depth, found in hits.items() if found}
 
 
-def agreement(model: Subject, backend: str, stream: Tensor, tokens: int, context: int = 2048) -> dict[str, float]:
-    """Mean KL(dense || backend) in nats and how often both like the same token best, at `context`."""
+def agreement(
+    model: Subject, backend: str, stream: Tensor, tokens: int, context: int = 2048, judged: Subject | None = None
+) -> dict[str, float]:
+    """Mean KL(dense || backend) in nats and how often both like the same token best, at `context`.
+
+    judged: the model that answers under the backend, where it is another.
+    """
+    judged = judged or model
     divergence, same, count = 0.0, 0.0, 0
     for piece in stream[:tokens].split(context):
         dense = model.log_probabilities(model.hidden("dense", [piece]))
-        other = model.log_probabilities(model.hidden(backend, [piece]))
+        other = judged.log_probabilities(judged.hidden(backend, [piece]))
         divergence += F.kl_div(other, dense, reduction="sum", log_target=True).item()
         same += (dense.argmax(-1) == other.argmax(-1)).sum().item()
         count += len(piece)
@@ -268,6 +275,18 @@ def _agreement(model: Subject, extent: Extent, held: Held) -> dict[str, object]:
     return {"agreement": close}
 
 
+def _weights(model: Subject, extent: Extent, held: Held) -> dict[str, object]:
+    found = {}
+    for weights in ("auto", *BITS):
+        loaded = load(model.directory, str(model.core.dtype).removeprefix("torch."), weights=weights)
+        judged = Subject(loaded, model.backends)
+        close = agreement(model, "dense", held.stream, extent.agreement_tokens, judged=judged)
+        bits = bits_per_byte(judged, "dense", held.stream, held.size, 2048)
+        found[weights] = {"MiB": loaded.model.weight_bytes / 2**20, "bits": bits, **close}
+    table("weights in fewer bits, dense at 2048; kl and top1 against the first", ("MiB", "bits", "kl", "top1"), found, "{:.4f}")
+    return {"weights": found}
+
+
 def _seconds(model: Subject, extent: Extent, held: Held) -> dict[str, object]:
     timed = {n: prefill_seconds(model, held.stream, n, extent.repeats) for n in extent.contexts}
     seconds = by_backend(model, extent.contexts, lambda name, n: timed[n][name])
@@ -281,7 +300,14 @@ def _completions(model: Subject, extent: Extent, held: Held) -> dict[str, object
     return {}
 
 
-PARTS = {"bits": _bits, "recall": _recall, "agreement": _agreement, "seconds": _seconds, "completions": _completions}
+PARTS = {
+    "bits": _bits,
+    "recall": _recall,
+    "agreement": _agreement,
+    "weights": _weights,
+    "seconds": _seconds,
+    "completions": _completions,
+}
 
 
 def main() -> None:
@@ -289,19 +315,20 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=EMBEDDED)
     parser.add_argument("--config", type=Path, default=CONFIG, help="Serve config whose backends and options are measured")
     parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--weights", default="auto", choices=get_args(Weights), help="in which matrices are kept")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    checkpoint = load(arguments.model, arguments.dtype)
+    checkpoint = load(arguments.model, arguments.dtype, weights=arguments.weights)
     chosen = settings.read(arguments.config).applications[0].deployments[0].user_config.attention.backends
     shape = checkpoint.model.head_shape()
-    compared: dict[str, dict[str, Any]] = {"dense": {}} if {"agreement", "completions"} & {*arguments.parts} else {}
+    compared: dict[str, dict[str, Any]] = {"dense": {}} if {"agreement", "weights", "completions"} & {*arguments.parts} else {}
     backends = {name: attention.build(name, options, shape) for name, options in {**compared, **chosen}.items()}
     print(f"model: {checkpoint.id}, {checkpoint.model.dtype}, {arguments.threads} threads, torch {torch.__version__}")
     print("backends: " + json.dumps({name: backend.options.model_dump() for name, backend in backends.items()}))
-    found = evaluate(Subject(checkpoint, backends), QUICK if arguments.quick else FULL, arguments.parts)
+    found = evaluate(Subject(checkpoint, backends, arguments.model), QUICK if arguments.quick else FULL, arguments.parts)
     print("\n" + json.dumps(found))
 
 

@@ -16,7 +16,7 @@ import attention
 from attention.kernels.features import torch as features
 from attention.kernels.softmax import choice, decode, streaming
 from attention.kernels.softmax import torch as softmax
-from service.model import transformer
+from service.model import quantized, transformer
 from tests.test_imports import ROOT, imports, is_within, modules
 
 LEVELS = (
@@ -128,9 +128,12 @@ SLOW: dict[str, tuple[ModuleType, ...]] = {
     "attention/kernels/softmax/softmax.c": (softmax, streaming, decode, choice),
     "attention/kernels/features/features.c": (features,),
     "service/model/csrc/layer.c": (transformer,),
+    "service/model/csrc/product.h": (quantized,),
 }
 ROOTS = {"torch": torch, "functional": functional}
-NOT_READ = r"^(wrong_\w+|is_\w+|most|least|word|within|room_words|leave|advance|prefetch|supported)$"  # no arithmetic
+NOT_READ = re.compile(  # no arithmetic
+    r"^(wrong_\w+|is_\w+|most|least|word|within|room_words|leave|advance|prefetch|supported|\w+_bytes|panels_of|whole_blocks)$"
+)
 
 
 def slow_readings(source: str) -> Iterator[tuple[str, list[str]]]:

@@ -9,6 +9,7 @@ import torch
 
 from attention.memory import peak_bytes
 from service.model.checkpoint import load
+from service.model.transformer import Transformer
 from tests.model import encoders
 from tests.model.checkpoints import DECODERS, write
 
@@ -29,7 +30,19 @@ def test_layers_take_no_more_than_their_law_states_and_not_much_less(tmp_path: P
         directory = encoders.write(tmp_path, family, **wide)
     else:
         directory = write(tmp_path, family, **shape)
-    model, positions = load(directory, dtype=dtype).model, torch.arange(1024)
+    hold_to_law(load(directory, dtype=dtype).model)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+@pytest.mark.parametrize("family", ["qwen3", "qwen2", "gemma3_text"])
+def test_layers_whose_matrices_are_in_fewer_bits_do_so_too(tmp_path: Path, family: str, weights: str, dtype: str) -> None:
+    shape = WIDE | {"max_position_embeddings": 2048}
+    hold_to_law(load(write(tmp_path, family, **shape), dtype=dtype, weights=weights).model)
+
+
+def hold_to_law(model: Transformer) -> None:
+    positions = torch.arange(1024)
     ids = positions % model.config.vocab_size
     model.rotation(positions)  # its table is made once
     answer = torch.zeros(len(ids), model.config.num_attention_heads, model.config.head_dim, dtype=model.dtype)

@@ -9,7 +9,7 @@
 #include "given.h"
 
 typedef struct { /* a layer's weights, bfloat16, tight: norms (C), scales (heads + groups, D) or
-                    null, and matrices as oneDNN packs them (see below) */
+                    null; and matrices, packed as product.h says */
     const char *attention_norm;
     int64_t attention_norm_bytes;
     const char *mlp_norm;
@@ -25,17 +25,11 @@ typedef struct { /* a layer's weights, bfloat16, tight: norms (C), scales (heads
     const char *down;
     int64_t down_bytes;
     int64_t width, inner, heads, groups, depth; /* C, F, H, G, D */
+    int64_t bits;                               /* of a number of the matrices: 16, 8 or 4 */
     float epsilon;
 } Layer;
 
 /* clang-format off */
-/* How oneDNN packs a matrix (N, K) of bfloat16, for a product over K (words of 32 bits): blocks of
- * 64 rows, one behind the other, and in a block the words of each pair of columns side by side
- *
- *   w(0, 0..1) w(1, 0..1) .. w(63, 0..1)
- *   w(0, 2..3) w(1, 2..3) .. w(63, 2..3)
- *   ..                                      K / 2 lines of a block: b of `product` in simd.h
- */
 const int64_t layer_layout[] = {
     sizeof(View),
     sizeof(Layer), FIELD(Layer, attention_norm), FIELD(Layer, attention_norm_bytes),
@@ -43,12 +37,14 @@ const int64_t layer_layout[] = {
     FIELD(Layer, scales_bytes), FIELD(Layer, qkv), FIELD(Layer, qkv_bytes), FIELD(Layer, out),
     FIELD(Layer, out_bytes), FIELD(Layer, gate_up), FIELD(Layer, gate_up_bytes),
     FIELD(Layer, down), FIELD(Layer, down_bytes), FIELD(Layer, width), FIELD(Layer, inner),
-    FIELD(Layer, heads), FIELD(Layer, groups), FIELD(Layer, depth), FIELD(Layer, epsilon),
+    FIELD(Layer, heads), FIELD(Layer, groups), FIELD(Layer, depth), FIELD(Layer, bits),
+    FIELD(Layer, epsilon),
     -1,
 };
 /* clang-format on */
 
 #ifdef HAS_AVX512
+#include "product.h"
 #include "simd.h"
 #include "team.h"
 
@@ -179,61 +175,46 @@ const char *gate(const View *x, char *out, int64_t out_bytes, int wide, int thre
 
 /* ---- a decode step: all of a layer but its attention ---- */
 
-#define COLUMNS 64 /* of a product, in one piece */
-
-/* Up to TILE rows of x times 64 columns of a packed matrix, rounded to bfloat16. A number is the
- * sum over its words in their order, whatever the other rows. Slow reading: `functional.linear`. */
-INLINE void piece(int64_t rows, const char *x, int64_t row, int64_t inputs, const char *matrix,
-                  int64_t block, char to[TILE][2 * COLUMNS]) {
-    float sums[TILE][COLUMNS] __attribute__((aligned(64)));
-    const uint32_t *words = (const uint32_t *)matrix + block * (inputs / 2) * COLUMNS;
-    tile_products(0, rows, COLUMNS, inputs / 2, x, row * 2, 4, words, COLUMNS, sums[0], COLUMNS, 0);
+/* 64 columns of a panel of rows of a product, rounded to bfloat16. Slow reading:
+ * `functional.linear`. */
+INLINE void product_piece(int64_t rows, const char *x, int64_t inputs, int64_t bits,
+                          const char *matrix, int64_t block, char *to, int64_t outputs) {
+    float sums[PANEL][COLUMNS] __attribute__((aligned(64)));
+    piece(bits, rows, x, inputs, inputs, matrix, block, sums);
     for (int64_t i = 0; i < rows; i++)
         for (int64_t j = 0; j < COLUMNS; j += 16)
-            store16(0, to[i] + 2 * j, _mm512_load_ps(&sums[i][j]));
-}
-
-/* 64 columns of all rows of a product. Slow reading: `functional.linear`. */
-INLINE void product_piece(int64_t rows, const char *x, int64_t inputs, const char *matrix,
-                          int64_t block, char *to, int64_t outputs) {
-    char found[TILE][2 * COLUMNS] __attribute__((aligned(64)));
-    for (int64_t i = 0; i < rows; i++) {
-        if (i % TILE == 0)
-            piece(least(TILE, rows - i), x + i * inputs * 2, inputs, inputs, matrix, block, found);
-        memcpy(to + (i * outputs + block * COLUMNS) * 2, found[i % TILE], sizeof found[0]);
-    }
+            store16(0, to + (i * outputs + block * COLUMNS + j) * 2, _mm512_load_ps(&sums[i][j]));
 }
 
 /* The same, added to a stream (rows, outputs). Slow reading: `torch.add`. */
-INLINE void added_piece(int64_t rows, const char *x, int64_t row, int64_t inputs,
+INLINE void added_piece(int64_t rows, const char *x, int64_t row, int64_t inputs, int64_t bits,
                         const char *matrix, int64_t block, const char *stream, int64_t stream_row,
                         char *to, int64_t outputs) {
-    char found[TILE][2 * COLUMNS] __attribute__((aligned(64)));
-    for (int64_t i = 0; i < rows; i++) {
-        if (i % TILE == 0)
-            piece(least(TILE, rows - i), x + i * row * 2, row, inputs, matrix, block, found);
+    float sums[PANEL][COLUMNS] __attribute__((aligned(64)));
+    piece(bits, rows, x, row, inputs, matrix, block, sums);
+    for (int64_t i = 0; i < rows; i++)
         for (int64_t j = 0; j < COLUMNS; j += 16) {
             const int64_t at = block * COLUMNS + j;
             store16(0, to + (i * outputs + at) * 2,
                     _mm512_add_ps(load16(0, stream + (i * stream_row + at) * 2),
-                                  load16(0, found[i % TILE] + 2 * j)));
+                                  rounded16(_mm512_load_ps(&sums[i][j]))));
         }
-    }
 }
 
 /* 64 columns of the feed-forward's inner rows (rows, F). Slow reading: `Layer.mlp`. */
 INLINE void gated_piece(int64_t rows, const char *x, const Layer *layer, int64_t block, char *to) {
-    char gates[TILE][2 * COLUMNS] __attribute__((aligned(64)));
-    char ups[TILE][2 * COLUMNS] __attribute__((aligned(64)));
+    float gates[PANEL][COLUMNS] __attribute__((aligned(64)));
+    float ups[PANEL][COLUMNS] __attribute__((aligned(64)));
+    char rounded[2][2 * COLUMNS] __attribute__((aligned(64)));
     const int64_t width = layer->width, inner = layer->inner, other = block + inner / COLUMNS;
+    piece(layer->bits, rows, x, width, width, layer->gate_up, block, gates);
+    piece(layer->bits, rows, x, width, width, layer->gate_up, other, ups);
     for (int64_t i = 0; i < rows; i++) {
-        if (i % TILE == 0) {
-            const int64_t some = least(TILE, rows - i);
-            piece(some, x + i * width * 2, width, width, layer->gate_up, block, gates);
-            piece(some, x + i * width * 2, width, width, layer->gate_up, other, ups);
+        for (int64_t j = 0; j < COLUMNS; j += 16) {
+            store16(0, rounded[0] + 2 * j, _mm512_load_ps(&gates[i][j]));
+            store16(0, rounded[1] + 2 * j, _mm512_load_ps(&ups[i][j]));
         }
-        gate_row(0, gates[i % TILE], ups[i % TILE], COLUMNS,
-                 to + (i * inner + block * COLUMNS) * 2);
+        gate_row(0, rounded[0], rounded[1], COLUMNS, to + (i * inner + block * COLUMNS) * 2);
     }
 }
 
@@ -249,15 +230,17 @@ static const char *wrong_layer(const Layer *x, int64_t rows, int threads) {
     const int64_t answer = x->heads * x->depth, all = (x->heads + 2 * x->groups) * x->depth;
     REQUIRE(answer % COLUMNS == 0 && all % COLUMNS == 0 && all <= MOST,
             "all heads together must be a multiple of 64 wide");
+    REQUIRE(is_packing(x->bits), "numbers must be of 16, 8 or 4 bits");
     REQUIRE(is_room(x->attention_norm, x->attention_norm_bytes, x->width, 2) &&
                 is_room(x->mlp_norm, x->mlp_norm_bytes, x->width, 2),
             "a norm must hold a row");
     REQUIRE(!x->scales || is_room(x->scales, x->scales_bytes, (x->heads + x->groups) * x->depth, 2),
             "scales must hold (heads + groups, depth)");
-    REQUIRE(is_room(x->qkv, x->qkv_bytes, all * x->width, 2) &&
-                is_room(x->out, x->out_bytes, answer * x->width, 2) &&
-                is_room(x->gate_up, x->gate_up_bytes, 2 * x->inner * x->width, 2) &&
-                is_room(x->down, x->down_bytes, x->inner * x->width, 2),
+    REQUIRE(is_room(x->qkv, x->qkv_bytes, packed_bytes(x->bits, all, x->width), 1) &&
+                is_room(x->out, x->out_bytes, packed_bytes(x->bits, x->width, answer), 1) &&
+                is_room(x->gate_up, x->gate_up_bytes, packed_bytes(x->bits, 2 * x->inner, x->width),
+                        1) &&
+                is_room(x->down, x->down_bytes, packed_bytes(x->bits, x->width, x->inner), 1),
             "a matrix must hold its numbers");
     return 0;
 }
@@ -290,11 +273,14 @@ static void ask(const void *given, uint64_t call) {
     const Layer *layer = &c->layer;
     const int64_t rows = c->x.rows, width = layer->width, depth = layer->depth,
                   turned = layer->heads + layer->groups, all = turned + layer->groups,
-                  pieces = all * depth / COLUMNS;
+                  panels = panels_of(rows), pieces = all * depth / COLUMNS * panels;
     norm_rows(call, 0, rows, c->x.at, c->x.row, layer->attention_norm, width, layer->epsilon,
               c->room);
-    for (int64_t p; (p = take(call, 1, pieces)) >= 0; give(call, 1))
-        product_piece(rows, c->room, width, layer->qkv, p, c->out, all * depth);
+    for (int64_t p; (p = take(call, 1, pieces)) >= 0; give(call, 1)) {
+        const int64_t i = p % panels * PANEL;
+        product_piece(least(PANEL, rows - i), c->room + i * width * 2, width, layer->bits,
+                      layer->qkv, p / panels, c->out + i * all * depth * 2, all * depth);
+    }
     await(call, 1, pieces);
     for (int64_t i; (i = take(call, 2, rows)) >= 0; give(call, 2))
         for (int64_t h = 0; h < turned; h++) {
@@ -311,18 +297,29 @@ static void answer(const void *given, uint64_t call) {
     const Answering *c = given;
     const Layer *layer = &c->layer;
     const int64_t rows = c->x.rows, width = layer->width, inner = layer->inner,
-                  asked = layer->heads * layer->depth, pieces = width / COLUMNS;
+                  asked = layer->heads * layer->depth, panels = panels_of(rows),
+                  pieces = width / COLUMNS * panels, inners = inner / COLUMNS * panels;
     char *stream = c->room, *normed = stream + rows * width * 2, *gated = normed + rows * width * 2;
-    for (int64_t p; (p = take(call, 0, pieces)) >= 0; give(call, 0))
-        added_piece(rows, c->answer.at, c->answer.row, asked, layer->out, p, c->x.at, c->x.row,
-                    stream, width);
+    for (int64_t p; (p = take(call, 0, pieces)) >= 0; give(call, 0)) {
+        const int64_t i = p % panels * PANEL;
+        added_piece(least(PANEL, rows - i), c->answer.at + i * c->answer.row * 2, c->answer.row,
+                    asked, layer->bits, layer->out, p / panels, c->x.at + i * c->x.row * 2,
+                    c->x.row, stream + i * width * 2, width);
+    }
     await(call, 0, pieces);
     norm_rows(call, 1, rows, stream, width, layer->mlp_norm, width, layer->epsilon, normed);
-    for (int64_t p; (p = take(call, 2, inner / COLUMNS)) >= 0; give(call, 2))
-        gated_piece(rows, normed, layer, p, gated);
-    await(call, 2, inner / COLUMNS);
-    for (int64_t p; (p = take(call, 3, pieces)) >= 0; give(call, 3))
-        added_piece(rows, gated, inner, inner, layer->down, p, stream, width, c->out, width);
+    for (int64_t p; (p = take(call, 2, inners)) >= 0; give(call, 2)) {
+        const int64_t i = p % panels * PANEL;
+        gated_piece(least(PANEL, rows - i), normed + i * width * 2, layer, p / panels,
+                    gated + i * inner * 2);
+    }
+    await(call, 2, inners);
+    for (int64_t p; (p = take(call, 3, pieces)) >= 0; give(call, 3)) {
+        const int64_t i = p % panels * PANEL;
+        added_piece(least(PANEL, rows - i), gated + i * inner * 2, inner, inner, layer->bits,
+                    layer->down, p / panels, stream + i * width * 2, width, c->out + i * width * 2,
+                    width);
+    }
     await(call, 3, pieces);
 }
 
@@ -365,45 +362,60 @@ const char *output(const Layer *layer, const View *x, const View *answers, char 
     return 0;
 }
 
-typedef struct { /* what `logits` was given */
+typedef struct { /* what `multiply` was given */
     View x;
-    const char *matrix;
-    int64_t outputs;
-    float *out;
-} Asked;
+    const char *matrix, *bias;
+    int64_t bits, outputs;
+    char *out;
+    int wide;
+} Factors;
 
-/* Slow reading: `Transformer.logits`. */
-static void score(const void *given, uint64_t call) {
-    const Asked *c = given;
-    char found[TILE][2 * COLUMNS] __attribute__((aligned(64)));
-    const int64_t pieces = c->outputs / COLUMNS, rows = c->x.rows, row = c->x.row,
-                  inputs = c->x.width;
-    for (int64_t p; (p = take(call, 0, pieces)) >= 0; give(call, 0))
+/* Slow reading: `functional.linear`. */
+static void products_of(const void *given, uint64_t call) {
+    const Factors *c = given;
+    float sums[PANEL][COLUMNS] __attribute__((aligned(64)));
+    const int64_t panels = panels_of(c->x.rows), pieces = whole_blocks(c->outputs) * panels,
+                  row = c->x.row, size = c->wide ? 4 : 2;
+    for (int64_t p; (p = take(call, 0, pieces)) >= 0; give(call, 0)) {
+        const int64_t first = p % panels * PANEL, block = p / panels,
+                      rows = least(PANEL, c->x.rows - first),
+                      columns = least(COLUMNS, c->outputs - block * COLUMNS);
+        piece(c->bits, rows, c->x.at + first * row * 2, row, c->x.width, c->matrix, block, sums);
         for (int64_t i = 0; i < rows; i++) {
-            if (i % TILE == 0)
-                piece(least(TILE, rows - i), c->x.at + i * row * 2, row, inputs, c->matrix, p,
-                      found);
-            for (int64_t j = 0; j < COLUMNS; j += 16)
-                _mm512_storeu_ps(c->out + i * c->outputs + p * COLUMNS + j,
-                                 load16(0, found[i % TILE] + 2 * j));
+            char answer[4 * COLUMNS] __attribute__((aligned(64)));
+            for (int64_t j = 0; j < columns; j += 16) {
+                __m512 sum = _mm512_load_ps(&sums[i][j]);
+                if (c->bias)
+                    sum = _mm512_add_ps(sum,
+                                        some16(c->bias + (block * COLUMNS + j) * 2, columns - j));
+                store16(c->wide, answer + j * size, c->wide ? rounded16(sum) : sum);
+            }
+            memcpy(c->out + ((first + i) * c->outputs + block * COLUMNS) * size, answer,
+                   (size_t)(columns * size));
         }
+    }
     await(call, 0, pieces);
 }
 
-/* x (rows, C) times a packed matrix (outputs, C), rounded to bfloat16: float32 (rows, outputs),
- * tight. Slow reading: `Transformer.logits`. */
-const char *logits(const View *x, const char *matrix, int64_t matrix_bytes, int64_t outputs,
-                   float *out, int64_t out_bytes, int threads) {
-    REQUIRE(is_view(x, 2, 0, 1, x->width) && within(x->width, 2, MOST) && x->width % 2 == 0 &&
+/* x (rows, C) times a packed matrix (outputs, C), plus a bias (outputs) or null, rounded to
+ * bfloat16: (rows, outputs), tight, as float32 where `wide`. Slow reading: `functional.linear`. */
+const char *multiply(const View *x, const char *matrix, int64_t matrix_bytes, int64_t bits,
+                     int64_t outputs, const char *bias, int64_t bias_bytes, char *out,
+                     int64_t out_bytes, int wide, int threads) {
+    REQUIRE(is_view(x, 2, 0, 1, x->width) && within(x->width, 2, MOST) &&
                 within(x->rows, 0, MOST) && within(threads, 1, MOST),
-            "x must be rows of an even width, and not too many");
-    REQUIRE(within(outputs, COLUMNS, MOST) && outputs % COLUMNS == 0,
+            "x must be rows, and not too many");
+    REQUIRE(is_packing(bits) && x->width % (bits == 16 ? 2 : GROUP) == 0,
+            "numbers must be of 16 bits and an even width, or of 8 or 4 and a multiple of 64");
+    REQUIRE(within(outputs, 1, MOST) && (bits != 16 || outputs % COLUMNS == 0),
             "outputs must be a multiple of 64");
-    REQUIRE(is_room(matrix, matrix_bytes, outputs * x->width, 2), "matrix must hold its numbers");
-    REQUIRE(is_room(out, out_bytes, x->rows * outputs, sizeof(float)),
+    REQUIRE(is_room(matrix, matrix_bytes, packed_bytes(bits, outputs, x->width), 1),
+            "matrix must hold its numbers");
+    REQUIRE(!bias || is_room(bias, bias_bytes, outputs, 2), "bias must hold a number per output");
+    REQUIRE(is_room(out, out_bytes, x->rows * outputs, wide ? 4 : 2),
             "out must hold (rows, outputs)");
-    const Asked told = { *x, matrix, outputs, out };
-    together(score, &told, sizeof told, threads);
+    const Factors told = { *x, matrix, bias, bits, outputs, out, wide };
+    together(products_of, &told, sizeof told, threads);
     return 0;
 }
 
@@ -413,5 +425,5 @@ const char *turn(void) { return "this machine has no AVX-512"; }
 const char *gate(void) { return "this machine has no AVX-512"; }
 const char *question(void) { return "this machine has no AVX-512"; }
 const char *output(void) { return "this machine has no AVX-512"; }
-const char *logits(void) { return "this machine has no AVX-512"; }
+const char *multiply(void) { return "this machine has no AVX-512"; }
 #endif

@@ -1,0 +1,221 @@
+"""A decoder of Qwen3-0.6B's shape by how its matrices are kept, beside llama.cpp: `python -m service.benchmark --weights`.
+
+The weights are random and the same for both. Ours in bfloat16, 8 and 4 bits; llama.cpp's, where `llama_cpp` and `gguf` are
+installed, in BF16, Q8_0 and Q4_0, its own defaults else, on as many threads. In turns, one process. A decode step is told
+beside what the machine reads: the seconds of summing up as many bytes as it has weights and state.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import json
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+import attention
+from attention import Segments
+from service.benchmark.bare import CHUNK, report
+from service.model import checkpoint, families
+from service.model.checkpoint import EMBEDDED
+from service.model.transformer import Transformer
+
+SHAPE = {
+    "hidden_size": 1024,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "vocab_size": 151_936,
+    "max_position_embeddings": 40_960,
+}
+PEERS = {"bf16": "BF16", "int8": "Q8_0", "int4": "Q4_0"}
+STEPS = 16  # of decoding, at each length
+REPEATS = 3
+
+
+def measure_weights(lengths: Sequence[int]) -> dict[str, dict[str, float]]:
+    """Prefill tokens per second and decode seconds by contestant and length."""
+    found: dict[str, dict[str, float]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        directory = Path(folder)
+        write(directory)
+        contestants: dict[str, Callable[[], Ours | Theirs]] = {}
+        for weights, kind in PEERS.items():
+            contestants[weights] = lambda weights=weights: Ours(directory, weights)  # type: ignore[misc]
+            if has_peer():
+                contestants[f"llama.cpp {kind}"] = lambda kind=kind: Theirs(directory, kind, max(lengths))  # type: ignore[misc]
+        if not has_peer():
+            print("llama.cpp: not installed (pip install llama-cpp-python gguf), left out")
+        made = {name: make() for name, make in contestants.items()}
+        for length in lengths:
+            rows: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in made}
+            for _ in range(REPEATS):
+                for name, each in made.items():
+                    prefill, step = each.measure(length)
+                    rows[name][0].append(length / prefill)
+                    rows[name][1].append(step)
+            for name, (speeds, steps) in rows.items():
+                speed, step = median(speeds), median(steps)
+                found.setdefault(name, {}).update({f"prefill_{length}": speed, f"decode_{length}": step})
+                told = f"{speed:8.0f} tokens/s, decode step {step * 1e3:6.2f} ms"
+                each = made[name]
+                if isinstance(each, Ours):
+                    reading = each.reading_seconds(length)
+                    told += f", {reading / step:4.0%} of the rate of reading its bytes"
+                report(f"weights, behind {length} tokens", name, told)
+    return found
+
+
+def write(directory: Path) -> None:
+    """The checkpoint, its tokenizer that of the embedded model."""
+    config = json.loads((EMBEDDED / "config.json").read_text()) | SHAPE
+    with torch.device("meta"):
+        model = Transformer(families.read(config))
+    model = model.to(torch.bfloat16).to_empty(device="cpu").requires_grad_(False)
+    torch.manual_seed(0)
+    for parameter in model.parameters():
+        if parameter.dim() == 2:
+            parameter.normal_(std=0.02)
+        else:
+            parameter.fill_(1.0)
+    checkpoint.save(model, directory)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(EMBEDDED / name, directory / name)
+
+
+class Ours:
+    """A model of ours under dense attention."""
+
+    def __init__(self, directory: Path, weights: str) -> None:
+        self.model = checkpoint.load(directory, "bfloat16", weights=weights).model
+        self.backend = attention.build("dense", {}, self.model.head_shape())
+        self.state_bytes = 0
+
+    @torch.inference_mode()
+    def measure(self, length: int) -> tuple[float, float]:
+        """Seconds of a prefill, and of the median step behind it."""
+        pool = self.backend.new_pool(self.model.config.num_hidden_layers, 2**40)
+        slot = pool.allocate(length + STEPS)
+
+        def extend(ids: torch.Tensor, start: int) -> torch.Tensor:
+            segments = Segments((len(ids),), (start,))
+            attend = lambda layer, q, k, v: self.backend.extend(q, k, v, segments, pool, layer, (slot,))  # noqa: E731
+            return self.model.hidden(ids, torch.arange(start, start + len(ids)), attend, is_decode=len(ids) == 1)
+
+        ids = torch.randint(self.model.config.vocab_size, (length,))
+        start = time.perf_counter()
+        for at in range(0, length, CHUNK):
+            hidden = extend(ids[at : at + CHUNK], at)
+        self.model.logits(hidden[-1:]).argmax(-1).item()
+        prefill, steps = time.perf_counter() - start, []
+        for i in range(STEPS):
+            start = time.perf_counter()
+            self.model.logits(extend(ids[:1], length + i)).argmax(-1).item()
+            steps.append(time.perf_counter() - start)
+        self.state_bytes = pool.bytes_in_use
+        pool.release(slot)
+        return prefill, median(steps)
+
+    def reading_seconds(self, length: int) -> float:
+        """Of summing up as many bytes as a step reads."""
+        read, seconds = torch.ones((self.model.weight_bytes + self.state_bytes) // 4), []
+        for _ in range(REPEATS):
+            start = time.perf_counter()
+            read.sum()
+            seconds.append(time.perf_counter() - start)
+        return min(seconds)
+
+
+def has_peer() -> bool:
+    """Whether llama.cpp is installed, and what writes its files."""
+    return all(importlib.util.find_spec(name) is not None for name in ("llama_cpp", "gguf"))
+
+
+class Theirs:
+    """The same weights in llama.cpp."""
+
+    def __init__(self, directory: Path, kind: str, longest: int) -> None:
+        self.lib: Any = import_module("llama_cpp")
+        self.lib.llama_log_set(_SILENT, ctypes.c_void_p(0))
+        path = directory / f"{kind}.gguf"
+        _write_gguf(directory, path, kind)
+        self.model = self.lib.llama_model_load_from_file(str(path).encode(), self.lib.llama_model_default_params())
+        assert self.model, f"llama.cpp does not load {path}"
+        params = self.lib.llama_context_default_params()
+        params.n_ctx, params.n_batch, params.n_ubatch = longest + STEPS + 8, CHUNK, CHUNK
+        params.n_threads = params.n_threads_batch = torch.get_num_threads()
+        self.context = self.lib.llama_init_from_model(self.model, params)
+
+    def measure(self, length: int) -> tuple[float, float]:
+        """As `Ours.measure`."""
+        self.lib.llama_memory_clear(self.lib.llama_get_memory(self.context), True)
+        ids = torch.randint(SHAPE["vocab_size"], (length,)).tolist()
+        start = time.perf_counter()
+        for at in range(0, length, CHUNK):
+            self._extend(ids[at : at + CHUNK])
+        prefill, steps = time.perf_counter() - start, []
+        for _ in range(STEPS):
+            start = time.perf_counter()
+            self._extend(ids[:1])
+            steps.append(time.perf_counter() - start)
+        return prefill, median(steps)
+
+    def _extend(self, ids: list[int]) -> None:
+        tokens = (self.lib.llama_token * len(ids))(*ids)
+        code = self.lib.llama_decode(self.context, self.lib.llama_batch_get_one(tokens, len(ids)))
+        assert code == 0, f"llama.cpp answers {code}"
+        self.lib.llama_get_logits_ith(self.context, -1)  # waits for them
+
+
+_SILENT = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)(lambda level, text, data: None)
+
+GGUF = {
+    "embed_tokens": "token_embd",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+    **{f"self_attn.{part}_proj": f"attn_{part}" for part in "qkv"},
+    "self_attn.o_proj": "attn_output",
+    **{f"self_attn.{part}_norm": f"attn_{part}_norm" for part in "qk"},
+    **{f"mlp.{part}_proj": f"ffn_{part}" for part in ("gate", "up", "down")},
+}
+"""Names of a layer's tensors, and of the embeddings, in llama.cpp's files."""
+
+
+def _write_gguf(directory: Path, path: Path, kind: str) -> None:
+    gguf: Any = import_module("gguf")
+    config = json.loads((directory / "config.json").read_text())
+    writer = gguf.GGUFWriter(path, "qwen3")
+    writer.add_block_count(config["num_hidden_layers"])
+    writer.add_context_length(config["max_position_embeddings"])
+    writer.add_embedding_length(config["hidden_size"])
+    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_head_count(config["num_attention_heads"])
+    writer.add_head_count_kv(config["num_key_value_heads"])
+    writer.add_key_length(config["head_dim"])
+    writer.add_value_length(config["head_dim"])
+    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    writer.add_rope_freq_base(config["rope_theta"])
+    writer.add_vocab_size(config["vocab_size"])
+    writer.add_tokenizer_model("no_vocab")
+    matrix, vector = getattr(gguf.GGMLQuantizationType, kind), gguf.GGMLQuantizationType.F32
+    for name, tensor in load_file(directory / "model.safetensors").items():
+        parts = name.removeprefix("model.").split(".")
+        layer, rest = (f"blk.{parts[1]}.", parts[2:-1]) if parts[0] == "layers" else ("", parts[:-1])
+        theirs = layer + ("output_norm" if name == "model.norm.weight" else GGUF[".".join(rest)]) + ".weight"
+        kept = vector if tensor.dim() == 1 else matrix
+        writer.add_tensor(theirs, gguf.quants.quantize(tensor.float().numpy(), kept), raw_dtype=kept)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
