@@ -59,11 +59,16 @@ def carry(state: dict[str, Tensor], into: dict[str, Tensor], tokens: int) -> Non
     _clear(into, 0, tokens)
 
 
+def cut(state: dict[str, Tensor], first: int, last: int) -> None:
+    """Take what stands at indices first..last out of a state: keys are not looked at there, values weighed by 0."""
+    state["v"][first:last] = 0.0
+
+
 def append_step(states: Sequence[dict[str, Tensor]], k: Tensor, v: Tensor, past: Sequence[int]) -> None:
     """`append` of one token of each of B sequences, k, v (B, G, D)."""
-    put(states, k, v, past)
-    for state, at in zip(states, past, strict=True):
+    for state, at in zip(states, past, strict=True):  # first: several of them may be of one state
         _clear(state, at, at + 1)
+    put(states, k, v, past)
 
 
 def put(states: Sequence[dict[str, Tensor]], k: Tensor, v: Tensor, places: Sequence[int]) -> None:

@@ -26,6 +26,7 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
+from attention import steps
 from attention.parts import Parts, finish
 from attention.pool import StatePool, StateTensor
 from attention.shapes import MOST_TOKENS, Cost, HeadShape, Segments
@@ -131,18 +132,27 @@ class AttentionBackend(ABC):
         layer: int,
         slots: Sequence[int],
         out: Tensor,
+        by_steps: bool = False,
     ) -> Parts:
         """`extend` into a tight `out` (T, H, D), pausing between parts so that its caller may do something more urgent.
 
         Until it ends, out and the slots' state at `layer` are undefined. A batch of single tokens does not pause.
+
+        by_steps: each token is answered as a step of its own would answer it, bit for bit, and all but the first of a sequence
+            can be taken back (`StatePool.take_back`). No sequence may have more of them than its `runway`.
         """
         self.check_extend(q, k, v, segments, pool, layer, out)
+        if by_steps and any(end - start > self.runway(past) for start, end, past in segments.spans()):
+            behind = f"behind {segments.past}, received {segments.lengths}"
+            raise ValueError(f"{self.name} takes fewer single steps at once {behind}")
         states = pool.take(slots, layer, segments)
         if segments.total == len(slots):
             self.step(q, k, v, segments.past, states, out)
+        elif by_steps:
+            yield from steps.through(self, q, k, v, segments, states, pool.undo(slots, layer), out)
         else:
             yield from self._extend_mixed(q, k, v, segments, states, out)
-        pool.settle(slots, layer, segments)
+        pool.settle(slots, layer, segments, by_steps)
 
     def _extend_mixed(
         self, q: Tensor, k: Tensor, v: Tensor, segments: Segments, states: Sequence[dict[str, Tensor]], out: Tensor
@@ -151,9 +161,7 @@ class AttentionBackend(ABC):
         spans = list(zip(states, segments.spans(), strict=True))
         if single := [(state, start, past) for state, (start, end, past) in spans if end - start == 1]:
             alone, rows, pasts = zip(*single, strict=True)
-            answers, index = out.new_empty(len(rows), *out.shape[1:]), list(rows)
-            self.step(q[index], k[index], v[index], pasts, alone, answers)
-            out[index] = answers
+            steps.step(self, q, k, v, rows, pasts, alone, out)
             yield
         for state, (start, end, past) in spans:
             if end - start > 1:
@@ -217,6 +225,25 @@ class AttentionBackend(ABC):
     def keeps_all(self) -> bool:
         """Whether a state keeps position p at index p for good, so that it holds the state of each of its beginnings."""
         return False
+
+    def runway(self, past: int) -> int:
+        """How many tokens behind `past` may be appended by steps at once, so that all but the first can be taken back."""
+        return MOST_TOKENS
+
+    def touched(self, state: dict[str, Tensor], position: int) -> Sequence[Tensor]:
+        """Views of what of a state the token at a position, within a runway but not its first, writes over: all of it.
+
+        A backend under which it only adds to the state says so by returning none, and says by `cut` what that leaves.
+        """
+        return list(state.values())
+
+    def cut(self, state: dict[str, Tensor], tokens: int, total: int) -> None:  # noqa: B027 (most have nothing to clear)
+        """Clear away what the last of `total` tokens of a sequence have added to a state, those behind the first `tokens`."""
+
+    def undo_bytes(self, max_tokens: int, count: int) -> int:
+        """Most bytes kept of a state of up to `max_tokens` tokens, at one layer, while `count` of them can be taken back."""
+        state = {name: spec.new(torch.device("meta")) for name, spec in self.state(max_tokens).items()}
+        return count * sum(view.nbytes for view in self.touched(state, max_tokens - 1))
 
     def carry(self, state: dict[str, Tensor], into: dict[str, Tensor], tokens: int) -> None:
         """Make a fresh state of one layer that of the first `tokens` tokens of another, which may be of another size.

@@ -61,6 +61,9 @@ class PerLayer(AttentionBackend):
     def edge(self) -> int:
         return max(kind.edge for kind in self.counts)
 
+    def runway(self, past: int) -> int:
+        return min(kind.runway(past) for kind in self.counts)
+
     def visible(self, i: Tensor, j: Tensor, length: int | Tensor) -> Tensor:
         """What any of the layers sees."""
         seen = [kind.visible(i, j, length) for kind in self.counts]
@@ -81,10 +84,11 @@ class PerLayer(AttentionBackend):
         layer: int,
         slots: Sequence[int],
         out: Tensor,
+        by_steps: bool = False,
     ) -> Parts:
         if pool.backends != self.layers:
             raise ValueError(f"the pool must be of this backend (its `new_pool`), received one of {len(pool.backends)} layers")
-        yield from pool.backend(layer).extending(q, k, v, segments, pool, layer, slots, out)
+        yield from pool.backend(layer).extending(q, k, v, segments, pool, layer, slots, out, by_steps)
 
     def law(self, queries: int, keys: int, *, causal: bool) -> Cost:
         costs = {kind: kind.law(queries, keys, causal=causal) for kind in self.counts}

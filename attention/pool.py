@@ -41,12 +41,49 @@ class StateTensor:
         return tensor if self.fill is None else tensor.fill_(self.fill)
 
 
+class Undo:
+    """What tokens that may be taken back wrote over in the state of one sequence at one layer.
+
+    Its memory serves again: fresh memory costs a fault per page, more than the copy.
+    """
+
+    def __init__(self) -> None:
+        self._kept: dict[int, list[tuple[Tensor, Tensor]]] = {}  # by position: views of the state, and what stood there
+        self._spare: list[Tensor] = []
+
+    def keep(self, position: int, views: Sequence[Tensor]) -> None:
+        """Keep what stands where the token at a position is about to write."""
+        for view in views:
+            fits = bool(self._spare) and self._spare[-1].shape == view.shape
+            copy = self._spare.pop() if fits else torch.empty_like(view)
+            self._kept.setdefault(position, []).append((view, copy.copy_(view)))
+
+    def restore(self, tokens: int) -> None:
+        """Write back what stood there behind the first `tokens` tokens of the sequence."""
+        for position in sorted(self._kept, reverse=True):
+            for written, before in self._kept[position] if position >= tokens else ():
+                written.copy_(before)
+
+    def forget(self) -> None:
+        """All that is kept is of no use any more."""
+        self._spare += [before for kept in self._kept.values() for _, before in reversed(kept)]
+        self._kept.clear()
+
+    @property
+    def nbytes(self) -> int:
+        return sum(
+            tensor.nbytes for kept in (self._spare, *([b for _, b in own] for own in self._kept.values())) for tensor in kept
+        )
+
+
 @dataclass
 class _Slot:
     max_tokens: int
     tensors: list[dict[str, Tensor]]  # of the layers of each backend, (layers, ...)
     views: list[dict[str, Tensor]]  # of each layer, made once, since a decode step asks for many
     held: list[int]  # tokens in the state of each layer, or UNDEFINED
+    undo: list[Undo]  # of each layer
+    least: list[int]  # tokens that each layer's state can be taken back to
 
 
 class PoolExhausted(Exception):
@@ -135,7 +172,7 @@ class StatePool:
         entry = self._slots[new]
         for layer, backend in enumerate(self.backends):
             backend.carry(other._slots[slot].views[layer], entry.views[layer], tokens)
-        entry.held[:] = [tokens] * len(self.backends)
+        entry.held[:] = entry.least[:] = [tokens] * len(self.backends)
         return new
 
     def release(self, slot: int) -> None:
@@ -153,7 +190,7 @@ class StatePool:
         entry = self._slots[slot]
         if not 0 <= tokens <= entry.max_tokens:
             raise ValueError(f"slot {slot} holds 0 to {entry.max_tokens} tokens, received {tokens}")
-        entry.held[:] = [tokens] * len(self.backends)
+        entry.held[:] = entry.least[:] = [tokens] * len(self.backends)
 
     def backend(self, layer: int) -> AttentionBackend:
         """The backend of a layer. Raises ValueError where there is no such layer."""
@@ -179,12 +216,42 @@ class StatePool:
             taken.append(entry)
         for entry in taken:
             entry.held[layer] = UNDEFINED
+            entry.undo[layer].forget()
         return [entry.views[layer] for entry in taken]
 
-    def settle(self, slots: Sequence[int], layer: int, segments: Segments) -> None:
-        """Note that slots that were taken hold the new tokens, too."""
+    def settle(self, slots: Sequence[int], layer: int, segments: Segments, by_steps: bool = False) -> None:
+        """Note that slots that were taken hold the new tokens, too, and whether those can be taken back."""
         for slot, length, past in zip(slots, segments.lengths, segments.past, strict=True):
-            self._slots[slot].held[layer] = past + length
+            entry = self._slots[slot]
+            entry.held[layer], entry.least[layer] = past + length, past + (1 if by_steps else length)
+
+    def undo(self, slots: Sequence[int], layer: int) -> list[Undo]:
+        """Where is kept what further tokens of each slot write over at one layer."""
+        return [self._slots[slot].undo[layer] for slot in slots]
+
+    def take_back(self, slot: int, tokens: int) -> None:
+        """Leave a slot, which was extended by steps last, as if only its first `tokens` tokens had been appended.
+
+        Raises:
+            ValueError: it holds fewer at some layer, or those behind them, the first of the last call among them, did not come
+                by steps. Nothing is taken back then.
+        """
+        entry = self._slots[slot]
+        for layer, (least, held) in enumerate(zip(entry.least, entry.held, strict=True)):
+            if not least <= tokens <= held:
+                raise ValueError(f"slot {slot} holds {held} tokens at layer {layer}, which cannot be taken back to {tokens}")
+        for layer, (backend, held, view) in enumerate(zip(self.backends, entry.held, entry.views, strict=True)):
+            if held > tokens:
+                entry.undo[layer].restore(tokens)
+                backend.cut(view, tokens, held)
+                entry.held[layer] = tokens
+            entry.undo[layer].forget()
+            entry.least[layer] = tokens
+
+    def undo_bytes(self, max_tokens: int, count: int) -> int:
+        """Most bytes that a slot for so many tokens takes beside its own while `count` of them can be taken back."""
+        layers = self._layers_of.items()
+        return sum(len(own) * backend.undo_bytes(max_tokens, count) for backend, own in layers)
 
     def __len__(self) -> int:
         return len(self._slots)
@@ -199,7 +266,7 @@ class StatePool:
             for at, layer in enumerate(layers):
                 views[layer] = {name: tensor[at] for name, tensor in each.items()}
         slot, self._next = self._next, self._next + 1
-        self._slots[slot] = _Slot(max_tokens, tensors, views, held)
+        self._slots[slot] = _Slot(max_tokens, tensors, views, held, [Undo() for _ in views], list(held))
         self.bytes_in_use += self.slot_bytes(max_tokens)
         return slot
 

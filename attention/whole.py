@@ -59,6 +59,7 @@ class Whole(AttentionBackend):
         layer: int,
         slots: Sequence[int],
         out: Tensor,
+        by_steps: bool = False,
     ) -> Parts:
         """As of `AttentionBackend`. Raises ValueError for a piece that is not the first, and whole, of its sequence."""
         self.check_extend(q, k, v, segments, pool, layer, out)

@@ -51,6 +51,13 @@ class ShadowConfig(Settings):
         return name
 
 
+class LookupConfig(Settings):
+    """Prompt lookup (service/engine/lookup.py): tokens to come are guessed from the text itself, looked over in one step."""
+
+    tokens: int = Field(default=0, ge=0, le=32)  # most that are guessed for a step; 0: none
+    ngram: int = Field(default=3, ge=1, le=16)  # last tokens of a text that must stand in it before for a guess
+
+
 class EngineConfig(Settings):
     """How the engine batches, admits and queues (service/engine)."""
 
@@ -66,6 +73,7 @@ class EngineConfig(Settings):
     prefix_share: float = Field(default=0.1, ge=0, le=1)  # of the budget, for states of prompts' beginnings; 0: none is kept
     prefix_shared: bool = False  # a kept prefix serves every API key: faster, and times tell what others have asked
     memory_sample_share: float = Field(default=0.01, ge=0, le=1)  # of the time, for measuring what steps take; 1: every step
+    prompt_lookup: LookupConfig = LookupConfig()
     shadow: ShadowConfig = ShadowConfig()
 
 

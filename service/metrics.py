@@ -113,6 +113,8 @@ class Metrics:
     def _step_metrics(self) -> None:
         labels, kind = ("backend", "kind"), ("kind",)
         self.tokens = self._counter("processed_tokens", "Tokens the model has read or written.", labels)
+        guessed = "Tokens guessed by prompt lookup and looked over, by whether the model drew them, too."
+        self.guessed = self._counter("guessed_tokens", guessed, ("backend", "result"))
         self.forward = self._histogram("forward_seconds", "One call of the model.", labels, STEP_SECONDS)
         self.batch_size = self._histogram("batch_size", "Sequences in one call of the model.", kind, ROWS)
         self.batch_tokens = self._histogram("batch_tokens", "Tokens in one call of the model.", kind, powers(1, 4, 9))
@@ -225,6 +227,9 @@ class Metrics:
         self.forward.labels(*labels).observe(step.seconds)
         self.batch_size.labels(step.kind).observe(step.sequences)
         self.batch_tokens.labels(step.kind).observe(step.tokens)
+        if step.guessed:
+            self.guessed.labels(step.backend, "right").inc(step.right)
+            self.guessed.labels(step.backend, "wrong").inc(step.guessed - step.right)
         if step.predicted_seconds > 0:
             self.time_ratio.labels(step.backend).observe(step.seconds / step.predicted_seconds)
         self.samples.labels(step.backend, "skipped" if step.measured_bytes is None else step.method).inc()
@@ -279,6 +284,8 @@ class Metrics:
             self.active.labels(backend["name"], str(backend["name"] == default).lower()).set(1)
             for kind, outcome in product(KINDS, {*OUTCOMES.values()}):
                 self.requests.labels(backend["name"], kind, outcome)
+            for result in ("right", "wrong"):
+                self.guessed.labels(backend["name"], result)
             self.info.labels(backend["name"], dtype, device, json.dumps(backend["options"], sort_keys=True)).set(1)
         self.switched.set_to_current_time()
 

@@ -33,6 +33,8 @@ class Timings:
     cached_tokens: int = 0  # of the prompt, whose state was kept from an earlier request: they were not processed again
     dropped_tokens: int = 0  # of the input, as the caller asked: they are not among the prompt's
     output_tokens: int = 0
+    guessed_tokens: int = 0  # by prompt lookup, that were looked over
+    accepted_tokens: int = 0  # of those, that stand in the answer
     batch_mates: int = 0  # most sequences it ever shared a step with, itself left out
     seen_tokens: int = 0  # of the prompt, by its last token in one layer: all but those outside a window
     reserved_bytes: int = 0  # state and workspace, by the cost law, held from begin to end
@@ -97,6 +99,8 @@ def receipt(records: Sequence[Timings]) -> dict[str, str | int | float | None]:
         "prefill_chunks": sum(each.prefill_chunks for each in records),
         "cached_tokens": sum(each.cached_tokens for each in records),
         "dropped_tokens": sum(each.dropped_tokens for each in records),
+        "guessed_tokens": sum(each.guessed_tokens for each in records),
+        "accepted_tokens": sum(each.accepted_tokens for each in records),
         "seen_tokens": sum(each.seen_tokens for each in records),
         "reserved_bytes": sum(each.reserved_bytes for each in records),
         "measured_bytes": _sum([each.measured_bytes for each in records]),

@@ -62,6 +62,16 @@ class Chunked(AttentionBackend):
         history.append_step(states, k, v, places)
         self.softmax.step(q, states, [at + 1 for at in places], k.shape[1], out)
 
+    def runway(self, past: int) -> int:
+        return self.options.chunk - past % self.options.chunk
+
+    def touched(self, state: dict[str, Tensor], position: int) -> Sequence[Tensor]:
+        return ()
+
+    def cut(self, state: dict[str, Tensor], tokens: int, total: int) -> None:
+        first = self.ring.place(tokens)
+        history.cut(state, first, first + total - tokens)
+
     def state(self, max_tokens: int) -> dict[str, StateTensor]:
         return history.keys_and_values(self.shape, max_tokens, self.options.chunk)
 

@@ -58,6 +58,12 @@ class Dense(AttentionBackend):
     def keeps_all(self) -> bool:
         return True
 
+    def touched(self, state: dict[str, Tensor], position: int) -> Sequence[Tensor]:
+        return ()
+
+    def cut(self, state: dict[str, Tensor], tokens: int, total: int) -> None:
+        history.cut(state, tokens, total)
+
     def carry(self, state: dict[str, Tensor], into: dict[str, Tensor], tokens: int) -> None:
         history.carry(state, into, tokens)
 

@@ -180,6 +180,16 @@ class Distinct(AttentionBackend):
     def _entries(self, state: dict[str, Tensor], count: int) -> Pair:
         return history.read(state, count, self.shape.key_value_heads)
 
+    def runway(self, past: int) -> int:
+        return self.options.block - past % self.options.block
+
+    def touched(self, state: dict[str, Tensor], position: int) -> Sequence[Tensor]:
+        return ()
+
+    def cut(self, state: dict[str, Tensor], tokens: int, total: int) -> None:
+        first = self._held(tokens)
+        history.cut(state, first, first + total - tokens)
+
     def state(self, max_tokens: int) -> dict[str, StateTensor]:
         room = history.keys_and_values(self.shape, max_tokens, self._most)
         novelty = StateTensor((min(self.kept, max_tokens),), torch.promote_types(self.shape.dtype, torch.float32))

@@ -184,6 +184,19 @@ class Performer(AttentionBackend):
         yield from self.softmax.dense(q, keys, values, held, True, out, near)
         yield from self.features.join(q, far, near, out)
 
+    def runway(self, past: int) -> int:
+        """With near chunks up to the end of one, where sums take the older in."""
+        chunk = self.options.local_chunk
+        return chunk - past % chunk if chunk else super().runway(past)
+
+    def touched(self, state: dict[str, Tensor], position: int) -> Sequence[Tensor]:
+        return () if self.options.local_chunk else super().touched(state, position)
+
+    def cut(self, state: dict[str, Tensor], tokens: int, total: int) -> None:
+        if self.options.local_chunk:
+            first = self.ring.place(tokens)
+            history.cut(state, first, first + total - tokens)
+
     def state(self, max_tokens: int) -> dict[str, StateTensor]:
         far = features.state(self.shape, self.weights.shape[1])
         if not self.options.local_chunk:

@@ -71,6 +71,14 @@ class SlidingWindow(AttentionBackend):
         history.put(states, k, v, [self.ring.place(at) for at in past])
         self.softmax.step(q, states, [min(at + 1, self.ring.size) for at in past], k.shape[1], out)
 
+    def touched(self, state: dict[str, Tensor], position: int) -> Sequence[Tensor]:
+        """Nothing until the ring is full, then the entry of the token that leaves it."""
+        at = self.ring.place(position)
+        return [] if position < self.ring.size else [state[name][at : at + 1] for name in ("k", "v")]
+
+    def cut(self, state: dict[str, Tensor], tokens: int, total: int) -> None:
+        history.cut(state, tokens, min(total, self.ring.size))
+
     def state(self, max_tokens: int) -> dict[str, StateTensor]:
         return self.ring.state(self.shape, max_tokens)
 

@@ -28,11 +28,12 @@ from service.benchmark.prefix import measure_prefix
 from service.benchmark.proxies import measure_proxies
 from service.benchmark.served import measure_http
 from service.benchmark.shared import measure_shared
+from service.benchmark.speculation import measure_speculation
 from service.benchmark.step import measure_step
 from service.machine import BESIDE_BUDGET_BYTES
 from service.threads import in_passing_thread
 
-PARTS = ("bare", "engine", "auto", "prefix", "memory", "http", "proxies", "encoder", "again")
+PARTS = ("bare", "engine", "auto", "prefix", "memory", "http", "proxies", "encoder", "again", "speculation")
 
 
 def main() -> None:
@@ -90,6 +91,8 @@ def main() -> None:
         result["encoder"] = measure_encoder(options.encoder)
     if "again" in parts:
         result["again"] = asyncio.run(measure_again([512, 2048, 8192]))
+    if "speculation" in parts:
+        result["speculation"] = asyncio.run(measure_speculation())
     print(f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}")
     print(json.dumps(result))
 

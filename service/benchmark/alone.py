@@ -31,7 +31,7 @@ def make_engine(checkpoint: Checkpoint, observer: Observer | None = None, **conf
 
 
 def make_request(tokens: int, answer: int, backend: str) -> Request:
-    sampling = Sampling(max_tokens=answer, temperature=0.0, ignore_eos=True)
+    sampling = Sampling(max_tokens=answer, temperature=0.0, ignore_eos=True, lookup_tokens=0)
     return Request("benchmark", "completion", random.choices(range(1, 4000), k=tokens), backend, sampling)
 
 

@@ -75,11 +75,11 @@ def told(info: Mapping[str, Any], args: ServiceConfig, auto: AutoConfig | None =
         layer.is_native = info["impl"] == "native"
     shape, budget = config.head_shape(model.dtype, "cpu"), info["memory_budget_bytes"]
     backends = {each["name"]: attention.build(each["name"], _options(each), shape) for each in info["attention"]["backends"]}
-    lanes = {}
+    lanes, paces = {}, (Ramp(*laws["model"][0]), Ramp(*laws["model"][1]))
     for name, backend in backends.items():
         law = laws["backends"][name]
         lines = [Ramp(*line) for line in law["lines"]]
-        lanes[name] = paced(name, backend, model, Ramp(*laws["model"]), lines, engine.chunk_tokens, budget)
+        lanes[name] = paced(name, backend, model, paces, lines, engine.chunk_tokens, budget)
         lanes[name].drift = Steady(law["drift"])
     rules = Backends(backends, info["attention"]["default"], auto or AutoConfig(), is_causal=config.is_causal)
     tokenizer = Tokenizer.load(directory, config.eos_token_id, config.vocab_size)

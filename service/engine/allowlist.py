@@ -13,12 +13,14 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from attention import AttentionBackend, Segments, StatePool, shares, whole
-from service.config import AutoConfig
+from service.config import AutoConfig, LookupConfig
 from service.engine.forecast import Attending, Course, Drift, Pace, Ramp, measure_attention
 from service.engine.profile import Profile
-from service.engine.request import AUTO, Withdrawn
+from service.engine.request import AUTO, Sampling, Withdrawn
 from service.model.transformer import Transformer
 
+NO_LOOKUP = LookupConfig(tokens=0)
+LEAST_PRICE = 0.02  # of a guessed token's row: a forecast may be off
 BOTH_WAYS = "bidirectional, for the model is an encoder; causal"
 
 
@@ -62,6 +64,7 @@ class Lane:
     kept: StatePool = field(init=False)
     drift: Drift = field(default_factory=Drift)
     withdrawn: str | None = None  # why nothing more is answered under it
+    lookup: LookupConfig = NO_LOOKUP
 
     def __post_init__(self) -> None:
         self.kept = StatePool(self.pool.backends, self.pool.max_bytes)
@@ -82,14 +85,40 @@ class Lane:
         """The same of a decode step that makes a sequence `length` tokens long."""
         return self.drift("decode") * self.course.decode_seconds(length)
 
+    def most_guessed(self, sampling: Sampling) -> int:
+        """Tokens that may be guessed for a step of one of a request's samples."""
+        wish = sampling.lookup_tokens
+        return self.lookup.tokens if wish is None else min(wish, self.lookup.tokens)
+
+    def row_price(self, sequences: int, length: int) -> float:
+        """What one row more of a decode step takes, in parts of what each of its sequences' tokens takes without."""
+        plain, more = self.plain_seconds(sequences, length), sequences * self.lookup.tokens
+        wide = self.drift("guess") * (plain + more * self.course.row_seconds(length))
+        return max(LEAST_PRICE, (wide - plain) / more * sequences / plain) if plain > 0 else 1.0
+
+    def plain_seconds(self, sequences: int, length: int) -> float:
+        """Predicted seconds of a decode step of so many sequences without guesses, as such steps have lately gone."""
+        one = self.course.decode_seconds(length)
+        return self.drift("decode") * self.course.rows_seconds(sequences, one)
+
     def answering(
-        self, layer: int, question: tuple[Tensor, Tensor, Tensor], segments: Segments, slots: Sequence[int], out: Tensor
+        self,
+        layer: int,
+        question: tuple[Tensor, Tensor, Tensor],
+        segments: Segments,
+        slots: Sequence[int],
+        out: Tensor,
+        by_steps: bool = False,
     ) -> Iterator[None]:
         """Answer a layer's question, q (T, H, D), k and v (T, G, D), into `out` (T, H, D), pausing about every millisecond.
 
-        `slots`: each sequence's state, which takes its new tokens in.
+        `slots`: each sequence's state, which takes its new tokens in. `by_steps`: as so many decode steps would.
         """
-        return self.pool.backends[layer].extending(*question, segments, self.pool, layer, slots, out)
+        return self.pool.backends[layer].extending(*question, segments, self.pool, layer, slots, out, by_steps)
+
+    def take_back(self, slot: int, tokens: int) -> None:
+        """Leave a state as if only the first `tokens` tokens were in it; those behind them were answered by steps."""
+        self.pool.take_back(slot, tokens)
 
     def allocate(self, max_tokens: int) -> int:
         """A slot for the state of a sequence of up to `max_tokens` tokens. Raises PoolExhausted."""
@@ -119,6 +148,10 @@ class Lane:
         """Bytes that such a slot takes, by the law of cost."""
         return self.pool.slot_bytes(max_tokens)
 
+    def undo_bytes(self, max_tokens: int, count: int) -> int:
+        """Bytes kept of such a slot while `count` tokens may be taken back."""
+        return self.pool.undo_bytes(max_tokens, count)
+
     def held_bytes(self, slots: Iterable[int]) -> int:
         """Bytes that slots hold, by their tensors."""
         return sum(tensor.nbytes for slot in slots for tensor in self.pool.tensors(slot).values())
@@ -135,7 +168,8 @@ class Lane:
 def unmeasured(name: str, backend: AttentionBackend, model: Transformer, chunk: int, budget: int) -> Lane:
     """A lane that can be asked for bytes only: no pace was measured. Room is for states of `budget` bytes."""
     none, serving = Ramp(0.0, 0.0), _serving(backend, model)
-    pace = Pace(model.config.num_hidden_layers, none, dict.fromkeys(shares(serving), Attending(none, none)), serving)
+    attending = dict.fromkeys(shares(serving), Attending(none, none, none))
+    pace = Pace(model.config.num_hidden_layers, none, none, attending, serving)
     return _lane(name, backend, model, pace, chunk, budget)
 
 
@@ -150,14 +184,29 @@ def _serving(backend: AttentionBackend, model: Transformer) -> AttentionBackend:
     return backend if model.config.is_causal else whole(backend)
 
 
-def _lane(name: str, backend: AttentionBackend, model: Transformer, pace: Pace, chunk: int, budget: int) -> Lane:
+def _lane(
+    name: str,
+    backend: AttentionBackend,
+    model: Transformer,
+    pace: Pace,
+    chunk: int,
+    budget: int,
+    lookup: LookupConfig = NO_LOOKUP,
+) -> Lane:
     longest = model.config.max_length
     course = Course(model, pace, longest, chunk if model.config.is_causal else longest)
-    return Lane(name, backend, course, pace.backend.new_pool(model.config.num_hidden_layers, budget))
+    return Lane(name, backend, course, pace.backend.new_pool(model.config.num_hidden_layers, budget), lookup=lookup)
 
 
 def lane_for(
-    name: str, backend: AttentionBackend, model: Transformer, pace: Ramp, profile: Profile, chunk: int, budget: int
+    name: str,
+    backend: AttentionBackend,
+    model: Transformer,
+    paces: tuple[Ramp, Ramp],
+    profile: Profile,
+    chunk: int,
+    budget: int,
+    lookup: LookupConfig,
 ) -> Generator[None, None, Lane]:
     """Make a backend ready to serve, in parts: its pace beside the model's, and room for states of `budget` bytes.
 
@@ -166,24 +215,32 @@ def lane_for(
     serving = _serving(backend, model)
     kinds = list(shares(serving))
     key = json.dumps(backend.describe(), sort_keys=True, default=str)
-    lines = profile.recall(key, 2 * len(kinds))
+    lines = profile.recall(key, 3 * len(kinds))
     if lines is None:
         longest, has_history = model.config.max_length, model.config.is_causal
         measured = yield from measure_attention(serving, longest, chunk, has_history=has_history)
-        lines = [line for kind in kinds for line in (measured[kind].many, measured[kind].one)]
+        lines = [line for kind in kinds for line in (measured[kind].many, measured[kind].one, measured[kind].more)]
         profile.keep(key, lines)
-    return paced(name, backend, model, pace, lines, chunk, budget)
+    return paced(name, backend, model, paces, lines, chunk, budget, lookup)
 
 
 def paced(
-    name: str, backend: AttentionBackend, model: Transformer, pace: Ramp, lines: Sequence[Ramp], chunk: int, budget: int
+    name: str,
+    backend: AttentionBackend,
+    model: Transformer,
+    paces: tuple[Ramp, Ramp],
+    lines: Sequence[Ramp],
+    chunk: int,
+    budget: int,
+    lookup: LookupConfig = NO_LOOKUP,
 ) -> Lane:
     """A lane whose pace is known: the model's, and the lines of its layers' attention as `lines_of` has them."""
     serving = _serving(backend, model)
-    attending = dict(zip(shares(serving), map(Attending, lines[::2], lines[1::2]), strict=True))
-    return _lane(name, backend, model, Pace(model.config.num_hidden_layers, pace, attending, serving), chunk, budget)
+    attending = dict(zip(shares(serving), map(Attending, lines[::3], lines[1::3], lines[2::3]), strict=True))
+    pace = Pace(model.config.num_hidden_layers, *paces, attending, serving)
+    return _lane(name, backend, model, pace, chunk, budget, lookup)
 
 
 def lines_of(lane: Lane) -> list[Ramp]:
-    """The pace of a lane's attention: two lines of each kind of layer."""
-    return [line for each in lane.course.pace.attention.values() for line in (each.many, each.one)]
+    """The pace of a lane's attention: three lines of each kind of layer."""
+    return [line for each in lane.course.pace.attention.values() for line in (each.many, each.one, each.more)]

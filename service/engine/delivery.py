@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import time
 from array import array
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -58,12 +59,15 @@ class Delivery:
         for member in work.members:
             job, timings = member.job, member.job.request.timings
             timings.batch_mates = max(timings.batch_mates, len(work.members) - 1)
+            if member.guess:
+                timings.guessed_tokens += len(member.guess)
+                member.sequence.lookup.learn(len(member.guess), work.right[member.sequence])
             if work.kind != "decode" and not job.is_over:
                 timings.chunks.append(Chunk(work.begun_at or now, now, member.end - member.start))
                 with self.concerning(job):
                     self._settle_prompt(member.sequence, now)
         for sequence, drawn in work.drawn:
-            if not sequence.is_done:  # with its job, which failed a moment ago
+            if not sequence.is_done:  # with its job, which failed a moment ago; or by a token of the same guess
                 with self.concerning(sequence.job):
                     self._hand_out(sequence, drawn, now)
 
@@ -113,7 +117,9 @@ class Delivery:
     def _book(self, work: Work, now: float) -> None:
         """Tell the metering and the observer of a finished step, as it ran."""
         self._runner.measured(work)
-        self._observer.stepped(_told(work, [now - s.spoke_at for s, _ in work.drawn if s.spoke_at is not None]))
+        together = Counter(sequence for sequence, _ in work.drawn)  # the tokens of a guess share the time since the one before
+        gaps = [(now - s.spoke_at) / together[s] for s, _ in work.drawn if s.spoke_at is not None]
+        self._observer.stepped(_told(work, gaps))
 
     def _settle_prompt(self, sequence: Sequence, now: float) -> None:
         """What follows from a chunk: the end of the prompt, of an embedding, of a request for no tokens."""
@@ -137,6 +143,7 @@ class Delivery:
         """Add a drawn token to its sample and hand out what it settles."""
         sampling, timings = sequence.job.request.sampling, sequence.job.request.timings
         timings.output_tokens += 1
+        timings.accepted_tokens += drawn.was_guessed
         timings.first_token_at = timings.first_token_at or now
         sequence.spoke_at = now
         if not self._keeps_form(sequence, drawn.token):
@@ -218,4 +225,6 @@ def _told(work: Work, gaps: list[float]) -> Step:
         measured_bytes=None if meter is None else meter.peak_bytes,
         method="dispatch" if meter is None else meter.method,
         token_gaps=tuple(gaps),
+        guessed=sum(len(member.guess) for member in work.members),
+        right=sum(work.right.values()),
     )

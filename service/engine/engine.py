@@ -26,7 +26,7 @@ from attention import AttentionBackend, gather_team, truth
 from service.config import EngineConfig
 from service.engine import reread
 from service.engine.admission import Admission, Ledger, Offer, Plan
-from service.engine.allowlist import Backends, Lane, check_room, lane_for, lines_of, unmeasured
+from service.engine.allowlist import NO_LOOKUP, Backends, Lane, check_room, lane_for, lines_of, unmeasured
 from service.engine.answer import Answer
 from service.engine.delivery import Delivery, attempt
 from service.engine.departures import Departures
@@ -108,7 +108,7 @@ class Engine:
         self._thread = ThreadPoolExecutor(1, "longserve-model", initializer=give)
         rows, logit_rows = max(config.chunk_tokens, config.max_sequences), max(LOGIT_ROWS, config.max_sequences)
         await self._on_model_thread(lambda: model.warm_up(rows, logit_rows))
-        self._pace = await self._on_model_thread(lambda: _pace_of(model, self._profile))
+        self._paces = await self._on_model_thread(lambda: _paces_of(model, self._profile))
         self._rows = await self._on_model_thread(lambda: row_multiple(model))
         prefixes = Prefixes(self._ledger, config.chunk_tokens, config.prefix_share, config.prefix_shared)
         self._prefixes = prefixes
@@ -179,7 +179,9 @@ class Engine:
 
     def _lane_for(self, name: str, backend: AttentionBackend) -> Generator[None, None, Lane]:
         chunk, budget = self._config.chunk_tokens, self._ledger.budget
-        return lane_for(name, backend, self._model, self._pace, self._profile, chunk, budget)
+        # A guess is looked over beside others' rows: nothing is guessed where those would change its last bits
+        lookup = self._config.prompt_lookup if self._rows is not None else NO_LOOKUP
+        return lane_for(name, backend, self._model, self._paces, self._profile, chunk, budget, lookup)
 
     def check_room(self, backend: AttentionBackend) -> None:
         """Raise ValueError for a backend under which the budget does not hold even the shortest request."""
@@ -355,15 +357,15 @@ class Engine:
     def laws(self) -> dict[str, Any]:
         """What is predicted by, as plain data: whoever has it and the model's config predicts the same (service/capacity).
 
-        Straight lines are (seconds, seconds for each more), see `forecast.Ramp`: `model` over tokens, those of a backend over
-        one layer's flops as `lines_of` has them. `drift`: times as long that steps of a kind lately took. `packs`: prompts may
-        share a step.
+        Straight lines are (seconds, seconds for each more), see `forecast.Ramp`: `model` over a prompt's tokens and over the rows
+        of a decode step, those of a backend over one layer's flops as `lines_of` has them. `drift`: times as long that steps of
+        a kind lately took. `packs`: prompts may share a step.
         """
         lanes = self._admission.lanes.values()
         backends = {
             each.name: {"lines": [(r.fixed, r.slope) for r in lines_of(each)], "drift": each.drift.now()} for each in lanes
         }
-        return {"model": (self._pace.fixed, self._pace.slope), "packs": self._rows is not None, "backends": backends}
+        return {"model": [(r.fixed, r.slope) for r in self._paces], "packs": self._rows is not None, "backends": backends}
 
     # ---- the loop ---------------------------------------------------------------------------------------------------
 
@@ -393,7 +395,7 @@ class Engine:
             self._delivery.settle(work)
         work.elapsed += time.perf_counter() - start
         if is_over and work.meter is None:  # counting takes time of its own
-            work.lane.drift.note(work.kind, work.predicted_seconds, work.elapsed)
+            work.note()
 
     async def _run(self, work: Work) -> bool:
         """Run a step, or one slice of it. Returns whether it has ended, and well."""
@@ -459,12 +461,12 @@ class Engine:
         self._idle.set()
 
 
-def _pace_of(model: Transformer, profile: Profile) -> Ramp:
+def _paces_of(model: Transformer, profile: Profile) -> tuple[Ramp, Ramp]:
     """The model's own pace: the profile's, else measured and kept there."""
-    if (kept := profile.recall("model", 1)) is None:
-        kept = [measure_model(model)]
+    if (kept := profile.recall("model", 2)) is None:
+        kept = [*measure_model(model)]
         profile.keep("model", kept)
-    return kept[0]
+    return kept[0], kept[1]
 
 
 def _slice(parts: Generator[None, None, T], limit: float) -> tuple[bool, T | None, float]:

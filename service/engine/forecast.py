@@ -1,7 +1,8 @@
 """What a computation will take, before it runs: seconds by a pace measured at start, bytes by the laws of cost.
 
-`Pace` is this machine's speed: straight lines, one for the model without attention, two per backend for a layer's attention
-over its flops: of many tokens, which is bound by arithmetic, and of one, which is bound by memory. `Course` cuts a prefill into
+`Pace` is this machine's speed: straight lines, two for the model without attention, over tokens and over rows of a decode step,
+three per backend for a layer's attention over its flops: of many tokens, which is bound by arithmetic, of one, which is bound
+by memory, and of one more in the same step. `Course` cuts a prefill into
 chunks by position. `row_multiple` is what this machine's products ask of packed rows. Measuring costs tenths of a second.
 """
 
@@ -23,6 +24,7 @@ T = TypeVar("T")
 
 DONE = object()  # no part, but the end
 REPEATS = 7
+ROWS = 8  # of a decode step, that are timed
 START_SECONDS = 0.02  # of steps, for which the pace measured at the start counts
 DRIFT_SECONDS = 1.5  # of steps, for which all that were seen before count at most
 HALF_LIFE_SECONDS = 120.0
@@ -53,6 +55,7 @@ class Attending:
 
     many: Ramp
     one: Ramp  # of a single token
+    more: Ramp  # of one more token of the same sequence, in the same step
 
     def __call__(self, queries: int, flops: float) -> float:
         return (self.one if queries == 1 else self.many)(flops)
@@ -64,34 +67,46 @@ class Pace:
 
     layers: int
     model: Ramp  # over tokens, attention left out
+    rows: Ramp  # over rows of a decode step, likewise, with the logits of each
     attention: Mapping[AttentionBackend, Attending]  # one layer of each kind that the backend has
     backend: AttentionBackend
 
     def attention_seconds(self, queries: int, keys: int) -> float:
         """Predicted seconds of all layers' attention for `queries` tokens at the end of a sequence of `keys`."""
-        kinds = shares(self.backend).items()
-        return self.layers * sum(
-            share * self.attention[kind](queries, kind.cost(queries, keys, causal=True).flops) for kind, share in kinds
-        )
+        return self._attending(lambda kind: self.attention[kind](queries, kind.cost(queries, keys, causal=True).flops))
+
+    def row_seconds(self, keys: int) -> float:
+        """Predicted seconds that one more token of a sequence of `keys` adds to a decode step of it."""
+        more = self._attending(lambda kind: self.attention[kind].more(kind.cost(1, keys, causal=True).flops))
+        return self.rows.slope + more
+
+    def _attending(self, seconds: Callable[[AttentionBackend], float]) -> float:
+        """What a layer of each kind takes, over all layers."""
+        return self.layers * sum(share * seconds(kind) for kind, share in shares(self.backend).items())
 
 
-def measure_model(model: Transformer, tokens: int = 256) -> Ramp:
-    """Time the model with attention left out, on 1 and on `tokens` tokens, with the logits of the last one."""
+def measure_model(model: Transformer, tokens: int = 256) -> tuple[Ramp, Ramp]:
+    """Time the model with attention left out.
 
-    def run(count: int) -> Callable[[], Iterator[None]]:
+    Returns the line through 1 and `tokens` tokens, with the logits of the last one, and that through 1 and ROWS rows of a
+    decode step, with the logits of each.
+    """
+
+    def run(count: int, is_decode: bool) -> Callable[[], Iterator[None]]:
         ids = torch.zeros(count, dtype=torch.long, device=model.device)
         positions = torch.arange(count, device=model.device) % model.config.max_length
 
         def compute() -> Iterator[None]:
-            last = model.hidden(ids, positions, lambda layer, q, k, v: q, is_decode=count == 1)[-1:]
-            (model.logits(last) if model.config.is_causal else last)[0, 0].item()  # which waits for an accelerator
+            hidden = model.hidden(ids, positions, lambda layer, q, k, v: q, is_decode=is_decode)
+            asked = hidden if is_decode else hidden[-1:]
+            (model.logits(asked) if model.config.is_causal else asked)[0, 0].item()  # which waits for an accelerator
             yield
 
         return compute
 
     with torch.inference_mode():
-        low, high = (result(_seconds(run(count))) for count in (1, tokens))
-    return Ramp.through((1, low), (tokens, high))
+        one, rows, many = (result(_seconds(run(*each))) for each in ((1, True), (ROWS, True), (tokens, False)))
+    return Ramp.through((1, one), (tokens, many)), Ramp.through((1, one), (ROWS, rows))
 
 
 Measuring = Generator[None, None, T]
@@ -129,17 +144,28 @@ def _measure_layer(backend: AttentionBackend, max_length: int, chunk: int, has_h
         def extend() -> Iterator[None]:
             pool.pretend(slot, past)
             out = torch.empty_like(q)
-            yield from backend.extending(q, k, v, Segments((count,), (past,)), pool, 0, (slot,), out)
+            is_step = has_history and count <= ROWS
+            yield from backend.extending(q, k, v, Segments((count,), (past,)), pool, 0, (slot,), out, by_steps=is_step)
             out[0, 0, 0].item()  # waits for an accelerator
 
         return extend
 
-    points = []
-    for count, past in ((1, 0), (tokens, history), (1, history + tokens - 1 if has_history else 0)):
-        seconds = yield from _seconds(run(count, past))
-        points.append((backend.cost(count, count + past, causal=True).flops, seconds))
-    least, many, one = points
-    return Attending(Ramp.through(least, many), Ramp.through(least, one if has_history else many))
+    def point(count: int, past: int, seconds: float) -> tuple[float, float]:
+        return backend.cost(count, past + count, causal=True).flops, seconds
+
+    least = yield from _seconds(run(1, 0))
+    seconds = yield from _seconds(run(tokens, history))
+    many = Ramp.through(point(1, 0, least), point(tokens, history, seconds))
+    if not has_history:
+        return Attending(many, many, many)
+    last = history + tokens - 1
+    most = yield from _seconds(run(1, last))
+    more = []
+    for past, alone in ((0, least), (max(0, last + 1 - ROWS), most)):
+        count = min(ROWS, backend.runway(past), last + 1 - past)
+        seconds = (yield from _seconds(run(count, past))) if count > 1 else 2 * alone
+        more.append(point(1, past, max(0.0, seconds - alone) / max(1, count - 1)))
+    return Attending(many, Ramp.through(point(1, 0, least), point(1, last, most)), Ramp.through(*more))
 
 
 def row_multiple(model: Transformer, rows: int = 512) -> int | None:
@@ -263,6 +289,14 @@ class Course:
     def decode_seconds(self, length: int) -> float:
         """Predicted seconds of a decode step that makes a sequence `length` tokens long."""
         return self.step_seconds(length - 1, length)
+
+    def row_seconds(self, length: int) -> float:
+        """Predicted seconds that one more token of a sequence of `length` adds to a decode step of it."""
+        return self.pace.row_seconds(length)
+
+    def rows_seconds(self, rows: int, one: float) -> float:
+        """The same of a step of several rows, of which each alone takes `one` second."""
+        return rows * one - (rows - 1) * self.pace.model.fixed  # which is paid once
 
     def prefill_bytes(self, length: int) -> int:
         """Peak workspace of any chunk of a prefill of `length` tokens."""

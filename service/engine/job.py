@@ -20,6 +20,7 @@ from service.engine.admission import Offer
 from service.engine.allowlist import Lane
 from service.engine.answer import Answer
 from service.engine.grammar import Grammar
+from service.engine.lookup import Lookup
 from service.engine.need import Need
 from service.engine.prefixes import Found, Marks
 from service.engine.request import Request, TokenLogprob
@@ -44,6 +45,7 @@ class Sequence:
     is_alone: bool = False  # shared a step that failed: runs by itself until it has proved innocent
     is_done: bool = False
     is_opened: bool = False  # its first delta was handed out
+    lookup: Lookup = field(default_factory=Lookup)
     spoke_at: float | None = None  # time.monotonic() of its latest token
 
     @property
@@ -64,9 +66,15 @@ class Sequence:
         """Where the piece of it ends that comes next."""
         return min(self.length, self.job.lane.course.next_end(self.past))
 
-    def number(self) -> float:
-        """The number by which its next token is drawn."""
-        return uniform(self.job.seed, self.index, len(self.output))
+    def number(self, ahead: int = 0) -> float:
+        """The number by which its next token is drawn, or the one so many places behind it."""
+        return uniform(self.job.seed, self.index, len(self.output) + ahead)
+
+    def guess(self, price: float) -> array[int]:
+        """Tokens that may follow, to be looked over with its latest one; `price` as of `Lookup.guess`."""
+        sampling, lane = self.job.request.sampling, self.job.lane
+        room = min(sampling.max_tokens - len(self.output), lane.backend.runway(self.past)) - 1  # the step draws one anyway
+        return self.lookup.guess(self.tokens, self.length, lane.lookup.ngram, min(lane.most_guessed(sampling), room), price)
 
     def go_on_from(self, found: Found | None) -> None:
         """Begin behind a kept prefix, or at the beginning. For a sequence that has no state yet."""

@@ -16,6 +16,7 @@ LOGPROB_BYTES = 256  # per token with log-probability and per alternative, of pr
 TOKEN_BYTES = 128  # per token of an answer that waits to be read: its id, and text of up to 24 characters at four bytes
 ECHO_BYTES = 64  # per token of a prompt that is given back with an answer, copies on the way included
 NUMBER_BYTES = 96  # per number of an embedding: in a list, and as JSON
+GUESS_BYTES = 16  # per token of a text in which the last ones are looked for
 SCORE_BYTES = 64 * 12  # per entry of the vocabulary while an echoed prompt is scored, 64 rows at a time
 
 
@@ -38,15 +39,18 @@ def need(request: Request, lane: Lane, prompt_tokens: int | None = None) -> Need
         answer = vectors * lane.course.vector_width * NUMBER_BYTES
         return Need({"state": lane.state_bytes(prompt), "step": lane.course.prefill_bytes(prompt), "answer": answer})
     total = prompt + sampling.max_tokens
+    guessed = max(0, min(lane.most_guessed(sampling), sampling.max_tokens - 2))  # each step draws one, the prompt's too
     is_scored = sampling.echo and sampling.logprobs is not None
     scored = request.n * sampling.max_tokens + (prompt if is_scored else 0)
     terms = {
         "state": request.n * lane.state_bytes(total),
-        "step": max(lane.course.prefill_bytes(total), request.n * lane.course.step_bytes(total - 1, total)),
-        "logits": lane.course.vocab_size * max(request.n * bytes_per_logit(sampling), SCORE_BYTES if is_scored else 0),
+        "step": max(lane.course.prefill_bytes(total), request.n * (1 + guessed) * lane.course.step_bytes(total - 1, total)),
+        "logits": lane.course.vocab_size
+        * max(request.n * (1 + guessed) * bytes_per_logit(sampling), SCORE_BYTES if is_scored else 0),
         "answer": request.n * (sampling.max_tokens * TOKEN_BYTES + (prompt * ECHO_BYTES if sampling.echo else 0)),
         "logprobs": 0 if sampling.logprobs is None else scored * LOGPROB_BYTES * (1 + sampling.logprobs),
-        "grammar": 0 if sampling.grammar is None else (1 + request.n) * GRAMMAR_BYTES,
+        "grammar": 0 if sampling.grammar is None else (1 + request.n + (guessed > 0)) * GRAMMAR_BYTES,
+        "guess": request.n * (lane.undo_bytes(total, guessed) + total * GUESS_BYTES if guessed else 0),
     }
     return Need(terms)
 

@@ -44,6 +44,8 @@ class Step:
     measured_bytes: int | None  # peak of storages made during the step; None when this step was not sampled
     method: str = "dispatch"  # how measured_bytes was taken: "dispatch" on CPU, "allocator" on CUDA
     token_gaps: tuple[float, ...] = ()  # seconds since the sample's token before, for each token of the step that had one
+    guessed: int = 0  # of the tokens, by prompt lookup
+    right: int = 0  # of those
 
 
 ShadowResult = Literal[

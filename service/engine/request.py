@@ -54,6 +54,7 @@ class Sampling:
     stop_token_ids: tuple[int, ...] = ()  # end the answer, and are not shown
     min_tokens: int = 0  # of an answer, before any token may end it; stop strings may
     grammar: Grammar | None = None  # what the answer's text must be
+    lookup_tokens: int | None = None  # most that are guessed for a step; None: as many as the config has it
 
     def is_end(self, token: int, eos_ids: Collection[int]) -> bool:
         """Whether a drawn token ends the answer."""

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import time
 from array import array
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
@@ -16,7 +17,7 @@ from service.engine.job import Job, Sequence
 from service.engine.meter import Meter, Metering, counting_seconds
 from service.engine.prefixes import Prefixes
 from service.engine.request import TokenLogprob
-from service.engine.sampling import Past, draw, logprobs
+from service.engine.sampling import Drawn, Past, draw, logprobs
 from service.engine.work import Member, Work
 from service.machine import Starvation
 from service.model.pooler import gathered, pooled
@@ -71,6 +72,7 @@ class Runner:
                 with work.meter or nullcontext():
                     if any(gives_way() for _ in work.stages):
                         return False
+                work.take_back()
                 _branch(work)
                 self._keep(work)
                 return True
@@ -106,7 +108,7 @@ class Runner:
         """The computation of a step, pausing within layers."""
         tokens, segments = array("i"), work.segments
         for member in work.members:
-            tokens += member.sequence.tokens(member.start, member.end)
+            tokens += member.tokens
         hidden = yield from self.hidden(tokens, segments, work.answering, self._types(work), work.kind == "decode")
         if work.kind == "embed":
             self._pool(work, segments, hidden)
@@ -216,17 +218,59 @@ class Runner:
         ready = [(m, row) for m, row in ends if m.is_last and m.job.request.sampling.max_tokens > 0]
         if not ready:
             return
-        last = [row for _, row in ready]
-        logits = self.logits(hidden[last])
-        sequences, rows = [], []
-        for index, (member, _) in enumerate(ready):
-            drawing = [member.sequence, *member.job.siblings]
-            sequences += drawing
-            rows += [index] * len(drawing)
-        logits = logits if len(rows) == len(ready) else logits[rows]
-        settings = [sequence.job.request.sampling for sequence in sequences]
-        numbers, pasts = [s.number() for s in sequences], [_past(s) for s in sequences]
-        work.drawn = list(zip(sequences, draw(logits, settings, numbers, pasts, self._eos_ids), strict=True))
+        logits = self.logits(hidden[[row - back for m, row in ready for back in range(len(m.guess), -1, -1)]])
+        spots, rows, first = list[Spot](), list[int](), 0
+        for member, _ in ready:
+            own = _spots(member)
+            spots += own
+            rows += [first + spot.ahead for spot in own]
+            first += 1 + len(member.guess)
+        logits = logits if rows == list(range(len(logits))) else logits[rows]
+        settings = [spot.sequence.job.request.sampling for spot in spots]
+        numbers, pasts = [spot.sequence.number(spot.ahead) for spot in spots], [spot.past for spot in spots]
+        drawn = draw(logits, settings, numbers, pasts, self._eos_ids)
+        _hand_over(work, zip(spots, drawn, strict=True))
+
+
+@dataclass(frozen=True)
+class Spot:
+    """Where a token is drawn: behind a sequence and the first `ahead` tokens of a guess."""
+
+    sequence: Sequence
+    past: Past
+    ahead: int = 0
+    guessed: int | None = None  # the token that was guessed for it
+
+
+def _spots(member: Member) -> list[Spot]:
+    """Where a member's step draws: for its sequence, along its guess, and for the samples that waited for its prompt."""
+    if not member.guess:
+        return [Spot(each, _past(each)) for each in (member.sequence, *member.job.siblings)]
+    sequence, guess, found = member.sequence, member.guess, list[Spot]()
+    grammar = None if sequence.grammar is None else sequence.grammar.copy()
+    for ahead, guessed in enumerate((*guess, None)):
+        allowed = None if grammar is None else grammar.allowed()
+        past = Past(sequence.job.prompt, sequence.output + guess[:ahead], allowed)
+        found.append(Spot(sequence, past, ahead, guessed))
+        if grammar is not None and allowed is not None and guessed is not None:
+            if not allowed[guessed] or grammar.fault is not None:
+                break
+            grammar.take(guessed)
+            if grammar.is_complete:
+                break
+    return found
+
+
+def _hand_over(work: Work, found: Iterable[tuple[Spot, Drawn]]) -> None:
+    """Note what was drawn, of each guess as far as it was right and one token more."""
+    is_wrong = set[Sequence]()
+    for spot, drawn in found:
+        sequence, is_right = spot.sequence, drawn.token == spot.guessed
+        if sequence not in is_wrong:
+            work.drawn.append((sequence, replace(drawn, was_guessed=True) if is_right else drawn))
+            work.right[sequence] = work.right.get(sequence, 0) + is_right
+        if not is_right:
+            is_wrong.add(sequence)
 
 
 def _gather(member: Member, hidden: Tensor, pooling: Pooling) -> None:

@@ -34,6 +34,7 @@ class Drawn:
 
     token: int
     logprob: TokenLogprob | None = None
+    was_guessed: bool = False
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ smaller ones may pass it meanwhile, until it has waited for `patience` times its
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterable, Iterator
 from weakref import WeakKeyDictionary
 
@@ -216,13 +217,21 @@ class Scheduler:
 
     def _hold(self, kind: StepKind, lane: Lane, sequences: list[Sequence]) -> Work:
         """The next step of these sequences. They are marked when nothing more can go wrong."""
-        members = []
+        members, price = [], _row_price(lane, sequences) if kind == "decode" else 1.0
         for sequence in sequences:
             self.suspect = sequence.job
-            members.append(Member(sequence, sequence.past, sequence.next_end()))
+            guess = sequence.guess(price) if kind == "decode" else array("i")
+            members.append(Member(sequence, sequence.past, sequence.next_end() + len(guess), guess))
         for sequence in sequences:
             sequence.is_held = True
         return Work(kind, lane, tuple(members))
+
+
+def _row_price(lane: Lane, streams: list[Sequence]) -> float:
+    """What a guessed token of these streams takes, see `Lane.row_price`; 1 where none is to be guessed."""
+    if not any(lane.most_guessed(each.job.request.sampling) for each in streams):
+        return 1.0
+    return lane.row_price(len(streams), sum(each.length for each in streams) // len(streams))
 
 
 def _unprocessed(job: Job) -> list[Sequence]:

@@ -5,6 +5,7 @@ Of three kinds: `prefill` and `embed` process pieces of prompts, `decode` the la
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field
 from typing import Literal
@@ -22,11 +23,12 @@ StepKind = Literal["prefill", "decode", "embed"]
 
 @dataclass(frozen=True)
 class Member:
-    """The tokens from `start` to `end` of one sequence."""
+    """The tokens from `start` to `end` of one sequence, of which the last may be guessed."""
 
     sequence: Sequence
     start: int
     end: int
+    guess: array[int] = field(default_factory=lambda: array("i"))
 
     @property
     def job(self) -> Job:
@@ -35,7 +37,11 @@ class Member:
     @property
     def is_last(self) -> bool:
         """Whether nothing of the sequence is left to process behind it."""
-        return self.end == self.sequence.length
+        return self.end - len(self.guess) == self.sequence.length
+
+    @property
+    def tokens(self) -> array[int]:
+        return self.sequence.tokens(self.start, self.end - len(self.guess)) + self.guess
 
 
 @dataclass(eq=False)
@@ -51,6 +57,7 @@ class Work:
     seconds: float = 0.0  # of computing
     elapsed: float = 0.0  # seconds with the way to the model thread and back, and what was drawn handed out
     drawn: list[tuple[Sequence, Drawn]] = field(default_factory=list)
+    right: dict[Sequence, int] = field(default_factory=dict)  # tokens of each guess that were drawn, too
 
     @property
     def jobs(self) -> set[Job]:
@@ -66,15 +73,35 @@ class Work:
         return Segments(tuple(m.end - m.start for m in self.members), tuple(m.start for m in self.members))
 
     @property
+    def has_guesses(self) -> bool:
+        return any(member.guess for member in self.members)
+
+    @property
     def predicted_seconds(self) -> float:
-        course, mates = self.lane.course, len(self.members) - 1
+        course = self.lane.course
+        if self.kind == "decode":
+            guessed = self.tokens - len(self.members)
+            plain = course.rows_seconds(len(self.members), course.decode_seconds(self._mean_end))
+            return plain + guessed * course.row_seconds(self._mean_end)
+        mates = len(self.members) - 1
         return self._summed(course.step_seconds) - mates * course.pace.model.fixed  # which is paid once
 
     @property
     def predicted_bytes(self) -> int:
-        drawing = [member.job.request for member in self.members if member.is_last and self.kind != "embed"]
-        logits = self.lane.course.vocab_size * sum(bytes_per_logit(request.sampling) for request in drawing)
+        drawing = [member for member in self.members if member.is_last and self.kind != "embed"]
+        entries = sum((1 + len(member.guess)) * bytes_per_logit(member.job.request.sampling) for member in drawing)
+        logits = self.lane.course.vocab_size * entries
         return max(int(self._summed(self.lane.course.step_bytes)), logits)
+
+    def note(self) -> None:
+        """Let the forecast learn how long it took; of a step with guesses, beside how long plain ones take."""
+        drift = self.lane.drift
+        if self.has_guesses:
+            length, guessed = self._mean_end, self.tokens - len(self.members)
+            plain = self.lane.plain_seconds(len(self.members), length)
+            drift.note("guess", plain + guessed * self.lane.course.row_seconds(length), self.elapsed)
+        else:
+            drift.note(self.kind, self.predicted_seconds, self.elapsed)
 
     def begin(self, now: float) -> None:
         """Note when its first slice began, and its members' first step."""
@@ -86,7 +113,7 @@ class Work:
     def move_on(self) -> None:
         """It has ended: its members' tokens are in their states."""
         for member in self.members:
-            member.sequence.past, member.sequence.is_held = member.end, False
+            member.sequence.past, member.sequence.is_held = self.end(member), False
 
     def allocate(self) -> None:
         """A slot for every member that has none. Raises PoolExhausted."""
@@ -96,11 +123,24 @@ class Work:
     def answering(self, layer: int, question: tuple[Tensor, Tensor, Tensor], segments: Segments, out: Tensor) -> Iterator[None]:
         """Answer a layer's question for all members, see `Lane.answering`."""
         slots = [member.sequence.slot for member in self.members if member.sequence.slot is not None]
-        return self.lane.answering(layer, question, segments, slots, out)
+        return self.lane.answering(layer, question, segments, slots, out, self.kind == "decode")
+
+    def take_back(self) -> None:
+        """Leave the states of its members as if only what was right of their guesses had been read."""
+        for member in self.members:
+            if member.guess and member.sequence.slot is not None:
+                self.lane.take_back(member.sequence.slot, self.end(member))
+
+    def end(self, member: Member) -> int:
+        """Tokens of a member's sequence that are in its state, now that the step has ended."""
+        return member.end - len(member.guess) + self.right.get(member.sequence, 0)
+
+    @property
+    def _mean_end(self) -> int:
+        return sum(member.end for member in self.members) // len(self.members)
 
     def _summed(self, law: Callable[[int, int], float]) -> float:
         """A law of (start, end) over all members; for streams, many and of nearly straight laws, that of their mean."""
         if self.kind != "decode":
             return sum(law(member.start, member.end) for member in self.members)
-        mean = sum(member.end for member in self.members) // len(self.members)
-        return len(self.members) * law(mean - 1, mean)
+        return self.tokens * law(self._mean_end - 1, self._mean_end)

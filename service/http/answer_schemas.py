@@ -30,6 +30,8 @@ class Receipt(Record):
     prefill_chunks: Count
     cached_tokens: Count = Field(description="Of the input, whose state was kept from an earlier request.")
     dropped_tokens: Count = Field(description="Of the input, by truncate; 0: all of it was read.")
+    guessed_tokens: Count = Field(description="By prompt lookup, looked over beside those that were drawn.")
+    accepted_tokens: Count = Field(description="Of those, that stand in the answer.")
     seen_tokens: Count = Field(description="Of the input, by its last token in one layer.")
     reserved_bytes: Count = Field(description="State and workspace by the cost law.")
     measured_bytes: Count | None = Field(description="State and step as measured; null: the widest step was not.")
@@ -40,11 +42,17 @@ class PromptTokens(Record):
     cached_tokens: Count = Field(description="Of the prompt, whose state was kept from an earlier request.")
 
 
+class CompletionTokens(Record):
+    accepted_prediction_tokens: Count = Field(description="Of the answer, guessed by prompt lookup.")
+    rejected_prediction_tokens: Count = Field(description="Guessed and not in the answer.")
+
+
 class Usage(Record):
     prompt_tokens: Count
     completion_tokens: Count
     total_tokens: Count
     prompt_tokens_details: PromptTokens
+    completion_tokens_details: CompletionTokens
 
 
 class Logprobs(Record):

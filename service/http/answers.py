@@ -213,11 +213,17 @@ class Completion:
         prompt = sum(len(request.tokens) for request in self._requests)
         answer = sum(request.timings.output_tokens for request in self._requests)
         cached = sum(request.timings.cached_tokens for request in self._requests)
+        guessed = sum(request.timings.guessed_tokens for request in self._requests)
+        accepted = sum(request.timings.accepted_tokens for request in self._requests)
         return {
             "prompt_tokens": prompt,
             "completion_tokens": answer,
             "total_tokens": prompt + answer,
             "prompt_tokens_details": {"cached_tokens": cached},
+            "completion_tokens_details": {
+                "accepted_prediction_tokens": accepted,
+                "rejected_prediction_tokens": guessed - accepted,
+            },
         }
 
     def _account(self) -> Json:

@@ -130,6 +130,12 @@ class DrawnBody(Cut):
     min_tokens: int | None = Field(
         default=None, ge=0, le=INT64, description="Before any token may end the answer. At most max_tokens."
     )
+    prompt_lookup_num_tokens: int | None = Field(
+        default=None,
+        ge=0,
+        le=INT64,
+        description="Most tokens guessed from the text itself for a step, within the operator's bound. Changes no answer.",
+    )
     seed: int | None = Field(default=None, ge=0, le=INT64)
     response_format: ResponseFormat | None = Field(default=None, description="What the answer must be; one form at most.")
     guided_json: dict[str, Any] | None = Field(default=None, description="A JSON schema that the answer keeps to.")

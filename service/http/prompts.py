@@ -240,6 +240,7 @@ def sampling_of(body: DrawnBody) -> Sampling:
         logprobs=body.alternatives,
         echo=isinstance(body, CompletionBody) and bool(body.echo),
         ignore_eos=bool(body.ignore_eos),
+        lookup_tokens=body.prompt_lookup_num_tokens,
     )
 
 

@@ -13,8 +13,12 @@ import torch
 from torch import Tensor
 
 from attention import AttentionBackend, HeadShape, PoolExhausted, Segments, StateTensor, backend_class, build, reference
+from attention.backends.chunked import Chunked
+from attention.backends.distinct import Distinct
+from attention.backends.performer import Performer
 from attention.kernels.features import native as features
 from attention.kernels.softmax import native as softmax
+from attention.parts import finish
 from attention.truth import BOUNDS, check
 
 HEADS = ((2, 2), (4, 2), (3, 1))  # query heads, key-value heads
@@ -48,6 +52,15 @@ def extend_in(backend: AttentionBackend, q: Tensor, k: Tensor, v: Tensor, chunks
         past += count
     assert past == len(q)
     return torch.cat(answers)
+
+
+def entries(backend: AttentionBackend, name: str, total: int) -> int | None:
+    """How many entries of a tensor of a state are of the first `total` tokens of a sequence; None: all of them."""
+    if name not in ("k", "v"):
+        return total // backend.options.block if name in ("high", "low") else None
+    if isinstance(backend, Distinct):
+        return backend._held(total - 1) + 1
+    return backend.ring.place(total - 1) + 1 if isinstance(backend, Chunked | Performer) else total
 
 
 class Laws:
@@ -294,6 +307,81 @@ class Laws:
                     part, step = slice(past, end), Segments((end - past,), (past,))
                     wanted, found = (backend.extend(q[part], k[part], v[part], step, pool, 0, [s]) for s in (slot, other))
                     assert torch.equal(found, wanted), (backend.options, count, past)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_steps_that_are_taken_back_leave_answers_and_state_as_steps_that_never_were(
+        self, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        fresh = StateTensor.new
+        zeros = lambda spec, *where: fresh(spec, *where).fill_(spec.fill or 0.0)  # noqa: E731
+        monkeypatch.setattr(StateTensor, "new", zeros)  # what no token has written can be compared, too
+        for backend in self.causal_backends(dtype):
+            edges = {1, 60, 253, 300, max(backend.edge - 2, 1), backend.edge + 1, 2 * backend.edge + 131}
+            for past in sorted(min(edge, 900) for edge in edges):
+                for width, kept in ((5, 1), (5, 3), (5, 5), (2, 1)):
+                    self.check_taking_back(backend, past, min(width, backend.runway(past)), kept)
+
+    def check_taking_back(self, backend: AttentionBackend, past: int, width: int, kept: int) -> None:
+        """Steps of several tokens of one sequence beside another, all but `kept` of them taken back, then further ones."""
+        kept, pool = min(kept, width), backend.new_pool(1, 1 << 30)
+        slots = [pool.allocate(past + 40) for _ in range(4)]
+        for slot, seed in zip(slots, (0, 0, 1, 1), strict=True):
+            backend.extend(*tokens(backend.shape, past, seed), Segments((past,)), pool, 0, [slot])
+        (one, plain, other, other_plain), text = slots, tokens(backend.shape, width + 12, seed=2)
+
+        def steps(slot: int, start: int, count: int) -> list[Tensor]:
+            rows = range(start - past, start - past + count)
+            return [backend.extend(*(x[i : i + 1] for x in text), Segments((1,), (past + i,)), pool, 0, [slot]) for i in rows]
+
+        q, k, v = (torch.cat((x[:width], x[:1])) for x in text)
+        out, batch = torch.empty_like(q), Segments((width, 1), (past, past))
+        finish(backend.extending(q, k, v, batch, pool, 0, [one, other], out, by_steps=True))
+        pool.take_back(one, past + kept)
+        assert torch.equal(out[:kept], torch.cat(steps(plain, past, kept))), (backend.options, past, width, kept)
+        assert torch.equal(out[width:], steps(other_plain, past, 1)[0])
+        for found, wanted in ((one, plain), (other, other_plain)):
+            total = past + (kept if found == one else 1)
+            for name, tensor in pool.tensors(found).items():
+                count = entries(backend, name, total)
+                assert torch.equal(tensor[0, :count], pool.tensors(wanted)[name][0, :count]), (backend.options, name, past)
+        again = [torch.cat(steps(slot, past + kept, 8)) for slot in (one, plain)]
+        assert torch.equal(*again), (backend.options, past, width, kept)
+
+    def test_tokens_are_taken_back_only_as_far_as_single_steps_brought_them(self) -> None:
+        for backend in self.causal_backends():
+            pool = backend.new_pool(2, 1 << 30)
+            slot, width = pool.allocate(60), min(4, backend.runway(20))
+            for layer in range(2):
+                backend.extend(*tokens(backend.shape, 20), Segments((20,)), pool, layer, [slot])
+            q, k, v = tokens(backend.shape, width)
+            batch, out = Segments((width,), (20,)), torch.empty_like(q)
+            for tokens_ in (19, 21):
+                with pytest.raises(ValueError, match="cannot be taken back"):
+                    pool.take_back(slot, tokens_)
+            for layer in range(2):
+                finish(backend.extending(q, k, v, batch, pool, layer, [slot], out, by_steps=True))
+            with pytest.raises(ValueError, match="cannot be taken back"):
+                pool.take_back(slot, 20)  # what came first was no guess
+            pool.take_back(slot, 21)
+            pool.take_back(slot, 21)  # nothing is left to be taken back
+            if (runway := backend.runway(21)) < 30:
+                with pytest.raises(ValueError, match="fewer single steps"):
+                    long = tokens(backend.shape, runway + 1)
+                    batch, out = Segments((runway + 1,), (21,)), torch.empty_like(long[0])
+                    finish(backend.extending(*long, batch, pool, 0, [slot], out, by_steps=True))
+            backend.extend(*tokens(backend.shape, 1), Segments((1,), (21,)), pool, 0, [slot])
+
+    def test_what_is_kept_of_tokens_that_may_be_taken_back_follows_the_law(self) -> None:
+        for backend in self.causal_backends(torch.bfloat16):
+            for past in (30, min(backend.edge + 70, 900)):
+                pool, width = backend.new_pool(1, 1 << 30), min(4, backend.runway(past))
+                slot = pool.allocate(past + width)
+                backend.extend(*tokens(backend.shape, past), Segments((past,)), pool, 0, [slot])
+                q, k, v = tokens(backend.shape, width)
+                batch, out = Segments((width,), (past,)), torch.empty_like(q)
+                finish(backend.extending(q, k, v, batch, pool, 0, [slot], out, by_steps=True))
+                (undo,) = pool.undo([slot], 0)
+                assert undo.nbytes <= pool.undo_bytes(past + width, width - 1), (backend.options, past)
 
     def test_a_slot_is_taken_over_for_no_tokens_but_those_it_holds(self) -> None:
         for backend in self.causal_backends():

@@ -22,6 +22,7 @@ from tests.test_imports import ROOT, imports, is_within, modules
 LEVELS = (
     ("shapes", "parts", "projection", "relative"),
     ("pool", "cuda", "kernels", "kernels.library"),
+    ("steps",),
     ("interface", "history"),
     ("kernels.softmax", "kernels.features"),
     ("kernels.softmax.streaming",),

@@ -24,7 +24,8 @@ from tests.engine import world
 MODEL = world.make_model()
 TOKENIZER = world.make_tokenizer()
 DENSE = world.make_backends(MODEL).by_name["dense"]
-PACE = Pace(2, Ramp(0.001, 1e-5), {DENSE: Attending(Ramp(0.0, 1e-9), Ramp(0.0, 1e-9))}, DENSE)
+LINE = Ramp(0.0, 1e-9)
+PACE = Pace(2, Ramp(0.001, 1e-5), Ramp(0.001, 1e-5), {DENSE: Attending(LINE, LINE, LINE)}, DENSE)
 BUDGET = 10_000
 
 

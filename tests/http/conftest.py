@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from service.config import AttentionConfig, HttpConfig, ServiceConfig, UserConfig
+from service.config import AttentionConfig, EngineConfig, HttpConfig, LookupConfig, ServiceConfig, UserConfig
 from service.plain import listening_in_thread
 from tests.http.client import Client
 
@@ -17,7 +17,8 @@ LIMITS = HttpConfig(max_body_bytes=200_000, max_prompts=4, max_samples=3)
 
 @pytest.fixture(scope="session")
 def service() -> Iterator[Client]:
-    with listening_in_thread(ServiceConfig(threads=1, http=LIMITS), USER) as (url, replica):
+    engine = EngineConfig(prompt_lookup=LookupConfig(tokens=4))
+    with listening_in_thread(ServiceConfig(threads=1, http=LIMITS, engine=engine), USER) as (url, replica):
         yield Client(url, replica)
 
 

@@ -34,6 +34,7 @@ def test_an_answer_has_openais_shape_and_counts_its_tokens(service: Client) -> N
     assert choice["finish_reason"] == "length"
     prompt = service.post("/tokenize", {"prompt": "import os"}).json["count"]
     details = {"prompt_tokens_details": {"cached_tokens": 0}}
+    details |= {"completion_tokens_details": {"accepted_prediction_tokens": 0, "rejected_prediction_tokens": 0}}
     assert answer["usage"] == {"prompt_tokens": prompt, "completion_tokens": 5, "total_tokens": prompt + 5} | details
 
 
@@ -217,3 +218,28 @@ def test_min_tokens_puts_the_end_off(service: Client) -> None:
 def test_min_p_of_one_leaves_the_likeliest_alone(service: Client) -> None:
     best = service.complete("import os", temperature=0, max_tokens=8).json["choices"][0]["text"]
     assert service.complete("import os", temperature=2, min_p=1, max_tokens=8).json["choices"][0]["text"] == best
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_an_answer_about_repeated_lines_is_the_same_with_guesses_and_without(service: Client, backend: str) -> None:
+    lines = "".join(f"2026-11-26 08:{minute:02d}:17 INFO request ended id=r{minute} tokens=512\n" for minute in range(40))
+    for more in ({"temperature": 0}, {"temperature": 0.7, "seed": 5, "logprobs": 2}):
+        body = {"prompt": lines, "max_tokens": 90, "ignore_eos": True, "attention": backend, **more}
+        plain, fast = (service.post("/v1/completions", {**body, "prompt_lookup_num_tokens": n}).json for n in (0, 4))
+        assert fast["choices"] == plain["choices"]
+        assert plain["longserve"]["guessed_tokens"] == 0
+
+
+def test_a_guessed_token_is_told_in_the_usage_and_the_receipt_and_no_guess_is_made_where_none_is_wanted(
+    service: Client,
+) -> None:
+    body = {"prompt": [7, 8] * 40, "max_tokens": 60, "temperature": 0, "ignore_eos": True, "logit_bias": {"7": 100}}
+    plain, fast = (service.post("/v1/completions", {**body, **more}) for more in ({"prompt_lookup_num_tokens": 0}, {}))
+    assert fast.json["choices"] == plain.json["choices"]
+    for reply, is_guessing in ((plain, False), (fast, True)):
+        details, receipt = reply.json["usage"]["completion_tokens_details"], reply.json["longserve"]
+        accepted, rejected = details["accepted_prediction_tokens"], details["rejected_prediction_tokens"]
+        assert (accepted > 0) == is_guessing and receipt["accepted_tokens"] == accepted
+        assert receipt["guessed_tokens"] == accepted + rejected
+    refused = service.post("/v1/completions", {**body, "prompt_lookup_num_tokens": -1})
+    assert refused.status == 400 and refused.json["error"]["param"] == "prompt_lookup_num_tokens"
