@@ -22,7 +22,13 @@ class Whole(Lane):
     """A lane whose every token sees all of its sequence, which passes through the model at once; nothing is kept."""
 
     def answering(
-        self, layer: int, question: tuple[Tensor, Tensor, Tensor], segments: Segments, slots: Sequence[int], out: Tensor
+        self,
+        layer: int,
+        question: tuple[Tensor, Tensor, Tensor],
+        segments: Segments,
+        slots: Sequence[int],
+        out: Tensor,
+        by_steps: bool = False,
     ) -> Iterator[None]:
         assert not any(segments.past), "a piece of a sequence"
         out.copy_(self.backend.attend(*question, segments, causal=False))
