@@ -357,7 +357,7 @@ class Engine:
     def laws(self) -> dict[str, Any]:
         """What is predicted by, as plain data: whoever has it and the model's config predicts the same (service/capacity).
 
-        Straight lines are (seconds, seconds for each more), see `forecast.Ramp`: `model` over a prompt's tokens and over the rows
+        Straight lines are (seconds, seconds for each more), see `forecast.Ramp`: `model` over a prompt's tokens and over rows
         of a decode step, those of a backend over one layer's flops as `lines_of` has them. `drift`: times as long that steps of
         a kind lately took. `packs`: prompts may share a step.
         """

@@ -16,13 +16,13 @@ BACKENDS = world.make_backends(MODEL)
 TOKENIZER = world.make_tokenizer()
 CHUNK = 128
 BUDGET = 1 << 30
-MODEL_PACE = Ramp(1e-3, 1e-4)
-LINES = [Ramp(0.0, 1e-9), Ramp(0.0, 1e-9)]
+PACES = Ramp(1e-3, 1e-4), Ramp(1e-3, 1e-4)
+LINES = [Ramp(0.0, 1e-9)] * 3
 
 
 def make_site(budget: int = BUDGET, packs: bool = True, around: Surroundings | None = None, **config: Any) -> Site:
     lanes = {
-        name: paced(name, backend, MODEL, MODEL_PACE, LINES, CHUNK, budget)
+        name: paced(name, backend, MODEL, PACES, LINES, CHUNK, budget)
         for name, backend in BACKENDS.by_name.items()
         if name != "performer"
     }
