@@ -220,12 +220,12 @@ async def test_a_new_backend_is_timed_in_slices_between_the_steps_of_a_stream(mo
     new = backends.by_name["linear"]
     honest = new.extending
 
-    def slow(*question: Any) -> Iterator[None]:
+    def slow(*question: Any, **how: Any) -> Iterator[None]:
         for _ in range(parts):
             events.append("part")
             time.sleep(0.002)  # longer than a slice
             yield
-        yield from honest(*question)
+        yield from honest(*question, **how)
 
     monkeypatch.setattr(new, "extending", slow)
     watcher = world.Watcher()
