@@ -120,7 +120,7 @@ class Performer(AttentionBackend):
     def _attend_both_sides(self, q: Tensor, k: Tensor, v: Tensor, sums: Sums, out: Tensor) -> Parts:
         """A whole sequence both ways, near keys exactly; sums of those before them run along first, then of those behind."""
         chunk, tokens = self.options.local_chunk, len(q)
-        near = torch.empty(*q.shape[:2], 1, dtype=self._wide, device=q.device)
+        near = self._room_for_logs(q)
         chunks = list(spread(0, tokens, chunk))
         for a, b in chunks:
             first, last = max(0, a - chunk), min(tokens, b + chunk)
@@ -153,7 +153,7 @@ class Performer(AttentionBackend):
                 finish(self._turn(state))
         held = [self.ring.place(at) for at in past]
         old = [i for i, at in enumerate(past) if held[i] != at]  # sequences that have far keys
-        near = torch.empty(*q.shape[:2], 1, dtype=self._wide, device=q.device) if old else None
+        near = self._room_for_logs(q) if old else None
         history.append_step(states, k, v, held)
         self.softmax.step(q, states, [at + 1 for at in held], k.shape[1], out, near)
         if near is None:
@@ -180,7 +180,7 @@ class Performer(AttentionBackend):
         if far is None:
             yield from self.softmax.dense(q, keys, values, held, True, out)
             return
-        near = torch.empty(*q.shape[:2], 1, dtype=self._wide, device=q.device)
+        near = self._room_for_logs(q)
         yield from self.softmax.dense(q, keys, values, held, True, out, near)
         yield from self.features.join(q, far, near, out)
 
@@ -204,9 +204,9 @@ class Performer(AttentionBackend):
         near = history.keys_and_values(self.shape, max_tokens, self.ring.size)
         return {**near, **far} if max_tokens > self.ring.size else near
 
-    @property
-    def _wide(self) -> torch.dtype:
-        return torch.promote_types(self.shape.dtype, torch.float32)
+    def _room_for_logs(self, q: Tensor) -> Tensor:
+        """Where the near weights of queries q (C, H, D) are summed up, as logarithms: (C, H, 1)."""
+        return q.new_empty(*q.shape[:2], 1, dtype=torch.promote_types(self.shape.dtype, torch.float32))
 
     def law(self, queries: int, keys: int, *, causal: bool) -> Cost:
         shape, count = self.shape, self.weights.shape[1]
@@ -217,9 +217,18 @@ class Performer(AttentionBackend):
         workspace += self.state_bytes(keys) if queries == keys else 0  # the sums of `attend`
         return Cost(mapping + features.flops(shape, count, queries, causal), workspace, self.state_bytes(keys))
 
+    @property
+    def _far_flops(self) -> int:
+        """Of a token of a head: its features, and their product with the sums."""
+        count: int = self.weights.shape[1]
+        return 2 * count * (2 * self.shape.head_width + 1)
+
+    @property
+    def _sums_bytes(self) -> int:
+        return sum(spec.nbytes for spec in features.state(self.shape, self.weights.shape[1]).values())
+
     def _chunks_cost(self, queries: int, keys: int) -> Cost:
-        shape, count, chunk = self.shape, self.weights.shape[1], self.options.local_chunk
-        per_token = 2 * count * (2 * shape.head_width + 1)  # of a head: features, and a product with the sums
+        shape, chunk = self.shape, self.options.local_chunk
         answer = queries * shape.query_heads * shape.head_width * shape.itemsize
         flops = workspace = 0
         for held, at, rows in self.ring.runs(keys - queries, keys):
@@ -230,18 +239,17 @@ class Performer(AttentionBackend):
                 near = self.softmax.step_bytes(shape, history.rounded(held + 1, self.ring.size), logs=held != at)
             workspace = max(workspace, near)
             if held != at:
-                flops += per_token * shape.query_heads * rows
+                flops += self._far_flops * shape.query_heads * rows
                 far = self.features.join_bytes(rows)
                 workspace = max(workspace, near + logs, far + logs + answer)
             if self._is_full(at):
-                flops += per_token * shape.key_value_heads * chunk
+                flops += self._far_flops * shape.key_value_heads * chunk
                 workspace = max(workspace, self.features.absorb_bytes(chunk) + answer)
-        fresh = sum(spec.nbytes for spec in features.state(shape, count).values()) if queries == keys else 0
+        fresh = self._sums_bytes if queries == keys else 0
         return Cost(flops, workspace + fresh, self.state_bytes(keys))
 
     def _both_sides_cost(self, tokens: int) -> Cost:
-        shape, count, chunk = self.shape, self.weights.shape[1], self.options.local_chunk
-        per_token = 2 * count * (2 * shape.head_width + 1)
+        shape, chunk = self.shape, self.options.local_chunk
         answer = tokens * shape.query_heads * shape.head_width * shape.itemsize
         logs = tokens * shape.query_heads * max(shape.itemsize, 4)
         flops, workspace = 0, 0
@@ -250,9 +258,8 @@ class Performer(AttentionBackend):
             flops += 4 * shape.query_heads * shape.head_width * (b - a) * (last - first)
             workspace = max(workspace, self.softmax.dense_bytes(shape, tokens, last - first, asking=b - a))
             for far in (first > 0, last < tokens):  # before the near keys, behind them
-                flops += far * per_token * (shape.query_heads * (b - a) + shape.key_value_heads * chunk)
+                flops += far * self._far_flops * (shape.query_heads * (b - a) + shape.key_value_heads * chunk)
                 if far:
                     joining = max(self.features.join_bytes(b - a), self.features.absorb_bytes(chunk))
                     workspace = max(workspace, joining + answer)
-        fresh = sum(spec.nbytes for spec in features.state(shape, count).values())
-        return Cost(flops, workspace + logs + fresh, self.state_bytes(tokens))
+        return Cost(flops, workspace + logs + self._sums_bytes, self.state_bytes(tokens))
