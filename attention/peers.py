@@ -6,13 +6,18 @@ The libraries are the extra `bench`, imported when a peer is made. Layouts that 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from attention import HeadShape, build
+from attention.backends.distinct import Distinct
 from attention.backends.topk import TopK
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
 
 HEADS, WIDTH = 8, 64
 WINDOW, GLOBALS, BLOCK, CHUNK, FEATURES = 256, 64, 64, 512, 256
@@ -36,21 +41,27 @@ def sdpa_by_chunk(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Call:
     return lambda: functional.scaled_dot_product_attention(q, k, v, is_causal=causal)
 
 
-def flex(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Call:
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+def masked(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> Call:
+    """flex_attention, compiled, under a mask that is made before the clock runs."""
+    from torch.nn.attention.flex_attention import flex_attention
 
-    def near(batch: Tensor, head: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        return (i - j).abs() <= WINDOW
-
-    mask = create_block_mask(near, None, None, len(q), len(q), device="cpu")
     compiled = torch.compile(flex_attention)
     q, k, v = batched(q), batched(k), batched(v)
     return lambda: compiled(q, k, v, block_mask=mask)
 
 
+def flex(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Call:
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    def near(batch: Tensor, head: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        return (i - j).abs() <= WINDOW
+
+    return masked(q, k, v, create_block_mask(near, None, None, len(q), len(q), device="cpu"))
+
+
 def flex_chosen(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Call:
     """The keys that `topk` sees at its defaults, as a mask. What makes it, as what chooses, is left out."""
-    from torch.nn.attention.flex_attention import BlockMask, flex_attention
+    from torch.nn.attention.flex_attention import BlockMask
 
     backend = build("topk", {}, HeadShape(HEADS, HEADS, WIDTH, q.dtype))
     assert isinstance(backend, TopK)
@@ -68,10 +79,28 @@ def flex_chosen(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Call:
     by_place = (at[:, None] >= at) & ((at[:, None] - at < options.window + MASK) | (at < options.sinks))
     wide = chosen[..., :-1].view(HEADS, len(at), MASK, len(at), -1).any(-1).any(2) | by_place  # (H, rows, columns) of the mask
     indices = wide.int().argsort(dim=-1, descending=True, stable=True).int()
-    mask = BlockMask.from_kv_blocks(wide.sum(-1, dtype=torch.int32)[None], indices[None], BLOCK_SIZE=MASK, mask_mod=seen)
-    compiled = torch.compile(flex_attention)
-    q, k, v = batched(q), batched(k), batched(v)
-    return lambda: compiled(q, k, v, block_mask=mask)
+    return masked(
+        *(q, k, v),
+        BlockMask.from_kv_blocks(wide.sum(-1, dtype=torch.int32)[None], indices[None], BLOCK_SIZE=MASK, mask_mod=seen),
+    )
+
+
+def flex_kept(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Call:
+    """The keys that `distinct` sees at its defaults, judged in bfloat16, as a mask. Making it and judging are left out."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    backend = build("distinct", {}, HeadShape(HEADS, HEADS, WIDTH, torch.bfloat16))
+    assert isinstance(backend, Distinct)
+    block, window, tokens = backend.options.block, backend.window, len(q)
+    until = torch.full((tokens,), -1)  # the last start of the window at which a token is kept; behind it, it is seen anyway
+    for start, kept in backend.keeping(k.bfloat16(), v.bfloat16(), tokens - 1):
+        until[kept] = start
+
+    def seen(batch: Tensor, head: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        start = i - i % block - window
+        return (j <= i) & ((j >= start) | (until[j] >= start))
+
+    return masked(q, k, v, create_block_mask(seen, None, None, tokens, tokens, device="cpu"))
 
 
 def local_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Call:
