@@ -21,6 +21,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any, get_args
@@ -40,6 +41,7 @@ from service.training import corpus, needle
 
 CONFIG = Path(__file__).parents[2] / "deploy" / "local.yaml"
 LOGITS_AT_ONCE = 2048  # rows of logits held in memory
+DECODE_STEPS = 32  # that are timed
 BEGINNINGS = (
     # None ends with a newline: with the indentation behind it that is one token, so a bare one says that none follows.
     "def fibonacci(n):",
@@ -168,27 +170,52 @@ def prefill_seconds(model: Subject, stream: Tensor, context: int, repeats: int) 
     return {name: median(times) for name, times in seconds.items()}
 
 
+class Reader:
+    """One sequence under a backend, its state kept between reads."""
+
+    def __init__(self, model: Subject, backend: str, most: int) -> None:
+        """most: tokens that it may come to."""
+        self.model, self.backend, self.past = model, model.backends[backend], 0
+        self.pool = self.backend.new_pool(model.core.config.num_hidden_layers, 2**40)
+        self.slot = self.pool.allocate(most)
+
+    def read(self, tokens: Sequence[int]) -> int:
+        """The best token behind all that was read and these."""
+        segments, core = Segments((len(tokens),), (self.past,)), self.model.core
+        hidden = core.hidden(
+            torch.tensor(tokens), segments.positions(), partial(self._attend, segments), is_decode=self.past > 0
+        )
+        self.past += len(tokens)
+        return int(core.logits(hidden[-1:]).argmax())
+
+    def _attend(self, segments: Segments, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return self.backend.extend(q, k, v, segments, self.pool, layer, [self.slot])
+
+
+def decode_seconds(model: Subject, stream: Tensor, context: int, steps: int) -> dict[str, float]:
+    """Median seconds of a bare decode step, the last ones of a text of `context` tokens, the backends taking turns."""
+    readers = {name: Reader(model, name, context) for name in model.backends}
+    newest = {name: [reader.read(stream[: context - steps - 1].tolist())] for name, reader in readers.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in readers}
+    for _ in range(steps + 1):
+        for name, reader in readers.items():
+            start = time.perf_counter()
+            newest[name] = [reader.read(newest[name])]
+            seconds[name].append(time.perf_counter() - start)
+    return {name: median(times[1:]) for name, times in seconds.items()}
+
+
 def complete(model: Subject, backend: str, beginning: str, tokens: int) -> str:
     """Greedy continuation of a text, the beginning included."""
-    chosen = model.backends[backend]
-    pool = chosen.new_pool(model.core.config.num_hidden_layers, 2**40)
-    new, past = model.tokenizer.encode(beginning, add_special_tokens=True), 0
+    new = model.tokenizer.encode(beginning, add_special_tokens=True)
     text = new[model.tokenizer.leading :]
-    slot = pool.allocate(len(new) + tokens)
+    reader = Reader(model, backend, len(new) + tokens)
     while len(text) < tokens:
-        segments = Segments((len(new),), (past,))
-        attend = _extend(chosen, segments, pool, slot)
-        hidden = model.core.hidden(torch.tensor(new), segments.positions(), attend, is_decode=past > 0)
-        past += len(new)
-        new = [int(model.core.logits(hidden[-1:]).argmax())]
+        new = [reader.read(new)]
         if new[0] == model.eos:
             break
         text += new
     return model.tokenizer.decode(text)
-
-
-def _extend(backend: AttentionBackend, segments: Segments, pool: attention.StatePool, slot: int) -> Attend:
-    return lambda layer, q, k, v: backend.extend(q, k, v, segments, pool, layer, [slot])
 
 
 def kernel_arguments(model: Subject, stream: Tensor, context: int = 2048) -> list[tuple[float, float]]:
@@ -291,7 +318,11 @@ def _seconds(model: Subject, extent: Extent, held: Held) -> dict[str, object]:
     timed = {n: prefill_seconds(model, held.stream, n, extent.repeats) for n in extent.contexts}
     seconds = by_backend(model, extent.contexts, lambda name, n: timed[n][name])
     table("bare prefill seconds by context", extent.contexts, seconds)
-    return {"prefill_seconds": seconds}
+    timed = {n: decode_seconds(model, held.stream, n, DECODE_STEPS) for n in extent.contexts}
+    steps = by_backend(model, extent.contexts, lambda name, n: timed[n][name])
+    milliseconds = {name: {n: 1e3 * each for n, each in row.items()} for name, row in steps.items()}
+    table("milliseconds of a bare decode step by context", extent.contexts, milliseconds)
+    return {"prefill_seconds": seconds, "decode_seconds": steps}
 
 
 def _completions(model: Subject, extent: Extent, held: Held) -> dict[str, object]:
