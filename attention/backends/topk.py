@@ -40,7 +40,7 @@ class TopKOptions(BackendOptions):
     """What a token sees beside itself."""
 
     block: int = Field(16, ge=1, le=MOST_TOKENS, description="tokens of a block, at most `window`")
-    blocks: int = Field(8, ge=1, le=MOST_BLOCKS, description="blocks that each token chooses behind its window")
+    blocks: int = Field(32, ge=1, le=MOST_BLOCKS, description="blocks that each token chooses behind its window")
     window: int = Field(512, ge=1, le=MOST_TOKENS, description="earlier tokens always seen, the token itself not counted")
     sinks: int = Field(4, ge=0, le=MOST_TOKENS, description="first tokens of a sequence that stay visible to all later ones")
     impl: implementation.CpuImpl = "auto"
