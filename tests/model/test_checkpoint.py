@@ -22,7 +22,8 @@ from torch import Tensor
 from service.model import families, rotary
 from service.model.checkpoint import EMBEDDED, choose_dtype, id_of, load, save
 from service.model.config import ModelConfig
-from service.model.transformer import Transformer, can_pack
+from service.model.projection import can_pack
+from service.model.transformer import Transformer
 from tests.model.checkpoints import DECODERS, TINY, change, draw, our_logits, their_logits, theirs, write
 
 Tensors = dict[str, Tensor]
