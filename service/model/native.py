@@ -144,7 +144,8 @@ class Packed:
         memory = (ctypes.c_char * size).from_address(at)
         memory.owner = weight  # lives as long as who reads it
         words = torch.frombuffer(memory, dtype=torch.int32).view(-1, columns // 2, COLUMNS)
-        return cls(words, weight.shape) if torch.equal(words, cls.of(weight.to_dense()).words) else None
+        wanted = weight.to_dense().view(torch.int32).view(-1, COLUMNS, columns // 2).mT
+        return cls(words, weight.shape) if torch.equal(words, wanted) else None
 
     @property
     def nbytes(self) -> int:
