@@ -14,7 +14,6 @@ from service.model.config import ModelConfig
 from service.model.quantized import BITS, bits_of, bytes_of
 from service.model.tokenizer import Tokenizer
 from service.model.transformer import Transformer
-from service.switch import check_direction, check_verdict
 
 LENGTHS = (1024, 4096, 16384, 65536, 262144)
 REHEARSED_TOKENS = 300  # of the longest sequence in a rehearsal: the replicas check the whole pattern
@@ -59,11 +58,11 @@ def rehearse(args: ServiceConfig, switch: AttentionConfig, dtype: str, budget: i
     shape = config.head_shape(model.dtype, args.device)
     for name, options in switch.for_checkpoint(config.native).backends.items():
         backend = attention.build(name, options, shape)
-        check_direction(backend, config.is_causal)
         check_room(unmeasured(name, backend, model, args.engine.chunk_tokens, budget), budget)
         for kind in shares(backend):
             verdict = result(truth.checking(kind, max_length=min(REHEARSED_TOKENS, config.max_length), causal=config.is_causal))
-            check_verdict(backend, verdict)
+            if not verdict.passed:
+                raise ValueError(f"{name} is off its definition by {verdict.error:.2g}, allowed: {verdict.bound:.2g}")
 
 
 def _weights(model: Transformer, weights: str) -> str:

@@ -238,8 +238,12 @@ class Switch:
             return serving
         build = partial(attention.build, name, options, self._shape)
         backend = await asyncio.to_thread(in_passing_thread, build)
-        check_direction(backend, self._is_causal)
-        check_verdict(backend, verdict := await self._verdict(backend, host))
+        if self._is_causal not in backend.directions:
+            missing = "causal form, and this model is causal" if self._is_causal else "form both ways, for an encoder"
+            raise ValueError(f"attention backend {name} has no {missing}")
+        verdict = await self._verdict(backend, host)
+        if not verdict.passed:
+            raise ValueError(f"attention backend {name} is {_off(verdict)}")
         if verdict.uncovered:
             logger.warning("the truth check of %s: %s", name, verdict.uncovered)
         return backend
@@ -253,19 +257,6 @@ class Switch:
         worst = truth.worst(verdicts)
         self._metrics.truth(backend.name, worst.error, worst.bound)
         return replace(worst, uncovered="; ".join(filter(None, (verdict.uncovered for verdict in verdicts))))
-
-
-def check_direction(backend: AttentionBackend, is_causal: bool) -> None:
-    """Raise ValueError for a backend that has no form for such a model."""
-    if is_causal not in backend.directions:
-        missing = "causal form, and this model is causal" if is_causal else "form both ways, for an encoder"
-        raise ValueError(f"attention backend {backend.name} has no {missing}")
-
-
-def check_verdict(backend: AttentionBackend, verdict: truth.Truth) -> None:
-    """Raise ValueError for a backend that answers wrongly."""
-    if not verdict.passed:
-        raise ValueError(f"attention backend {backend.name} is {_off(verdict)}")
 
 
 def _off(verdict: truth.Truth) -> str:
