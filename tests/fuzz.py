@@ -7,6 +7,7 @@ the kernels built under sanitizers; as `pytest tests/fuzz.py`, with the ones ins
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -20,7 +21,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional
 
-from attention import AttentionBackend, HeadShape, Segments, build, names
+from attention import NATIVE, AttentionBackend, HeadShape, Segments, build, names, shares
 from attention.kernels.features import native as features
 from attention.kernels.softmax import native as softmax
 from attention.truth import BOUNDS
@@ -225,6 +226,27 @@ def test_attention_answers_like_its_slow_reading_or_refuses(case: Case) -> None:
     assert apart <= 2 * BOUNDS[case.shape.dtype], float(apart)
 
 
+@generated(0.25)
+@given(
+    cases(), st.sampled_from((None, 1, 15, 127, 300)), st.sampled_from((1e-38, 0.1, 1.5, 50.0, 1e30, -1.0, math.inf, math.nan))
+)
+@torch.inference_mode()
+def test_capped_attention_answers_like_its_slow_reading_or_refuses(case: Case, window: int | None, cap: float) -> None:
+    note((case, window, cap))
+    case = replace(case, layouts=tuple(replace(layout, element=1) for layout in case.layouts))  # type: ignore[arg-type]
+    case = case if case.how == "attend" else replace(case, how="extend")
+    options, is_wrong = {"windows": (window,), "score_cap": cap if 0 < cap < math.inf else 1.0}, not 0 < cap < math.inf
+    (ours,), (slow,) = (shares(build(NATIVE, options | {"impl": impl}, case.shape)) for impl in ("native", "torch"))
+    if is_wrong:
+        ours.softmax = softmax.NativeCapped(cap)  # type: ignore[attr-defined]
+        with pytest.raises(RuntimeError, match="cap must be a number"):
+            answer(ours, case, inputs(case))
+        return
+    found, wanted = answer(ours, case, inputs(case)).double(), answer(slow, case, inputs(case)).double()
+    assert torch.equal(found.isfinite(), wanted.isfinite())
+    assert (found - wanted).abs().nan_to_num(0.0).amax() <= 2 * BOUNDS[case.shape.dtype]
+
+
 layouts = st.builds(Layout, st.sampled_from((0, 1, 3)), st.sampled_from((0, 1, 2, 5)))
 
 
@@ -378,3 +400,36 @@ def test_a_product_of_fewer_bits_answers_like_its_slow_reading_or_refuses(
     wanted = functional.linear(x.double(), kept.dense().double(), None if bias is None else bias.double())
     for found in (layer.product(x, kept, outputs, bias), layer.product(x, kept, outputs, bias, wide=True)):
         assert float((found.double() - wanted).abs().max()) <= 2**-7 * max(1.0, float(wanted.abs().max()))
+
+
+@generated(0.5)
+@given(
+    st.sampled_from((0, 1, 2, 33, 200)),
+    st.sampled_from((1, 15, 63, 64, 65, 130)),
+    st.sampled_from((2, 30, 64, 66, 320)),
+    st.sampled_from(("none", "none", "none", "matrix", "outputs", "inputs", "ids")),
+    st.integers(-(2**63), 2**63 - 1),
+)
+@torch.inference_mode()
+def test_a_packed_table_answers_like_its_slow_reading_or_refuses(
+    rows: int, outputs: int, inputs: int, wrong: str, stray: int
+) -> None:
+    note((rows, outputs, inputs, wrong, stray))
+    generator = torch.Generator().manual_seed(rows + outputs)
+    weight, ids = torch.randn(outputs, inputs, generator=generator).bfloat16(), torch.randint(outputs, (rows,))
+    x = torch.randn(rows, inputs, generator=generator).bfloat16()
+    if not layer.Packed.suits(weight) or (wrong == "ids" and 0 <= stray < outputs):
+        return
+    kept = layer.Packed.of(weight.clone())
+    if wrong != "none":
+        words = kept.words.flatten()[:-1].clone() if wrong == "matrix" else kept.words
+        sizes = outputs + 64 * (wrong == "outputs"), inputs - (wrong == "inputs")
+        ids = torch.cat((ids, torch.tensor([stray if wrong == "ids" else 0])))
+        with pytest.raises(RuntimeError, match="the native kernel was given what it cannot take"):
+            layer.Packed(words, sizes).rows(ids)
+        return
+    assert torch.equal(kept.rows(ids), functional.embedding(ids, weight))
+    if not rows:
+        return
+    wanted = functional.linear(x.double(), weight.double())
+    assert bool(((kept.logits(x).double() - wanted).abs() <= 2**-7 * wanted.abs().clamp_min(1.0)).all())
