@@ -219,12 +219,12 @@ def _wait_until_ready(base: str, application: ApplicationSection) -> None:
 
 
 def _drain(file: ServeFile) -> None:
-    """Let every replica finish what runs."""
+    """Let every replica finish what runs, then every proxy what its callers have not read yet."""
     from service import cluster
 
     seconds = max(application.args.drain_seconds for application in file.applications)
     _tell(f"draining, at most {seconds:.0f} s; Ctrl-C again ends at once")
-    for fault in cluster.drain(file, seconds):
+    for fault in [*cluster.drain(file, seconds), *cluster.hang_up()]:
         _tell(f"longserve serve: {fault}")
 
 

@@ -45,12 +45,13 @@ os.environ.update({name: value for name, value in ENVIRONMENT.items() if name no
 import ray  # noqa: E402
 from ray import serve  # noqa: E402
 from ray.exceptions import RayError, RayTaskError  # noqa: E402
+from ray.serve._private.constants import RAY_SERVE_ENABLE_HA_PROXY  # noqa: E402
 from ray.serve.exceptions import RayServeException  # noqa: E402
 from ray.serve.schema import ServeDeploySchema  # noqa: E402
 
 from service.child import end_session  # noqa: E402
 from service.config import DEPLOYMENT, ApplicationSection, AttentionConfig, ServeFile, ServiceConfig  # noqa: E402
-from service.http.proxy import LIMITS  # noqa: E402
+from service.http import proxy as front  # noqa: E402
 
 OBJECT_STORE_BYTES = 100 * 2**20  # requests and answers do not pass through it; Ray's default takes 30 % of the memory
 POLL_SECONDS = 0.1
@@ -98,7 +99,7 @@ def running(file: ServeFile, cpus: int) -> Iterator[str]:
 
 
 def _start(file: ServeFile, cpus: int, folder: str) -> None:
-    os.environ[LIMITS] = file.applications[0].args.http.line.model_dump_json()  # the first application's, for all
+    os.environ[front.LIMITS] = file.applications[0].args.http.line.model_dump_json()  # the first application's, for all
     for name, path in HAPROXY_FILES.items():
         os.environ.setdefault(name, os.path.join(folder, path))
     ray.init(
@@ -242,6 +243,26 @@ def drain(file: ServeFile, seconds: float) -> list[str]:
         found = answers.results(timeout_s=max(0.0, deadline - time.monotonic()), return_exceptions=True)
         faults += [f"{name} has not drained: {each!r}" for each in found if isinstance(each, Exception)]
     return faults
+
+
+def hang_up() -> list[str]:
+    """Have Serve's proxies end when they have answered what came to them. Returns what went wrong, a line each.
+
+    HAProxy is ended with the rest: it hangs up by itself.
+    """
+    if RAY_SERVE_ENABLE_HA_PROXY:
+        return []
+    deadline = time.monotonic() + END_SECONDS
+    try:
+        names = [proxy["actor_name"] for proxy in _details()["proxies"].values()]
+        waiting = [ray.get_actor(name, namespace=SERVE_NAMESPACE) for name in names]
+        while waiting and time.monotonic() < deadline:
+            done = ray.get([proxy.__ray_call__.remote(front.hang_up) for proxy in waiting], timeout=END_SECONDS)
+            waiting = [proxy for proxy, is_done in zip(waiting, done, strict=True) if not is_done]
+            time.sleep(POLL_SECONDS / 2)
+    except (RayError, TimeoutError, ValueError) as error:
+        return [f"the proxy has not hung up: {error}"]
+    return [f"callers of {len(waiting)} proxies do not read their answers"] * bool(waiting)
 
 
 def _ask(application: ApplicationSection, method: str) -> Any:

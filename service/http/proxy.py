@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+from typing import Any
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.middleware import Middleware
@@ -43,6 +44,16 @@ def middlewares() -> list[Middleware]:
     line.Line.limits = limits
     HTTP_PROTOCOLS["auto"] = f"{line.__name__}:{line.Line.__name__}"  # what a uvicorn.Config without a wish of its own takes
     return [Middleware(Front)]
+
+
+def hang_up(proxy: Any) -> bool:
+    """Have Serve's proxy, the actor, take no call more, answer those that it has, and close its lines; whether that is done.
+
+    It keeps its server in a private task; uvicorn's own end is the orderly one.
+    """
+    serving, server = proxy._start_http_server_task.result()
+    server.should_exit = True
+    return bool(serving.done())
 
 
 class Front:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import uvicorn
 from starlette.types import Message, Receive, Scope, Send
 
 from service.http.errors import STATUS, ReplicaGone, body_of
-from service.http.proxy import GONE, Front
+from service.http.proxy import GONE, Front, hang_up
 from tests.http.client import Reply
 
 STREAM, JSON, PLAIN = "text/event-stream; charset=utf-8", "application/json", "text/plain"
@@ -73,3 +76,40 @@ def test_an_error_of_serves_own_has_our_shape_and_says_when_to_come_again(status
     assert (reply.status, reply.error["message"], has_ended) == (status, "not now", True)
     assert ("retry-after" in reply.headers) == retries
     assert json.loads(reply.text) == reply.json
+
+
+def test_a_proxy_that_hangs_up_answers_what_has_come_and_takes_nothing_more() -> None:
+    asyncio.run(hung_up())
+
+
+async def hung_up() -> None:
+    """Three callers of a proxy that ends: one waits for an answer, one is idle, one comes too late."""
+    began, goes_on = asyncio.Event(), asyncio.Event()
+
+    async def app(_: Scope, __: Receive, send: Send) -> None:
+        began.set()
+        await goes_on.wait()
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"5")]})
+        await send({"type": "http.response.body", "body": b"whole"})
+
+    listener = socket.create_server(("127.0.0.1", 0))
+    address = listener.getsockname()
+    server = uvicorn.Server(uvicorn.Config(app, lifespan="off", log_level="critical"))
+    serving = asyncio.create_task(server.serve([listener]))
+    started = asyncio.get_running_loop().create_future()
+    started.set_result((serving, server))
+    proxy = SimpleNamespace(_start_http_server_task=started)
+
+    reader, writer = await asyncio.open_connection(*address)
+    idle, _ = await asyncio.open_connection(*address)
+    writer.write(b"GET / HTTP/1.1\r\nhost: x\r\n\r\n")
+    await began.wait()
+    assert not hang_up(proxy)
+    assert await idle.read() == b""
+    with pytest.raises(ConnectionRefusedError):
+        await asyncio.open_connection(*address)
+    assert not hang_up(proxy)
+    goes_on.set()
+    assert (await reader.read()).endswith(b"whole")
+    await serving
+    assert hang_up(proxy)
