@@ -30,10 +30,11 @@ from service.benchmark.served import measure_http
 from service.benchmark.shared import measure_shared
 from service.benchmark.speculation import measure_speculation
 from service.benchmark.step import measure_step
+from service.benchmark.streams import measure_streams
 from service.machine import BESIDE_BUDGET_BYTES
 from service.threads import in_passing_thread
 
-PARTS = ("bare", "engine", "auto", "prefix", "memory", "http", "proxies", "encoder", "again", "speculation")
+PARTS = ("bare", "engine", "auto", "prefix", "memory", "http", "proxies", "encoder", "again", "speculation", "streams")
 
 
 def main() -> None:
@@ -93,6 +94,8 @@ def main() -> None:
         result["again"] = asyncio.run(measure_again([512, 2048, 8192]))
     if "speculation" in parts:
         result["speculation"] = asyncio.run(measure_speculation())
+    if "streams" in parts:
+        result["streams"] = measure_streams()
     print(f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}")
     print(json.dumps(result))
 
