@@ -26,7 +26,7 @@ from attention import AttentionBackend, gather_team, truth
 from service.config import EngineConfig
 from service.engine import reread
 from service.engine.admission import Admission, Ledger, Offer, Plan
-from service.engine.allowlist import NO_LOOKUP, Backends, Lane, check_room, lane_for, lines_of, unmeasured
+from service.engine.allowlist import GUESSED, NO_LOOKUP, Backends, Lane, check_room, lane_for, lines_of, unmeasured
 from service.engine.answer import Answer
 from service.engine.delivery import Delivery, attempt
 from service.engine.departures import Departures
@@ -108,7 +108,7 @@ class Engine:
         self._thread = ThreadPoolExecutor(1, "longserve-model", initializer=give)
         rows, logit_rows = max(config.chunk_tokens, config.max_sequences), max(LOGIT_ROWS, config.max_sequences)
         await self._on_model_thread(lambda: model.warm_up(rows, logit_rows))
-        self._paces = await self._on_model_thread(lambda: _paces_of(model, self._profile))
+        self._paces = await self._on_model_thread(lambda: _paces_of(model, self._profile, config.prompt_lookup.tokens > 0))
         self._rows = await self._on_model_thread(lambda: row_multiple(model))
         prefixes = Prefixes(self._ledger, config.chunk_tokens, config.prefix_share, config.prefix_shared)
         self._prefixes = prefixes
@@ -461,11 +461,12 @@ class Engine:
         self._idle.set()
 
 
-def _paces_of(model: Transformer, profile: Profile) -> tuple[Ramp, Ramp]:
+def _paces_of(model: Transformer, profile: Profile, has_guesses: bool) -> tuple[Ramp, Ramp]:
     """The model's own pace: the profile's, else measured and kept there."""
-    if (kept := profile.recall("model", 2)) is None:
-        kept = [*measure_model(model)]
-        profile.keep("model", kept)
+    key = "model" + GUESSED * has_guesses
+    if (kept := profile.recall(key, 2)) is None:
+        kept = [*measure_model(model, has_guesses)]
+        profile.keep(key, kept)
     return kept[0], kept[1]
 
 

@@ -85,11 +85,11 @@ class Pace:
         return self.layers * sum(share * seconds(kind) for kind, share in shares(self.backend).items())
 
 
-def measure_model(model: Transformer, tokens: int = 256) -> tuple[Ramp, Ramp]:
+def measure_model(model: Transformer, has_guesses: bool, tokens: int = 256) -> tuple[Ramp, Ramp]:
     """Time the model with attention left out.
 
     Returns the line through 1 and `tokens` tokens, with the logits of the last one, and that through 1 and ROWS rows of a
-    decode step, with the logits of each.
+    decode step, with the logits of each; where nothing is to be guessed, a row is taken for as long as a step.
     """
 
     def run(count: int, is_decode: bool) -> Callable[[], Iterator[None]]:
@@ -105,7 +105,8 @@ def measure_model(model: Transformer, tokens: int = 256) -> tuple[Ramp, Ramp]:
         return compute
 
     with torch.inference_mode():
-        one, rows, many = (result(_seconds(run(*each))) for each in ((1, True), (ROWS, True), (tokens, False)))
+        one, many = (result(_seconds(run(*each))) for each in ((1, True), (tokens, False)))
+        rows = result(_seconds(run(ROWS, True))) if has_guesses else ROWS * one
     return Ramp.through((1, one), (tokens, many)), Ramp.through((1, one), (ROWS, rows))
 
 
@@ -115,19 +116,22 @@ Measuring = Generator[None, None, T]
 
 @torch.inference_mode()
 def measure_attention(
-    backend: AttentionBackend, max_length: int, chunk: int, has_history: bool = True
+    backend: AttentionBackend, max_length: int, chunk: int, has_guesses: bool, has_history: bool = True
 ) -> Measuring[dict[AttentionBackend, Attending]]:
     """Time one layer of each kind that a backend has, as it comes in chunks of so many tokens and token by token.
 
+    has_guesses: tokens may be guessed; else one more in a step is taken for as long as one alone.
     has_history: sequences are continued, not only read whole.
     """
     found = {}
     for kind in shares(backend):
-        found[kind] = yield from _measure_layer(kind, max_length, chunk, has_history)
+        found[kind] = yield from _measure_layer(kind, max_length, chunk, has_guesses, has_history)
     return found
 
 
-def _measure_layer(backend: AttentionBackend, max_length: int, chunk: int, has_history: bool) -> Measuring[Attending]:
+def _measure_layer(
+    backend: AttentionBackend, max_length: int, chunk: int, has_guesses: bool, has_history: bool
+) -> Measuring[Attending]:
     """Time one layer's `extend` for one token without history, and for one and a chunk at the end of a long sequence."""
     shape = backend.shape
     tokens = min(chunk, max_length)
@@ -160,12 +164,14 @@ def _measure_layer(backend: AttentionBackend, max_length: int, chunk: int, has_h
         return Attending(many, many, many)
     last = history + tokens - 1
     most = yield from _seconds(run(1, last))
-    more = []
+    one, more = Ramp.through(point(1, 0, least), point(1, last, most)), []
+    if not has_guesses:
+        return Attending(many, one, one)
     for past, alone in ((0, least), (max(0, last + 1 - ROWS), most)):
         count = min(ROWS, backend.runway(past), last + 1 - past)
         seconds = (yield from _seconds(run(count, past))) if count > 1 else 2 * alone
         more.append(point(1, past, max(0.0, seconds - alone) / max(1, count - 1)))
-    return Attending(many, Ramp.through(point(1, 0, least), point(1, last, most)), Ramp.through(*more))
+    return Attending(many, one, Ramp.through(*more))
 
 
 def row_multiple(model: Transformer, rows: int = 512) -> int | None:
