@@ -21,6 +21,7 @@ from service.benchmark.again import measure_again
 from service.benchmark.alone import measure_engine
 from service.benchmark.auto import measure_auto
 from service.benchmark.bare import measure_bare, report
+from service.benchmark.beside import measure_beside
 from service.benchmark.encoder import measure_encoder
 from service.benchmark.fewer import measure_weights
 from service.benchmark.peak import memory_trial
@@ -51,12 +52,19 @@ def main() -> None:
         metavar="TOKENS",
         help="a 0.6B decoder by its weights' bits, beside llama.cpp, and nothing else",
     )
+    parser.add_argument(
+        "--beside",
+        nargs="*",
+        type=int,
+        metavar="TOKENS",
+        help="decode steps of the embedded shape beside llama.cpp, and nothing else",
+    )
     options = parser.parse_args()
     lengths = [16_384] if options.quick else [16_384, 32_768]
     repeats = 1 if options.quick else 2
     parts = (
         ()
-        if options.profile_step or options.shared or options.weights is not None
+        if options.profile_step or options.shared or options.weights is not None or options.beside is not None
         else options.parts or PARTS[: 5 if options.quick else 6]
     )
     random.seed(0)
@@ -65,6 +73,8 @@ def main() -> None:
         result["step_us"] = measure_step([1024, 4096, *lengths])
     if options.weights is not None:
         result["weights"] = in_passing_thread(lambda: measure_weights(options.weights or [1024, 4096]))
+    if options.beside is not None:
+        result["beside"] = in_passing_thread(lambda: measure_beside(options.beside or [1024, 4096, 16_384]))
     if options.shared:
         result["shared"] = asyncio.run(measure_shared())
     if "bare" in parts:

@@ -24,7 +24,7 @@ from service.model.checkpoint import load
 from service.threads import in_passing_thread
 
 STREAMS = (1, 32, 64)
-TOKENS = 300  # of each
+TOKENS = 200  # of each
 REPEATS = 5
 HEAD = "POST /v1/completions HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-type: application/json\r\ncontent-length: {}\r\n\r\n{}"
 EVENT, LAST = b"data: {", b"\r\n0\r\n\r\n"
