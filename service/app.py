@@ -29,7 +29,7 @@ from service.config import DEPLOYMENT, IMPORT_PATH, AttentionConfig, ServiceConf
 from service.exposition import Families, Format, Gathered
 from service.machine import Place
 from service.replica import Replica
-from service.routing import TOLD_SECONDS
+from service.routing import TOLD_SECONDS, Tellings
 from service.scaling import HOLDS, WORK
 from service.switch import LastServed
 
@@ -54,7 +54,7 @@ class Longserve:
         self._name: str = self._context.replica_tag
         self._peers: Any = None  # a handle on this deployment, made at the first scrape
         self._started = False
-        self._tellings = 0  # of work to do
+        self._tellings = Tellings()
         self._kept = KeptByRay(self._context.app_name)
         self._replica = Replica(
             config,
@@ -90,9 +90,7 @@ class Longserve:
 
     def record_routing_stats(self) -> dict[str, float]:
         """This replica's work, for `service/router.py`; Serve sends it on when it differs from the last."""
-        work = self._replica.work()
-        self._tellings += work.get("outstanding_seconds", 0.0) > 0
-        return work | {"tellings": float(self._tellings)}
+        return self._tellings.number(self._replica.work())
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
         """The same, for `service/scaling.py`."""

@@ -1,10 +1,10 @@
 """Which replica a call goes to: the one whose work is done soonest, in predicted seconds, not the one with the fewest calls.
 
 Serve's own routers count calls, and a prompt of 32,768 tokens counts as one of ten. Each replica tells once a second what it
-has to do (`Longserve.record_routing_stats`); what this proxy has sent it since is added, by the length of the body. What a
-replica may have kept of a prompt need not be computed there: a call whose beginning was sent to a replica before goes there
-again, unless it would wait there for longer than that saves (service/http/beginning.py). With HAProxy in the proxy's place
-this is not asked: it sends to the fewest connections.
+has to do (`Longserve.record_routing_stats`); what this proxy has sent it since is added, by the length of the body, and what of
+that has ended since is taken off. What a replica may have kept of a prompt need not be computed there: a call whose beginning
+was sent to a replica before goes there again, unless it would wait there for longer than that saves
+(service/http/beginning.py). With HAProxy in the proxy's place this is not asked: it sends to the fewest connections.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class LeastWork(RequestRouter):  # type: ignore[misc]
         if pending_request is not None:
             pending_request.routing_context.should_backoff = True  # when none of them takes it
             home = self._homes.find(marks_of(headers_of(pending_request)))
-        self._sent = {each.replica_id: self._sent.get(each.replica_id, Sent()) for each in candidate_replicas}
+        self._sent = {each.replica_id: self._sent.get(each.replica_id) or Sent() for each in candidate_replicas}
         return [[each] for each in by_work(candidate_replicas, self._sent, home)]
 
     def on_request_routed(self, pending_request: PendingRequest, replica_id: ReplicaID, result: ReplicaResult) -> None:
@@ -48,8 +48,9 @@ class LeastWork(RequestRouter):  # type: ignore[misc]
             self._sent[replica_id].add(pending_request.metadata.internal_request_id, tokens, replica.routing_stats)
 
     def on_request_completed(self, replica_id: ReplicaID, internal_request_id: str) -> None:
-        if (sent := self._sent.get(replica_id)) is not None:
-            sent.remove(internal_request_id)
+        sent, replica = self._sent.get(replica_id), self._replicas.get(replica_id)
+        if sent is not None and replica is not None:
+            sent.remove(internal_request_id, replica.routing_stats)
 
 
 def by_work(

@@ -6,8 +6,8 @@
 from __future__ import annotations
 
 import time
-from collections import OrderedDict
-from collections.abc import Hashable, Mapping, Sequence
+from collections import OrderedDict, deque
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, NamedTuple, TypeVar
 
@@ -16,9 +16,23 @@ Replica = TypeVar("Replica", bound=Hashable)
 TOLD_SECONDS = 1.0  # between two tellings of a replica
 MOST_HOMES = 1 << 14  # beginnings of prompts, some 200 bytes each
 HOME_SECONDS = 600.0  # after which a beginning that nobody asked for is taken for forgotten there
+CROSSING = 2  # tellings that may have left before the proxy's last news of a call reached the replica, and the one after
 Told = Mapping[str, float]
-"""outstanding_seconds, token_seconds (to read one more), tellings (how many there were), keeps_prefixes (1 where it does);
-empty before the first."""
+"""outstanding_seconds, token_seconds (to read one more), tellings (see `Tellings`), keeps_prefixes (1 where it does); empty
+before the first."""
+
+
+class Tellings:
+    """Numbers what a replica tells. That it rests is a telling once: Serve sends on what differs from the last."""
+
+    def __init__(self) -> None:
+        self._number, self._rests = 0, True
+
+    def number(self, work: Told) -> dict[str, float]:
+        rests = not work.get("outstanding_seconds")
+        self._number += not (rests and self._rests)
+        self._rests = rests
+        return {**work, "tellings": float(self._number)}
 
 
 class Underway(NamedTuple):
@@ -28,23 +42,49 @@ class Underway(NamedTuple):
     telling: float  # of its replica, the last one when it was sent
 
 
+class Ended(NamedTuple):
+    """A call whose end is known; its replica may not have told it yet."""
+
+    call: Underway
+    telling: float  # the last one when it ended
+    at: float
+
+
 @dataclass
 class Sent:
-    """What a proxy has sent to a replica and knows no end of, by call."""
+    """What a proxy has sent to a replica, by call, and what of it has ended just now.
+
+    A telling takes up to a second on its way, so the first one after a call was sent, or has ended, may know it or not. What is
+    not known to be counted is added, what may still be counted is taken off: none of it is wrong for longer than two tellings.
+    """
 
     calls: dict[str, Underway] = field(default_factory=dict)
+    clock: Callable[[], float] = time.monotonic
+    _ended: deque[Ended] = field(default_factory=deque)
 
     def seconds(self, told: Told) -> float:
-        """Of the replica: what it tells, and what it cannot have counted yet. One telling may have crossed a call."""
-        last = told.get("tellings", 0)
-        new = sum(each.tokens for each in self.calls.values() if each.telling + 2 > last)
-        return told.get("outstanding_seconds", 0.0) + told.get("token_seconds", 0.0) * new
+        """Of the replica: what it tells without what has ended since, and what it cannot have counted yet."""
+        last, token_seconds = told.get("tellings", 0), told.get("token_seconds", 0.0)
+        self._forget(last)
+        new = sum(each.tokens for each in self.calls.values() if last < each.telling + CROSSING)
+        gone = sum(each.call.tokens for each in self._ended if each.call.telling < last)
+        return max(0.0, told.get("outstanding_seconds", 0.0) - token_seconds * gone) + token_seconds * new
 
     def add(self, call: str, tokens: int, told: Told) -> None:
         self.calls[call] = Underway(tokens, told.get("tellings", 0))
 
-    def remove(self, call: str) -> None:
-        self.calls.pop(call, None)
+    def remove(self, call: str, told: Told) -> None:
+        """It has ended."""
+        if (known := self.calls.pop(call, None)) is not None:
+            last = told.get("tellings", 0)
+            self._forget(last)
+            self._ended.append(Ended(known, last, self.clock()))
+
+    def _forget(self, last: float) -> None:
+        """Those that the last telling cannot hold any more."""
+        oldest = self.clock() - CROSSING * TOLD_SECONDS
+        while self._ended and (self._ended[0].telling + CROSSING <= last or self._ended[0].at < oldest):
+            self._ended.popleft()
 
     def rank(self, told: Told, saved: float = 0.0) -> tuple[float, int]:
         """Of its replica for a call of which it need not compute `saved` seconds: the least is asked first.

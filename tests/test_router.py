@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import pickle
 from collections import Counter
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from ray.serve._private.common import StreamingHTTPRequest
 
 from service.router import body_bytes, by_work, headers_of
-from service.routing import Homes, Sent
+from service.routing import TOLD_SECONDS, Homes, Sent, Tellings
 
 LONG = {"outstanding_seconds": 8.0, "token_seconds": 1e-3, "tellings": 1.0}
 SHORT = {"outstanding_seconds": 0.5, "token_seconds": 1e-3, "tellings": 1.0}
@@ -36,7 +39,7 @@ def test_what_was_sent_since_the_last_telling_counts_until_two_more_have_come() 
     assert sent.seconds(SHORT) == pytest.approx(0.5 + 2.0)
     assert sent.seconds(SHORT | {"tellings": 2.0}) == pytest.approx(0.5 + 2.0)  # it may have crossed the call
     assert sent.seconds(SHORT | {"tellings": 3.0}) == pytest.approx(0.5)
-    sent.remove("call")
+    sent.remove("call", SHORT)
     assert sent.seconds(SHORT) == 0.5
 
 
@@ -62,8 +65,59 @@ def test_an_end_that_is_told_twice_or_of_a_call_unknown_is_no_fault() -> None:
     sent = Sent()
     sent.add("call", 1, {})
     for call in ("call", "call", "other"):
-        sent.remove(call)
+        sent.remove(call, {})
     assert sent.calls == {}
+
+
+def test_what_has_ended_is_taken_off_until_two_tellings_later_or_two_seconds() -> None:
+    now = [0.0]
+    sent, told = Sent(clock=lambda: now[0]), {"token_seconds": 1e-3, "outstanding_seconds": 2.5}
+    sent.add("call", 2000, told | {"tellings": 1.0})
+    sent.remove("call", told | {"tellings": 2.0})
+    found = [sent.seconds(told | {"tellings": number}) for number in (1.0, 2.0, 3.0, 4.0)]
+    assert found == pytest.approx([2.5, 0.5, 0.5, 2.5])  # the first was before it, the third may have crossed its end
+    for number in (5.0, 6.0):
+        sent.add("other", 2000, told | {"tellings": number})
+        sent.remove("other", told | {"tellings": number})
+        now[0] += 2.1 * TOLD_SECONDS
+        assert sent.seconds(told | {"tellings": number + 1}) == pytest.approx(2.5)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.lists(st.tuples(st.floats(0, 12), st.floats(0, 4), st.integers(1, 5000)), max_size=12),
+    st.floats(0, 1),
+    st.lists(st.floats(0, 0.99), min_size=20, max_size=20),
+    st.floats(3, 19),
+)
+def test_what_is_known_of_a_replica_is_what_counting_its_calls_has(
+    drawn: list[tuple[float, float, int]], first: float, delays: list[float], asked: float
+) -> None:
+    """But for calls that have begun or ended within the last tellings: off by their size at most, and at rest by nothing."""
+    lives = [(began, began + lasts, tokens) for began, lasts, tokens in drawn]
+    tellings, heard, now = Tellings(), dict[str, float](), [0.0]
+    sent = Sent(clock=lambda: now[0])
+
+    def counted(at: float) -> float:
+        return sum(1e-3 * tokens for began, ended, tokens in lives if began <= at < ended)
+
+    events: list[tuple[float, Any]] = []
+    for number, (began, ended, tokens) in enumerate(lives):
+        events += [
+            (began, partial(sent.add, str(number), tokens, heard)),
+            (ended, partial(sent.remove, str(number), heard)),
+        ]
+    for number, delay in enumerate(delays):
+        at = first + number * TOLD_SECONDS
+        told = tellings.number({"outstanding_seconds": counted(at), "token_seconds": 1e-3})
+        events.append((at + delay, partial(heard.update, told)))
+    for now[0], happens in sorted((event for event in events if event[0] <= asked), key=lambda event: event[0]):
+        happens()
+    now[0] = asked
+    fresh = [tokens for *times, tokens in lives if any(asked - 2 * TOLD_SECONDS - 1 < at <= asked for at in times)]
+    assert abs(sent.seconds(heard) - counted(asked)) <= 1e-3 * sum(fresh) + 1e-9
+    if not sent.calls:
+        assert sent.seconds(heard) <= 1e-9
 
 
 def at_home(told: dict[str, Any], home: tuple[str, int], sent: dict[str, Sent] | None = None) -> str:

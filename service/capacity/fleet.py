@@ -87,7 +87,7 @@ class Proxy:
         self.hear(index)
 
     def end(self, index: int, call: str) -> None:
-        self._sent[index].remove(call)
+        self._sent[index].remove(call, self._told[index])
         self.hear(index)
 
     def hear(self, index: int) -> None:

@@ -27,7 +27,7 @@ from service.engine.prefixes import Prefixes
 from service.engine.request import Request, RequestError, Sampling
 from service.engine.scheduler import Scheduler
 from service.engine.work import Member, Work
-from service.routing import Told
+from service.routing import Tellings, Told
 
 LEAP = 32  # decode steps that are one event, at most: their laws are no quite straight lines
 Events = Generator[simpy.Event, Any, Any]
@@ -91,7 +91,7 @@ class Paper:
         self._admission.lanes, self._admission.rules = site.lanes, site.rules
         self._calls: dict[Job, tuple[Visit, Callable[[], None]]] = {}
         self._laws: WeakKeyDictionary[Work, float] = WeakKeyDictionary()  # seconds of steps, some of which come in slices
-        self._tellings = 0
+        self._tellings = Tellings()
         self._news: simpy.Event | None = None  # what it rests for
         self._is_open = False  # a step may be cut short by news
         self._process = env.process(self._serve())
@@ -117,10 +117,8 @@ class Paper:
 
     def tell(self) -> Told:
         """What it tells the router."""
-        seconds = self._scheduler.seconds_in_front()
-        self._tellings += seconds > 0
-        token_seconds = self._admission.token_seconds()
-        return {"outstanding_seconds": seconds, "token_seconds": token_seconds, "tellings": float(self._tellings)}
+        seconds, token_seconds = self._scheduler.seconds_in_front(), self._admission.token_seconds()
+        return self._tellings.number({"outstanding_seconds": seconds, "token_seconds": token_seconds})
 
     def _serve(self) -> Events:
         while True:
