@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from service.engine.answer import Answer
 
-EVENT_SECONDS = 1e-3  # for an event on its way, of the replica's and the proxy's CPUs (`--parts streams`)
+EVENT_SECONDS = 2e-3  # for an event on its way, of the replica's and the proxy's CPUs (`--parts streams`)
 WHOLE_SECONDS = 0.1  # between two readings of an answer that nobody sees before its end
 
 
