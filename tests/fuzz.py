@@ -378,3 +378,36 @@ def test_a_product_of_fewer_bits_answers_like_its_slow_reading_or_refuses(
     wanted = functional.linear(x.double(), kept.dense().double(), None if bias is None else bias.double())
     for found in (layer.product(x, kept, outputs, bias), layer.product(x, kept, outputs, bias, wide=True)):
         assert float((found.double() - wanted).abs().max()) <= 2**-7 * max(1.0, float(wanted.abs().max()))
+
+
+@generated(0.5)
+@given(
+    st.sampled_from((0, 1, 2, 33, 200)),
+    st.sampled_from((1, 15, 63, 64, 65, 130)),
+    st.sampled_from((2, 30, 64, 66, 320)),
+    st.sampled_from(("none", "none", "none", "matrix", "outputs", "inputs", "ids")),
+    st.integers(-(2**63), 2**63 - 1),
+)
+@torch.inference_mode()
+def test_a_packed_table_answers_like_its_slow_reading_or_refuses(
+    rows: int, outputs: int, inputs: int, wrong: str, stray: int
+) -> None:
+    note((rows, outputs, inputs, wrong, stray))
+    generator = torch.Generator().manual_seed(rows + outputs)
+    weight, ids = torch.randn(outputs, inputs, generator=generator).bfloat16(), torch.randint(outputs, (rows,))
+    x = torch.randn(rows, inputs, generator=generator).bfloat16()
+    if not layer.Packed.suits(weight) or (wrong == "ids" and 0 <= stray < outputs):
+        return
+    kept = layer.Packed.of(weight.clone())
+    if wrong != "none":
+        words = kept.words.flatten()[:-1].clone() if wrong == "matrix" else kept.words
+        sizes = outputs + 64 * (wrong == "outputs"), inputs - (wrong == "inputs")
+        ids = torch.cat((ids, torch.tensor([stray if wrong == "ids" else 0])))
+        with pytest.raises(RuntimeError, match="the native kernel was given what it cannot take"):
+            layer.Packed(words, sizes).rows(ids)
+        return
+    assert torch.equal(kept.rows(ids), functional.embedding(ids, weight))
+    if not rows:
+        return
+    wanted = functional.linear(x.double(), weight.double())
+    assert bool(((kept.logits(x).double() - wanted).abs() <= 2**-7 * wanted.abs().clamp_min(1.0)).all())

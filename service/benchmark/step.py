@@ -13,7 +13,6 @@ A stream's time between two tokens is cut by what can be measured apart:
 from __future__ import annotations
 
 import asyncio
-import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -97,8 +96,7 @@ def _alone(model: Transformer, backend: AttentionBackend, tokens: int) -> tuple[
     bare, logits = _seconds(step), step()
     with _without_kernels():
         without = _seconds(step)
-    weights = model.dtype.itemsize * sum(math.prod(weight.shape) for weight in model.parameters())
-    read = torch.ones((weights + pool.bytes_in_use) // 4)  # of the embeddings all rows, as the head; of the state all of it
+    read = torch.ones((model.weight_bytes + pool.bytes_in_use) // 4)  # of the state all of it
     return _seconds(read.sum), bare, without, _seconds(lambda: draw(logits, [Sampling(temperature=0.0)], [0.0]))
 
 

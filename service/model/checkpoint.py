@@ -16,7 +16,7 @@ from typing import Any, get_args
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from service.model import families, files
 from service.model.config import ModelConfig, eos_token_ids
@@ -199,6 +199,8 @@ def multiplies_bfloat16(device: str) -> bool:
 def _split(model: Transformer) -> Iterator[tuple[str, Tensor]]:
     """The file's tensors from our parameters."""
     config, parameters = model.config, dict(model.named_parameters())
+    if model.embed.packed is not None:
+        parameters["embed.weight"] = nn.Parameter(model.embed.packed.dense(), requires_grad=False)
     for ours, parts in families.of(config.model_type).weights(config):
         tensor = parameters[ours].detach().to_dense()  # a loaded model's matrices are packed
         pieces = tensor.split([part.shape[0] for part in parts])

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from attention.kernels.library import (
     FLOAT,
@@ -34,7 +34,8 @@ from attention.kernels.library import (
     view,
 )
 
-COLUMNS = 64  # of a matrix that are packed together, as in product.h
+COLUMNS = 64  # rows of a matrix that are packed together, as in product.h
+TURNED = 16  # such blocks are packed at a time
 
 
 class _Layer(ctypes.Structure):
@@ -58,6 +59,7 @@ KERNEL = Kernel(
         "question": (POINTER, POINTER, POINTER, POINTER, *_ROOM, *_ROOM, INT),
         "multiply": (POINTER, *_ROOM, NUMBER, NUMBER, *_ROOM, *_ROOM, INT, INT),
         "output": (POINTER, POINTER, POINTER, *_ROOM, *_ROOM, INT),
+        "look_up": (*_ROOM, NUMBER, *_ROOM, NUMBER, NUMBER, *_ROOM, INT),
     },
     (len(VIEW),),
     (_Layer,),
@@ -104,21 +106,73 @@ class Matrix(Protocol):
     def bits(self) -> int: ...
 
 
-@dataclass(frozen=True)
 class Packed:
-    """One that oneDNN has packed and `reads` takes, which must stay as it is."""
+    """A bfloat16 matrix (N, K) packed so: words int32 (N / 64, K / 2, 64), rounded up with zeros."""
 
-    weight: Tensor
     bits: ClassVar[int] = 16
+
+    def __init__(self, words: Tensor, shape: Sequence[int]) -> None:
+        self.words, self.shape = words, torch.Size(shape)
+
+    @classmethod
+    def suits(cls, weight: Tensor) -> bool:
+        """Whether `of` takes a matrix."""
+        is_known = weight.dtype == torch.bfloat16 and weight.shape[1] % 2 == 0
+        return is_known and KERNEL.obstacle(weight.dtype, weight.device) is None
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, weight: Tensor) -> Packed:
+        """A matrix, packed where it lies, which spares a second one of its size: `weight` is none any more."""
+        rows, columns = weight.shape
+        whole = weight.detach() if rows % COLUMNS == 0 else functional.pad(weight, (0, 0, 0, -rows % COLUMNS))
+        words = whole.contiguous().view(torch.int32).view(-1, COLUMNS, columns // 2)
+        for blocks in words.split(TURNED):
+            blocks.view(-1, columns // 2, COLUMNS).copy_(blocks.mT.clone(memory_format=torch.contiguous_format))
+        return cls(words.view(-1, columns // 2, COLUMNS), weight.shape)
+
+    @classmethod
+    def lying(cls, weight: Tensor) -> Packed | None:
+        """One that oneDNN has packed, as it lies; None where that is otherwise. Looks at all of it, and takes it twice."""
+        is_told = all(hasattr(torch.ops.mkldnn, name) for name in ("data_ptr", "_nbytes"))
+        if not weight.is_mkldnn or not is_told or KERNEL.obstacle(weight.dtype, weight.device) is not None:
+            return None
+        rows, columns = weight.shape
+        at, size = torch.ops.mkldnn.data_ptr(weight), torch.ops.mkldnn._nbytes(weight)
+        if rows % COLUMNS or columns % 2 or size != 2 * rows * columns:
+            return None
+        memory = (ctypes.c_char * size).from_address(at)
+        memory.owner = weight  # lives as long as who reads it
+        words = torch.frombuffer(memory, dtype=torch.int32).view(-1, columns // 2, COLUMNS)
+        wanted = weight.to_dense().view(torch.int32).view(-1, COLUMNS, columns // 2).mT
+        return cls(words, weight.shape) if torch.equal(words, wanted) else None
+
+    @property
+    def nbytes(self) -> int:
+        return self.words.nbytes
+
+    def numel(self) -> int:
+        return self.shape.numel()
 
     @property
     def room(self) -> tuple[int, int]:
-        return _packed_room(self.weight)
+        return room(self.words)
+
+    def rows(self, ids: Tensor) -> Tensor:
+        """The rows of these numbers, int64 (T,): (T, K). Raises RuntimeError for a number that is none of a row."""
+        (outputs, width), ids = self.shape, ids.contiguous()
+        out = torch.empty(len(ids), width, dtype=torch.bfloat16)
+        KERNEL.call("look_up", *room(ids), len(ids), *self.room, outputs, width, *room(out), threads())
+        return out
+
+    def dense(self) -> Tensor:
+        """The matrix as it was."""
+        return self.rows(torch.arange(self.shape[0]))
 
     def logits(self, x: Tensor) -> Tensor:
-        """The product with x (N, C), rounded to its dtype: float32 (N, V). A row's are the same whatever the others."""
-        assert x.shape[1] == self.weight.shape[1], f"hidden states must be {self.weight.shape[1]} wide, received {x.shape}"
-        return product(x, self, len(self.weight), wide=True)
+        """The product with x (T, K), rounded to its dtype: float32 (T, N). A row's are the same whatever the others."""
+        assert x.shape[1] == self.shape[1], f"hidden states must be {self.shape[1]} wide, received {x.shape}"
+        return product(x, self, self.shape[0], wide=True)
 
 
 class PackedLayer:
@@ -176,23 +230,6 @@ def product(x: Tensor, matrix: Matrix, size: int, bias: Tensor | None = None, wi
         "multiply", _view(x), *matrix.room, matrix.bits, size, *_room(bias, x), out.data_ptr(), out.nbytes, wide, threads()
     )
     return out
-
-
-def reads(weight: Tensor) -> bool:
-    """Whether a matrix that oneDNN has packed lies as product.h reads it; looks at all of it, and takes its bytes twice."""
-    if not weight.is_mkldnn or not hasattr(torch.ops.mkldnn, "data_ptr") or not hasattr(torch.ops.mkldnn, "_nbytes"):
-        return False
-    (rows, columns), (at, size) = weight.shape, _packed_room(weight)
-    if rows % COLUMNS or columns % 2 or size != 2 * rows * columns:
-        return False
-    found = torch.frombuffer((ctypes.c_char * size).from_address(at), dtype=torch.int16)
-    wanted = weight.to_dense().view(torch.int16).view(rows // COLUMNS, COLUMNS, columns // 2, 2).transpose(1, 2)
-    return torch.equal(found.view(wanted.shape), wanted)
-
-
-def _packed_room(x: Tensor) -> tuple[int, int]:
-    """The memory of a matrix that oneDNN has packed, and its bytes."""
-    return torch.ops.mkldnn.data_ptr(x), torch.ops.mkldnn._nbytes(x)
 
 
 def _view(x: Tensor) -> bytes:

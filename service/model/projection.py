@@ -34,11 +34,11 @@ class Projection(nn.Linear):
         self.quantized = Quantized.of(self.weight, bits)
         self.register_parameter("weight", None)
 
-    def matrix(self) -> native.Matrix | None:
+    def matrix(self) -> native.Packed | Quantized | None:
         """The matrix as the kernel of a decode step reads it; None where it lies otherwise."""
         if self.quantized is not None:
             return self.quantized if self.quantized.is_native else None
-        return native.Packed(self.weight) if native.reads(self.weight) else None
+        return native.Packed.lying(self.weight)
 
     def pack(self) -> None:
         """Lay the matrix out for serving on CPU: no call has to look for an order or make one, the products stay the same.
@@ -64,16 +64,25 @@ class Projection(nn.Linear):
 
 
 class Table(nn.Embedding):
-    """Embeddings that may lie in fewer bits; a head that is tied to them multiplies with the same."""
+    """Embeddings that may lie packed or in fewer bits; a head that is tied to them multiplies with the same."""
 
-    quantized: Quantized | None = None  # then there is no `weight`
+    packed: native.Packed | None = None  # then there is no `weight`
+    quantized: Quantized | None = None  # nor then
 
     def quantize(self, bits: int) -> None:
         """As of a `Projection`."""
         self.quantized, self._dtype = Quantized.of(self.weight, bits), self.weight.dtype
         self.register_parameter("weight", None)
 
+    def pack(self) -> None:
+        """Lay the matrix out for a head that is tied to it, where the kernel multiplies with it. There is no second one."""
+        if self.quantized is None and native.Packed.suits(self.weight):
+            self.packed = native.Packed.of(self.weight)
+            self.register_parameter("weight", None)
+
     def forward(self, ids: Tensor) -> Tensor:
+        if self.packed is not None:
+            return self.packed.rows(ids)
         return super().forward(ids) if self.quantized is None else self.quantized.rows(ids).to(self._dtype)
 
 

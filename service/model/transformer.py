@@ -24,7 +24,7 @@ from attention import HeadShape
 from service.model import native, rotary
 from service.model.config import ModelConfig, Rope
 from service.model.pooler import Pooler
-from service.model.projection import ACTIVATIONS, Projection, Table, can_pack, packed, product
+from service.model.projection import ACTIVATIONS, Projection, Table
 from service.model.quantized import Quantized
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
@@ -35,7 +35,6 @@ Stages = Generator[tuple[int, Tensor, Tensor, Tensor] | None, Tensor | None, Ten
 Behind each layer it yields None: there, too, is a good place to pause.
 """
 
-TIED_COPY_BYTES = 16 << 20  # of embeddings: beyond, what a packed copy saves is small beside reading it
 Turns = tuple[Tensor, Tensor]
 """cos, and sin with the sign that `rotate` needs, of each token's angles, (T, 1, D) each."""
 
@@ -209,7 +208,6 @@ class Transformer(nn.Module):
         if not config.tie_word_embeddings:
             self.head = Projection(config.hidden_size, config.vocab_size, bias=False)
         self.pooler = Pooler(config.pooled)
-        self._packed_head: Tensor | None = None  # of tied weights, see `pack`
         self._head: native.Packed | Quantized | None = None  # who multiplies with either head, where it lies packed
         self._turns: Tensor | None = None  # see `rotation`
         self._ropes = tuple(rope for rope in dict.fromkeys(config.ropes) if rope != rotary.NONE)
@@ -243,13 +241,18 @@ class Transformer(nn.Module):
     @property
     def num_weights(self) -> int:
         """Parameters, in however many bits."""
-        return sum(each.numel() for each in self.parameters()) + sum(each.numel() for each in self.quantized)
+        return sum(each.numel() for each in (*self.parameters(), *self._others))
 
     @property
     def weight_bytes(self) -> int:
-        """Memory of all of them, counted once: a small packed copy of tied embeddings comes on top."""
+        """Memory of all of them."""
         kept = sum(math.prod(each.shape) * each.dtype.itemsize for each in self.parameters())  # of packed ones, too
-        return kept + sum(each.nbytes for each in self.quantized)
+        return kept + sum(each.nbytes for each in self._others)
+
+    @property
+    def _others(self) -> list[native.Packed | Quantized]:
+        """The matrices that are no parameters any more."""
+        return [*self.quantized, *([] if self.embed.packed is None else [self.embed.packed])]
 
     def head_shape(self) -> HeadShape:
         """The heads an attention backend for this model is built for."""
@@ -323,15 +326,12 @@ class Transformer(nn.Module):
         elif not self.config.tie_word_embeddings:
             logits = self.head(hidden).float()
         else:
-            logits = product(hidden, self.embed.weight if self._packed_head is None else self._packed_head).float()
+            logits = F.linear(hidden, self.embed.weight).float()
         cap = self.config.logit_cap
         return logits if cap is None else logits.div_(cap).tanh_().mul_(cap)
 
     def pack(self) -> None:
-        """Lay the weights out for serving, see `Projection.pack`; they cannot be trained any more.
-
-        Tied embeddings are read row by row and must stay, so their packed copy is made only where it is small.
-        """
+        """Lay the weights out for serving, see `Projection.pack`, `Table.pack`; they cannot be trained any more."""
         config = self.config
         widths = config.hidden_size, config.intermediate_size, config.head_dim
         is_known = config.norm == "rms" and config.activation == "silu" and config.is_gated  # to the kernel
@@ -341,17 +341,11 @@ class Transformer(nn.Module):
                 module.pack()
         for layer, rope in zip(self.stack, self._rope_of, strict=True):
             layer.settle(is_native, rope is not None)
-        tied = config.tie_word_embeddings
-        if not config.is_causal:
-            return
-        self._head = (self.embed if tied else self.head).quantized
-        if self._head is not None:
-            return
-        if tied and self.embed.weight.nbytes <= TIED_COPY_BYTES and can_pack(self.embed.weight):
-            self._packed_head = packed(self.embed.weight)
-        head = self._packed_head if tied else self.head.weight
-        if head is not None and native.KERNEL.obstacle(self.dtype, self.device) is None and native.reads(head):
-            self._head = native.Packed(head)
+        if config.is_causal and config.tie_word_embeddings:
+            self.embed.pack()
+            self._head = self.embed.packed or self.embed.quantized
+        elif config.is_causal:
+            self._head = self.head.quantized or self.head.matrix()
 
     def height(self, rows: int, is_decode: bool = False) -> int:
         """How many rows a product of `rows` rows is padded to where oneDNN computes it: 26 up to 512, then 16 a doubling.

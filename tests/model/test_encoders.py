@@ -14,7 +14,7 @@ from attention.layered import PerLayer
 from attention.memory import peak_bytes
 from service.engine.request import Request, TaskNotOffered
 from service.model.checkpoint import load
-from service.model.transformer import ACTIVATIONS, can_pack
+from service.model.projection import ACTIVATIONS, can_pack
 from tests.engine import world
 from tests.model.checkpoints import change
 from tests.model.encoders import LENGTH, SHAPES, backends_of, draw, our_hidden, their_hidden, their_vector, theirs, write

@@ -7,7 +7,8 @@ import asyncio
 import pytest
 import torch
 
-from service.model.transformer import Transformer, can_pack
+from service.model.projection import can_pack
+from service.model.transformer import Transformer
 from tests.engine.world import complete, completion, make_model, prompt, running, tokens_of
 
 pytestmark = pytest.mark.skipif(not can_pack(torch.zeros(1, dtype=torch.bfloat16)), reason="oneDNN does not multiply here")

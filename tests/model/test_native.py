@@ -7,11 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch.nn import functional
 
 from service.model import native
-from service.model.checkpoint import load
-from service.model.transformer import can_pack, packed, rotate
+from service.model.checkpoint import EMBEDDED, load, save
+from service.model.projection import can_pack, packed
+from service.model.transformer import rotate
 
 CPU = torch.device("cpu")
 BOUNDS = {torch.float32: 2e-6, torch.bfloat16: 2**-6}  # values up to 4, rounded once against several times
@@ -93,7 +95,7 @@ def test_a_decode_step_is_what_torch_computes_and_a_row_feels_no_other(rows: int
 
     together, one = hidden(slice(None), True), hidden(slice(rows - 1, rows), True)
     assert torch.equal(together[-1:], one)
-    if all(native.reads(layer.down.weight) for layer in model.stack):
+    if all(native.Packed.lying(layer.down.weight) for layer in model.stack):
         assert all(layer.packed for layer in model.stack)
     wanted = hidden(slice(None), False)
     assert largest(together, wanted) <= 2**-5 * float(wanted.abs().max())  # a sum that falls on the other side of a tie
@@ -102,9 +104,46 @@ def test_a_decode_step_is_what_torch_computes_and_a_row_feels_no_other(rows: int
 def test_matrices_that_lie_otherwise_are_not_read() -> None:
     need_native(torch.bfloat16)
     weight = torch.randn(128, 64).bfloat16()
-    assert not native.reads(weight)
-    if can_pack(weight) and native.reads(packed(weight)):
-        assert not native.reads(packed(torch.randn(100, 64).bfloat16()))  # oneDNN pads it
+    assert native.Packed.lying(weight) is None
+    if can_pack(weight) and (found := native.Packed.lying(packed(weight))):
+        assert torch.equal(found.dense(), weight)
+        assert native.Packed.lying(packed(torch.randn(100, 64).bfloat16())) is None  # oneDNN pads it
+
+
+@pytest.mark.parametrize("rows", [1, 63, 64, 65, 2000, 2048])
+@pytest.mark.parametrize("columns", [2, 66, 256])
+def test_a_packed_table_is_looked_up_and_multiplied_as_it_was(rows: int, columns: int) -> None:
+    need_native(torch.bfloat16)
+    weight, x = torch.randn(rows, columns).bfloat16(), torch.randn(7, columns).bfloat16()
+    kept, at = native.Packed.of(weight.clone()), weight.clone()
+    for ids in (torch.empty(0, dtype=torch.long), torch.tensor([rows - 1, 0]), torch.randint(rows, (80,))[::2]):
+        assert torch.equal(kept.rows(ids), functional.embedding(ids, weight))
+    assert torch.equal(kept.dense(), weight)
+    wanted, found = x.double() @ weight.double().T, kept.logits(x)
+    assert float(((found - wanted).abs() / wanted.abs().clamp_min(1.0)).max()) <= BOUNDS[torch.bfloat16]
+    assert torch.equal(kept.logits(x[-1:]), found[-1:])
+    if rows % native.COLUMNS == 0:
+        assert native.Packed.of(at).words.data_ptr() == at.data_ptr(), "a second copy was made"
+    for wrong in (-1, rows, 2**40, -(2**63)):
+        with pytest.raises(RuntimeError, match="number of a row"):
+            kept.rows(torch.tensor([0, wrong]))
+    short = native.Packed(kept.words.flatten()[:-1], kept.shape)
+    for call in (lambda: short.rows(torch.tensor([0])), lambda: short.logits(x)):
+        with pytest.raises(RuntimeError, match="matrix must hold its numbers"):
+            call()
+
+
+def test_tied_embeddings_lie_once_and_a_loaded_model_is_written_as_it_was(tmp_path: Path) -> None:
+    need_native(torch.bfloat16)
+    model = load(dtype="bfloat16").model
+    assert model.embed.packed is not None and model.embed.weight is None
+    plain = load_file(EMBEDDED / "model.safetensors")
+    ids = torch.arange(model.config.vocab_size)
+    assert torch.equal(model.embed(ids), plain["model.embed_tokens.weight"])
+    assert model.num_weights == sum(each.numel() for each in plain.values())
+    assert model.weight_bytes == 2 * model.num_weights
+    save(model, tmp_path)
+    assert all(torch.equal(each, plain[name]) for name, each in load_file(tmp_path / "model.safetensors").items())
 
 
 def test_other_dtypes_devices_and_widths_are_left_to_torch() -> None:

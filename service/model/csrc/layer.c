@@ -407,8 +407,7 @@ const char *multiply(const View *x, const char *matrix, int64_t matrix_bytes, in
             "x must be rows, and not too many");
     REQUIRE(is_packing(bits) && x->width % (bits == 16 ? 2 : GROUP) == 0,
             "numbers must be of 16 bits and an even width, or of 8 or 4 and a multiple of 64");
-    REQUIRE(within(outputs, 1, MOST) && (bits != 16 || outputs % COLUMNS == 0),
-            "outputs must be a multiple of 64");
+    REQUIRE(within(outputs, 1, MOST), "there must be outputs, and not too many");
     REQUIRE(is_room(matrix, matrix_bytes, packed_bytes(bits, outputs, x->width), 1),
             "matrix must hold its numbers");
     REQUIRE(!bias || is_room(bias, bias_bytes, outputs, 2), "bias must hold a number per output");
@@ -419,6 +418,31 @@ const char *multiply(const View *x, const char *matrix, int64_t matrix_bytes, in
     return 0;
 }
 
+/* Rows, by their numbers (count), of a packed matrix (outputs, width) of 16 bits: (count, width),
+ * tight. Slow reading: `functional.embedding`. */
+const char *look_up(const char *ids, int64_t ids_bytes, int64_t count, const char *matrix,
+                    int64_t matrix_bytes, int64_t outputs, int64_t width, char *out,
+                    int64_t out_bytes, int threads) {
+    REQUIRE(within(count, 0, FAR) && within(width, 2, MOST) && width % 2 == 0 &&
+                within(outputs, 1, MOST) && within(threads, 1, MOST),
+            "there must be threads, and rows of an even width");
+    REQUIRE(is_room(ids, ids_bytes, count, 8), "ids must be 64 bits wide");
+    REQUIRE(is_room(matrix, matrix_bytes, packed_bytes(16, outputs, width), 1),
+            "matrix must hold its numbers");
+    REQUIRE(is_room(out, out_bytes, count * width, 2), "out must hold (ids, width)");
+    const int64_t *numbers = (const int64_t *)ids;
+    for (int64_t i = 0; i < count; i++)
+        REQUIRE(within(numbers[i], 0, outputs - 1), "an id must be the number of a row");
+#pragma omp parallel for schedule(static) num_threads(count > ALONE ? threads : 1)
+    for (int64_t i = 0; i < count; i++) {
+        const char *from = matrix + numbers[i] / COLUMNS * block_bytes(16, width) +
+                           numbers[i] % COLUMNS * 4;
+        for (int64_t w = 0; w < width / 2; w++)
+            memcpy(out + (i * width / 2 + w) * 4, from + w * COLUMNS * 4, 4);
+    }
+    return 0;
+}
+
 #else
 const char *norm(void) { return "this machine has no AVX-512"; }
 const char *turn(void) { return "this machine has no AVX-512"; }
@@ -426,4 +450,5 @@ const char *gate(void) { return "this machine has no AVX-512"; }
 const char *question(void) { return "this machine has no AVX-512"; }
 const char *output(void) { return "this machine has no AVX-512"; }
 const char *multiply(void) { return "this machine has no AVX-512"; }
+const char *look_up(void) { return "this machine has no AVX-512"; }
 #endif
