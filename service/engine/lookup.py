@@ -10,7 +10,7 @@ How long a guess is follows from what it has been worth: `chance`, with which a 
 `price`, what its row adds to a step in parts of what the step's own token takes. A guess of d tokens pays while
 chance^d > price; where one token does not, none is guessed, and what was seen is forgotten until one is tried again. The price
 is asked for where there is a hint, and a hint is looked for the seldomer the more often there was none: text that never repeats
-takes no time.
+takes no time, nor does text that repeats where no guess pays.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from numpy.typing import NDArray
 
 FIRST_CHANCE = 0.8  # before anything was seen; it counts as much as one guess
 KEPT = 0.9  # of what was seen, at the next guess
-KEPT_IDLE = 0.995  # at each token that might have been guessed, and was not worth it
+KEPT_IDLE = 0.96  # at each hint that was not worth it
 MOST_CHANCE = 0.99
-MOST_PASSED = 8  # tokens from one search to the next, where the last ones found nothing
+MOST_PASSED = 8  # tokens until the next try, where the last hint was not worth it, or the last searches found none
 Tokens = Callable[[int, int], "array[int]"]
 """(start, end) -> the text's tokens at these positions."""
 
@@ -39,7 +39,7 @@ class Lookup:
         self._wrong = 0.0  # guesses lately that ended with a wrong one
         self._back = 0  # to what was repeated last
         self._in_vain = 0  # searches since one found something, at most MOST_PASSED
-        self._next_search = 0  # length of the text
+        self._next = 0  # length of the text before which nothing is tried
 
     @property
     def chance(self) -> float:
@@ -48,26 +48,25 @@ class Lookup:
 
     def guess(self, tokens: Tokens, length: int, ngram: int, most: int, price: Callable[[], float]) -> array[int]:
         """Up to `most` tokens that may follow a text of `length`; none where nothing hints at them, or it does not pay."""
-        if most <= 0 or length <= ngram or not self._has_hint(tokens, length, ngram):
+        if most <= 0 or length <= ngram or length < self._next or not self._has_hint(tokens, length, ngram):
             return array("i")
         if (count := min(most, self._worth(price()))) <= 0:
             self._remember(KEPT_IDLE)
+            self._next = length + MOST_PASSED
             return array("i")
         source = tokens(length - self._back, length)[:count] if self._back < count else tokens(length - self._back, length)
         return array("i", (source[i % len(source)] for i in range(count)))
 
     def _has_hint(self, tokens: Tokens, length: int, ngram: int) -> bool:
-        """Whether the text's last tokens stand in it before, as far as was searched: `_back` tells where."""
+        """Whether the text's last tokens stand in it before: `_back` tells where."""
         last = tokens(length - ngram, length)
         if 0 < self._back <= length - ngram and tokens(length - ngram - self._back, length - self._back) == last:
             return True
-        self._back = 0
-        if length >= self._next_search:
-            found = find(tokens(0, length), ngram)
-            self._back = 0 if found is None else length - found
-            self._in_vain = min(self._in_vain + 1, MOST_PASSED) if found is None else 0
-            self._next_search = length + self._in_vain
-        return self._back > 0
+        found = find(tokens(0, length), ngram)
+        self._back = 0 if found is None else length - found
+        self._in_vain = min(self._in_vain + 1, MOST_PASSED) if found is None else 0
+        self._next = length + self._in_vain
+        return found is not None
 
     def learn(self, guessed: int, right: int) -> None:
         """A guess of so many tokens was looked over, and the first `right` of them were."""

@@ -178,15 +178,21 @@ async def test_a_guess_that_is_cut_short_by_its_caller_gives_its_bytes_back() ->
 
 
 def test_guesses_end_where_they_do_not_pay_and_are_tried_again() -> None:
-    lookup, text, tried = Lookup(), array("i", [1, 2, 3] * 40), []
-    for step in range(400):
-        guess = lookup.guess(lambda a, b: text[a:b], len(text), 2, 5, lambda: 0.3)
+    lookup, text, tried, asked = Lookup(), array("i", [1, 2, 3] * 400), [], []
+
+    def price() -> float:
+        asked.append(1)
+        return 0.3
+
+    for length in range(100, 500):
+        guess = lookup.guess(lambda a, b: text[a:b], length, 2, 5, price)
         if guess:
-            tried.append(step)
+            tried.append(length)
             lookup.learn(len(guess), 0)
-    assert tried[0] == 0 and 3 < len(tried) <= 20  # a wrong one in twenty steps
-    for _ in range(60):
-        if guess := lookup.guess(lambda a, b: text[a:b], len(text), 2, 5, lambda: 0.3):
+    assert tried[0] == 100 and 3 < len(tried) <= 20  # a wrong one in twenty steps
+    assert len(asked) <= 400 / MOST_PASSED + 2 * len(tried)
+    for length in range(500, 800):
+        if guess := lookup.guess(lambda a, b: text[a:b], length, 2, 5, lambda: 0.3):
             lookup.learn(len(guess), len(guess))
     assert lookup.chance > 0.8
 
