@@ -25,7 +25,6 @@ from service import exposition
 from service.config import AttentionConfig, EngineConfig, HttpConfig, ServiceConfig, UserConfig, admin_keys, api_keys
 from service.engine.engine import Engine, Profile
 from service.exposition import Families, Format, Gather, Gathered, Page
-from service.http.cadence import Cadence
 from service.http.errors import NotReady
 from service.http.face import Admin, ModelCard
 from service.http.reader import Reader
@@ -104,7 +103,6 @@ class Replica:
         self._watch: asyncio.Task[None] | None = None
         self._workers = Workers(_directory(config), config.http.workers, config.http.max_waiting_reads, self._metrics.read)
         self._metrics.tokenizer_waiting.set_function(lambda: self._workers.waiting)
-        self.cadence = Cadence()
         self.reader = Reader(self._loaded.tokenizer, self._workers)
         self.app: ASGIApp = create_app(self, api_keys(config.http), echoes_request_id, admin_keys(config.http))
 

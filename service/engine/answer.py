@@ -38,16 +38,8 @@ class _Unread:
         return Delta(self._index, self._text.getvalue(), self._tokens, logprobs, self._finish_reason)
 
 
-def restless() -> float:
-    """No rest: an item is there for its reader as soon as it is put."""
-    return 0.0
-
-
 class Answer:
     """The stream of one request: `Delta`s of a completion, or one `Embedding`.
-
-    Behind what its reader has taken it rests for `rest_seconds()`: what is put meanwhile is joined and wakes nobody, but for
-    the end. The first item never waits.
 
     Iterating raises DeadlineExceeded, Draining, OutOfMemory or ModelFailed when the request fails on its way.
     `aclose()`, at any time, cancels what is left; a caller that stops reading early must call it.
@@ -57,10 +49,7 @@ class Answer:
         self._cancel: Callable[[], None] | None = cancel
         self._unread: deque[_Unread | Embedding] = deque()  # in the order of their beginnings
         self._samples: dict[int, _Unread] = {}
-        self.rest_seconds: Callable[[], float] = restless
         self._news = asyncio.Event()
-        self._is_resting = False
-        self._is_begun = False
         self._error: RequestError | None = None
         self._is_over = False
 
@@ -73,8 +62,7 @@ class Answer:
                 self._samples[item.index] = _Unread(item.index)
                 self._unread.append(self._samples[item.index])
             self._samples[item.index].add(item)
-        if not self._is_resting:
-            self._news.set()
+        self._news.set()
 
     def end(self, error: RequestError | None = None) -> None:
         """Hand out the end, or the failure. Lets go of the request: nothing is left to cancel."""
@@ -85,12 +73,9 @@ class Answer:
         return self
 
     async def __anext__(self) -> Delta | Embedding:
-        if self._is_begun and not (self._is_over or self._unread or self._cancel is None):
-            await self._rest()
         while not (self._is_over or self._unread or self._cancel is None):
             self._news.clear()
             await self._news.wait()
-        self._is_begun = True
         if self._is_over or not self._unread:
             error = None if self._is_over else self._error
             self._is_over = True
@@ -101,19 +86,6 @@ class Answer:
         delta = item.taken()
         del self._samples[delta.index]
         return delta
-
-    async def _rest(self) -> None:
-        """Pass the time in which nothing but the end is news."""
-        if (seconds := self.rest_seconds()) <= 0:
-            return
-        self._news.clear()
-        self._is_resting = True
-        timer = asyncio.get_running_loop().call_later(seconds, self._news.set)
-        try:
-            await self._news.wait()
-        finally:
-            timer.cancel()
-            self._is_resting = False
 
     async def aclose(self) -> None:
         """Cancel what is left. Returns at once; the engine gives the bytes back before its next step."""

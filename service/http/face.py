@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from service.engine.engine import Engine
     from service.engine.request import Task
     from service.exposition import Format
-    from service.http.cadence import Cadence
     from service.http.reader import Reader
     from service.model.chat import ChatTemplate
 
@@ -103,10 +102,6 @@ class Host(Protocol):
     @property
     def reader(self) -> Reader:
         """What bodies and texts are read with."""
-
-    @property
-    def cadence(self) -> Cadence:
-        """That of its streams."""
 
     @property
     def engine(self) -> Engine:

@@ -7,7 +7,7 @@ Every answer that was opened is closed, whatever happens: closing is what gives 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager, contextmanager
 from enum import Enum
 
@@ -15,12 +15,10 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from service.engine.answer import Answer
 from service.engine.request import Delta, Embedding, Request, RequestError
 from service.http import answers
 from service.http.answers import Completion
 from service.http.auth import Caller
-from service.http.cadence import Cadence, whole
 from service.http.drawn_schemas import StreamOptions
 from service.http.errors import ClientGone, InternalError, body_of
 from service.http.face import Host
@@ -65,13 +63,10 @@ class Merged:
 
 
 @asynccontextmanager
-async def merged(
-    host: Host, requests: Sequence[Request], caller: HttpRequest, cadence: Cadence | None = None
-) -> AsyncGenerator[Merged]:
+async def merged(host: Host, requests: Sequence[Request], caller: HttpRequest) -> AsyncGenerator[Merged]:
     """Submit the requests and merge their answers; the exit cancels what is left. Raises the engine's refusals and the key's.
 
-    The queue holds one item: what a slow reader leaves stays in its answer, which joins it. `cadence`: of the streams that they
-    are among; None: nobody sees them before their end.
+    The queue holds one item: what a slow reader leaves stays in its answer, which joins it.
     """
     queue: asyncio.Queue[Item | Signal | Exception] = asyncio.Queue(1)
     async with AsyncExitStack() as stack:
@@ -79,9 +74,8 @@ async def merged(
         opened = []
         for request in requests:
             opened.append(host.engine.submit(request))
-            opened[-1].rest_seconds = whole if cadence is None else cadence.rest_seconds
             stack.push_async_callback(opened[-1].aclose)
-        tasks = [asyncio.create_task(_move(index, answer, queue, cadence)) for index, answer in enumerate(opened)]
+        tasks = [asyncio.create_task(_move(index, answer, queue)) for index, answer in enumerate(opened)]
         stack.push_async_callback(_end, [*tasks, asyncio.create_task(_watch(caller, queue))])
         yield Merged(queue, len(tasks))
 
@@ -102,18 +96,14 @@ def _read_and_written(request: Request) -> int:
     return sum(chunk.tokens for chunk in request.timings.chunks) + request.timings.output_tokens
 
 
-async def _move(index: int, answer: Answer, queue: asyncio.Queue[Item | Signal | Exception], cadence: Cadence | None) -> None:
+async def _move(index: int, answer: AsyncIterator[Delta | Embedding], queue: asyncio.Queue[Item | Signal | Exception]) -> None:
     """One answer's items into the queue, then END; or its failure, for the reader to raise."""
-    speaking = set[Answer]() if cadence is None else cadence.speaking
     try:
         async for item in answer:
-            speaking.add(answer)
             await queue.put((index, item))
         await queue.put(Signal.END)
     except Exception as error:
         await queue.put(error)
-    finally:
-        speaking.discard(answer)
 
 
 async def _watch(caller: HttpRequest, queue: asyncio.Queue[Item | Signal | Exception]) -> None:
@@ -171,7 +161,7 @@ class CompletionStream(Response):
         self.options = options
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async with merged(self.host, self.requests, HttpRequest(scope, receive), self.host.cadence) as running:
+        async with merged(self.host, self.requests, HttpRequest(scope, receive)) as running:
             first = await running.next(self.host.config.stream_ping_seconds)
             await send({"type": "http.response.start", "status": 200, "headers": self._start_headers()})
             async with aclosing(self._events(first, running)) as events:

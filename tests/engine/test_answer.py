@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 import gc
-import time
 import tracemalloc
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -99,46 +96,3 @@ async def test_a_caller_that_closes_while_it_waits_is_released() -> None:
         assert [item async for item in answer] == []
         assert len(await tokens_of(engine, completion())) == 8
         await until(lambda: world.is_empty(engine))
-
-
-async def test_an_answer_rests_behind_what_was_read_and_joins_what_comes_meanwhile() -> None:
-    answer = Answer(lambda: None)
-    answer.rest_seconds = lambda: 1e-2
-    answer.put(delta("a"))
-    assert (await anext(answer)).text == "a"  # type: ignore[union-attr]
-    begun, reading = time.monotonic(), asyncio.ensure_future(anext(answer))
-    for text in "bcd":
-        await asyncio.sleep(0)
-        answer.put(delta(text))
-    assert not reading.done()
-    assert (await reading).text == "bcd"  # type: ignore[union-attr]
-    assert time.monotonic() - begun >= 1e-2
-
-
-@pytest.mark.parametrize("ends", [lambda answer: answer.end(), lambda answer: answer.end(ModelFailed("failed"))])
-async def test_an_end_does_not_wait_for_a_rest_nor_does_a_first_item(ends: Callable[[Answer], None]) -> None:
-    answer = Answer(lambda: None)
-    answer.rest_seconds = lambda: 1e6
-    reading = asyncio.ensure_future(anext(answer))
-    await asyncio.sleep(0)
-    answer.put(delta("a"))
-    assert (await reading).text == "a"  # type: ignore[union-attr]
-    reading = asyncio.ensure_future(anext(answer))
-    await asyncio.sleep(0)
-    answer.put(delta("b", finish_reason="length"))
-    ends(answer)
-    assert (await reading).text == "b"  # type: ignore[union-attr]
-    with pytest.raises((StopAsyncIteration, ModelFailed)):
-        await anext(answer)
-
-
-async def test_a_reader_who_leaves_amid_a_rest_is_let_go() -> None:
-    answer = Answer(lambda: None)
-    answer.rest_seconds = lambda: 1e6
-    answer.put(delta("a"))
-    await anext(answer)
-    reading = asyncio.ensure_future(anext(answer))
-    await asyncio.sleep(0)
-    await answer.aclose()
-    with pytest.raises(StopAsyncIteration):
-        await reading
