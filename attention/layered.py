@@ -29,7 +29,6 @@ from attention.backends.sliding_window import SlidingWindow, SlidingWindowOption
 from attention.interface import AttentionBackend, BackendOptions
 from attention.kernels import implementation
 from attention.kernels.softmax.biased import Biased
-from attention.kernels.softmax.capped import Capped
 from attention.parts import Parts
 from attention.pool import StatePool, StateTensor
 from attention.shapes import Cost, HeadShape, Segments
@@ -235,12 +234,14 @@ def _made(cls: type[AttentionBackend], options: BackendOptions, shape: HeadShape
 
 
 def _build(window: int | None, options: NativeOptions, shape: HeadShape) -> AttentionBackend:
-    cap, biases, impl = options.score_cap, options.score_bias, options.impl
-    if cap is not None or biases is not None:
+    cap, biases, impl = options.score_cap, options.score_bias, str(options.impl)
+    if biases is not None:
         if impl not in ("auto", "torch"):
-            kind = "capped" if biases is None else "biased"
-            raise ValueError(f"impl is {impl!r}, but {kind} scores are computed by torch alone; allowed here: 'auto', 'torch'")
+            raise ValueError(f"impl is {impl!r}, but biased scores are computed by torch alone; allowed here: 'auto', 'torch'")
         impl = "torch"
+    capped = None
+    if cap is not None:
+        impl, capped = implementation.capped(impl, shape, cap)
     if biases is not None and (cap is not None or window is not None):
         raise ValueError("score_bias is for layers that see everything, their scores uncapped")
     if options.blocks is not None and (cap is not None or biases is not None or window is not None):
@@ -249,11 +250,12 @@ def _build(window: int | None, options: NativeOptions, shape: HeadShape) -> Atte
     if options.blocks is not None:
         built = BigBird(_bigbird(options, impl), shape)
     elif window is None:
-        built = Dense(DenseOptions(impl=impl), shape)
+        built = Dense(DenseOptions.model_validate({"impl": impl}), shape)
     else:
-        built = SlidingWindow(SlidingWindowOptions(window=window, sinks=options.sinks, impl=impl), shape)
-    if cap is not None:
-        built.softmax, built.score_cap = Capped(cap), cap
+        chosen = {"window": window, "sinks": options.sinks, "impl": impl}
+        built = SlidingWindow(SlidingWindowOptions.model_validate(chosen), shape)
+    if capped is not None:
+        built.softmax, built.score_cap = capped, cap
     if biases is not None:
         built.score_bias = relative.table(biases).to(shape.device)
         built.softmax = Biased(built.score_bias)

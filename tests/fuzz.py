@@ -7,6 +7,7 @@ the kernels built under sanitizers; as `pytest tests/fuzz.py`, with the ones ins
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -20,7 +21,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional
 
-from attention import AttentionBackend, HeadShape, Segments, build, names
+from attention import NATIVE, AttentionBackend, HeadShape, Segments, build, names, shares
 from attention.kernels.features import native as features
 from attention.kernels.softmax import native as softmax
 from attention.truth import BOUNDS
@@ -223,6 +224,27 @@ def test_attention_answers_like_its_slow_reading_or_refuses(case: Case) -> None:
     assert torch.equal(found.isfinite(), wanted.isfinite())
     apart = (found - wanted).abs().nan_to_num(0.0).amax()
     assert apart <= 2 * BOUNDS[case.shape.dtype], float(apart)
+
+
+@generated(0.25)
+@given(
+    cases(), st.sampled_from((None, 1, 15, 127, 300)), st.sampled_from((1e-38, 0.1, 1.5, 50.0, 1e30, -1.0, math.inf, math.nan))
+)
+@torch.inference_mode()
+def test_capped_attention_answers_like_its_slow_reading_or_refuses(case: Case, window: int | None, cap: float) -> None:
+    note((case, window, cap))
+    case = replace(case, layouts=tuple(replace(layout, element=1) for layout in case.layouts))  # type: ignore[arg-type]
+    case = case if case.how == "attend" else replace(case, how="extend")
+    options, is_wrong = {"windows": (window,), "score_cap": cap if 0 < cap < math.inf else 1.0}, not 0 < cap < math.inf
+    (ours,), (slow,) = (shares(build(NATIVE, options | {"impl": impl}, case.shape)) for impl in ("native", "torch"))
+    if is_wrong:
+        ours.softmax = softmax.NativeCapped(cap)  # type: ignore[attr-defined]
+        with pytest.raises(RuntimeError, match="cap must be a number"):
+            answer(ours, case, inputs(case))
+        return
+    found, wanted = answer(ours, case, inputs(case)).double(), answer(slow, case, inputs(case)).double()
+    assert torch.equal(found.isfinite(), wanted.isfinite())
+    assert (found - wanted).abs().nan_to_num(0.0).amax() <= 2 * BOUNDS[case.shape.dtype]
 
 
 layouts = st.builds(Layout, st.sampled_from((0, 1, 3)), st.sampled_from((0, 1, 2, 5)))

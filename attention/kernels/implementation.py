@@ -24,6 +24,7 @@ from attention.kernels.features import torch as torch_features
 from attention.kernels.softmax import Softmax
 from attention.kernels.softmax import native as native_softmax
 from attention.kernels.softmax import torch as torch_softmax
+from attention.kernels.softmax.capped import Capped
 from attention.shapes import HeadShape, Segments
 
 Impl = Annotated[
@@ -58,6 +59,16 @@ def features(impl: str, weights: Tensor | None, half: float, shape: HeadShape) -
     settled = settle(impl, native_features.obstacle(shape, count), "xformers has no features")
     made = native_features.Features if settled == "native" else torch_features.Features
     return settled, made(weights, half, shape)
+
+
+def capped(impl: str, shape: HeadShape, cap: float) -> tuple[str, Softmax]:
+    """The same of scores s that are weighed as cap tanh(s / cap).
+
+    Raises:
+        ValueError: see `softmax`.
+    """
+    settled, _ = softmax(impl, shape, "xformers caps no scores")
+    return settled, native_softmax.NativeCapped(cap) if settled == "native" else Capped(cap)
 
 
 def packed(impl: str, directions: tuple[bool, ...], window: int | None = None) -> dict[bool, Packed]:

@@ -25,7 +25,7 @@ from attention import (
 )
 from attention.layered import Native
 from attention.truth import BOUNDS, check
-from tests.attention.laws import extend_in, largest, tokens
+from tests.attention.laws import extend_in, largest, need_native, tokens
 from tests.attention.test_cost import extending, near
 
 WINDOWS = (7, None, 30, 7)
@@ -169,20 +169,29 @@ CAP = 1.5
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_capped_layers_answer_by_their_definition_in_any_chunking(dtype: torch.dtype) -> None:
-    shape = HeadShape(4, 2, 16, dtype)
-    for kind in shares(build(NATIVE, {"windows": (7, None, 100), "score_cap": CAP}, shape)):
-        assert kind.impl == "torch" and kind.score_cap == CAP
+@pytest.mark.parametrize(("impl", "width"), [("torch", 16), ("torch", 64), ("native", 64), ("native", 96), ("native", 256)])
+@pytest.mark.parametrize("cap", [0.1, CAP, 50.0])
+def test_capped_layers_answer_by_their_definition_in_any_chunking(
+    dtype: torch.dtype, impl: str, width: int, cap: float
+) -> None:
+    shape = HeadShape(4, 2, width, dtype)
+    if impl == "native":
+        need_native(shape)
+    for kind in shares(build(NATIVE, {"windows": (7, None, 100), "score_cap": cap, "impl": impl}, shape)):
+        assert kind.impl == impl and kind.score_cap == cap
         assert check(kind).passed
-        q, k, v = tokens(shape, 300, scale=3.0)  # scores far beyond the cap
+        q, k, v = tokens(shape, 300, scale=3.0 * (16 / width) ** 0.25)  # scores far beyond the lower caps
         wanted = reference.answer(kind, q, k, v, causal=True)
-        assert largest(wanted - reference.answer(build("dense", None, shape), q, k, v, causal=True)) > 0.1
+        if cap <= CAP:
+            assert largest(wanted - reference.answer(build("dense", None, shape), q, k, v, causal=True)) > 0.1
         assert largest(extend_in(kind, q, k, v, (1, 130, 1, 1, 167)) - wanted) <= BOUNDS[dtype]
 
 
-def test_capped_layers_do_not_feel_what_they_cannot_see() -> None:
-    for kind in shares(build(NATIVE, {"windows": (7, None), "score_cap": CAP}, SHAPE)):
-        q, k, v = tokens(SHAPE, 200)
+@pytest.mark.parametrize("width", [16, 64])
+def test_capped_layers_do_not_feel_what_they_cannot_see(width: int) -> None:
+    shape = HeadShape(4, 2, width)
+    for kind in shares(build(NATIVE, {"windows": (7, None), "score_cap": CAP}, shape)):
+        q, k, v = tokens(shape, 200)
         clean = extend_in(kind, q, k, v, (200,))
         k[150], v[150] = float("nan"), float("nan")
         assert torch.equal(extend_in(kind, q, k, v, (200,))[:150], clean[:150])
@@ -190,16 +199,19 @@ def test_capped_layers_do_not_feel_what_they_cannot_see() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("past", "count"), [(0, 512), (3000, 512), (3000, 1)])
-def test_capped_layers_take_the_workspace_that_their_cost_states(dtype: torch.dtype, past: int, count: int) -> None:
-    for kind in shares(build(NATIVE, {"windows": (1000, None), "score_cap": CAP}, HeadShape(8, 4, 64, dtype))):
+@pytest.mark.parametrize("impl", ["auto", "torch"])
+def test_capped_layers_take_the_workspace_that_their_cost_states(dtype: torch.dtype, past: int, count: int, impl: str) -> None:
+    options = {"windows": (1000, None), "score_cap": CAP, "impl": impl}
+    for kind in shares(build(NATIVE, options, HeadShape(8, 4, 64, dtype))):
         peak, _ = extending(kind, past, count)
         law = kind.cost(count, past + count, causal=True).workspace_bytes
         assert near(law, peak), f"{kind.name} {law} {peak}"
 
 
-def test_capped_scores_are_left_to_torch() -> None:
-    with pytest.raises(ValueError, match="torch alone"):
-        build(NATIVE, {"windows": (7,), "score_cap": CAP, "impl": "native"}, SHAPE)
+def test_who_cannot_cap_scores_is_refused_by_name() -> None:
+    for impl, why in (("native", "multiple of 32"), ("xformers", "xformers caps no scores")):
+        with pytest.raises(ValueError, match=why):
+            build(NATIVE, {"windows": (7,), "score_cap": CAP, "impl": impl}, SHAPE)
 
 
 PLAN = {

@@ -14,7 +14,7 @@ from torch.nn import functional
 
 import attention
 from attention.kernels.features import torch as features
-from attention.kernels.softmax import choice, decode, streaming
+from attention.kernels.softmax import capped, choice, decode, streaming
 from attention.kernels.softmax import torch as softmax
 from service.model import quantized, transformer
 from tests.test_imports import ROOT, imports, is_within, modules
@@ -125,7 +125,7 @@ def test_the_page_names_every_file() -> None:
 
 SLOW: dict[str, tuple[ModuleType, ...]] = {
     "attention/kernels/simd.h": (streaming,),
-    "attention/kernels/softmax/softmax.c": (softmax, streaming, decode, choice),
+    "attention/kernels/softmax/softmax.c": (softmax, streaming, decode, choice, capped),
     "attention/kernels/features/features.c": (features,),
     "service/model/csrc/layer.c": (transformer,),
     "service/model/csrc/product.h": (quantized,),

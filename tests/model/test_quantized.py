@@ -19,6 +19,7 @@ from service.model.checkpoint import EMBEDDED, load
 from service.model.quantized import BITS, GROUP, Quantized, bits_of, bytes_of
 from service.model.transformer import Transformer
 from tests.engine.world import complete, completion, make_model, prompt, running, tokens_of
+from tests.model import encoders
 from tests.model.checkpoints import draw, our_logits, write
 
 REASON = native.KERNEL.obstacle(torch.bfloat16, torch.device("cpu"))
@@ -142,6 +143,19 @@ def test_a_model_of_each_kind_answers_as_one_of_the_weights_that_are_told(family
     model = load(write(tmp_path, family), dtype="float32", weights=weights).model
     assert len(model.quantized) >= 9
     assert float((our_logits(model, ids) - our_logits(as_told(model), ids)).abs().max()) <= 2e-3
+
+
+@pytest.mark.parametrize("weights", BITS)
+@pytest.mark.parametrize("family", encoders.SHAPES)
+def test_an_encoder_has_the_hidden_states_of_the_weights_that_are_told(family: str, weights: str, tmp_path: Path) -> None:
+    texts = [encoders.draw(length, length) for length in (1, 7, 40)]
+    directory = encoders.write(tmp_path, family)
+    model = load(directory, dtype="float32", weights=weights).model
+    assert len(model.quantized) == 1 + 4 * len(model.stack)
+    found, plain = encoders.our_hidden(model, texts), encoders.our_hidden(load(directory, dtype="float32").model, texts)
+    for ours, told, other in zip(found, encoders.our_hidden(as_told(model), texts), plain, strict=True):
+        assert float((ours - told).abs().max()) <= 2e-3
+        assert float((ours - other).abs().max()) > 4e-3, "nothing was rounded"
 
 
 @natively

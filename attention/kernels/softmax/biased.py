@@ -1,6 +1,6 @@
 """Softmax over scores with a bias by distance (`attention.relative`), for the layers of `layered` that see everything.
 
-In torch alone, as `capped`, and with its cost: O(keys seen) a token, and so much workspace for each of a block's queries.
+In torch alone, with the cost of `capped`: O(keys seen) a token, and so much workspace for each of a block's queries.
 """
 
 from __future__ import annotations

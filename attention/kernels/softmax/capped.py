@@ -1,7 +1,7 @@
 """Softmax over capped scores, as Gemma 2 has them (arXiv 2408.00118, section 2): a score s becomes cap tanh(s / cap).
 
-In torch alone, for the layers of `layered`: a block of queries meets all keys it sees at once. Cost per token and workspace are
-O(keys seen). Shapes and meaning are those of `Softmax`.
+For the layers of `layered`; the slow reading of caps in `native`. A block of queries meets all keys it sees at once. Cost per
+token and workspace are O(keys seen). Shapes and meaning are those of `Softmax`.
 """
 
 from __future__ import annotations

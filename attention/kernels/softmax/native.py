@@ -12,6 +12,7 @@ import math
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,6 +37,7 @@ from attention.kernels.library import (
     views,
 )
 from attention.kernels.softmax import Blocks, Rows, Runs, Seen
+from attention.kernels.softmax.capped import Capped
 from attention.parts import Parts, spread
 from attention.shapes import HeadShape
 
@@ -57,7 +59,7 @@ class Call(ctypes.Structure):
         *views("q", "out"),
         *rooms("log_total", "carry"),
         *numbers("queries", "heads", "groups", "width", "before", "ahead", "call", "calls", "wide"),
-        *floats("scale"),
+        *floats("scale", "cap"),
     ]
 
 
@@ -68,7 +70,7 @@ class Step(ctypes.Structure):
         *views("q"),
         *rooms("out", "log_total", "parts"),
         *numbers("sequences", "heads", "groups", "width", "wide"),
-        *floats("scale"),
+        *floats("scale", "cap"),
     ]
 
 
@@ -104,22 +106,39 @@ def obstacle(shape: HeadShape) -> str | None:
 
 
 def dense(
-    q: Tensor, keys: Tensor, values: Tensor, past: int, causal: bool, out: Tensor, log_total: Tensor | None = None
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    past: int,
+    causal: bool,
+    out: Tensor,
+    log_total: Tensor | None = None,
+    *,
+    cap: float = 0.0,
 ) -> Parts:
-    """`Softmax.dense`."""
+    """`Softmax.dense`; cap: a score s is weighed as cap tanh(s / cap), 0: as it is. The slow reading of caps is `capped.py`."""
     runs = [(0, 0, len(keys), 0, False)]
     each = ((a, b, past + a, runs) for a, b in spread(0, len(q), _rows(keys.shape[1])))
-    yield from _attend(q, [(keys, values)], each, FAR, 0 if causal else FAR, out, log_total)
+    yield from _attend(q, [(keys, values)], each, FAR, 0 if causal else FAR, out, log_total, cap)
 
 
 def band(
-    q: Tensor, near: Pair, free: Pair, at: int, before: int, ahead: int, out: Tensor, log_total: Tensor | None = None
+    q: Tensor,
+    near: Pair,
+    free: Pair,
+    at: int,
+    before: int,
+    ahead: int,
+    out: Tensor,
+    log_total: Tensor | None = None,
+    *,
+    cap: float = 0.0,
 ) -> Parts:
-    """`Softmax.band`."""
+    """`Softmax.band`; cap: as of `dense`."""
     extra = len(free[0])
     runs = [(0, 0, extra, -extra, True), (1, 0, len(near[0]), 0, False)]
     each = ((a, b, at + a, runs) for a, b in spread(0, len(q), _rows(near[0].shape[1])))
-    yield from _attend(q, [free, near], each, before, ahead, out, log_total)
+    yield from _attend(q, [free, near], each, before, ahead, out, log_total, cap)
 
 
 def pattern(q: Tensor, keys: Tensor, values: Tensor, past: int, causal: bool, seen: Seen, out: Tensor) -> Parts:
@@ -144,8 +163,10 @@ def step(
     out: Tensor,
     log_total: Tensor | None = None,
     runs: Sequence[Runs] | None = None,
+    *,
+    cap: float = 0.0,
 ) -> None:
-    """`Softmax.step`."""
+    """`Softmax.step`; cap: as of `dense`."""
     _, heads, width = q.shape
     histories, parts = array("q"), 0
     for index, (state, left) in enumerate(zip(states, counts, strict=True)):
@@ -173,6 +194,7 @@ def step(
         width,
         q.dtype == torch.float32,
         LOG2_E / math.sqrt(width),
+        LOG2_E * cap,
     )
     tables = histories.buffer_info()[0], number, starts.buffer_info()[0], 8 * len(starts)
     KERNEL.call("step", call, *tables, threads())
@@ -257,6 +279,24 @@ def chosen_bytes(shape: HeadShape, queries: int, blocks: Blocks, candidates: int
     return queries * shape.key_value_heads * blocks.best * 4
 
 
+class NativeCapped(Capped):
+    """This kernel for one cap, as `Capped`, which is its slow reading."""
+
+    def dense(self, *args: Any, **kwargs: Any) -> Parts:
+        return dense(*args, **kwargs, cap=self.cap)
+
+    def band(self, *args: Any, **kwargs: Any) -> Parts:
+        return band(*args, **kwargs, cap=self.cap)
+
+    def step(self, *args: Any, **kwargs: Any) -> None:
+        step(*args, **kwargs, cap=self.cap)
+
+    edge = staticmethod(edge)
+    dense_bytes = staticmethod(dense_bytes)
+    band_bytes = staticmethod(band_bytes)
+    step_bytes = staticmethod(step_bytes)
+
+
 def _rows(groups: int) -> int:
     """Queries of a task, so that a call has two or more for each thread."""
     tasks = -(-2 * threads() // groups)
@@ -271,6 +311,7 @@ def _attend(
     ahead: int,
     out: Tensor,
     log_total: Tensor | None = None,
+    cap: float = 0.0,
 ) -> Parts:
     """Answer blocks of queries, pausing behind each call; what would take long is cut along the keys into several."""
     total, heads, width = q.shape
@@ -298,7 +339,7 @@ def _attend(
             for x, words in ((table, SOURCE_WORDS), (rows, BLOCK_WORDS), (runs, RUN_WORDS))
         ]
         for index in range(calls):
-            call = _call(*told, last - first, *shape, near, far, index, calls, q.dtype == torch.float32, scale)
+            call = _call(*told, last - first, *shape, near, far, index, calls, q.dtype == torch.float32, scale, LOG2_E * cap)
             KERNEL.call("attend", call, *chain(*tables), workers)
             yield
 

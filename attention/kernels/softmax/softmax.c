@@ -43,6 +43,7 @@ typedef struct {
                               from one to the next */
     int64_t wide;
     float scale; /* log2(e) / sqrt(D) */
+    float cap;   /* log2(e) times the cap of scores; 0: none */
 } Call;
 
 typedef struct { /* `count` of the keys and values (kept, G D) of a sequence, from `first` on */
@@ -60,7 +61,7 @@ typedef struct {
     float *parts; /* for each part of each history: sums (H, D), tops (H), totals (H) */
     int64_t parts_bytes;
     int64_t sequences, heads, groups, width, wide;
-    float scale;
+    float scale, cap; /* as of a Call */
 } Step;
 
 typedef struct { /* queries first..last, the first of them at `position`, of a sequence */
@@ -101,10 +102,11 @@ const int64_t softmax_layout[] = {
     FIELD(Call, carry), FIELD(Call, carry_bytes), FIELD(Call, queries), FIELD(Call, heads),
     FIELD(Call, groups), FIELD(Call, width), FIELD(Call, before), FIELD(Call, ahead),
     FIELD(Call, call), FIELD(Call, calls), FIELD(Call, wide), FIELD(Call, scale),
+    FIELD(Call, cap),
     sizeof(Step), FIELD(Step, q), FIELD(Step, out), FIELD(Step, out_bytes), FIELD(Step, log_total),
     FIELD(Step, log_total_bytes), FIELD(Step, parts), FIELD(Step, parts_bytes),
     FIELD(Step, sequences), FIELD(Step, heads), FIELD(Step, groups), FIELD(Step, width),
-    FIELD(Step, wide), FIELD(Step, scale),
+    FIELD(Step, wide), FIELD(Step, scale), FIELD(Step, cap),
     sizeof(Choice), FIELD(Choice, q), FIELD(Choice, out), FIELD(Choice, log_total),
     FIELD(Choice, log_total_bytes), FIELD(Choice, chosen), FIELD(Choice, chosen_bytes),
     FIELD(Choice, queries), FIELD(Choice, heads), FIELD(Choice, groups), FIELD(Choice, width),
@@ -146,13 +148,42 @@ INLINE float soften(const int wide, float *scores, int64_t count, float scale, f
     return factor;
 }
 
+/* tanh by its series up to 1/4, where 1 would swallow it, then by e^2x: relative error 5e-7. Slow
+ * reading: `torch.tanh`. */
+INLINE __m512 tanh16(__m512 x) {
+    const __m512 one = _mm512_set1_ps(1.0f), square = _mm512_mul_ps(x, x);
+    __m512 p = _mm512_set1_ps(0.021869488f);
+    p = _mm512_fmadd_ps(p, square, _mm512_set1_ps(-0.053968254f));
+    p = _mm512_fmadd_ps(p, square, _mm512_set1_ps(0.13333333f));
+    p = _mm512_fmadd_ps(p, square, _mm512_set1_ps(-0.33333333f));
+    p = _mm512_fmadd_ps(_mm512_mul_ps(p, square), x, x);
+    const __m512 power = exp2_16(1, _mm512_mul_ps(x, _mm512_set1_ps(2.88539008f)));
+    const __m512 far =
+        _mm512_sub_ps(one, _mm512_div_ps(_mm512_set1_ps(2.0f), _mm512_add_ps(power, one)));
+    const __mmask16 is_near =
+        _mm512_cmp_ps_mask(_mm512_abs_ps(x), _mm512_set1_ps(0.25f), _CMP_LT_OQ);
+    return _mm512_mask_blend_ps(is_near, far, p);
+}
+
+/* Scores s (count) in multiples of 16, so that times scale they are cap tanh(scale s / cap). Slow
+ * reading: `Capped._alter`. */
+static __attribute__((noinline)) void cap_scores(float *scores, int64_t count, float scale,
+                                                 float cap) {
+    const __m512 by = _mm512_set1_ps(scale), over = _mm512_set1_ps(cap),
+                 back = _mm512_set1_ps(cap / scale);
+    for (int64_t j = 0; j < count; j += 16) {
+        const __m512 x = _mm512_div_ps(_mm512_mul_ps(_mm512_loadu_ps(scores + j), by), over);
+        _mm512_storeu_ps(scores + j, _mm512_mul_ps(back, tanh16(x)));
+    }
+}
+
 /* ---- attend ---- */
 
 /* Rows of queries of one head meet the keys low..high (multiples of 16) of a packed block; row i
  * sees lows[i]..highs[i]. Slow reading: `_shifted`. */
 INLINE void tile(const int wide, const int rows, const int64_t width, const char *q, int64_t q_row,
                  const uint32_t *keys, const uint32_t *values, int64_t low, int64_t high,
-                 const int64_t *lows, const int64_t *highs, float scale, float *sums,
+                 const int64_t *lows, const int64_t *highs, float scale, float cap, float *sums,
                  int64_t sums_row, float *tops, float *totals, int64_t heads) {
     float s[TILE][KEYS] __attribute__((aligned(64)));
     uint32_t p[TILE][KEYS / 2] __attribute__((aligned(64))); /* weights as bfloat16 */
@@ -161,6 +192,7 @@ INLINE void tile(const int wide, const int rows, const int64_t width, const char
     products(wide, rows, high - low, width / packed, q, q_row, 4, keys + low, KEYS, &s[0][low],
              KEYS, 0);
     for (int i = 0; i < rows; i++) {
+        if (cap > 0.0f) cap_scores(&s[i][low], high - low, scale, cap);
         if (lows[i] > low || highs[i] < high)
             for (int64_t j = low; j < high; j += 16)
                 hide(&s[i][j], j, lows[i], highs[i], -INFINITY);
@@ -267,7 +299,7 @@ INLINE void attend_block(const int wide, const int64_t width, const Call *c, con
 #define ROWS(R) \
     case R: \
         tile(wide, R, width, q, c->q.row *size, keys, values, low, high, lows, highs, c->scale, \
-             sum, sums_row, top, total, c->heads); \
+             c->cap, sum, sums_row, top, total, c->heads); \
         break;
                     switch (rows) { ROWS(6) ROWS(5) ROWS(4) ROWS(3) ROWS(2) ROWS(1) }
                 }
@@ -302,6 +334,8 @@ static const char *wrong_heads(int64_t heads, int64_t groups, int64_t width, int
     REQUIRE(within(wide, 0, 1), "wide must be 0 or 1");
     return 0;
 }
+
+static int is_cap(float cap) { return cap >= 0.0f && cap < INFINITY; }
 
 /* Rows of blocks, in ascending order, and the runs that they name. */
 static const char *wrong_blocks(const Call *c, const Source *sources, int64_t source_count,
@@ -341,6 +375,7 @@ static const char *wrong_call(const Call *c, const Source *sources, int64_t sour
             "carry must hold (queries, heads, width + 2)");
     REQUIRE(within(c->before, 0, FAR) && within(c->ahead, 0, FAR),
             "before and ahead must be distances");
+    REQUIRE(is_cap(c->cap), "cap must be a number, or 0 for none");
     REQUIRE(within(c->calls, 1, FAR) && within(c->call, 0, c->calls - 1) && threads >= 1,
             "call must be one of the calls, and there must be threads");
     for (int64_t i = 0; i < source_count; i++)
@@ -388,10 +423,10 @@ INLINE __m512 sums_of(__m512 a[16]) {
                          _mm512_shuffle_f32x4(z[0], z[1], 0xdd));
 }
 
-/* The scores of one query with up to 16 keys; those behind n are hidden. bytes: of a row's stride.
- * Slow reading: `scores`. */
+/* The scores of one query with up to 16 keys, capped where there is a cap; those behind n are
+ * hidden. bytes: of a row's stride. Slow reading: `scores`. */
 INLINE void score(const int wide, const int64_t words, const char *q, const char *k, int64_t bytes,
-                  int64_t n, float *to) {
+                  int64_t n, float scale, float cap, float *to) {
     __m512 sum[16];
 #pragma GCC unroll 16
     for (int i = 0; i < 16; i++) sum[i] = _mm512_setzero_ps();
@@ -403,6 +438,7 @@ INLINE void score(const int wide, const int64_t words, const char *q, const char
                                   sum[i]);
     }
     _mm512_storeu_ps(to, sums_of(sum));
+    if (cap > 0.0f) cap_scores(to, 16, scale, cap);
     if (n < 16) hide(to, 0, 0, n, -INFINITY);
 }
 
@@ -523,7 +559,8 @@ INLINE void step_part(const int wide, const int64_t width, const Step *c, const 
                 }
             for (int64_t h = 0; h < c->heads; h++)
                 score(wide, width * size / 4, q + h * width * size,
-                      k + (at + j) * k_bytes + h / ratio * width * size, k_bytes, n - j, &s[h][j]);
+                      k + (at + j) * k_bytes + h / ratio * width * size, k_bytes, n - j, c->scale,
+                      c->cap, &s[h][j]);
         }
         for (int64_t h = 0; h < c->heads; h++)
             factors[h] = soften(wide, s[h], (n + 15) & ~15, c->scale, tops + h, totals + h);
@@ -576,6 +613,7 @@ static const char *wrong_step(const Step *c, const History *histories, int64_t c
     const char *reason = wrong_heads(c->heads, c->groups, c->width, c->wide);
     if (reason) return reason;
     const int64_t size = c->wide ? 4 : 2, columns = c->groups * c->width;
+    REQUIRE(is_cap(c->cap), "cap must be a number, or 0 for none");
     REQUIRE(within(c->sequences, 0, FAR) && threads >= 1,
             "there must be threads, and not too many sequences");
     REQUIRE(is_tight(&c->q, size, c->sequences, c->heads, c->width),
@@ -787,7 +825,8 @@ INLINE void meet(const int wide, const int64_t width, const Choice *c, const Sou
     for (int64_t h = 0; h < ratio; h++) {
         const char *q = c->q.at + (row * c->q.row + (group * ratio + h) * c->q.head) * size;
         for (int64_t i = 0; i < count; i++)
-            score(wide, width * size / 4, q, k + at[i] * k_row, k_row, n[i], s + 16 * i);
+            score(wide, width * size / 4, q, k + at[i] * k_row, k_row, n[i], 0.0f, 0.0f,
+                  s + 16 * i);
         const float factor = soften(wide, s, 16 * count, c->scale, tops + h, totals + h);
         for (int64_t i = 0; i < count; i++)
             gather(wide, width, s + 16 * i, v + at[i] * v_row, v_row, n[i], i ? 1.0f : factor,
