@@ -86,6 +86,11 @@ class Sent:
         while self._ended and (self._ended[0].telling + CROSSING <= last or self._ended[0].at < oldest):
             self._ended.popleft()
 
+    @property
+    def knows_any(self) -> bool:
+        """Whether there is a call that is not over and forgotten."""
+        return bool(self.calls or self._ended)
+
     def rank(self, told: Told, saved: float = 0.0) -> tuple[float, int]:
         """Of its replica for a call of which it need not compute `saved` seconds: the least is asked first.
 

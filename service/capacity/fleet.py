@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from math import ceil, sqrt
 from statistics import fmean
 
+import numpy as np
 import simpy
 
 from service.capacity.mix import Lengths, Mix, gaps
@@ -66,36 +67,46 @@ class Outcome:
     is_cut: bool = False  # ended when it could keep the level no more
 
 
-class Proxy:
-    """What one proxy knows, and how it chooses."""
+class Proxies:
+    """What each proxy knows of each replica, and how it chooses.
 
-    def __init__(self, told: Sequence[Told], seed: str) -> None:
+    The ranks of the rule stand in tables: a telling changes a column at once, but for the proxies that have sent the replica
+    something. A thousand proxies of a thousand replicas would else weigh a million of them every second.
+    """
+
+    def __init__(self, count: int, told: Sequence[Told], seed: str, clock: Callable[[], float]) -> None:
         """`told`: by replica, changed as they tell."""
-        self.free_at = self.busy_seconds = 0.0
-        self._told = told
-        self._sent: dict[int, Sent] = {}
-        self._ranks = [(0.0, 0)] * len(told)
+        self._told, self._clock = told, clock
+        self._sent: list[dict[int, Sent]] = [{} for _ in told]  # by replica and proxy
+        self._seconds, self._calls = np.zeros((count, len(told))), np.zeros((count, len(told)), np.int32)  # the two of a rank
         self._random = random.Random(seed)
 
-    def choose(self) -> int:
+    def choose(self, proxy: int) -> int:
         """The first of the replicas in the rule's order; one of those that share its place, at random."""
-        least = min(self._ranks)
-        return self._random.choice([index for index, rank in enumerate(self._ranks) if rank == least])
+        seconds, calls = self._seconds[proxy], self._calls[proxy]
+        soonest = np.flatnonzero(seconds == seconds.min())
+        fewest = calls[soonest]
+        return int(self._random.choice(soonest[fewest == fewest.min()]))
 
-    def send(self, index: int, call: str, tokens: int) -> None:
-        self._sent.setdefault(index, Sent()).add(call, tokens, self._told[index])
-        self.hear(index)
+    def send(self, proxy: int, index: int, call: str, tokens: int) -> None:
+        sent = self._sent[index].setdefault(proxy, Sent(clock=self._clock))
+        sent.add(call, tokens, self._told[index])
+        self._rank(proxy, index, sent)
 
-    def end(self, index: int, call: str) -> None:
-        self._sent[index].remove(call, self._told[index])
-        self.hear(index)
+    def end(self, proxy: int, index: int, call: str) -> None:
+        sent = self._sent[index][proxy]
+        sent.remove(call, self._told[index])
+        self._rank(proxy, index, sent)
 
     def hear(self, index: int) -> None:
-        """Something is known anew of a replica."""
-        self._ranks[index] = self._sent.get(index, NOTHING).rank(self._told[index])
+        """A replica has told something."""
+        self._seconds[:, index], self._calls[:, index] = Sent().rank(self._told[index])
+        for proxy, sent in self._sent[index].items():
+            self._rank(proxy, index, sent)
+        self._sent[index] = {proxy: sent for proxy, sent in self._sent[index].items() if sent.knows_any}
 
-
-NOTHING = Sent()
+    def _rank(self, proxy: int, index: int, sent: Sent) -> None:
+        self._seconds[proxy, index], self._calls[proxy, index] = sent.rank(self._told[index])
 
 
 class Fleet:
@@ -116,7 +127,8 @@ class Fleet:
         nodes = [Node(site, layout.cpus or site.cpus, count, front_cpus) for count in counts]
         self._replicas = [Paper(self._env, site, nodes[at % layout.machines], backend, leap) for at in range(layout.replicas)]
         self._told: list[Told] = [{} for _ in self._replicas]
-        self._proxies = [Proxy(self._told, f"proxy {number} {seed}") for number in range(layout.proxies)]
+        self._proxies = Proxies(layout.proxies, self._told, f"proxies {seed}", lambda: self._env.now)
+        self._free_at = [0.0] * layout.proxies  # when a proxy can take its next call
         self._random = random.Random(f"fleet {seed}")
         self.calls: list[Visit] = []
         self._judged = 0  # calls that count, of those that have ended
@@ -141,14 +153,14 @@ class Fleet:
 
     def _passing(self, call: Visit, name: str, counts: bool) -> Events:
         """A call's way through a proxy to its replica."""
-        proxy = self._random.choice(self._proxies)
-        proxy.free_at = max(proxy.free_at, self._env.now) + self._call_seconds
-        yield self._env.timeout(proxy.free_at - self._env.now)
-        index = proxy.choose()
-        proxy.send(index, name, call.lengths.prompt)
+        proxy = self._random.randrange(self._layout.proxies)
+        self._free_at[proxy] = max(self._free_at[proxy], self._env.now) + self._call_seconds
+        yield self._env.timeout(self._free_at[proxy] - self._env.now)
+        index = self._proxies.choose(proxy)
+        self._proxies.send(proxy, index, name, call.lengths.prompt)
 
         def ended() -> None:
-            proxy.end(index, name)
+            self._proxies.end(proxy, index, name)
             self._count_end(call, counts)
 
         self._replicas[index].take(call, ended)
@@ -167,8 +179,7 @@ class Fleet:
             told = self._replicas[index].tell()
             yield self._env.timeout(ON_ITS_WAY_SECONDS)
             self._told[index] = told
-            for proxy in self._proxies:
-                proxy.hear(index)
+            self._proxies.hear(index)
             yield self._env.timeout(TOLD_SECONDS - ON_ITS_WAY_SECONDS)
 
     def utilisation(self) -> float:

@@ -65,9 +65,10 @@ def capacity(site: Site, layout: Layout, question: Question, precision: float = 
     if layout.replicas > LOOKED_AT:
         machines, proxies = (max(1, LOOKED_AT * each // layout.replicas) for each in (layout.machines, layout.proxies))
         few = replace(layout, replicas=LOOKED_AT, machines=machines, proxies=proxies)
-        found = capacity(site, few, question, FEW_PRECISION).kept
-        if found is not None:
-            guess, step = found.rate * layout.replicas / LOOKED_AT, SMALL_STEP
+        found = capacity(site, few, question, FEW_PRECISION)
+        if found.kept is None:  # what few do not keep at any rate, calls that are alone among them, more do not either
+            return replace(found, layout=layout)
+        guess, step = found.kept.rate * layout.replicas / LOOKED_AT, SMALL_STEP
     return _search(site, layout, question, guess, step, precision)
 
 

@@ -12,6 +12,7 @@ import math
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TypeVar
 
 import torch
@@ -29,6 +30,7 @@ START_SECONDS = 0.02  # of steps, for which the pace measured at the start count
 DRIFT_SECONDS = 1.5  # of steps, for which all that were seen before count at most
 HALF_LIFE_SECONDS = 120.0
 MOST_DRIFT = math.log(10)  # either way: a step that was held up longer says nothing of the backend
+REMEMBERED = 1 << 14  # predictions of a step, some 200 bytes each: whoever schedules asks for the same ones again
 PROBE_HISTORY = 8192  # tokens before the measured ones: enough for the products to reach their speed, and to leave the caches
 
 
@@ -259,6 +261,7 @@ class Course:
         self.vector_width = model.config.pooled.width(model.config.hidden_size)
         self._model = model
         self._chunk = chunk
+        self._known_seconds = lru_cache(REMEMBERED)(self._law_seconds)
         self._seconds: list[float] = [0.0]  # of all chunks before
         self._bytes: list[int] = [0]  # peak workspace of all chunks before
         for start in range(0, max_length, chunk):
@@ -272,6 +275,9 @@ class Course:
 
     def step_seconds(self, start: int, end: int) -> float:
         """Predicted seconds of processing the tokens from `start` to `end`."""
+        return self._known_seconds(start, end)
+
+    def _law_seconds(self, start: int, end: int) -> float:
         return self.pace.model(end - start) + self.pace.attention_seconds(end - start, end)
 
     def step_bytes(self, start: int, end: int) -> int:

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from service.capacity.fleet import WARM_UP, Fleet, Layout, Level, Proxy
+from service.capacity.fleet import WARM_UP, Fleet, Layout, Level, Proxies
 from service.capacity.mix import Lengths, Mix
 from service.capacity.paper import Visit
 from service.capacity.site import Site, Surroundings
@@ -121,19 +121,37 @@ def test_a_run_that_cannot_keep_the_level_any_more_is_cut_short() -> None:
 
 @settings(max_examples=50, deadline=None)
 @given(
-    st.lists(st.tuples(st.integers(0, 3), st.integers(1, 500)), max_size=20), st.lists(st.floats(0, 2), min_size=4, max_size=4)
+    st.lists(
+        st.tuples(st.integers(0, 2), st.integers(0, 3), st.integers(1, 500), st.sampled_from(["send", "end", "tell"])),
+        max_size=40,
+    ),
+    st.lists(st.sampled_from([0.0, 0.1, 0.5, 2.0]), min_size=4, max_size=4),
 )
-def test_a_proxy_on_paper_chooses_as_the_router_does(sends: list[tuple[int, int]], work: list[float]) -> None:
+def test_proxies_on_paper_choose_as_routers_do(changes: list[tuple[int, int, int, str]], work: list[float]) -> None:
     told: list[Any] = [{"outstanding_seconds": each, "token_seconds": 1e-3, "tellings": 1.0} for each in work]
-    proxy, sent = Proxy(told, "0"), {index: Sent() for index in range(4)}
+    now = [0.0]
+    proxies = Proxies(3, told, "0", lambda: now[0])
+    routers = [{index: Sent(clock=lambda: now[0]) for index in range(4)} for _ in range(3)]
     for index in range(4):
-        proxy.hear(index)
-    for number, (index, tokens) in enumerate(sends):
-        proxy.send(index, str(number), tokens)
-        sent[index].add(str(number), tokens, told[index])
+        proxies.hear(index)
+    for number, (at, index, tokens, change) in enumerate(changes):
+        now[0], sent = 0.1 * number, routers[at][index]
+        if change == "send":
+            proxies.send(at, index, str(number), tokens)
+            sent.add(str(number), tokens, told[index])
+        elif change == "tell":
+            told[index] = told[index] | {"outstanding_seconds": tokens / 100, "tellings": told[index]["tellings"] + 1}
+            proxies.hear(index)
+        elif sent.calls:
+            call = next(iter(sent.calls))
+            proxies.end(at, index, call)
+            sent.remove(call, told[index])
+    for index in range(4):  # time may have passed since the last word of it
+        proxies.hear(index)
     replicas: Any = [SimpleNamespace(replica_id=index, routing_stats=each) for index, each in enumerate(told)]
-    best, chosen = by_work(replicas, sent)[0].replica_id, proxy.choose()  # type: ignore[arg-type]
-    assert sent[chosen].rank(told[chosen]) == sent[best].rank(told[best])
+    for at, known in enumerate(routers):
+        best, chosen = by_work(replicas, known)[0].replica_id, proxies.choose(at)  # type: ignore[arg-type]
+        assert known[chosen].rank(told[chosen]) == known[best].rank(told[best])
 
 
 def test_a_chunk_gives_way_to_streams_as_in_an_engine() -> None:

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from service.capacity import search
 from service.capacity.fleet import Layout, Level
 from service.capacity.mix import Lengths, Mix
-from service.capacity.search import PRECISION, Question, capacity, keeps, trial
+from service.capacity.search import LOOKED_AT, PRECISION, Question, capacity, keeps, trial
 from tests.capacity.sites import make_site
 
 MIX = Mix.parse("300:10")
@@ -70,6 +71,13 @@ def test_a_level_that_no_rate_keeps_has_none(mix: str, level: Level) -> None:
     """Too short a time for one alone, and calls beyond the model's context, which are refused at any rate."""
     found = capacity(make_site(), Layout(1), Question(Mix.parse(mix), level, calls=50))
     assert (found.kept, found.bound) == (None, "length")
+
+
+def test_what_few_replicas_keep_at_no_rate_many_are_not_tried_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried = []
+    monkeypatch.setattr(search, "trial", lambda *asked: tried.append(asked[1].replicas) or trial(*asked))
+    found = capacity(make_site(), Layout(500), Question(Mix.parse("1500:10"), Level(0.01, 0.5, 0.95), calls=20))
+    assert (found.kept, found.bound, found.layout) == (None, "length", Layout(500)) and set(tried) == {LOOKED_AT}
 
 
 def test_lengths_are_read_from_words_and_from_files(tmp_path: Path) -> None:
