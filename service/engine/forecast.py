@@ -73,6 +73,10 @@ class Pace:
     attention: Mapping[AttentionBackend, Attending]  # one layer of each kind that the backend has
     backend: AttentionBackend
 
+    def seconds(self, start: int, end: int) -> float:
+        """Predicted seconds of a call for the tokens of a sequence from `start` to `end`."""
+        return self.model(end - start) + self.attention_seconds(end - start, end)
+
     def attention_seconds(self, queries: int, keys: int) -> float:
         """Predicted seconds of all layers' attention for `queries` tokens at the end of a sequence of `keys`."""
         return self._attending(lambda kind: self.attention[kind](queries, kind.cost(queries, keys, causal=True).flops))
@@ -261,7 +265,7 @@ class Course:
         self.vector_width = model.config.pooled.width(model.config.hidden_size)
         self._model = model
         self._chunk = chunk
-        self._known_seconds = lru_cache(REMEMBERED)(self._law_seconds)
+        self._known_seconds = lru_cache(REMEMBERED)(pace.seconds)  # not of its own: a cycle would keep an old backend's states
         self._seconds: list[float] = [0.0]  # of all chunks before
         self._bytes: list[int] = [0]  # peak workspace of all chunks before
         for start in range(0, max_length, chunk):
@@ -276,9 +280,6 @@ class Course:
     def step_seconds(self, start: int, end: int) -> float:
         """Predicted seconds of processing the tokens from `start` to `end`."""
         return self._known_seconds(start, end)
-
-    def _law_seconds(self, start: int, end: int) -> float:
-        return self.pace.model(end - start) + self.pace.attention_seconds(end - start, end)
 
     def step_bytes(self, start: int, end: int) -> int:
         """Workspace of processing the tokens from `start` to `end`, by the laws of model and backend."""
