@@ -19,8 +19,8 @@ VOCABULARY = 4096
 def test_both_sides_answer_alike(weights: str, share: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in (("num_hidden_layers", 2), ("vocab_size", VOCABULARY)):
         monkeypatch.setitem(fewer.SHAPE, name, value)
-    fewer.write(tmp_path)
-    ours, theirs = fewer.Ours(tmp_path, weights), fewer.Theirs(tmp_path, fewer.PEERS[weights], 64)
+    fewer.write(tmp_path, fewer.SHAPE)
+    ours, theirs = fewer.Ours(tmp_path, weights, 64), fewer.Theirs(tmp_path, fewer.PEERS[weights], 64)
     ids, segments = torch.arange(3, 3 + 20), Segments((20,))
     with torch.inference_mode():
         hidden = ours.model.hidden(

@@ -21,6 +21,7 @@ from service.benchmark.again import measure_again
 from service.benchmark.alone import measure_engine
 from service.benchmark.auto import measure_auto
 from service.benchmark.bare import measure_bare, report
+from service.benchmark.beside import measure_beside
 from service.benchmark.encoder import measure_encoder
 from service.benchmark.fewer import measure_weights
 from service.benchmark.peak import memory_trial
@@ -30,10 +31,11 @@ from service.benchmark.served import measure_http
 from service.benchmark.shared import measure_shared
 from service.benchmark.speculation import measure_speculation
 from service.benchmark.step import measure_step
+from service.benchmark.streams import measure_streams
 from service.machine import BESIDE_BUDGET_BYTES
 from service.threads import in_passing_thread
 
-PARTS = ("bare", "engine", "auto", "prefix", "memory", "http", "proxies", "encoder", "again", "speculation")
+PARTS = ("bare", "engine", "auto", "prefix", "memory", "http", "proxies", "encoder", "again", "speculation", "streams")
 
 
 def main() -> None:
@@ -50,12 +52,19 @@ def main() -> None:
         metavar="TOKENS",
         help="a 0.6B decoder by its weights' bits, beside llama.cpp, and nothing else",
     )
+    parser.add_argument(
+        "--beside",
+        nargs="*",
+        type=int,
+        metavar="TOKENS",
+        help="decode steps of the embedded shape beside llama.cpp, and nothing else",
+    )
     options = parser.parse_args()
     lengths = [16_384] if options.quick else [16_384, 32_768]
     repeats = 1 if options.quick else 2
     parts = (
         ()
-        if options.profile_step or options.shared or options.weights is not None
+        if options.profile_step or options.shared or options.weights is not None or options.beside is not None
         else options.parts or PARTS[: 5 if options.quick else 6]
     )
     random.seed(0)
@@ -64,6 +73,8 @@ def main() -> None:
         result["step_us"] = measure_step([1024, 4096, *lengths])
     if options.weights is not None:
         result["weights"] = in_passing_thread(lambda: measure_weights(options.weights or [1024, 4096]))
+    if options.beside is not None:
+        result["beside"] = in_passing_thread(lambda: measure_beside(options.beside or [1024, 4096, 16_384]))
     if options.shared:
         result["shared"] = asyncio.run(measure_shared())
     if "bare" in parts:
@@ -93,6 +104,8 @@ def main() -> None:
         result["again"] = asyncio.run(measure_again([512, 2048, 8192]))
     if "speculation" in parts:
         result["speculation"] = asyncio.run(measure_speculation())
+    if "streams" in parts:
+        result["streams"] = measure_streams()
     print(f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}")
     print(json.dumps(result))
 

@@ -13,7 +13,7 @@ import json
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from statistics import median
@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 
 import attention
 from attention import Segments
-from service.benchmark.bare import CHUNK, report
+from service.benchmark.bare import BACKENDS, CHUNK, report
 from service.model import checkpoint, families
 from service.model.checkpoint import EMBEDDED
 from service.model.transformer import Transformer
@@ -42,6 +42,7 @@ SHAPE = {
 PEERS = {"bf16": "BF16", "int8": "Q8_0", "int4": "Q4_0"}
 STEPS = 16  # of decoding, at each length
 REPEATS = 3
+ROOM = 256  # tokens behind the longest text, for rounds of steps
 
 
 def measure_weights(lengths: Sequence[int]) -> dict[str, dict[str, float]]:
@@ -49,10 +50,10 @@ def measure_weights(lengths: Sequence[int]) -> dict[str, dict[str, float]]:
     found: dict[str, dict[str, float]] = {}
     with tempfile.TemporaryDirectory() as folder:
         directory = Path(folder)
-        write(directory)
+        write(directory, SHAPE)
         contestants: dict[str, Callable[[], Ours | Theirs]] = {}
         for weights, kind in PEERS.items():
-            contestants[weights] = lambda weights=weights: Ours(directory, weights)  # type: ignore[misc]
+            contestants[weights] = lambda weights=weights: Ours(directory, weights, max(lengths))  # type: ignore[misc]
             if has_peer():
                 contestants[f"llama.cpp {kind}"] = lambda kind=kind: Theirs(directory, kind, max(lengths))  # type: ignore[misc]
         if not has_peer():
@@ -62,9 +63,9 @@ def measure_weights(lengths: Sequence[int]) -> dict[str, dict[str, float]]:
             rows: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in made}
             for _ in range(REPEATS):
                 for name, each in made.items():
-                    prefill, step = each.measure(length)
-                    rows[name][0].append(length / prefill)
-                    rows[name][1].append(step)
+                    each.begin()
+                    rows[name][0].append(length / each.read(length))
+                    rows[name][1].append(each.step())
             for name, (speeds, steps) in rows.items():
                 speed, step = median(speeds), median(steps)
                 found.setdefault(name, {}).update({f"prefill_{length}": speed, f"decode_{length}": step})
@@ -77,9 +78,9 @@ def measure_weights(lengths: Sequence[int]) -> dict[str, dict[str, float]]:
     return found
 
 
-def write(directory: Path) -> None:
-    """The checkpoint, its tokenizer that of the embedded model."""
-    config = json.loads((EMBEDDED / "config.json").read_text()) | SHAPE
+def write(directory: Path, shape: Mapping[str, int]) -> None:
+    """A checkpoint of the embedded model's family but for its shape, and with its tokenizer."""
+    config = json.loads((EMBEDDED / "config.json").read_text()) | shape
     with torch.device("meta"):
         model = Transformer(families.read(config))
     model = model.to(torch.bfloat16).to_empty(device="cpu").requires_grad_(False)
@@ -95,37 +96,46 @@ def write(directory: Path) -> None:
 
 
 class Ours:
-    """A model of ours under dense attention."""
+    """A model of ours under a backend, dense unless told."""
 
-    def __init__(self, directory: Path, weights: str) -> None:
+    def __init__(self, directory: Path, weights: str, longest: int, name: str = "dense") -> None:
         self.model = checkpoint.load(directory, "bfloat16", weights=weights).model
-        self.backend = attention.build("dense", {}, self.model.head_shape())
-        self.state_bytes = 0
+        self.backend = attention.build(name, BACKENDS[name], self.model.head_shape())
+        self.longest = longest
+        self.begin()
+
+    def begin(self) -> None:
+        """Begin a text of up to `longest` tokens and some rounds of steps."""
+        self.pool = self.backend.new_pool(self.model.config.num_hidden_layers, 2**40)
+        self.slot = self.pool.allocate(self.longest + ROOM)
+        self.past = 0
 
     @torch.inference_mode()
-    def measure(self, length: int) -> tuple[float, float]:
-        """Seconds of a prefill, and of the median step behind it."""
-        pool = self.backend.new_pool(self.model.config.num_hidden_layers, 2**40)
-        slot = pool.allocate(length + STEPS)
-
-        def extend(ids: torch.Tensor, start: int) -> torch.Tensor:
-            segments = Segments((len(ids),), (start,))
-            attend = lambda layer, q, k, v: self.backend.extend(q, k, v, segments, pool, layer, (slot,))  # noqa: E731
-            return self.model.hidden(ids, torch.arange(start, start + len(ids)), attend, is_decode=len(ids) == 1)
-
-        ids = torch.randint(self.model.config.vocab_size, (length,))
+    def read(self, length: int) -> float:
+        """Seconds of prefilling random tokens until the text has so many."""
         start = time.perf_counter()
-        for at in range(0, length, CHUNK):
-            hidden = extend(ids[at : at + CHUNK], at)
+        while self.past < length:
+            self._extend(min(CHUNK, length - self.past))
+        return time.perf_counter() - start
+
+    def step(self) -> float:
+        """Seconds of the median of some decode steps."""
+        steps = [self._step() for _ in range(STEPS)]
+        self.state_bytes = self.pool.bytes_in_use
+        return median(steps)
+
+    @torch.inference_mode()
+    def _step(self) -> float:
+        start = time.perf_counter()
+        self._extend(1)
+        return time.perf_counter() - start
+
+    def _extend(self, count: int) -> None:
+        ids, segments = torch.randint(self.model.config.vocab_size, (count,)), Segments((count,), (self.past,))
+        attend = lambda layer, q, k, v: self.backend.extend(q, k, v, segments, self.pool, layer, (self.slot,))  # noqa: E731
+        hidden = self.model.hidden(ids, torch.arange(self.past, self.past + count), attend, is_decode=count == 1)
         self.model.logits(hidden[-1:]).argmax(-1).item()
-        prefill, steps = time.perf_counter() - start, []
-        for i in range(STEPS):
-            start = time.perf_counter()
-            self.model.logits(extend(ids[:1], length + i)).argmax(-1).item()
-            steps.append(time.perf_counter() - start)
-        self.state_bytes = pool.bytes_in_use
-        pool.release(slot)
-        return prefill, median(steps)
+        self.past += count
 
     def reading_seconds(self, length: int) -> float:
         """Of summing up as many bytes as a step reads."""
@@ -153,29 +163,42 @@ class Theirs:
         self.model = self.lib.llama_model_load_from_file(str(path).encode(), self.lib.llama_model_default_params())
         assert self.model, f"llama.cpp does not load {path}"
         params = self.lib.llama_context_default_params()
-        params.n_ctx, params.n_batch, params.n_ubatch = longest + STEPS + 8, CHUNK, CHUNK
+        params.n_ctx, params.n_batch, params.n_ubatch = longest + ROOM, CHUNK, CHUNK
         params.n_threads = params.n_threads_batch = torch.get_num_threads()
         self.context = self.lib.llama_init_from_model(self.model, params)
+        self.vocab_size = json.loads((directory / "config.json").read_text())["vocab_size"]
+        self.begin()
 
-    def measure(self, length: int) -> tuple[float, float]:
-        """As `Ours.measure`."""
+    def begin(self) -> None:
+        """As `Ours.begin`."""
         self.lib.llama_memory_clear(self.lib.llama_get_memory(self.context), True)
-        ids = torch.randint(SHAPE["vocab_size"], (length,)).tolist()
+        self.past = 0
+
+    def read(self, length: int) -> float:
+        """As `Ours.read`."""
         start = time.perf_counter()
-        for at in range(0, length, CHUNK):
-            self._extend(ids[at : at + CHUNK])
-        prefill, steps = time.perf_counter() - start, []
-        for _ in range(STEPS):
-            start = time.perf_counter()
-            self._extend(ids[:1])
-            steps.append(time.perf_counter() - start)
-        return prefill, median(steps)
+        while self.past < length:
+            self._extend(self._random(min(CHUNK, length - self.past)))
+        return time.perf_counter() - start
+
+    def step(self) -> float:
+        """As `Ours.step`."""
+        return median(self._step() for _ in range(STEPS))
+
+    def _step(self) -> float:
+        start = time.perf_counter()
+        self._extend(self._random(1))
+        return time.perf_counter() - start
+
+    def _random(self, count: int) -> list[int]:
+        return list(torch.randint(self.vocab_size, (count,)).tolist())
 
     def _extend(self, ids: list[int]) -> None:
         tokens = (self.lib.llama_token * len(ids))(*ids)
         code = self.lib.llama_decode(self.context, self.lib.llama_batch_get_one(tokens, len(ids)))
         assert code == 0, f"llama.cpp answers {code}"
         self.lib.llama_get_logits_ith(self.context, -1)  # waits for them
+        self.past += len(ids)
 
 
 _SILENT = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)(lambda level, text, data: None)

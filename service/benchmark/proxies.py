@@ -7,15 +7,13 @@ from __future__ import annotations
 
 import asyncio
 import http.client
-import json
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from statistics import median
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 from service.benchmark.alone import one_token_seconds
@@ -24,7 +22,6 @@ from service.benchmark.served import ask, free_port, serving
 
 ONE_AFTER_ANOTHER = 400  # requests of one token by one caller
 CALLERS, SECONDS = 8, 4.0  # of requests of one token at once
-STREAMS, STREAM_TOKENS = 16, 300
 HAPROXY_PORTS = ("HAPROXY_STATS", "HAPROXY_METRICS", "FALLBACK_PROXY_HTTP")
 PLAIN = """
 import sys
@@ -75,22 +72,6 @@ def requests_per_second(port: int) -> float:
         return sum(callers.map(call, range(CALLERS))) / SECONDS
 
 
-def streamed_tokens_per_second(port: int) -> float:
-    """Of some streams at once, from the first call to the last byte."""
-    body = json.dumps({"prompt": [7], "max_tokens": STREAM_TOKENS, "stream": True, "ignore_eos": True, "attention": "dense"})
-
-    def call(_: int) -> None:
-        connection = _connected(port)
-        connection.request("POST", "/v1/completions", body, {"content-type": "application/json"})
-        told = connection.getresponse().read()
-        assert told.endswith(b"data: [DONE]\n\n"), told[-500:]
-
-    with ThreadPoolExecutor(STREAMS) as callers:
-        start = time.perf_counter()
-        list(callers.map(call, range(STREAMS)))
-    return STREAMS * STREAM_TOKENS / (time.perf_counter() - start)
-
-
 def _connected(port: int) -> http.client.HTTPConnection:
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
     connection.connect()
@@ -98,24 +79,24 @@ def _connected(port: int) -> http.client.HTTPConnection:
     return connection
 
 
+WAYS: dict[str, Callable[[], AbstractContextManager[int]]] = {
+    "uvicorn alone": plain,
+    "HAProxy": lambda: serving(throughput()),
+    "Python proxy": serving,
+}
+"""What may stand in front of a replica: each yields the port of a service of its own."""
+
+
 def measure_proxies() -> dict[str, Any]:
     alone = asyncio.run(one_token_seconds())
     report("one token, the engine alone", "", f"{alone * 1e3:.2f} ms")
-    ways: dict[str, Callable[[], Any]] = {
-        "uvicorn alone": plain,
-        "HAProxy": lambda: serving(throughput()),
-        "Python proxy": serving,
-    }
-    return {"engine_ms": round(alone * 1e3, 3)} | {name: _measure(name, way, alone) for name, way in ways.items()}
+    return {"engine_ms": round(alone * 1e3, 3)} | {name: _measure(name, way, alone) for name, way in WAYS.items()}
 
 
 def _measure(name: str, way: Callable[[], Any], alone: float) -> dict[str, float]:
     with way() as port:
         seconds, rate = one_by_one(port), requests_per_second(port)
-        streamed_tokens_per_second(port)  # compiles its kernels
-        tokens = median(streamed_tokens_per_second(port) for _ in range(3))
     over = {share: (seconds[int(share / 100 * len(seconds))] - alone) * 1e3 for share in (50, 95)}
     report("one token over the engine alone, p50 and p95", name, f"{over[50]:.2f} and {over[95]:.2f} ms")
     report(f"requests of one token, {CALLERS} callers", name, f"{rate:.0f} a second")
-    report(f"{STREAMS} streams of {STREAM_TOKENS} tokens", name, f"{tokens:.0f} tokens a second")
-    return {"over_p50_ms": round(over[50], 2), "over_p95_ms": round(over[95], 2), "rate": round(rate), "tokens": round(tokens)}
+    return {"over_p50_ms": round(over[50], 2), "over_p95_ms": round(over[95], 2), "rate": round(rate)}

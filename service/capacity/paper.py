@@ -21,8 +21,8 @@ from service.capacity.mix import Lengths
 from service.capacity.site import Site
 from service.engine.admission import Admission, Ledger
 from service.engine.answer import Answer
-from service.engine.engine import STREAM_SLICES
 from service.engine.job import Job
+from service.engine.loop import STREAM_SLICES
 from service.engine.prefixes import Prefixes
 from service.engine.request import Request, RequestError, Sampling
 from service.engine.scheduler import Scheduler

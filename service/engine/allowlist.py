@@ -20,6 +20,9 @@ from service.engine.request import AUTO, Sampling, Withdrawn
 from service.model.transformer import Transformer
 
 NO_LOOKUP = LookupConfig(tokens=0)
+GUESSED = ", guessed"
+"""What the key of a pace ends with that was measured with the rows of guesses."""
+
 LEAST_PRICE = 0.02  # of a guessed token's row: a forecast may be off
 BOTH_WAYS = "bidirectional, for the model is an encoder; causal"
 
@@ -214,11 +217,12 @@ def lane_for(
     """
     serving = _serving(backend, model)
     kinds = list(shares(serving))
-    key = json.dumps(backend.describe(), sort_keys=True, default=str)
+    has_guesses = lookup.tokens > 0
+    key = json.dumps(backend.describe(), sort_keys=True, default=str) + GUESSED * has_guesses
     lines = profile.recall(key, 3 * len(kinds))
     if lines is None:
         longest, has_history = model.config.max_length, model.config.is_causal
-        measured = yield from measure_attention(serving, longest, chunk, has_history=has_history)
+        measured = yield from measure_attention(serving, longest, chunk, has_guesses, has_history)
         lines = [line for kind in kinds for line in (measured[kind].many, measured[kind].one, measured[kind].more)]
         profile.keep(key, lines)
     return paced(name, backend, model, paces, lines, chunk, budget, lookup)

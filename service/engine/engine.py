@@ -1,10 +1,6 @@
 """The engine: requests go in, deltas and embeddings come out. An event loop and one model thread; no HTTP, no Ray.
 
-`_step` is the whole of it: schedule, run, deliver. The event loop owns all state between steps, the model thread during one;
-so nothing needs a lock. Each step costs one hop to the model thread and back, about 0.1 ms.
-
-Whatever fails concerns one request, and is caught where that request is known: in a step of the model, while its answer is
-settled, while the scheduler looks at it. The loop goes on.
+Its life, its door and its levels are here; what goes on between is in `loop.py`.
 """
 
 from __future__ import annotations
@@ -26,23 +22,23 @@ from attention import AttentionBackend, gather_team, truth
 from service.config import EngineConfig
 from service.engine import reread
 from service.engine.admission import Admission, Ledger, Offer, Plan
-from service.engine.allowlist import NO_LOOKUP, Backends, Lane, check_room, lane_for, lines_of, unmeasured
+from service.engine.allowlist import GUESSED, NO_LOOKUP, Backends, Lane, check_room, lane_for, lines_of, unmeasured
 from service.engine.answer import Answer
 from service.engine.delivery import Delivery, attempt
 from service.engine.departures import Departures
 from service.engine.forecast import Ramp, measure_model, row_multiple
 from service.engine.grammar import Grammar, Grammars
 from service.engine.job import Job
+from service.engine.loop import Loop
 from service.engine.observer import NullObserver, Observer, Snapshot
 from service.engine.pins import Pin
 from service.engine.prefixes import Prefixes
 from service.engine.profile import Profile
-from service.engine.request import Constraint, Draining, ModelFailed, Request, RequestError
+from service.engine.request import Constraint, Draining, Request, RequestError
 from service.engine.runner import LOGIT_ROWS, Runner
 from service.engine.scheduler import Scheduler
 from service.engine.shadow import Shadow
-from service.engine.work import Work
-from service.machine import available_bytes, budget_bytes, trim
+from service.machine import available_bytes, budget_bytes
 from service.model.tokenizer import Tokenizer
 from service.model.transformer import Transformer
 from service.threads import give_team_its_cpus
@@ -52,10 +48,7 @@ __all__ = ["Answer", "Backends", "Engine", "Plan", "Profile", "Snapshot"]
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
-STREAM_SLICES = 10  # slices after which a decode step gives way too: most end before, and a pause within one delays its streams
 REST = 2.0  # times a slice of what runs beside requests, for them: a part may take some 50 ms, an answer many steps
-REST_SECONDS = 1.0  # with nothing to do for so long, free heap goes back to the system
-STARVED_RATIO = 0.2  # of the model thread's computing, from which that is worth a line in the log
 
 
 class Engine:
@@ -84,11 +77,6 @@ class Engine:
         self._observer = observer or NullObserver()
         self._cpus = sorted(cpus)
         self._profile = profile or Profile()
-        self._is_dead = False
-        self._is_starvation_told = False
-        self._last_progress = time.monotonic()
-        self._wake = asyncio.Event()
-        self._idle = asyncio.Event()
         self._serving: asyncio.Task[None] | None = None
         self._shadowing: asyncio.Task[None] | None = None
 
@@ -108,11 +96,12 @@ class Engine:
         self._thread = ThreadPoolExecutor(1, "longserve-model", initializer=give)
         rows, logit_rows = max(config.chunk_tokens, config.max_sequences), max(LOGIT_ROWS, config.max_sequences)
         await self._on_model_thread(lambda: model.warm_up(rows, logit_rows))
-        self._paces = await self._on_model_thread(lambda: _paces_of(model, self._profile))
+        self._paces = await self._on_model_thread(lambda: _paces_of(model, self._profile, config.prompt_lookup.tokens > 0))
         self._rows = await self._on_model_thread(lambda: row_multiple(model))
         prefixes = Prefixes(self._ledger, config.chunk_tokens, config.prefix_share, config.prefix_shared)
         self._prefixes = prefixes
         self._scheduler = Scheduler(config, self._ledger, self._rows is not None, prefixes)
+        self._loop = Loop(config, self._on_model_thread, self._scheduler, prefixes)
         known = np.isin(np.arange(model.config.vocab_size), list(self._tokenizer.ids))
         longest = model.config.max_length
         self._admission = Admission(
@@ -130,8 +119,8 @@ class Engine:
             reference = await self.beside(self._shadow.find_reference(config.chunk_tokens))
             self._shadowing = asyncio.create_task(self._shadow.run(self, reference))
         self._delivery = Delivery(self._scheduler, self._runner, self._observer, model.config.eos_token_ids, self._shadow)
-        self._departures = Departures(self._scheduler, self._delivery, self._wake.set)
-        self._serving = asyncio.create_task(self._serve())
+        self._departures = Departures(self._scheduler, self._delivery, self._loop.wake.set)
+        self._serving = asyncio.create_task(self._loop.run(self._runner, self._delivery, self._departures))
         self._serving.add_done_callback(self._died)
 
     async def stop(self) -> None:
@@ -167,7 +156,7 @@ class Engine:
         self._backends = backends
         lanes = self._prefixes.lanes = frozenset(self._admission.lanes.values())
         self._prefixes.forget(lambda kept: kept.lane not in lanes)
-        self._wake.set()  # at rest, what the former ones leave free goes back to the system
+        self._loop.wake.set()  # at rest, what the former ones leave free goes back to the system
 
     async def _opened(self, backends: Backends) -> dict[str, Lane]:
         """A lane for every backend; those that serve already keep theirs."""
@@ -206,7 +195,7 @@ class Engine:
                 await self.when_idle()
             ended, value, seconds = await self._on_model_thread(lambda: _slice(parts, self._config.slice_seconds))
             if ended:
-                self._wake.set()  # at rest, what it leaves free goes back to the system
+                self._loop.wake.set()  # at rest, what it leaves free goes back to the system
                 return cast(T, value)
             if self._scheduler.jobs and not is_patient:
                 await asyncio.sleep(REST * seconds)
@@ -238,10 +227,10 @@ class Engine:
         job = Job.create(request, offer, answer, self._tokenizer)
         job.marks = self._prefixes.marks(request, offer.prompt)
         if not self._scheduler.jobs:
-            self._last_progress = time.monotonic()  # the hours at rest are no standstill
+            self._loop.last_progress = time.monotonic()  # the hours at rest are no standstill
         self._scheduler.take_in(job)
-        self._idle.clear()
-        self._wake.set()
+        self._loop.idle.clear()
+        self._loop.wake.set()
         return answer
 
     def plan(self, request: Request) -> Plan:
@@ -270,7 +259,7 @@ class Engine:
     def unpin(self, pin: Pin) -> None:
         """End a pin, and let go of its state before the next step."""
         self._prefixes.unpin(pin)
-        self._wake.set()
+        self._loop.wake.set()
 
     def pins(self, owner: str) -> dict[Pin, bool]:
         """An owner's pins, and whether the state of each is there now; everybody's where prefixes are shared."""
@@ -303,14 +292,14 @@ class Engine:
     async def when_idle(self) -> None:
         """Return when nothing runs or waits."""
         while self._scheduler.jobs:
-            self._idle.clear()
-            self._wake.set()
-            await self._idle.wait()
+            self._loop.idle.clear()
+            self._loop.wake.set()
+            await self._loop.idle.wait()
 
     def forget_prefixes(self) -> None:
         """Let go of all prefixes that are kept, before the next step."""
         self._prefixes.forget(lambda kept: True)
-        self._wake.set()
+        self._loop.wake.set()
 
     def _cached(self, request: Request, offer: Offer) -> int:
         """Tokens of a prompt whose state is kept now."""
@@ -343,7 +332,7 @@ class Engine:
             cpu_starved_ratio=self._runner.starvation.ratio,
             measuring_seconds=self._runner.measuring_seconds,
             shadow=self._shadow.levels(),
-            last_progress=self._last_progress if running or waiting or self._is_dead else now,
+            last_progress=self._loop.last_progress if running or waiting or self._loop.is_dead else now,
         )
 
     def outstanding_seconds(self) -> float:
@@ -367,105 +356,21 @@ class Engine:
         }
         return {"model": [(r.fixed, r.slope) for r in self._paces], "packs": self._rows is not None, "backends": backends}
 
-    # ---- the loop ---------------------------------------------------------------------------------------------------
-
-    async def _serve(self) -> None:
-        """Step after step, until cancelled."""
-        while True:
-            try:
-                await self._step()
-            except Exception as error:  # the outer edge: between steps too, a request must not end the loop
-                self._blame(error)
-
-    async def _step(self) -> None:
-        """Schedule, run, deliver."""
-        self._departures.see_off()
-        self._prefixes.see_off()
-        work = self._scheduler.next(time.monotonic())
-        if work is None:
-            await self._rest()
-        else:
-            await self._run_and_settle(work)
-
-    async def _run_and_settle(self, work: Work) -> None:
-        """A step, or a slice of it; at its end what was drawn goes out, and the forecast learns how long it took."""
-        start = time.perf_counter()
-        is_over = await self._run(work)
-        if is_over:
-            self._delivery.settle(work)
-        work.elapsed += time.perf_counter() - start
-        if is_over and work.meter is None:  # counting takes time of its own
-            work.note()
-
-    async def _run(self, work: Work) -> bool:
-        """Run a step, or one slice of it. Returns whether it has ended, and well."""
-        work.begin(time.monotonic())
-        slices = STREAM_SLICES if work.kind == "decode" else 1
-        limit = time.perf_counter() + slices * self._config.slice_seconds
-        before = work.seconds
-
-        def gives_way() -> bool:
-            return time.perf_counter() > limit and (bool(self._departures) or self._scheduler.has_other_work(work))
-
-        try:
-            is_over = await self._on_model_thread(lambda: self._runner.run(work, gives_way))
-        except Exception as error:  # the outer edge: whatever a model call raises concerns its own requests only
-            self._delivery.split(work, error)
-            is_over = False
-        else:
-            self._scheduler.account(work, work.seconds - before)
-            if not is_over:
-                self._scheduler.pause(work)
-        self._last_progress = time.monotonic()
-        self._tell_starvation()
-        return is_over
-
-    def _tell_starvation(self) -> None:
-        """Log, once, that other processes take the model thread's CPU."""
-        ratio = self._runner.starvation.ratio
-        if ratio > STARVED_RATIO and not self._is_starvation_told:
-            self._is_starvation_told = True
-            logger.warning("the model thread has no CPU for %.0f%% of the time it computes: others take its CPUs", 100 * ratio)
-
-    async def _rest(self) -> None:
-        """Wait for a request; give free heap back when none comes."""
-        assert not self._scheduler.jobs, "requests wait, but none can be scheduled"
-        self._idle.set()
-        self._wake.clear()
-        try:
-            async with asyncio.timeout(REST_SECONDS):  # wait_for would lose a cancellation that comes with the wake
-                await self._wake.wait()
-        except TimeoutError:
-            await self._on_model_thread(trim)
-            await self._wake.wait()
+    def _died(self, task: asyncio.Task[None]) -> None:
+        if not task.cancelled():
+            self._admission.is_closed = True
+            self._loop.died(task.exception())
 
     async def _on_model_thread(self, call: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._thread, call)
 
-    def _blame(self, error: Exception) -> None:
-        """Something failed between the steps: the request that was being looked at fails; when there was none, all do."""
-        suspect, jobs = self._scheduler.suspect, self._scheduler.jobs
-        self._scheduler.suspect = None
-        logger.critical("the engine failed between its steps", exc_info=error)
-        for job in [suspect] if suspect in jobs else jobs:
-            self._delivery.fail(job, error)
 
-    def _died(self, task: asyncio.Task[None]) -> None:
-        """The loop itself failed, which is a bug: tell everybody, and let the health check see no more progress."""
-        if task.cancelled():
-            return
-        logger.critical("the engine's loop failed", exc_info=task.exception())
-        self._admission.is_closed, self._is_dead, self._last_progress = True, True, float("-inf")
-        for job in self._scheduler.jobs:
-            self._delivery.end(job, "model_failed", ModelFailed("the engine failed"))
-        self._idle.set()
-
-
-def _paces_of(model: Transformer, profile: Profile) -> tuple[Ramp, Ramp]:
+def _paces_of(model: Transformer, profile: Profile, has_guesses: bool) -> tuple[Ramp, Ramp]:
     """The model's own pace: the profile's, else measured and kept there."""
-    if (kept := profile.recall("model", 2)) is None:
-        kept = [*measure_model(model)]
-        profile.keep("model", kept)
+    key = "model" + GUESSED * has_guesses
+    if (kept := profile.recall(key, 2)) is None:
+        kept = [*measure_model(model, has_guesses)]
+        profile.keep(key, kept)
     return kept[0], kept[1]
 
 

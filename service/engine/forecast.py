@@ -73,6 +73,10 @@ class Pace:
     attention: Mapping[AttentionBackend, Attending]  # one layer of each kind that the backend has
     backend: AttentionBackend
 
+    def seconds(self, start: int, end: int) -> float:
+        """Predicted seconds of a call for the tokens of a sequence from `start` to `end`."""
+        return self.model(end - start) + self.attention_seconds(end - start, end)
+
     def attention_seconds(self, queries: int, keys: int) -> float:
         """Predicted seconds of all layers' attention for `queries` tokens at the end of a sequence of `keys`."""
         return self._attending(lambda kind: self.attention[kind](queries, kind.cost(queries, keys, causal=True).flops))
@@ -87,11 +91,11 @@ class Pace:
         return self.layers * sum(share * seconds(kind) for kind, share in shares(self.backend).items())
 
 
-def measure_model(model: Transformer, tokens: int = 256) -> tuple[Ramp, Ramp]:
+def measure_model(model: Transformer, has_guesses: bool, tokens: int = 256) -> tuple[Ramp, Ramp]:
     """Time the model with attention left out.
 
     Returns the line through 1 and `tokens` tokens, with the logits of the last one, and that through 1 and ROWS rows of a
-    decode step, with the logits of each.
+    decode step, with the logits of each; where nothing is to be guessed, a row is taken for as long as a step.
     """
 
     def run(count: int, is_decode: bool) -> Callable[[], Iterator[None]]:
@@ -107,7 +111,8 @@ def measure_model(model: Transformer, tokens: int = 256) -> tuple[Ramp, Ramp]:
         return compute
 
     with torch.inference_mode():
-        one, rows, many = (result(_seconds(run(*each))) for each in ((1, True), (ROWS, True), (tokens, False)))
+        one, many = (result(_seconds(run(*each))) for each in ((1, True), (tokens, False)))
+        rows = result(_seconds(run(ROWS, True))) if has_guesses else ROWS * one
     return Ramp.through((1, one), (tokens, many)), Ramp.through((1, one), (ROWS, rows))
 
 
@@ -117,19 +122,22 @@ Measuring = Generator[None, None, T]
 
 @torch.inference_mode()
 def measure_attention(
-    backend: AttentionBackend, max_length: int, chunk: int, has_history: bool = True
+    backend: AttentionBackend, max_length: int, chunk: int, has_guesses: bool, has_history: bool = True
 ) -> Measuring[dict[AttentionBackend, Attending]]:
     """Time one layer of each kind that a backend has, as it comes in chunks of so many tokens and token by token.
 
+    has_guesses: tokens may be guessed; else one more in a step is taken for as long as one alone.
     has_history: sequences are continued, not only read whole.
     """
     found = {}
     for kind in shares(backend):
-        found[kind] = yield from _measure_layer(kind, max_length, chunk, has_history)
+        found[kind] = yield from _measure_layer(kind, max_length, chunk, has_guesses, has_history)
     return found
 
 
-def _measure_layer(backend: AttentionBackend, max_length: int, chunk: int, has_history: bool) -> Measuring[Attending]:
+def _measure_layer(
+    backend: AttentionBackend, max_length: int, chunk: int, has_guesses: bool, has_history: bool
+) -> Measuring[Attending]:
     """Time one layer's `extend` for one token without history, and for one and a chunk at the end of a long sequence."""
     shape = backend.shape
     tokens = min(chunk, max_length)
@@ -162,12 +170,14 @@ def _measure_layer(backend: AttentionBackend, max_length: int, chunk: int, has_h
         return Attending(many, many, many)
     last = history + tokens - 1
     most = yield from _seconds(run(1, last))
-    more = []
+    one, more = Ramp.through(point(1, 0, least), point(1, last, most)), []
+    if not has_guesses:
+        return Attending(many, one, one)
     for past, alone in ((0, least), (max(0, last + 1 - ROWS), most)):
         count = min(ROWS, backend.runway(past), last + 1 - past)
         seconds = (yield from _seconds(run(count, past))) if count > 1 else 2 * alone
         more.append(point(1, past, max(0.0, seconds - alone) / max(1, count - 1)))
-    return Attending(many, Ramp.through(point(1, 0, least), point(1, last, most)), Ramp.through(*more))
+    return Attending(many, one, Ramp.through(*more))
 
 
 def row_multiple(model: Transformer, rows: int = 512) -> int | None:
@@ -255,7 +265,7 @@ class Course:
         self.vector_width = model.config.pooled.width(model.config.hidden_size)
         self._model = model
         self._chunk = chunk
-        self._known_seconds = lru_cache(REMEMBERED)(self._law_seconds)
+        self._known_seconds = lru_cache(REMEMBERED)(pace.seconds)  # not of its own: a cycle would keep an old backend's states
         self._seconds: list[float] = [0.0]  # of all chunks before
         self._bytes: list[int] = [0]  # peak workspace of all chunks before
         for start in range(0, max_length, chunk):
@@ -270,9 +280,6 @@ class Course:
     def step_seconds(self, start: int, end: int) -> float:
         """Predicted seconds of processing the tokens from `start` to `end`."""
         return self._known_seconds(start, end)
-
-    def _law_seconds(self, start: int, end: int) -> float:
-        return self.pace.model(end - start) + self.pace.attention_seconds(end - start, end)
 
     def step_bytes(self, start: int, end: int) -> int:
         """Workspace of processing the tokens from `start` to `end`, by the laws of model and backend."""

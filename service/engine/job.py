@@ -11,6 +11,7 @@ import math
 import random
 import time
 from array import array
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from io import StringIO
 
@@ -70,7 +71,7 @@ class Sequence:
         """The number by which its next token is drawn, or the one so many places behind it."""
         return uniform(self.job.seed, self.index, len(self.output) + ahead)
 
-    def guess(self, price: float) -> array[int]:
+    def guess(self, price: Callable[[], float]) -> array[int]:
         """Tokens that may follow, to be looked over with its latest one; `price` as of `Lookup.guess`."""
         sampling, lane = self.job.request.sampling, self.job.lane
         room = min(sampling.max_tokens - len(self.output), lane.backend.runway(self.past)) - 1  # the step draws one anyway

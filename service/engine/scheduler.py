@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterable, Iterator
+from functools import cache
 from weakref import WeakKeyDictionary
 
 from service.config import EngineConfig
@@ -217,21 +218,15 @@ class Scheduler:
 
     def _hold(self, kind: StepKind, lane: Lane, sequences: list[Sequence]) -> Work:
         """The next step of these sequences. They are marked when nothing more can go wrong."""
-        members, price = [], _row_price(lane, sequences) if kind == "decode" else 1.0
+        members, price = [], cache(lambda: lane.row_price(len(sequences), sum(s.length for s in sequences) // len(sequences)))
+        may_guess = kind == "decode" and lane.lookup.tokens > 0
         for sequence in sequences:
             self.suspect = sequence.job
-            guess = sequence.guess(price) if kind == "decode" else array("i")
+            guess = sequence.guess(price) if may_guess else array("i")
             members.append(Member(sequence, sequence.past, sequence.next_end() + len(guess), guess))
         for sequence in sequences:
             sequence.is_held = True
         return Work(kind, lane, tuple(members))
-
-
-def _row_price(lane: Lane, streams: list[Sequence]) -> float:
-    """What a guessed token of these streams takes, see `Lane.row_price`; 1 where none is to be guessed."""
-    if not any(lane.most_guessed(each.job.request.sampling) for each in streams):
-        return 1.0
-    return lane.row_price(len(streams), sum(each.length for each in streams) // len(streams))
 
 
 def _unprocessed(job: Job) -> list[Sequence]:

@@ -336,7 +336,7 @@ async def test_what_runs_beside_requests_leaves_them_the_thread_for_longer_than_
 async def test_an_engine_at_rest_ends_even_as_it_is_woken(turns: int) -> None:
     async with running() as engine:
         await asyncio.sleep(0.05)
-        engine._wake.set()
+        engine._loop.wake.set()
         for _ in range(turns):
             await asyncio.sleep(0)
         await asyncio.wait_for(engine.stop(), 10)

@@ -13,7 +13,7 @@ import torch
 
 from attention import PoolExhausted, StatePool
 from service.engine import delivery as delivery_module
-from service.engine import engine as engine_module
+from service.engine import loop as loop_module
 from service.engine import runner as runner_module
 from service.engine.admission import Ledger
 from service.engine.answer import Answer
@@ -125,7 +125,7 @@ def unharmed(engine: Engine) -> Iterator[None]:
     """The loop has not ended, and holds nothing, when the block is through."""
     yield
     assert is_empty(engine)
-    assert not engine.snapshot().draining and not engine._is_dead
+    assert not engine.snapshot().draining and not engine._loop.is_dead
 
 
 def named(value: Place | Request) -> str:
@@ -209,8 +209,8 @@ async def test_an_error_while_memory_is_given_back_at_rest_harms_nobody(monkeypa
         calls.append(1)
         raise OSError("boom")
 
-    monkeypatch.setattr(engine_module, "REST_SECONDS", 0.01)
-    monkeypatch.setattr(engine_module, "trim", broken)
+    monkeypatch.setattr(loop_module, "REST_SECONDS", 0.01)
+    monkeypatch.setattr(loop_module, "trim", broken)
     async with running() as engine:
         with unharmed(engine):
             await until(lambda: len(calls) > 2)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from service.config import LookupConfig
 from service.engine.allowlist import Lane
-from service.engine.lookup import Lookup, find
+from service.engine.lookup import MOST_PASSED, Lookup, find
 from service.engine.request import Constraint, Delta, ModelFailed, Request
 from tests.engine.world import (
     Watcher,
@@ -178,17 +178,41 @@ async def test_a_guess_that_is_cut_short_by_its_caller_gives_its_bytes_back() ->
 
 
 def test_guesses_end_where_they_do_not_pay_and_are_tried_again() -> None:
-    lookup, text, tried = Lookup(), array("i", [1, 2, 3] * 40), []
-    for step in range(400):
-        guess = lookup.guess(lambda a, b: text[a:b], len(text), 2, 5, 0.3)
+    lookup, text, tried, asked = Lookup(), array("i", [1, 2, 3] * 400), [], []
+
+    def price() -> float:
+        asked.append(1)
+        return 0.3
+
+    for length in range(100, 500):
+        guess = lookup.guess(lambda a, b: text[a:b], length, 2, 5, price)
         if guess:
-            tried.append(step)
+            tried.append(length)
             lookup.learn(len(guess), 0)
-    assert tried[0] == 0 and 3 < len(tried) <= 20  # a wrong one in twenty steps
-    for _ in range(60):
-        if guess := lookup.guess(lambda a, b: text[a:b], len(text), 2, 5, 0.3):
+    assert tried[0] == 100 and 3 < len(tried) <= 20  # a wrong one in twenty steps
+    assert len(asked) <= 400 / MOST_PASSED + 2 * len(tried)
+    for length in range(500, 800):
+        if guess := lookup.guess(lambda a, b: text[a:b], length, 2, 5, lambda: 0.3):
             lookup.learn(len(guess), len(guess))
     assert lookup.chance > 0.8
+
+
+def test_text_that_never_repeats_is_searched_seldom_and_no_price_is_asked_for() -> None:
+    lookup, text, searched = Lookup(), array("i", range(1000)), []
+
+    def tokens(start: int, end: int) -> array[int]:
+        if start == 0:
+            searched.append(end)
+        return text[start:end]
+
+    def price() -> float:
+        raise AssertionError("nothing is to be weighed")
+
+    for length in range(100, 1000):
+        assert not lookup.guess(tokens, length, 3, 5, price)
+    assert len(searched) <= 900 / MOST_PASSED + MOST_PASSED
+    text += text[500:550]  # what comes again then is found all the same
+    assert any(lookup.guess(tokens, 1000 + more, 3, 5, lambda: 0.1) for more in range(3, 3 + MOST_PASSED + 1))
 
 
 @given(st.lists(st.integers(0, 2), min_size=1, max_size=60), st.integers(1, 4))
@@ -202,7 +226,7 @@ def test_the_latest_earlier_occurrence_is_found(text: list[int], ngram: int) -> 
 @settings(max_examples=50)
 @given(st.lists(st.integers(0, 3), min_size=1, max_size=60), st.integers(1, 3), st.integers(0, 9))
 def test_a_guess_goes_on_as_the_text_went_on_before(text: list[int], ngram: int, most: int) -> None:
-    guess = Lookup().guess(lambda a, b: array("i", text[a:b]), len(text), ngram, most, 1e-9).tolist()
+    guess = Lookup().guess(lambda a, b: array("i", text[a:b]), len(text), ngram, most, lambda: 1e-9).tolist()
     assert len(guess) in (0, most)
     if guess:
         whole = text + guess

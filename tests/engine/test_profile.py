@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from service.engine import allowlist, engine
-from service.engine.forecast import Ramp
+from service.engine.forecast import ROWS, Ramp, measure_model
 from service.engine.profile import Profile
 from tests.engine import world
 
@@ -67,3 +69,17 @@ async def test_the_second_engine_measures_nothing(tmp_path: Path, monkeypatch: p
         for module, name in ((engine, "measure_model"), (allowlist, "measure_attention")):
             monkeypatch.setattr(module, name, lambda *_: pytest.fail("measured again"))
     assert courses[0] == courses[1]
+
+
+@pytest.mark.parametrize("has_guesses", [False, True])
+def test_rows_of_guesses_are_timed_only_where_tokens_may_be_guessed(has_guesses: bool) -> None:
+    model, heights = world.make_model(), set[int]()
+    hidden = model.hidden
+
+    def seen(ids: torch.Tensor, *rest: Any, **named: Any) -> torch.Tensor:
+        heights.add(len(ids))
+        return hidden(ids, *rest, **named)
+
+    model.hidden = seen  # type: ignore[method-assign]
+    measure_model(model, has_guesses)
+    assert (ROWS in heights) == has_guesses
