@@ -81,6 +81,7 @@ RECALLING = ("dense", "layered")  # the others cannot hold a needle
 MIXED = (("dense", 0.34), ("sliding_window", 0.2), ("performer", 0.46))
 MOSTLY_DENSE = (("dense", 0.6), ("sliding_window", 0.1), ("performer", 0.3))
 RECALL = (("dense", 0.5), ("layered", 0.3), ("sliding_window", 0.08), ("performer", 0.12))
+MOSTLY_LAYERED = (("dense", 0.3), ("layered", 0.5), ("sliding_window", 0.08), ("performer", 0.12))
 LONG = (2048, 2048, 2048, 8192, 8192, *[16384] * 7, *[32768] * 8)
 CURRICULUM = (
     Phase(22_600_000, (1.0, 1.0), (1024,), 8192, 0.1, MIXED),
@@ -90,6 +91,7 @@ CURRICULUM = (
     Phase(2_500_000, (1.0, 0.55), (4096, 8192, 8192, 16384), 16384, 0.5, MOSTLY_DENSE),
     Phase(3_000_000, (0.55, 0.02), (2048, 2048, 2048, 2048, 2048, 8192, 8192, 16384), 16384, 0.4, MOSTLY_DENSE),
     Phase(3_400_000, (0.3, 0.02), LONG, 32768, 0.6, RECALL),
+    Phase(3_400_000, (0.25, 0.02), LONG, 32768, 0.6, MOSTLY_LAYERED),
 )
 WARM_UP = 20  # steps
 MATRIX_RATE, VECTOR_RATE = 0.02, 0.003
