@@ -260,7 +260,7 @@ def hang_up() -> list[str]:
             done = ray.get([proxy.__ray_call__.remote(front.hang_up) for proxy in waiting], timeout=END_SECONDS)
             waiting = [proxy for proxy, is_done in zip(waiting, done, strict=True) if not is_done]
             time.sleep(POLL_SECONDS / 2)
-    except (RayError, TimeoutError, ValueError) as error:
+    except (RayError, RayServeException, TimeoutError, ValueError) as error:
         return [f"the proxy has not hung up: {error}"]
     return [f"callers of {len(waiting)} proxies do not read their answers"] * bool(waiting)
 

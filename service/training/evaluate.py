@@ -170,7 +170,7 @@ def prefill_seconds(model: Subject, stream: Tensor, context: int, repeats: int) 
     return {name: median(times) for name, times in seconds.items()}
 
 
-class Reader:
+class Continuation:
     """One sequence under a backend, its state kept between reads."""
 
     def __init__(self, model: Subject, backend: str, most: int) -> None:
@@ -194,13 +194,13 @@ class Reader:
 
 def decode_seconds(model: Subject, stream: Tensor, context: int, steps: int) -> dict[str, float]:
     """Median seconds of a bare decode step, the last ones of a text of `context` tokens, the backends taking turns."""
-    readers = {name: Reader(model, name, context) for name in model.backends}
-    newest = {name: [reader.read(stream[: context - steps - 1].tolist())] for name, reader in readers.items()}
-    seconds: dict[str, list[float]] = {name: [] for name in readers}
+    grown = {name: Continuation(model, name, context) for name in model.backends}
+    newest = {name: [text.read(stream[: context - steps - 1].tolist())] for name, text in grown.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in grown}
     for _ in range(steps + 1):
-        for name, reader in readers.items():
+        for name, text in grown.items():
             start = time.perf_counter()
-            newest[name] = [reader.read(newest[name])]
+            newest[name] = [text.read(newest[name])]
             seconds[name].append(time.perf_counter() - start)
     return {name: median(times[1:]) for name, times in seconds.items()}
 
@@ -209,9 +209,9 @@ def complete(model: Subject, backend: str, beginning: str, tokens: int) -> str:
     """Greedy continuation of a text, the beginning included."""
     new = model.tokenizer.encode(beginning, add_special_tokens=True)
     text = new[model.tokenizer.leading :]
-    reader = Reader(model, backend, len(new) + tokens)
+    grown = Continuation(model, backend, len(new) + tokens)
     while len(text) < tokens:
-        new = [reader.read(new)]
+        new = [grown.read(new)]
         if new[0] == model.eos:
             break
         text += new
