@@ -537,30 +537,33 @@ INLINE void in_order(const int wide, __m512 *a, __m512 *b) {
     *b = _mm512_permutex2var_ps(even, _mm512_add_epi32(low, _mm512_set1_epi32(8)), *b);
 }
 
-/* One sequence's query, all heads, over up to PART keys: sums (H, D), tops (H), totals (H). Slow
- * reading: `_step`. */
+/* One sequence's query, all heads, over up to PART keys: sums (H, D), tops (H), totals (H). Head by
+ * head nothing is a stream to the processor: each head fetches its share of the lines that are
+ * wanted next, the values of these keys and the keys behind them, for all at once would wait for
+ * each other. Slow reading: `_step`. */
 INLINE void step_part(const int wide, const int64_t width, const Step *c, const char *q,
                       const char *k, const char *v, int64_t k_bytes, int64_t v_bytes, int64_t count,
                       float *sums) {
     float s[HEADS][STRIDE] __attribute__((aligned(64))), factors[HEADS];
     const int64_t size = wide ? 4 : 2, ratio = c->heads / c->groups,
-                  whole = c->groups * width * size;
+                  whole = c->groups * width * size,
+                  share = (16 * whole / 64 + c->heads - 1) / c->heads;
     float *tops = sums + c->heads * width, *totals = tops + c->heads;
     memset(sums, 0, sizeof(float) * c->heads * width);
     for (int64_t h = 0; h < c->heads; h++) tops[h] = -INFINITY, totals[h] = 0.0f;
     for (int64_t at = 0; at < count; at += STRIDE) {
         const int64_t n = least(STRIDE, count - at);
         for (int64_t j = 0; j < n; j += 16) {
-            for (int64_t i = j; i < least(j + 16, n);
-                 i++) /* the values are wanted next, and head by head nothing is a stream */
-                for (int64_t b = 0; b < whole; b += 64) {
-                    _mm_prefetch(v + (at + i) * v_bytes + b, _MM_HINT_T0);
-                    _mm_prefetch(k + (at + i + 32) * k_bytes + b, _MM_HINT_T0);
+            for (int64_t h = 0; h < c->heads; h++) {
+                for (int64_t line = h * share; line < (h + 1) * share; line++) {
+                    const int64_t row = at + j + line * 64 / whole, b = line * 64 % whole;
+                    _mm_prefetch(v + row * v_bytes + b, _MM_HINT_T0);
+                    _mm_prefetch(k + (row + 16) * k_bytes + b, _MM_HINT_T0);
                 }
-            for (int64_t h = 0; h < c->heads; h++)
                 score(wide, width * size / 4, q + h * width * size,
                       k + (at + j) * k_bytes + h / ratio * width * size, k_bytes, n - j, c->scale,
                       c->cap, &s[h][j]);
+            }
         }
         for (int64_t h = 0; h < c->heads; h++)
             factors[h] = soften(wide, s[h], (n + 15) & ~15, c->scale, tops + h, totals + h);
