@@ -435,8 +435,8 @@ const char *look_up(const char *ids, int64_t ids_bytes, int64_t count, const cha
         REQUIRE(within(numbers[i], 0, outputs - 1), "an id must be the number of a row");
 #pragma omp parallel for schedule(static) num_threads(count > ALONE ? threads : 1)
     for (int64_t i = 0; i < count; i++) {
-        const char *from = matrix + numbers[i] / COLUMNS * block_bytes(16, width) +
-                           numbers[i] % COLUMNS * 4;
+        const char *from =
+            matrix + numbers[i] / COLUMNS * block_bytes(16, width) + numbers[i] % COLUMNS * 4;
         for (int64_t w = 0; w < width / 2; w++)
             memcpy(out + (i * width / 2 + w) * 4, from + w * COLUMNS * 4, 4);
     }
