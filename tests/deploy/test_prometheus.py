@@ -8,9 +8,9 @@ from __future__ import annotations
 import bisect
 import concurrent.futures
 import json
+import math
 import os
 import signal
-import statistics
 import subprocess
 import threading
 import time
@@ -35,7 +35,8 @@ from tests.test_app_ray import BACKENDS
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 LENGTHS = {"2048": 1500, "8192": 6000}  # tokens by length class
-REPEATS = 6
+REPEATS = 8
+SHARES = (0.5, 0.75)  # two callers of the eight may have waited for a CPU themselves
 SCRAPE_SECONDS = 2  # and as long may a scrape take
 RATE_SECONDS = 20  # over which rates are taken while a replica dies
 MAY_BE_EMPTY = {"Last switch: age, seconds it took", "Worker processes, mean"}  # nothing of it has happened here
@@ -138,9 +139,9 @@ def test_latency_quantiles_are_the_callers_within_a_bucket(watch: Prometheus, lo
     series = f'longserve_request_duration_seconds_bucket{{backend="{backend}", length="{length}"}}'
     waited = load.seconds[backend, length]
     assert len(waited) == REPEATS
-    for share in (0.5, 0.9):
+    for share in SHARES:
         told = watch.value(f"histogram_quantile({share}, sum by (le) ({series}))")
-        felt = statistics.quantiles(waited, n=10, method="inclusive")[round(share * 10) - 1]
+        felt = sorted(waited)[math.ceil(share * REPEATS) - 1]
         distance = bisect.bisect_left(REQUEST_SECONDS, told) - bisect.bisect_left(REQUEST_SECONDS, felt)
         assert abs(distance) <= 1, (share, told, felt)
 
