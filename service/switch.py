@@ -253,8 +253,7 @@ class Switch:
         return backend
 
     async def _verdict(self, backend: AttentionBackend, host: Slices) -> truth.Truth:
-        """The worst verdict on a backend's kinds of layers, on the products between them and on what was served last. Told to the
-        metrics."""
+        """The worst verdict on kinds of layers, the products between them and what was served last, told to the metrics."""
         check = partial(truth.checking, max_length=self._max_length, causal=self._is_causal)
         verdicts = [await host.beside(check(kind)) for kind in attention.shares(backend)]
         verdicts.append(await host.beside(self._products()))
