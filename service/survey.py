@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-import torch
-
 import attention
 from attention import result, shares, truth
 from service.config import AttentionConfig, ServiceConfig
@@ -39,7 +37,7 @@ def survey(directory: Path, args: ServiceConfig, switch: AttentionConfig) -> Ite
     yield f"{args.name or checkpoint.id_of(directory)}: {config.model_type}, {model.num_weights / 1e6:.1f} million parameters"
     yield f"dtype       {name}, {_weights(model, args.weights)} ({reason})"
     if args.weights in BITS:
-        yield _products(config, dtype, args)
+        yield _products(model, args)
     yield f"context     {config.max_length} tokens, vocabulary {len(tokenizer.ids)}{_positions(config)}"
     yield f"offers      {_offer(config)}"
     if config.is_causal:
@@ -62,7 +60,7 @@ def rehearse(args: ServiceConfig, switch: AttentionConfig, dtype: str, budget: i
     config = checkpoint.read_config(directory).up_to(args.max_length)
     model = checkpoint.outline(config).to(checkpoint.DTYPES[dtype])
     if args.weights in BITS:
-        _products(config, model.dtype, args)
+        _products(model, args)
     shape = config.head_shape(model.dtype, args.device)
     for name, options in switch.for_checkpoint(config.native).backends.items():
         backend = attention.build(name, options, shape)
@@ -82,9 +80,9 @@ def _weights(model: Transformer, weights: str) -> str:
     return f"{_mib(size)} MiB of weights" + (f", matrices in {weights}: lossy" if weights in BITS else "")
 
 
-def _products(config: ModelConfig, dtype: torch.dtype, args: ServiceConfig) -> str:
+def _products(model: Transformer, args: ServiceConfig) -> str:
     """How weights in fewer bits are multiplied on this machine, tried on drawn ones of these widths. ValueError: wrongly."""
-    verdict = result(fidelity.rehearsing(config, dtype, args.device, args.weights))
+    verdict = result(fidelity.rehearsing(model.config, model.dtype, args.device, args.weights))
     told = f"{args.weights}, off {verdict.of} by {verdict.error:.2g}, allowed: {verdict.bound:.2g}"
     if not verdict.passed:
         raise ValueError(f"weights in {told}")
