@@ -1,8 +1,9 @@
 """A decoder of Qwen3-0.6B's shape by how its matrices are kept, beside llama.cpp: `python -m service.benchmark --weights`.
 
 The weights are random and the same for both. Ours in bfloat16, 8 and 4 bits; llama.cpp's, where `llama_cpp` and `gguf` are
-installed, in BF16, Q8_0 and Q4_0, its own defaults else, on as many threads. In turns, one process. A decode step is told
-beside what the machine reads: the seconds of summing up as many bytes as it has weights and state.
+installed, in BF16, Q8_0 and Q4_0, with its flash attention and without, its own defaults else, on as many threads. In turns,
+one process. A decode step is told beside what the machine reads: the seconds of summing up as many bytes as it has weights and
+state.
 """
 
 from __future__ import annotations
@@ -51,11 +52,11 @@ def measure_weights(lengths: Sequence[int]) -> dict[str, dict[str, float]]:
     with tempfile.TemporaryDirectory() as folder:
         directory = Path(folder)
         write(directory, SHAPE)
-        contestants: dict[str, Callable[[], Ours | Theirs]] = {}
+        contestants: Contestants = {}
         for weights, kind in PEERS.items():
             contestants[weights] = lambda weights=weights: Ours(directory, weights, max(lengths))  # type: ignore[misc]
             if has_peer():
-                contestants[f"llama.cpp {kind}"] = lambda kind=kind: Theirs(directory, kind, max(lengths))  # type: ignore[misc]
+                contestants |= peers(directory, kind, max(lengths))
         if not has_peer():
             print("llama.cpp: not installed (pip install llama-cpp-python gguf), left out")
         made = {name: make() for name, make in contestants.items()}
@@ -152,20 +153,31 @@ def has_peer() -> bool:
     return all(importlib.util.find_spec(name) is not None for name in ("llama_cpp", "gguf"))
 
 
+def peers(directory: Path, kind: str, longest: int) -> Contestants:
+    """llama.cpp at some bits without its flash attention and with it: which is faster depends on the length."""
+    return {
+        f"llama.cpp {kind}": lambda: Theirs(directory, kind, longest, is_flash=False),
+        f"llama.cpp {kind} flash": lambda: Theirs(directory, kind, longest, is_flash=True),
+    }
+
+
 class Theirs:
     """The same weights in llama.cpp."""
 
-    def __init__(self, directory: Path, kind: str, longest: int) -> None:
+    def __init__(self, directory: Path, kind: str, longest: int, is_flash: bool) -> None:
         self.lib: Any = import_module("llama_cpp")
         self.lib.llama_log_set(_SILENT, ctypes.c_void_p(0))
         path = directory / f"{kind}.gguf"
-        _write_gguf(directory, path, kind)
+        if not path.exists():
+            _write_gguf(directory, path, kind)
         self.model = self.lib.llama_model_load_from_file(str(path).encode(), self.lib.llama_model_default_params())
         assert self.model, f"llama.cpp does not load {path}"
         params = self.lib.llama_context_default_params()
         params.n_ctx, params.n_batch, params.n_ubatch = longest + ROOM, CHUNK, CHUNK
         params.n_threads = params.n_threads_batch = torch.get_num_threads()
+        params.flash_attn_type = getattr(self.lib, f"LLAMA_FLASH_ATTN_TYPE_{'ENABLED' if is_flash else 'DISABLED'}")
         self.context = self.lib.llama_init_from_model(self.model, params)
+        assert self.context, f"llama.cpp refuses a context of {params.n_ctx} tokens"
         self.vocab_size = json.loads((directory / "config.json").read_text())["vocab_size"]
         self.begin()
 
@@ -200,6 +212,9 @@ class Theirs:
         self.lib.llama_get_logits_ith(self.context, -1)  # waits for them
         self.past += len(ids)
 
+
+Contestants = dict[str, Callable[[], Ours | Theirs]]
+"""What makes each, by name."""
 
 _SILENT = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)(lambda level, text, data: None)
 
