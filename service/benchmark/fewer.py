@@ -52,7 +52,7 @@ def measure_weights(lengths: Sequence[int]) -> dict[str, dict[str, float]]:
     with tempfile.TemporaryDirectory() as folder:
         directory = Path(folder)
         write(directory, SHAPE)
-        contestants: Contestants = {}
+        contestants: dict[str, Callable[[], Ours | Theirs]] = {}
         for weights, kind in PEERS.items():
             contestants[weights] = lambda weights=weights: Ours(directory, weights, max(lengths))  # type: ignore[misc]
             if has_peer():
@@ -132,10 +132,11 @@ class Ours:
         return time.perf_counter() - start
 
     def _extend(self, count: int) -> None:
+        """Read random tokens, until the logits behind the last are there."""
         ids, segments = torch.randint(self.model.config.vocab_size, (count,)), Segments((count,), (self.past,))
         attend = lambda layer, q, k, v: self.backend.extend(q, k, v, segments, self.pool, layer, (self.slot,))  # noqa: E731
         hidden = self.model.hidden(ids, torch.arange(self.past, self.past + count), attend, is_decode=count == 1)
-        self.model.logits(hidden[-1:]).argmax(-1).item()
+        self.model.logits(hidden[-1:])
         self.past += count
 
     def reading_seconds(self, length: int) -> float:
@@ -153,7 +154,7 @@ def has_peer() -> bool:
     return all(importlib.util.find_spec(name) is not None for name in ("llama_cpp", "gguf"))
 
 
-def peers(directory: Path, kind: str, longest: int) -> Contestants:
+def peers(directory: Path, kind: str, longest: int) -> dict[str, Callable[[], Theirs]]:
     """llama.cpp at some bits without its flash attention and with it: which is faster depends on the length."""
     return {
         f"llama.cpp {kind}": lambda: Theirs(directory, kind, longest, is_flash=False),
@@ -193,6 +194,14 @@ class Theirs:
             self._extend(self._random(min(CHUNK, length - self.past)))
         return time.perf_counter() - start
 
+    def take_over(self, other: Theirs) -> None:
+        """Go on from the text that another has read, with matrices of other bits: its keys and values are of the same."""
+        size = self.lib.llama_state_seq_get_size(other.context, 0)
+        state = (ctypes.c_uint8 * size)()
+        taken = self.lib.llama_state_seq_get_data(other.context, state, size, 0)
+        assert taken == size == self.lib.llama_state_seq_set_data(self.context, state, size, 0), "llama.cpp keeps its state"
+        self.past = other.past
+
     def step(self) -> float:
         """As `Ours.step`."""
         return median(self._step() for _ in range(STEPS))
@@ -206,15 +215,13 @@ class Theirs:
         return list(torch.randint(self.vocab_size, (count,)).tolist())
 
     def _extend(self, ids: list[int]) -> None:
+        """As `Ours._extend`."""
         tokens = (self.lib.llama_token * len(ids))(*ids)
         code = self.lib.llama_decode(self.context, self.lib.llama_batch_get_one(tokens, len(ids)))
         assert code == 0, f"llama.cpp answers {code}"
         self.lib.llama_get_logits_ith(self.context, -1)  # waits for them
         self.past += len(ids)
 
-
-Contestants = dict[str, Callable[[], Ours | Theirs]]
-"""What makes each, by name."""
 
 _SILENT = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)(lambda level, text, data: None)
 
