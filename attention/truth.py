@@ -34,11 +34,13 @@ USUAL = 5.0  # the largest scores and values of such input
 
 @dataclass(frozen=True)
 class Truth:
-    """The verdict: the largest error seen, the bound it is held to, and what the input was too short for (empty: nothing)."""
+    """The verdict: the largest error seen, the bound it is held to, what the input was too short for (empty: nothing), and what
+    the answers were held to."""
 
     error: float
     bound: float
     uncovered: str = ""
+    of: str = "its definition"
 
     @property
     def passed(self) -> bool:

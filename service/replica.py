@@ -15,6 +15,7 @@ import logging
 import os
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
@@ -33,7 +34,7 @@ from service.http.workers import Workers
 from service.logs import LOGGERS
 from service.machine import Place, available_cpus, cache_folder, dealt_cpus, dealt_threads, processor, trim
 from service.metrics import Metrics
-from service.model import checkpoint
+from service.model import checkpoint, fidelity
 from service.model.checkpoint import Checkpoint
 from service.model.tokenizer import Tokenizer
 from service.switch import LastServed, Switch, parse
@@ -95,6 +96,7 @@ class Replica:
             self._metrics,
             self._last_served,
             model.config.is_causal,
+            partial(fidelity.checking, model),
         )
         self._metrics.switching.set_function(lambda: float(self._switch.is_switching))
         self._traced = None if config.traces is None else _traced(self._metrics, config.traces, name)

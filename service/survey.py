@@ -9,7 +9,7 @@ import attention
 from attention import result, shares, truth
 from service.config import AttentionConfig, ServiceConfig
 from service.engine.allowlist import check_room, unmeasured
-from service.model import checkpoint, files, rotary
+from service.model import checkpoint, fidelity, files, rotary
 from service.model.config import ModelConfig
 from service.model.quantized import BITS, bits_of, bytes_of
 from service.model.tokenizer import Tokenizer
@@ -24,7 +24,8 @@ def survey(directory: Path, args: ServiceConfig, switch: AttentionConfig) -> Ite
     """Lines that tell what `args` and `switch` would make of a directory: model, ends of text, backends, bytes by length.
 
     Raises:
-        FileNotFoundError, ValueError: what `checkpoint.load` refuses, but for numbers in the weights that are none.
+        FileNotFoundError, ValueError: what `checkpoint.load` refuses, but for numbers in the weights that are none; weights in
+            fewer bits that are not multiplied here as they are defined.
     """
     directory = files.find(directory)
     config = checkpoint.read_layout(directory)[0].up_to(args.max_length)
@@ -35,6 +36,8 @@ def survey(directory: Path, args: ServiceConfig, switch: AttentionConfig) -> Ite
     name = str(dtype).removeprefix("torch.")
     yield f"{args.name or checkpoint.id_of(directory)}: {config.model_type}, {model.num_weights / 1e6:.1f} million parameters"
     yield f"dtype       {name}, {_weights(model, args.weights)} ({reason})"
+    if args.weights in BITS:
+        yield _products(model, args)
     yield f"context     {config.max_length} tokens, vocabulary {len(tokenizer.ids)}{_positions(config)}"
     yield f"offers      {_offer(config)}"
     if config.is_causal:
@@ -50,11 +53,14 @@ def rehearse(args: ServiceConfig, switch: AttentionConfig, dtype: str, budget: i
     dtype, budget: the dtype the replicas serve in, and the bytes that each has for its requests.
 
     Raises:
-        ValueError, FileNotFoundError: one of the backends cannot serve, or not even the shortest request in so many bytes.
+        ValueError, FileNotFoundError: one of the backends cannot serve, or not even the shortest request in so many bytes;
+            weights in fewer bits that are not multiplied here as they are defined.
     """
     directory = checkpoint.EMBEDDED if args.model == "embedded" else Path(args.model)
     config = checkpoint.read_config(directory).up_to(args.max_length)
     model = checkpoint.outline(config).to(checkpoint.DTYPES[dtype])
+    if args.weights in BITS:
+        _products(model, args)
     shape = config.head_shape(model.dtype, args.device)
     for name, options in switch.for_checkpoint(config.native).backends.items():
         backend = attention.build(name, options, shape)
@@ -62,7 +68,7 @@ def rehearse(args: ServiceConfig, switch: AttentionConfig, dtype: str, budget: i
         for kind in shares(backend):
             verdict = result(truth.checking(kind, max_length=min(REHEARSED_TOKENS, config.max_length), causal=config.is_causal))
             if not verdict.passed:
-                raise ValueError(f"{name} is off its definition by {verdict.error:.2g}, allowed: {verdict.bound:.2g}")
+                raise ValueError(f"{name} is off {verdict.of} by {verdict.error:.2g}, allowed: {verdict.bound:.2g}")
 
 
 def _weights(model: Transformer, weights: str) -> str:
@@ -72,6 +78,15 @@ def _weights(model: Transformer, weights: str) -> str:
         bits = bits_of(weights, name)
         size += parameter.nbytes if bits is None else bytes_of(parameter.shape, bits)
     return f"{_mib(size)} MiB of weights" + (f", matrices in {weights}: lossy" if weights in BITS else "")
+
+
+def _products(model: Transformer, args: ServiceConfig) -> str:
+    """How weights in fewer bits are multiplied on this machine, tried on drawn ones of these widths. ValueError: wrongly."""
+    verdict = result(fidelity.rehearsing(model.config, model.dtype, args.device, args.weights))
+    told = f"{args.weights}, off {verdict.of} by {verdict.error:.2g}, allowed: {verdict.bound:.2g}"
+    if not verdict.passed:
+        raise ValueError(f"weights in {told}")
+    return f"products    in {told}"
 
 
 def _offer(config: ModelConfig) -> str:

@@ -11,7 +11,7 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any, Protocol, TypeVar
@@ -26,6 +26,7 @@ from service.metrics import Metrics
 from service.threads import in_passing_thread
 
 T = TypeVar("T")
+Products = Callable[[], Generator[None, None, truth.Truth]]
 HISTORY = 20  # changes that are remembered
 
 logger = logging.getLogger("longserve.switch")
@@ -95,11 +96,14 @@ class Switch:
         max_length: int,
         metrics: Metrics,
         last_served: LastServed,
-        is_causal: bool = True,
+        is_causal: bool,
+        products: Products,
     ) -> None:
-        """`native`: the options of the checkpoint's own backend, None where that is dense. `is_causal`: it is a decoder."""
+        """`native`: the options of the checkpoint's own backend, None where that is dense. `is_causal`: it is a decoder.
+        `products`: checks the matrices that every backend answers with."""
         self._shape = shape
         self._is_causal = is_causal
+        self._products = products
         self._native = native
         self._max_length = max_length
         self._metrics = metrics
@@ -249,9 +253,10 @@ class Switch:
         return backend
 
     async def _verdict(self, backend: AttentionBackend, host: Slices) -> truth.Truth:
-        """The worst verdict on the kinds of layers that a backend has, and on what was served last, told to the metrics."""
+        """The worst verdict on kinds of layers, the products between them and what was served last, told to the metrics."""
         check = partial(truth.checking, max_length=self._max_length, causal=self._is_causal)
         verdicts = [await host.beside(check(kind)) for kind in attention.shares(backend)]
+        verdicts.append(await host.beside(self._products()))
         if (served := await host.check_served(backend)) is not None:
             verdicts.append(served)
         worst = truth.worst(verdicts)
@@ -260,4 +265,4 @@ class Switch:
 
 
 def _off(verdict: truth.Truth) -> str:
-    return f"off its definition by {verdict.error:.2g}, allowed: {verdict.bound:.2g}"
+    return f"off {verdict.of} by {verdict.error:.2g}, allowed: {verdict.bound:.2g}"

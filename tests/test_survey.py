@@ -13,6 +13,7 @@ from service import cli
 from service import config as settings
 from service.config import AttentionConfig, ServiceConfig
 from service.model.checkpoint import load
+from service.model.quantized import Quantized
 from service.survey import rehearse
 from tests.engine import world
 from tests.model import encoders
@@ -159,3 +160,22 @@ def test_a_backend_that_answers_wrongly_does_not_pass_the_rehearsal(monkeypatch:
     with pytest.raises(ValueError, match="sliding_window is off its definition"):
         rehearse(ServiceConfig(), switch, "float32", 2**30)
     rehearse(ServiceConfig(), AttentionConfig(), "float32", 2**30)
+
+
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+def test_products_that_are_wrong_here_pass_neither_the_check_nor_the_rehearsal(
+    weights: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = write(tmp_path / "tiny", "qwen3", hidden_size=64, intermediate_size=192)
+    args = ServiceConfig(model=str(directory), weights=weights)  # type: ignore[arg-type]
+    (tmp_path / "serve.yaml").write_text(CONFIG)
+    asked = ["check", str(directory), str(tmp_path / "serve.yaml"), "--weights", weights]
+    assert cli.main(asked) == 0
+    assert f"products    in {weights}, off the numbers its weights tell by" in capsys.readouterr().out
+    rehearse(args, AttentionConfig(), "float32", 2**30)
+    honest = Quantized.product
+    monkeypatch.setattr(Quantized, "product", lambda self, x, bias=None: honest(self, x, bias) * 1.01)
+    assert cli.main(asked) == 1
+    assert "off the numbers its weights tell" in capsys.readouterr().err
+    with pytest.raises(ValueError, match=f"weights in {weights}, off the numbers"):
+        rehearse(args, AttentionConfig(), "float32", 2**30)

@@ -288,7 +288,7 @@ class Transformer(nn.Module):
 
     def stages(self, tokens: Tensor, positions: Tensor, types: Tensor | None = None, is_decode: bool = False) -> Stages:
         """`hidden` turned inside out: who drives it answers each layer's question, and may pause at any."""
-        turns, x = self._turns_by_layer(positions), self._embedded(tokens, positions, types)
+        turns, x = self.turns_by_layer(positions), self._embedded(tokens, positions, types)
         starts = (positions == 0).nonzero().flatten().tolist() if self.config.has_global_first else ()
         for index, layer in enumerate(self.stack):
             sides = layer.packed if layer.packed and (is_decode or layer.packed.takes_prompts) else layer
@@ -368,7 +368,7 @@ class Transformer(nn.Module):
         heights = {rows} if self.quantized else {self.height(n) for n in range(1, rows + 1)}
         for height in sorted(heights):
             x = torch.zeros(height, self.config.hidden_size, dtype=self.dtype, device=self.device)
-            turns = self._turns_by_layer(torch.zeros(height, dtype=torch.long, device=self.device))
+            turns = self.turns_by_layer(torch.zeros(height, dtype=torch.long, device=self.device))
             q, _, _ = layer.question(x, turns[0])
             layer.output(x, q)
             if self.config.is_causal and height <= self.height(logit_rows):
@@ -397,7 +397,7 @@ class Transformer(nn.Module):
         looking = 9 * tokens * config.hidden_size if self.quantized else 0  # int8, float32, and that scaled
         return max(width * (turning + wide), width * attending + attention, width * (feeding + wide), looking) + reading
 
-    def _turns_by_layer(self, positions: Tensor) -> list[Turns | None]:
+    def turns_by_layer(self, positions: Tensor) -> list[Turns | None]:
         turns = self.rotation(positions)
         return [None if rope is None else turns[rope] for rope in self._rope_of]
 

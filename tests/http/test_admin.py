@@ -10,6 +10,7 @@ import pytest
 
 from attention import AttentionBackend, truth
 from service.config import EngineConfig, HttpConfig, ServiceConfig, UserConfig
+from service.model.quantized import Quantized
 from service.plain import listening
 from service.replica import Replica
 from tests.http.client import Client, Reply, eventually
@@ -155,3 +156,16 @@ async def test_what_serves_is_checked_again_when_the_replica_has_been_idle() -> 
 
         first = await asyncio.to_thread(checked)
         assert await asyncio.to_thread(eventually, lambda: checked() > first)
+
+
+async def test_products_that_are_wrong_withdraw_every_backend_and_start_no_replica(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = ServiceConfig(threads=1, weights="int8", dtype="float32", engine=EngineConfig(memory_budget_bytes=2**26))
+    replica, honest = Replica(config), Quantized.product
+    await replica.start(UserConfig.model_validate({"attention": BOTH}))
+    assert [each["passed"] for each in (await replica.check_truth())["checks"]] == [True, True]
+    monkeypatch.setattr(Quantized, "product", lambda self, x, bias=None: honest(self, x, bias) * 1.01)
+    assert [each["passed"] for each in (await replica.check_truth())["checks"]] == [False, False]
+    assert "off the numbers its weights tell" in str(replica.readiness()["withdrawn"])
+    await replica.stop()
+    with pytest.raises(ValueError, match="attention backend dense is off the numbers its weights tell"):
+        await Replica(config).start(UserConfig())
