@@ -13,14 +13,14 @@ from service.benchmark import fewer
 
 pytestmark = pytest.mark.skipif(not fewer.has_peer(), reason="llama_cpp and gguf are not installed")
 VOCABULARY = 4096
+SHAPE = fewer.SHAPE | {"num_hidden_layers": 2, "vocab_size": VOCABULARY}
 
 
+@pytest.mark.parametrize("is_flash", [False, True])
 @pytest.mark.parametrize(("weights", "share"), [("bf16", 0.1), ("int8", 0.25)])  # of the logits' deviation
-def test_both_sides_answer_alike(weights: str, share: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in (("num_hidden_layers", 2), ("vocab_size", VOCABULARY)):
-        monkeypatch.setitem(fewer.SHAPE, name, value)
-    fewer.write(tmp_path, fewer.SHAPE)
-    ours, theirs = fewer.Ours(tmp_path, weights, 64), fewer.Theirs(tmp_path, fewer.PEERS[weights], 64)
+def test_both_sides_answer_alike(weights: str, share: float, is_flash: bool, tmp_path: Path) -> None:
+    fewer.write(tmp_path, SHAPE)
+    ours, theirs = fewer.Ours(tmp_path, weights, 64), fewer.Theirs(tmp_path, fewer.PEERS[weights], 64, is_flash)
     ids, segments = torch.arange(3, 3 + 20), Segments((20,))
     with torch.inference_mode():
         hidden = ours.model.hidden(
@@ -28,6 +28,23 @@ def test_both_sides_answer_alike(weights: str, share: float, tmp_path: Path, mon
         )
         found = ours.model.logits(hidden[-1:])[0]
     theirs._extend(ids.tolist())
-    told = theirs.lib.llama_get_logits_ith(theirs.context, -1)
-    wanted = torch.tensor(ctypes.cast(told, ctypes.POINTER(ctypes.c_float))[:VOCABULARY])
+    wanted = told(theirs)
     assert float((found - wanted).abs().max()) <= share * float(wanted.std())
+
+
+@pytest.mark.parametrize("is_flash", [False, True])
+def test_a_text_that_is_taken_over_goes_on_as_where_it_was_read(is_flash: bool, tmp_path: Path) -> None:
+    fewer.write(tmp_path, SHAPE)
+    reader, taker = (fewer.Theirs(tmp_path, "BF16", 64, is_flash) for _ in range(2))
+    reader._extend(list(range(3, 40)))
+    taker.take_over(reader)
+    for each in (reader, taker):
+        each._extend([7])
+    assert torch.equal(told(reader), told(taker))
+    assert reader.past == taker.past == 38
+
+
+def told(theirs: fewer.Theirs) -> torch.Tensor:
+    """The logits behind the last token that was read."""
+    at = theirs.lib.llama_get_logits_ith(theirs.context, -1)
+    return torch.tensor(ctypes.cast(at, ctypes.POINTER(ctypes.c_float))[:VOCABULARY])

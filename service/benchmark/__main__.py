@@ -59,6 +59,7 @@ def main() -> None:
         metavar="TOKENS",
         help="decode steps of the embedded shape beside llama.cpp, and nothing else",
     )
+    parser.add_argument("--heads", nargs="+", type=int, default=[2, 4], metavar="N", help="key-value heads of --beside")
     options = parser.parse_args()
     lengths = [16_384] if options.quick else [16_384, 32_768]
     repeats = 1 if options.quick else 2
@@ -74,7 +75,7 @@ def main() -> None:
     if options.weights is not None:
         result["weights"] = in_passing_thread(lambda: measure_weights(options.weights or [1024, 4096]))
     if options.beside is not None:
-        result["beside"] = in_passing_thread(lambda: measure_beside(options.beside or [1024, 4096, 16_384]))
+        result["beside"] = in_passing_thread(lambda: measure_beside(options.beside or [1024, 4096, *lengths], options.heads))
     if options.shared:
         result["shared"] = asyncio.run(measure_shared())
     if "bare" in parts:

@@ -1,8 +1,9 @@
 """A decoder of Qwen3-0.6B's shape by how its matrices are kept, beside llama.cpp: `python -m service.benchmark --weights`.
 
 The weights are random and the same for both. Ours in bfloat16, 8 and 4 bits; llama.cpp's, where `llama_cpp` and `gguf` are
-installed, in BF16, Q8_0 and Q4_0, its own defaults else, on as many threads. In turns, one process. A decode step is told
-beside what the machine reads: the seconds of summing up as many bytes as it has weights and state.
+installed, in BF16, Q8_0 and Q4_0, with its flash attention and without, its own defaults else, on as many threads. In turns,
+one process. A decode step is told beside what the machine reads: the seconds of summing up as many bytes as it has weights and
+state.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ def measure_weights(lengths: Sequence[int]) -> dict[str, dict[str, float]]:
         for weights, kind in PEERS.items():
             contestants[weights] = lambda weights=weights: Ours(directory, weights, max(lengths))  # type: ignore[misc]
             if has_peer():
-                contestants[f"llama.cpp {kind}"] = lambda kind=kind: Theirs(directory, kind, max(lengths))  # type: ignore[misc]
+                contestants |= peers(directory, kind, max(lengths))
         if not has_peer():
             print("llama.cpp: not installed (pip install llama-cpp-python gguf), left out")
         made = {name: make() for name, make in contestants.items()}
@@ -131,10 +132,11 @@ class Ours:
         return time.perf_counter() - start
 
     def _extend(self, count: int) -> None:
+        """Read random tokens, until the logits behind the last are there."""
         ids, segments = torch.randint(self.model.config.vocab_size, (count,)), Segments((count,), (self.past,))
         attend = lambda layer, q, k, v: self.backend.extend(q, k, v, segments, self.pool, layer, (self.slot,))  # noqa: E731
         hidden = self.model.hidden(ids, torch.arange(self.past, self.past + count), attend, is_decode=count == 1)
-        self.model.logits(hidden[-1:]).argmax(-1).item()
+        self.model.logits(hidden[-1:])
         self.past += count
 
     def reading_seconds(self, length: int) -> float:
@@ -152,20 +154,31 @@ def has_peer() -> bool:
     return all(importlib.util.find_spec(name) is not None for name in ("llama_cpp", "gguf"))
 
 
+def peers(directory: Path, kind: str, longest: int) -> dict[str, Callable[[], Theirs]]:
+    """llama.cpp at some bits without its flash attention and with it: which is faster depends on the length."""
+    return {
+        f"llama.cpp {kind}": lambda: Theirs(directory, kind, longest, is_flash=False),
+        f"llama.cpp {kind} flash": lambda: Theirs(directory, kind, longest, is_flash=True),
+    }
+
+
 class Theirs:
     """The same weights in llama.cpp."""
 
-    def __init__(self, directory: Path, kind: str, longest: int) -> None:
+    def __init__(self, directory: Path, kind: str, longest: int, is_flash: bool) -> None:
         self.lib: Any = import_module("llama_cpp")
         self.lib.llama_log_set(_SILENT, ctypes.c_void_p(0))
         path = directory / f"{kind}.gguf"
-        _write_gguf(directory, path, kind)
+        if not path.exists():
+            _write_gguf(directory, path, kind)
         self.model = self.lib.llama_model_load_from_file(str(path).encode(), self.lib.llama_model_default_params())
         assert self.model, f"llama.cpp does not load {path}"
         params = self.lib.llama_context_default_params()
         params.n_ctx, params.n_batch, params.n_ubatch = longest + ROOM, CHUNK, CHUNK
         params.n_threads = params.n_threads_batch = torch.get_num_threads()
+        params.flash_attn_type = getattr(self.lib, f"LLAMA_FLASH_ATTN_TYPE_{'ENABLED' if is_flash else 'DISABLED'}")
         self.context = self.lib.llama_init_from_model(self.model, params)
+        assert self.context, f"llama.cpp refuses a context of {params.n_ctx} tokens"
         self.vocab_size = json.loads((directory / "config.json").read_text())["vocab_size"]
         self.begin()
 
@@ -181,6 +194,14 @@ class Theirs:
             self._extend(self._random(min(CHUNK, length - self.past)))
         return time.perf_counter() - start
 
+    def take_over(self, other: Theirs) -> None:
+        """Go on from the text that another has read, with matrices of other bits: its keys and values are of the same."""
+        size = self.lib.llama_state_seq_get_size(other.context, 0)
+        state = (ctypes.c_uint8 * size)()
+        taken = self.lib.llama_state_seq_get_data(other.context, state, size, 0)
+        assert taken == size == self.lib.llama_state_seq_set_data(self.context, state, size, 0), "llama.cpp keeps its state"
+        self.past = other.past
+
     def step(self) -> float:
         """As `Ours.step`."""
         return median(self._step() for _ in range(STEPS))
@@ -194,6 +215,7 @@ class Theirs:
         return list(torch.randint(self.vocab_size, (count,)).tolist())
 
     def _extend(self, ids: list[int]) -> None:
+        """As `Ours._extend`."""
         tokens = (self.lib.llama_token * len(ids))(*ids)
         code = self.lib.llama_decode(self.context, self.lib.llama_batch_get_one(tokens, len(ids)))
         assert code == 0, f"llama.cpp answers {code}"
