@@ -27,7 +27,7 @@ def test_both_sides_answer_alike(weights: str, share: float, is_flash: bool, tmp
             ids, torch.arange(20), lambda layer, q, k, v: ours.backend.attend(q, k, v, segments, causal=True)
         )
         found = ours.model.logits(hidden[-1:])[0]
-    theirs._extend(ids.tolist())
+    theirs.feed(ids.tolist())
     wanted = told(theirs)
     assert float((found - wanted).abs().max()) <= share * float(wanted.std())
 
@@ -36,10 +36,10 @@ def test_both_sides_answer_alike(weights: str, share: float, is_flash: bool, tmp
 def test_a_text_that_is_taken_over_goes_on_as_where_it_was_read(is_flash: bool, tmp_path: Path) -> None:
     fewer.write(tmp_path, SHAPE)
     reader, taker = (fewer.Theirs(tmp_path, "BF16", 64, is_flash) for _ in range(2))
-    reader._extend(list(range(3, 40)))
+    reader.feed(list(range(3, 40)))
     taker.take_over(reader)
     for each in (reader, taker):
-        each._extend([7])
+        each.feed([7])
     assert torch.equal(told(reader), told(taker))
     assert reader.past == taker.past == 38
 

@@ -1,8 +1,9 @@
 """A decoder of Qwen3-0.6B's shape by how its matrices are kept, beside llama.cpp: `python -m service.benchmark --weights`.
 
-The weights are random and the same for both. Ours in bfloat16, 8 and 4 bits; llama.cpp's, where `llama_cpp` and `gguf` are
-installed, in BF16, Q8_0 and Q4_0, with its flash attention and without, its own defaults else, on as many threads. In turns,
-one process. A decode step is told beside what the machine reads: the seconds of summing up as many bytes as it has weights and
+The weights are random and the same for all. Ours in bfloat16, 8 and 4 bits; llama.cpp's, where `llama_cpp` and `gguf` are
+installed, in BF16, Q8_0 and Q4_0, its own defaults else, on as many threads, without its flash attention and with it, a text
+of more than `SHORT` tokens with it only; transformers' in bfloat16. In turns, chunk by chunk, one process. A prefill is told
+beside its products, a decode step beside what the machine reads: the seconds of summing up as many bytes as it has weights and
 state.
 """
 
@@ -14,7 +15,9 @@ import json
 import shutil
 import tempfile
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from statistics import median
@@ -43,40 +46,54 @@ SHAPE = {
 PEERS = {"bf16": "BF16", "int8": "Q8_0", "int4": "Q4_0"}
 STEPS = 16  # of decoding, at each length
 REPEATS = 3
+SHORT = 4096  # tokens of a text that is read so often
+ROUNDS = 2  # of steps, in turns
 ROOM = 256  # tokens behind the longest text, for rounds of steps
 
 
 def measure_weights(lengths: Sequence[int]) -> dict[str, dict[str, float]]:
-    """Prefill tokens per second and decode seconds by contestant and length."""
+    """Prefill tokens per second and decode seconds by contestant and length; who reads a long text reads it once."""
     found: dict[str, dict[str, float]] = {}
     with tempfile.TemporaryDirectory() as folder:
         directory = Path(folder)
         write(directory, SHAPE)
-        contestants: dict[str, Callable[[], Ours | Theirs]] = {}
+        contestants: dict[str, Callable[[], Contestant]] = {}
         for weights, kind in PEERS.items():
             contestants[weights] = lambda weights=weights: Ours(directory, weights, max(lengths))  # type: ignore[misc]
             if has_peer():
-                contestants |= peers(directory, kind, max(lengths))
+                contestants |= peers(directory, kind, max(lengths), (False, True) if max(lengths) <= SHORT else (True,))
         if not has_peer():
             print("llama.cpp: not installed (pip install llama-cpp-python gguf), left out")
-        made = {name: make() for name, make in contestants.items()}
+        made = {name: make() for name, make in contestants.items()} | {"transformers bf16": Reference(directory)}
         for length in lengths:
-            rows: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in made}
-            for _ in range(REPEATS):
-                for name, each in made.items():
-                    each.begin()
-                    rows[name][0].append(length / each.read(length))
-                    rows[name][1].append(each.step())
-            for name, (speeds, steps) in rows.items():
-                speed, step = median(speeds), median(steps)
+            speeds: dict[str, list[float]] = {name: [] for name in made}
+            steps: dict[str, list[float]] = {name: [] for name in made}
+            for _ in range(REPEATS if length <= SHORT else 1):
+                for name, seconds in read_in_turns(made, length).items():
+                    speeds[name].append(length / seconds)
+                for _ in range(ROUNDS):
+                    for name, each in made.items():
+                        steps[name].append(each.step())
+            for name, each in made.items():
+                speed, step = median(speeds[name]), median(steps[name])
                 found.setdefault(name, {}).update({f"prefill_{length}": speed, f"decode_{length}": step})
-                told = f"{speed:8.0f} tokens/s, decode step {step * 1e3:6.2f} ms"
-                each = made[name]
+                prefill, decode = f"{speed:8.0f} tokens/s", f"decode step {step * 1e3:6.2f} ms"
                 if isinstance(each, Ours):
-                    reading = each.reading_seconds(length)
-                    told += f", {reading / step:4.0%} of the rate of reading its bytes"
-                report(f"weights, behind {length} tokens", name, told)
+                    prefill += f" ({each.multiplying_seconds() / CHUNK * speed:.0%} of the time in products)"
+                    decode += f" ({each.reading_seconds() / step:.0%} of the rate of reading its bytes)"
+                report(f"weights, behind {length} tokens", name, f"{prefill}, {decode}")
     return found
+
+
+def read_in_turns(made: Mapping[str, Contestant], length: int) -> dict[str, float]:
+    """Seconds that each takes for a text of so many tokens, a chunk at a time in turns."""
+    seconds = dict.fromkeys(made, 0.0)
+    for each in made.values():
+        each.begin()
+    for end in range(CHUNK, length + CHUNK, CHUNK):
+        for name, each in made.items():
+            seconds[name] += each.read(min(end, length))
+    return seconds
 
 
 def write(directory: Path, shape: Mapping[str, int]) -> None:
@@ -96,7 +113,37 @@ def write(directory: Path, shape: Mapping[str, int]) -> None:
         shutil.copy(EMBEDDED / name, directory / name)
 
 
-class Ours:
+class Contestant(ABC):
+    """Reads a text, and takes steps behind it."""
+
+    past = 0  # tokens of the text so far
+
+    @abstractmethod
+    def begin(self) -> None:
+        """Begin a text."""
+
+    @abstractmethod
+    def _extend(self, count: int) -> None:
+        """Read random tokens, until the logits behind the last are there."""
+
+    def read(self, length: int) -> float:
+        """Seconds of prefilling random tokens until the text has so many."""
+        start = time.perf_counter()
+        while self.past < length:
+            self._extend(min(CHUNK, length - self.past))
+        return time.perf_counter() - start
+
+    def step(self) -> float:
+        """Seconds of the median of some decode steps."""
+        return median(self._step() for _ in range(STEPS))
+
+    def _step(self) -> float:
+        start = time.perf_counter()
+        self._extend(1)
+        return time.perf_counter() - start
+
+
+class Ours(Contestant):
     """A model of ours under a backend, dense unless told."""
 
     def __init__(self, directory: Path, weights: str, longest: int, name: str = "dense") -> None:
@@ -112,36 +159,30 @@ class Ours:
         self.past = 0
 
     @torch.inference_mode()
-    def read(self, length: int) -> float:
-        """Seconds of prefilling random tokens until the text has so many."""
-        start = time.perf_counter()
-        while self.past < length:
-            self._extend(min(CHUNK, length - self.past))
-        return time.perf_counter() - start
-
-    def step(self) -> float:
-        """Seconds of the median of some decode steps."""
-        steps = [self._step() for _ in range(STEPS)]
-        self.state_bytes = self.pool.bytes_in_use
-        return median(steps)
-
-    @torch.inference_mode()
-    def _step(self) -> float:
-        start = time.perf_counter()
-        self._extend(1)
-        return time.perf_counter() - start
-
     def _extend(self, count: int) -> None:
-        """Read random tokens, until the logits behind the last are there."""
         ids, segments = torch.randint(self.model.config.vocab_size, (count,)), Segments((count,), (self.past,))
         attend = lambda layer, q, k, v: self.backend.extend(q, k, v, segments, self.pool, layer, (self.slot,))  # noqa: E731
         hidden = self.model.hidden(ids, torch.arange(self.past, self.past + count), attend, is_decode=count == 1)
         self.model.logits(hidden[-1:])
         self.past += count
 
-    def reading_seconds(self, length: int) -> float:
+    @torch.inference_mode()
+    def multiplying_seconds(self) -> float:
+        """Of the products of a chunk alone: those of one layer, as often as there are layers."""
+        layer, seconds = self.model.stack[0], []
+        products = (layer.qkv, layer.out, layer.gate_up, layer.down)
+        inputs = [(each, torch.randn(CHUNK, each.in_features).bfloat16()) for each in products]
+        for _ in range(REPEATS):
+            start = time.perf_counter()
+            for _ in range(len(self.model.stack)):
+                for each, x in inputs:
+                    each(x)
+            seconds.append(time.perf_counter() - start)
+        return min(seconds)
+
+    def reading_seconds(self) -> float:
         """Of summing up as many bytes as a step reads."""
-        read, seconds = torch.ones((self.model.weight_bytes + self.state_bytes) // 4), []
+        read, seconds = torch.ones((self.model.weight_bytes + self.pool.bytes_in_use) // 4), []
         for _ in range(REPEATS):
             start = time.perf_counter()
             read.sum()
@@ -149,20 +190,41 @@ class Ours:
         return min(seconds)
 
 
+class Reference(Contestant):
+    """The same weights in transformers, in bfloat16 by its own attention of torch's."""
+
+    def __init__(self, directory: Path) -> None:
+        from transformers import AutoModelForCausalLM
+
+        self.model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16, attn_implementation="sdpa").eval()
+        self.begin()
+
+    def begin(self) -> None:
+        from transformers import DynamicCache
+
+        self.cache, self.past = DynamicCache(config=self.model.config), 0
+
+    @torch.inference_mode()
+    def _extend(self, count: int) -> None:
+        ids = torch.randint(self.model.config.vocab_size, (1, count))
+        self.model(ids, cache=self.cache, use_cache=True, logits_to_keep=1)
+        self.past += count
+
+
 def has_peer() -> bool:
     """Whether llama.cpp is installed, and what writes its files."""
     return all(importlib.util.find_spec(name) is not None for name in ("llama_cpp", "gguf"))
 
 
-def peers(directory: Path, kind: str, longest: int) -> dict[str, Callable[[], Theirs]]:
+def peers(directory: Path, kind: str, longest: int, flash: Sequence[bool] = (False, True)) -> dict[str, Callable[[], Theirs]]:
     """llama.cpp at some bits without its flash attention and with it: which is faster depends on the length."""
     return {
-        f"llama.cpp {kind}": lambda: Theirs(directory, kind, longest, is_flash=False),
-        f"llama.cpp {kind} flash": lambda: Theirs(directory, kind, longest, is_flash=True),
+        f"llama.cpp {kind}{' flash' * is_flash}": partial(Theirs, directory, kind, longest, is_flash=is_flash)
+        for is_flash in flash
     }
 
 
-class Theirs:
+class Theirs(Contestant):
     """The same weights in llama.cpp."""
 
     def __init__(self, directory: Path, kind: str, longest: int, is_flash: bool) -> None:
@@ -187,13 +249,6 @@ class Theirs:
         self.lib.llama_memory_clear(self.lib.llama_get_memory(self.context), True)
         self.past = 0
 
-    def read(self, length: int) -> float:
-        """As `Ours.read`."""
-        start = time.perf_counter()
-        while self.past < length:
-            self._extend(self._random(min(CHUNK, length - self.past)))
-        return time.perf_counter() - start
-
     def take_over(self, other: Theirs) -> None:
         """Go on from the text that another has read, with matrices of other bits: its keys and values are of the same."""
         size = self.lib.llama_state_seq_get_size(other.context, 0)
@@ -202,20 +257,11 @@ class Theirs:
         assert taken == size == self.lib.llama_state_seq_set_data(self.context, state, size, 0), "llama.cpp keeps its state"
         self.past = other.past
 
-    def step(self) -> float:
-        """As `Ours.step`."""
-        return median(self._step() for _ in range(STEPS))
+    def _extend(self, count: int) -> None:
+        self.feed(torch.randint(self.vocab_size, (count,)).tolist())
 
-    def _step(self) -> float:
-        start = time.perf_counter()
-        self._extend(self._random(1))
-        return time.perf_counter() - start
-
-    def _random(self, count: int) -> list[int]:
-        return list(torch.randint(self.vocab_size, (count,)).tolist())
-
-    def _extend(self, ids: list[int]) -> None:
-        """As `Ours._extend`."""
+    def feed(self, ids: Sequence[int]) -> None:
+        """Read these tokens."""
         tokens = (self.lib.llama_token * len(ids))(*ids)
         code = self.lib.llama_decode(self.context, self.lib.llama_batch_get_one(tokens, len(ids)))
         assert code == 0, f"llama.cpp answers {code}"
