@@ -113,11 +113,11 @@ def _sampling(directory: Path) -> str:
 
 
 def _positions(config: ModelConfig) -> str:
-    """What LongRoPE, whose factors are the served length's here and the text's in transformers, does to shorter texts."""
-    trained = [limit for rope in config.ropes if (limit := rotary.stretched_beyond(rope, config.max_length))]
-    if not trained:
+    """Which of LongRoPE's factors a text has: transformers takes others in the midst of an answer, for all of the text."""
+    borders = [border for rope in config.ropes if (border := rotary.border(rope, config.max_length))]
+    if not borders:
         return ""
-    return f"; texts up to {trained[0]} tokens are answered as in transformers under max_length: {trained[0]} only"
+    return f"; LongRoPE's short factors where prompt and max_tokens are {borders[0]} together at most, else its long ones"
 
 
 def _own(config: ModelConfig) -> str:

@@ -179,3 +179,15 @@ def test_products_that_are_wrong_here_pass_neither_the_check_nor_the_rehearsal(
     assert "off the numbers its weights tell" in capsys.readouterr().err
     with pytest.raises(ValueError, match=f"weights in {weights}, off the numbers"):
         rehearse(args, AttentionConfig(), "float32", 2**30)
+
+
+def test_of_longrope_it_tells_which_request_has_which_factors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from tests.model.test_parity import TRAINED, stretched
+
+    directory = stretched(tmp_path / "tiny")
+    told = f"LongRoPE's short factors where prompt and max_tokens are {TRAINED} together at most, else its long ones"
+    assert told in survey_of(directory, tmp_path, "{dense: {}}", capsys)[2]
+    cut = CONFIG.replace("dtype: float32", f"dtype: float32, max_length: {TRAINED}")
+    (tmp_path / "serve.yaml").write_text(cut)
+    assert cli.main(["check", str(directory), str(tmp_path / "serve.yaml")]) == 0
+    assert "LongRoPE" not in capsys.readouterr().out

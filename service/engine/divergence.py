@@ -42,11 +42,14 @@ def kl(reference: Tensor, served: Tensor) -> Tensor:
 
 @torch.inference_mode()
 def diverging(
-    runner: Runner, reference: Lane, served: Lane, tokens: array[int], places: Sequence[int]
+    runner: Runner, reference: Lane, served: Lane, tokens: array[int], places: Sequence[int], total: int
 ) -> Generator[None, None, Divergence]:
-    """What two lanes would say behind each of some places of a text, compared. `places`: ascending indices into the tokens."""
-    theirs = yield from _hidden(runner, reference, tokens, places)
-    ours = yield from _hidden(runner, served, tokens, places)
+    """What two lanes would say behind each of some places of a text, compared.
+
+    places: ascending indices into the tokens. total: tokens that the text might have come to.
+    """
+    theirs = yield from _hidden(runner, reference, tokens, places, total)
+    ours = yield from _hidden(runner, served, tokens, places, total)
     nats, agreed = list[float](), 0
     for a in range(0, len(places), ROWS):
         wanted = runner.logits(theirs[a : a + ROWS])
@@ -59,7 +62,7 @@ def diverging(
     return Divergence(tuple(nats), agreed)
 
 
-def _hidden(runner: Runner, lane: Lane, tokens: array[int], places: Sequence[int]) -> Generator[None, None, Tensor]:
+def _hidden(runner: Runner, lane: Lane, tokens: array[int], places: Sequence[int], total: int) -> Generator[None, None, Tensor]:
     """Hidden states (N, C) at the places of a text, read in a prompt's chunks into a state that goes with the reading."""
     lane = lane.apart()
     slots, past, found = [lane.allocate(len(tokens))], 0, list[Tensor]()
@@ -70,6 +73,7 @@ def _hidden(runner: Runner, lane: Lane, tokens: array[int], places: Sequence[int
             tokens[past:end],
             segments,
             lambda layer, question, segments, out: lane.answering(layer, question, segments, slots, out),
+            [total],
         )
         found.append(hidden[[place - past for place in places if past <= place < end]])
         past = end

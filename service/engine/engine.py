@@ -98,7 +98,7 @@ class Engine:
         await self._on_model_thread(lambda: model.warm_up(rows, logit_rows))
         self._paces = await self._on_model_thread(lambda: _paces_of(model, self._profile, config.prompt_lookup.tokens > 0))
         self._rows = await self._on_model_thread(lambda: row_multiple(model))
-        prefixes = Prefixes(self._ledger, config.chunk_tokens, config.prefix_share, config.prefix_shared)
+        prefixes = Prefixes(self._ledger, config.chunk_tokens, config.prefix_share, config.prefix_shared, model.border)
         self._prefixes = prefixes
         self._scheduler = Scheduler(config, self._ledger, self._rows is not None, prefixes)
         self._loop = Loop(config, self._on_model_thread, self._scheduler, prefixes)

@@ -2,7 +2,8 @@
 
 A chunk of a prompt always begins at a multiple of `chunk_tokens`, so the state behind whole chunks is the same whoever computed
 it, and an answer with it is the same to the bit. A beginning is known by its mark: the SHA-256 of the mark of the chunks before
-and the chunk's tokens, the first of them that of who asked; the backend and its options stand in the lane, whose pool keeps it.
+and the chunk's tokens, the first of them that of who asked and on which side of `Transformer.border`; backend and options stand
+in the lane, whose pool keeps it.
 
 Kept are the state at the end of a prompt's last whole chunk and of the one before, for the question behind a text may have
 begun in between, and at the last place up to which an earlier prompt was the same. Where a state holds each of its beginnings
@@ -64,8 +65,9 @@ class Found:
 class Prefixes:
     """The kept states of all lanes."""
 
-    def __init__(self, ledger: Ledger, chunk: int, share: float, is_shared: bool) -> None:
-        """`share`: of the ledger's budget, at most; 0 keeps nothing. `is_shared`: one owner's are everybody's."""
+    def __init__(self, ledger: Ledger, chunk: int, share: float, is_shared: bool, border: int | None = None) -> None:
+        """`share`: of the ledger's budget, at most; 0 keeps nothing. `is_shared`: one owner's are everybody's. `border`: as of
+        `Transformer.border`: a beginning's state is another on either side."""
         self.lanes: Collection[Lane] = ()  # in force: for others nothing is kept
         self.limit = int(share * ledger.budget)
         self.pins = Pins()
@@ -73,6 +75,7 @@ class Prefixes:
         self._ledger = ledger
         self._chunk = chunk
         self._is_shared = is_shared
+        self._border = border
         self._kept: list[Kept] = []
         self._serving: dict[tuple[Lane, bytes], tuple[Kept, ...]] = {}  # by mark; replaced, never changed: `find` reads beside
         self._remembered: OrderedDict[tuple[Lane, bytes], None] = OrderedDict()
@@ -88,7 +91,9 @@ class Prefixes:
         """The marks of a prompt's whole chunks; none where the request must see all of it, or nothing is kept."""
         if not self.limit or request.is_pooled or request.sampling.echo or not request.reuses:
             return ()
-        mark, found, raw = hashlib.sha256(b"" if self._is_shared else request.owner.encode()).digest(), [], memoryview(prompt)
+        owner = b"" if self._is_shared else request.owner.encode()
+        is_short = self._border is not None and request.total_tokens <= self._border
+        mark, found, raw = hashlib.sha256(owner + b"\0short" * is_short).digest(), [], memoryview(prompt)
         for start in range(0, len(prompt) - self._chunk + 1, self._chunk):
             mark = hashlib.sha256(mark + raw[start : start + self._chunk].cast("B")).digest()
             found.append(mark)

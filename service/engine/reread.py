@@ -33,6 +33,6 @@ def checking(runner: Runner, lane: Lane, tokens: array[int], is_causal: bool) ->
         verdict = yield from truth.comparing(lane.pool.backends[layer], *question, out, causal=is_causal)
         worst = truth.worst((worst, verdict))
 
-    yield from runner.hidden(tokens, segments, answering)
+    yield from runner.hidden(tokens, segments, answering, [len(tokens)])
     lane.release(slots[0])
     return worst

@@ -109,7 +109,7 @@ class Runner:
         tokens, segments = array("i"), work.segments
         for member in work.members:
             tokens += member.tokens
-        hidden = yield from self.hidden(tokens, segments, work.answering, self._types(work), work.kind == "decode")
+        hidden = yield from self.hidden(tokens, segments, work.answering, work.totals, self._types(work), work.kind == "decode")
         if work.kind == "embed":
             self._pool(work, segments, hidden)
         else:
@@ -143,6 +143,7 @@ class Runner:
         tokens: array[int],
         segments: Segments,
         answering: Answering,
+        totals: Iterable[int],
         types: Tensor | None = None,
         is_decode: bool = False,
     ) -> Generator[None, None, Tensor]:
@@ -151,6 +152,7 @@ class Runner:
         Args:
             tokens: T of them, which are padded to a height of the model's: rows.
             answering: answers each layer's question for T rows.
+            totals: tokens that each sequence may come to.
             types: int64 (rows,), see `Transformer.hidden`.
             is_decode: whether each token is the next of a stream, likewise.
 
@@ -163,7 +165,7 @@ class Runner:
         positions = segments.positions(device)
         if padding:  # stands there as one more text
             positions = torch.cat((positions, torch.arange(padding, device=device) % self._model.config.max_length))
-        stages = self._model.stages(ids, positions, types, is_decode)
+        stages = self._model.stages(ids, positions, types, is_decode, self._totals(segments, totals, len(ids)))
         question = next(stages)
         while True:
             assert question is not None, "a layer begins with a question"
@@ -180,6 +182,15 @@ class Runner:
                 question = next(stages)
             except StopIteration as end:
                 return cast(Tensor, end.value)
+
+    def _totals(self, segments: Segments, totals: Iterable[int], rows: int) -> Tensor | None:
+        """As of `Transformer.hidden`; None where they make no difference."""
+        if self._model.border is None:
+            return None
+        told = torch.full((rows,), self._model.config.max_length)
+        for (start, end, _), total in zip(segments.spans(), totals, strict=True):
+            told[start:end] = total
+        return told.to(self._model.device)
 
     def _tell_prompts(self, work: Work, segments: Segments, hidden: Tensor) -> None:
         """Text of the prompt's tokens and their log-probabilities, for the members that echo them."""

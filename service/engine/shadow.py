@@ -65,6 +65,7 @@ class ServedAnswer:
     lane: Lane
     tokens: array[int]
     prompt_tokens: int
+    total_tokens: int  # that it might have come to
 
     @property
     def num_bytes(self) -> int:
@@ -116,7 +117,7 @@ class Shadow:
             return
         if self._chance.random() >= self._config.share:
             return
-        answer = ServedAnswer(request.id, lane, prompt + output[:-1], len(prompt))
+        answer = ServedAnswer(request.id, lane, prompt + output[:-1], len(prompt), request.total_tokens)
         if len(answer.tokens) > self._config.max_tokens:
             self._tell(answer, "too_long")
             return
@@ -181,7 +182,7 @@ class Shadow:
         if reference.withdrawn is not None:
             return "no_reference", None
         places = answer.places(self._config.max_positions)
-        parts = self._timed(diverging(self._runner, reference, answer.lane, answer.tokens, places))
+        parts = self._timed(diverging(self._runner, reference, answer.lane, answer.tokens, places, answer.total_tokens))
         width = self._model.config.hidden_size * self._model.dtype.itemsize
         needed = reading_bytes(reference, answer.lane, len(answer.tokens), len(places), width)
         if not self._ledger.lend(Loan(needed, self._spared, partial(engine.give_up, parts))):

@@ -73,6 +73,11 @@ class Work:
         return Segments(tuple(m.end - m.start for m in self.members), tuple(m.start for m in self.members))
 
     @property
+    def totals(self) -> list[int]:
+        """Tokens that each member's text may come to."""
+        return [member.job.max_length for member in self.members]
+
+    @property
     def has_guesses(self) -> bool:
         return any(member.guess for member in self.members)
 

@@ -1,8 +1,8 @@
 """Rotary positions (RoFormer, arXiv 2104.09864): how a config states them, and by which angles they turn.
 
 Kinds: `default`; `linear` (arXiv 2306.15595); `llama3`, as in Llama 3.1's reference code; `yarn` (arXiv 2309.00071); `longrope`
-(arXiv 2402.13753), whose short factors hold up to the trained length and whose long ones hold for all positions where longer
-sequences are served; `none` turns nothing. The numbers are those of transformers' `modeling_rope_utils`.
+(arXiv 2402.13753), whose short factors hold for texts up to the trained length and whose long ones for all positions of longer
+texts; `none` turns nothing. The numbers are those of transformers' `modeling_rope_utils`.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ def turned_width(rope: Rope, head_dim: int) -> int:
 def frequencies(rope: Rope, head_dim: int, longest: int) -> Tensor:
     """Radians per position of each pair of coordinates, float32 (D / 2,): zero where a pair does not turn.
 
-    longest: tokens of the longest sequence that will be served.
+    longest: tokens that the text may come to.
     """
     stated, whole = dict(rope), torch.zeros(head_dim // 2)
     if stated["rope_type"] == "none":
@@ -132,8 +132,9 @@ def attention_factor(rope: Rope) -> float:
     return _mscale(factor, over) / _mscale(factor, under) if over and under else _mscale(factor, 1)
 
 
-def stretched_beyond(rope: Rope, longest: int) -> int | None:
-    """The trained length, where serving up to `longest` tokens takes LongRoPE's long factors for shorter texts, too."""
+def border(rope: Rope, longest: int) -> int | None:
+    """The length up to which texts have LongRoPE's short factors, where up to `longest` tokens are served and longer ones have
+    others; None: all texts turn alike."""
     stated = dict(rope)
     trained = int(stated.get("original_max_position_embeddings", longest))
     return trained if stated["rope_type"] == "longrope" and longest > trained else None

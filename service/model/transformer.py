@@ -211,6 +211,9 @@ class Transformer(nn.Module):
         self._head: native.Packed | Quantized | None = None  # who multiplies with either head, where it lies packed
         self._turns: Tensor | None = None  # see `rotation`
         self._ropes = tuple(rope for rope in dict.fromkeys(config.ropes) if rope != rotary.NONE)
+        borders = (rotary.border(rope, config.max_length) for rope in self._ropes)
+        self.border = min((each for each in borders if each is not None), default=None)
+        """The length up to which texts turn by LongRoPE's short factors, longer ones by its long ones; None: all turn alike."""
         self._rope_of = [None if rope == rotary.NONE else self._ropes.index(rope) for rope in config.ropes]
 
     @property
@@ -264,7 +267,13 @@ class Transformer(nn.Module):
         return self.config.head_shape(self.dtype, self.device)
 
     def hidden(
-        self, tokens: Tensor, positions: Tensor, attend: Attend, types: Tensor | None = None, is_decode: bool = False
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        attend: Attend,
+        types: Tensor | None = None,
+        is_decode: bool = False,
+        totals: Tensor | None = None,
     ) -> Tensor:
         """Last hidden states, after the final norm.
 
@@ -274,11 +283,12 @@ class Transformer(nn.Module):
             types: int64 (T,), which of a pair of texts each is of, in models that tell them apart; None: the first.
             is_decode: whether this is a decode step, which `PackedLayer` computes where it can: a sequence's numbers must not
                 depend on how many others step beside it.
+            totals: int64 (T,), tokens that each one's text may come to; None: `max_length`. See `border`.
 
         Returns:
             (T, C) in the model's dtype.
         """
-        stages = self.stages(tokens, positions, types, is_decode)
+        stages = self.stages(tokens, positions, types, is_decode, totals)
         question = next(stages)
         while True:
             assert question is not None, "a layer begins with a question"
@@ -291,9 +301,16 @@ class Transformer(nn.Module):
             except StopIteration as end:
                 return cast(Tensor, end.value)
 
-    def stages(self, tokens: Tensor, positions: Tensor, types: Tensor | None = None, is_decode: bool = False) -> Stages:
+    def stages(
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        types: Tensor | None = None,
+        is_decode: bool = False,
+        totals: Tensor | None = None,
+    ) -> Stages:
         """`hidden` turned inside out: who drives it answers each layer's question, and may pause at any."""
-        turns, x = self.turns_by_layer(positions), self._embedded(tokens, positions, types)
+        turns, x = self.turns_by_layer(positions, totals), self._embedded(tokens, positions, types)
         starts = (positions == 0).nonzero().flatten().tolist() if self.config.has_global_first else ()
         for index, layer in enumerate(self.stack):
             sides = layer.packed if layer.packed and (is_decode or layer.packed.takes_prompts) else layer
@@ -402,28 +419,37 @@ class Transformer(nn.Module):
         looking = 9 * tokens * config.hidden_size if self.embed.quantized else 0  # int8, float32, and that scaled
         return max(width * (turning + wide), width * attending + attention, width * (feeding + wide), looking) + reading
 
-    def turns_by_layer(self, positions: Tensor) -> list[Turns | None]:
-        turns = self.rotation(positions)
+    def turns_by_layer(self, positions: Tensor, totals: Tensor | None = None) -> list[Turns | None]:
+        """`rotation` of each layer; None where positions turn nothing."""
+        turns = self.rotation(positions, totals)
         return [None if rope is None else turns[rope] for rope in self._rope_of]
 
-    def rotation(self, positions: Tensor) -> tuple[Turns, ...]:
-        """cos and sin of each position's angles in the model's dtype, for each kind of rotary positions that a layer has."""
+    def rotation(self, positions: Tensor, totals: Tensor | None = None) -> tuple[Turns, ...]:
+        """cos and sin of each position's angles in the model's dtype, for each kind of rotary positions that a layer has.
+
+        totals: as of `hidden`.
+        """
         if not self._ropes:
             return ()
         turns = self._turns
         if turns is None or turns.dtype != self.dtype or turns.device != self.device:
             turns = self._turns = self._table()
+        if totals is not None and self.border is not None:
+            positions = torch.where(totals > self.border, positions, self.config.max_length + positions)
         return tuple(cast(Turns, table[positions].chunk(2, dim=-1)) for table in turns)
 
     @torch.inference_mode(False)  # training may use a table that an evaluation made
     def _table(self) -> Tensor:
-        """Turns of all positions, of each kind, (R, P, 1, 2 D). In float32: in bfloat16 angles would be whole turns off."""
-        longest, depth = self.config.max_length, self.config.head_dim
-        return torch.stack([_turns(rope, depth, longest).to(self.device, self.dtype) for rope in self._ropes])
+        """Turns of all positions, of each kind, (R, P, 1, 2 D), and behind them those of texts up to the border, where there is
+        one. In float32: in bfloat16 angles would be whole turns off.
+        """
+        lengths = [self.config.max_length, *([] if self.border is None else [self.border])]
+        made = [[_turns(rope, self.config.head_dim, length) for length in lengths] for rope in self._ropes]
+        return torch.stack([torch.cat(each).to(self.device, self.dtype) for each in made])
 
 
 def _turns(rope: Rope, depth: int, longest: int) -> Tensor:
-    """Turns of all positions, float32 (P, 1, 2 D). A pair that does not turn is left as it is."""
+    """Turns of all positions of a text, float32 (P, 1, 2 D). A pair that does not turn is left as it is."""
     inverse, factor = rotary.frequencies(rope, depth, longest), rotary.attention_factor(rope)
     angles = torch.outer(torch.arange(longest, dtype=torch.float32), inverse)
     scale = torch.where(inverse > 0, factor, 1.0)

@@ -66,7 +66,7 @@ async def test_in_parts_it_is_what_torch_finds_on_whole_logits(length: int, serv
     places = [place for place in (0, 7, 62, 63, 64, 65, 128, 198, 199) if place < length]
     async with running(chunk_tokens=64) as engine:
         lanes = lanes_of(engine)
-        found = result(diverging(engine._runner, lanes["dense"], lanes[served], tokens, places))
+        found = result(diverging(engine._runner, lanes["dense"], lanes[served], tokens, places, len(tokens)))
         theirs, ours = (plain_logits(engine, lanes[name], tokens)[places] for name in ("dense", served))
         lanes_hold = [lane.bytes_in_use for lane in lanes.values()]
     wanted = torch.nn.functional.kl_div(ours.log_softmax(-1), theirs.log_softmax(-1), reduction="none", log_target=True).sum(-1)
@@ -90,7 +90,7 @@ def test_kl_is_the_definition_and_ids_that_are_no_tokens_count_nothing() -> None
 async def test_a_backend_held_to_itself_is_off_by_nothing(backend: str) -> None:
     async with running(chunk_tokens=64) as engine:
         lane = lanes_of(engine)[backend]
-        found = result(diverging(engine._runner, lane, lane, array("i", prompt(150)), range(100, 150)))
+        found = result(diverging(engine._runner, lane, lane, array("i", prompt(150)), range(100, 150), 150))
     assert found == Divergence((0.0,) * 50, 50)
 
 
@@ -113,7 +113,7 @@ async def test_what_sees_as_much_as_the_reference_is_off_by_rounding() -> None:
 
 @pytest.mark.parametrize(("answer", "most"), [(1, 1), (1, 8), (2, 1), (8, 8), (9, 8), (100, 8), (1000, 64)])
 def test_places_are_of_the_answer_and_spread_over_it(answer: int, most: int) -> None:
-    served = ServedAnswer("id", None, array("i", range(50 + answer - 1)), 50)  # type: ignore[arg-type]
+    served = ServedAnswer("id", None, array("i", range(50 + answer - 1)), 50, 50 + answer)  # type: ignore[arg-type]
     places = served.places(most)
     assert places == sorted(set(places)) and len(places) == min(most, answer)
     assert places[0] == 49 and (
@@ -340,7 +340,7 @@ async def test_what_a_pass_holds_is_within_what_is_lent(length: int, places: int
         reference, served = lanes["dense"], lanes["sliding_window"]
         tokens, at = array("i", prompt(length)), range(length - places, length)
         with StorageCounter() as counter:
-            result(diverging(engine._runner, reference, served, tokens, at))
+            result(diverging(engine._runner, reference, served, tokens, at, length))
         width = engine._model.config.hidden_size * 4
         lent = reading_bytes(reference, served, length, places, width)
     assert counter.peak_bytes <= lent <= 1.5 * counter.peak_bytes

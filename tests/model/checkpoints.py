@@ -73,8 +73,14 @@ def own_backend(model: Transformer) -> AttentionBackend:
     return attention.build("dense" if native is None else "native", native, model.head_shape())
 
 
-def our_logits(model: Transformer, tokens: Tensor, chunk: int | None = None, backend: AttentionBackend | None = None) -> Tensor:
-    """Logits at every token, the tokens taken in at once or in chunks."""
+def our_logits(
+    model: Transformer,
+    tokens: Tensor,
+    chunk: int | None = None,
+    backend: AttentionBackend | None = None,
+    total: int | None = None,
+) -> Tensor:
+    """Logits at every token, the tokens taken in at once or in chunks. total: that the text may come to; None: `max_length`."""
     backend, layers = backend or own_backend(model), model.config.num_hidden_layers
     pool = backend.new_pool(layers, 2**30)
     slot, chunk, rows = pool.allocate(len(tokens)), chunk or len(tokens), []
@@ -86,6 +92,7 @@ def our_logits(model: Transformer, tokens: Tensor, chunk: int | None = None, bac
                 some,
                 segments.positions(),
                 lambda layer, q, k, v, segments=segments: backend.extend(q, k, v, segments, pool, layer, [slot]),
+                totals=None if total is None else torch.full((len(some),), total),
             )
             rows.append(model.logits(hidden))
     return torch.cat(rows)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from pathlib import Path
 from typing import Any
@@ -115,17 +116,54 @@ async def test_the_engine_gives_the_greedy_answer_transformers_gives(checkpoint:
     assert ours == their_answer(checkpoint, prompt, 64)
 
 
-@pytest.mark.parametrize(("length", "max_length"), [(60, 128), (300, None)], ids=["short", "long"])
-async def test_longrope_takes_the_factors_of_the_served_length(tmp_path: Path, length: int, max_length: int | None) -> None:
-    """transformers takes those of each text: the short ones up to the trained length, else the long ones."""
-    write(tmp_path, "phi3", head_dim=12, rope_parameters=LONGROPE, original_max_position_embeddings=128)
-    loaded, tokens = load(tmp_path, dtype="float32", max_length=max_length), draw(length)
+TRAINED = 128  # of the LongRoPE below
+
+
+def stretched(directory: Path, trained: int = TRAINED) -> Path:
+    """A checkpoint with two sets of factors. Trained for one token, transformers takes the long ones for all texts."""
+    rope = {**LONGROPE, "original_max_position_embeddings": trained, "attention_factor": 1.1}
+    return write(directory, "phi3", head_dim=12, rope_parameters=rope, original_max_position_embeddings=trained)
+
+
+@pytest.mark.parametrize("chunk", [None, 61])
+@pytest.mark.parametrize("length", [60, TRAINED, TRAINED + 1, 300])
+@pytest.mark.parametrize("max_length", [TRAINED, None])
+def test_longrope_takes_the_factors_that_transformers_takes_for_the_text(
+    length: int, chunk: int | None, max_length: int | None, tmp_path: Path
+) -> None:
+    if max_length is not None and length > max_length:
+        pytest.skip("longer than what is served")
+    loaded, tokens = load(stretched(tmp_path), dtype="float32", max_length=max_length), draw(length)
     assert loaded.max_length == (max_length or 512)
-    torch.testing.assert_close(our_logits(loaded.model, tokens, 61), their_logits(tmp_path, tokens), rtol=0, atol=1e-4)
+    assert loaded.model.border == (TRAINED if max_length is None else None)
+    ours = our_logits(loaded.model, tokens, chunk, total=length)
+    torch.testing.assert_close(ours, their_logits(tmp_path, tokens), rtol=0, atol=1e-4)
+
+
+async def test_requests_on_both_sides_of_longropes_border_share_a_batch(tmp_path: Path) -> None:
+    """Each has the factors of what it may come to. transformers computes a text anew when its answer crosses over."""
+    short, long, crossing = draw(60), draw(300), draw(100)
+    loaded = load(stretched(tmp_path / "as it is"), dtype="float32")
     backends = Backends({"own": own_backend(loaded.model)}, "own")
+    asked = [world.completion(each.tolist(), max_tokens=64) for each in (short, long, crossing)]
     async with world.running(loaded.model, backends, tokenizer=loaded.tokenizer, chunk_tokens=32) as engine:
-        ours = await world.tokens_of(engine, world.completion(tokens.tolist(), max_tokens=64))
-    assert ours == their_answer(tmp_path, tokens, 64)
+        ours = await asyncio.gather(*(world.tokens_of(engine, each) for each in asked))
+    assert ours[:2] == [their_answer(tmp_path / "as it is", each, 64) for each in (short, long)]
+    assert ours[2] == their_answer(stretched(tmp_path / "long throughout", 1), crossing, 64)
+    assert ours[2] != their_answer(tmp_path / "as it is", crossing, 64), "the factors make no difference here"
+
+
+async def test_a_kept_prefix_is_not_taken_over_longropes_border(tmp_path: Path) -> None:
+    loaded, prompt = load(stretched(tmp_path), dtype="float32"), draw(100).tolist()
+    backends = Backends({"own": own_backend(loaded.model)}, "own")
+    found: list[list[list[int]]] = []
+    for order in ((8, 60), (60, 8)):
+        async with world.running(loaded.model, backends, tokenizer=loaded.tokenizer, chunk_tokens=32) as engine:
+            answers = {count: await world.tokens_of(engine, world.completion(prompt, max_tokens=count)) for count in order}
+            again = await world.tokens_of(engine, world.completion(prompt, max_tokens=order[0]))
+            assert again == answers[order[0]] and engine._prefixes.hits == 1
+        found.append([answers[8], answers[60]])
+    assert found[0] == found[1] and found[0][0] != found[0][1][:8]
 
 
 def test_a_length_beyond_the_context_is_refused(tmp_path: Path) -> None:
