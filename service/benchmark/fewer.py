@@ -24,10 +24,10 @@ import torch
 from safetensors.torch import load_file
 
 import attention
-from attention import Segments
 from service.benchmark.bare import BACKENDS, CHUNK, report
 from service.model import checkpoint, families
 from service.model.checkpoint import EMBEDDED
+from service.model.continuation import Continuation
 from service.model.transformer import Transformer
 
 SHAPE = {
@@ -73,7 +73,7 @@ def measure_weights(lengths: Sequence[int]) -> dict[str, dict[str, float]]:
                 told = f"{speed:8.0f} tokens/s, decode step {step * 1e3:6.2f} ms"
                 each = made[name]
                 if isinstance(each, Ours):
-                    reading = each.reading_seconds(length)
+                    reading = each.reading_seconds()
                     told += f", {reading / step:4.0%} of the rate of reading its bytes"
                 report(f"weights, behind {length} tokens", name, told)
     return found
@@ -107,25 +107,19 @@ class Ours:
 
     def begin(self) -> None:
         """Begin a text of up to `longest` tokens and some rounds of steps."""
-        self.pool = self.backend.new_pool(self.model.config.num_hidden_layers, 2**40)
-        self.slot = self.pool.allocate(self.longest + ROOM)
-        self.past = 0
+        self.text = Continuation(self.model, self.backend, self.longest + ROOM)
 
-    @torch.inference_mode()
     def read(self, length: int) -> float:
         """Seconds of prefilling random tokens until the text has so many."""
         start = time.perf_counter()
-        while self.past < length:
-            self._extend(min(CHUNK, length - self.past))
+        while self.text.past < length:
+            self._extend(min(CHUNK, length - self.text.past))
         return time.perf_counter() - start
 
     def step(self) -> float:
         """Seconds of the median of some decode steps."""
-        steps = [self._step() for _ in range(STEPS)]
-        self.state_bytes = self.pool.bytes_in_use
-        return median(steps)
+        return median(self._step() for _ in range(STEPS))
 
-    @torch.inference_mode()
     def _step(self) -> float:
         start = time.perf_counter()
         self._extend(1)
@@ -133,15 +127,11 @@ class Ours:
 
     def _extend(self, count: int) -> None:
         """Read random tokens, until the logits behind the last are there."""
-        ids, segments = torch.randint(self.model.config.vocab_size, (count,)), Segments((count,), (self.past,))
-        attend = lambda layer, q, k, v: self.backend.extend(q, k, v, segments, self.pool, layer, (self.slot,))  # noqa: E731
-        hidden = self.model.hidden(ids, torch.arange(self.past, self.past + count), attend, is_decode=count == 1)
-        self.model.logits(hidden[-1:])
-        self.past += count
+        self.text.read(torch.randint(self.model.config.vocab_size, (count,)))
 
-    def reading_seconds(self, length: int) -> float:
+    def reading_seconds(self) -> float:
         """Of summing up as many bytes as a step reads."""
-        read, seconds = torch.ones((self.model.weight_bytes + self.state_bytes) // 4), []
+        read, seconds = torch.ones((self.model.weight_bytes + self.text.state_bytes) // 4), []
         for _ in range(REPEATS):
             start = time.perf_counter()
             read.sum()
