@@ -33,6 +33,7 @@ from attention.parts import finish
 from attention.peers import (
     BLOCK,
     CHUNK,
+    COMPILED,
     FEATURES,
     GLOBALS,
     HEADS,
@@ -182,7 +183,7 @@ def fastest(peer: Peer, tokens: int, causal: bool) -> tuple[Call, torch.dtype]:
         except RuntimeError as error:
             print(f"  {dtype} left out: {str(error).splitlines()[0]}")
             continue
-        calls.append((seconds(call) if first < LONG or peer in (flex, flex_chosen, flex_kept) else first, call, dtype))
+        calls.append((seconds(call) if first < LONG or peer in COMPILED else first, call, dtype))
     _, call, dtype = min(calls, key=lambda entry: entry[0])
     return call, dtype
 

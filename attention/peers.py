@@ -24,6 +24,13 @@ WINDOW, GLOBALS, BLOCK, CHUNK, FEATURES = 256, 64, 64, 512, 256
 MASK = 128  # rows and columns of a block of flex_attention's masks
 Call = Callable[[], Tensor]
 Peer = Callable[[Tensor, Tensor, Tensor, bool], Call]  # (T, H, D) three times and causal, to a call that answers
+COMPILED = set[Peer]()  # those whose first run compiles
+
+
+def compiles(peer: Peer) -> Peer:
+    """Marks a peer whose first run compiles."""
+    COMPILED.add(peer)
+    return peer
 
 
 def batched(x: Tensor) -> Tensor:
@@ -50,6 +57,7 @@ def masked(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> Call:
     return lambda: compiled(q, k, v, block_mask=mask)
 
 
+@compiles
 def flex(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Call:
     from torch.nn.attention.flex_attention import create_block_mask
 
@@ -59,6 +67,7 @@ def flex(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Call:
     return masked(q, k, v, create_block_mask(near, None, None, len(q), len(q), device="cpu"))
 
 
+@compiles
 def flex_chosen(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Call:
     """The keys that `topk` sees at its defaults, as a mask. What makes it, as what chooses, is left out."""
     from torch.nn.attention.flex_attention import BlockMask
@@ -85,6 +94,7 @@ def flex_chosen(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Call:
     )
 
 
+@compiles
 def flex_kept(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Call:
     """The keys that `distinct` sees at its defaults, judged in bfloat16, as a mask. Making it and judging are left out."""
     from torch.nn.attention.flex_attention import create_block_mask

@@ -24,6 +24,7 @@ from service.benchmark.bare import measure_bare, report
 from service.benchmark.beside import measure_beside
 from service.benchmark.encoder import measure_encoder
 from service.benchmark.fewer import measure_weights
+from service.benchmark.long import measure_long
 from service.benchmark.peak import memory_trial
 from service.benchmark.prefix import measure_prefix
 from service.benchmark.proxies import measure_proxies
@@ -35,7 +36,7 @@ from service.benchmark.streams import measure_streams
 from service.machine import BESIDE_BUDGET_BYTES
 from service.threads import in_passing_thread
 
-PARTS = ("bare", "engine", "auto", "prefix", "memory", "http", "proxies", "encoder", "again", "speculation", "streams")
+PARTS = ("bare", "engine", "auto", "prefix", "memory", "http", "proxies", "encoder", "long", "again", "speculation", "streams")
 
 
 def main() -> None:
@@ -101,6 +102,8 @@ def main() -> None:
         result["proxies"] = measure_proxies()
     if "encoder" in parts:
         result["encoder"] = measure_encoder(options.encoder)
+    if "long" in parts:
+        result["long"] = measure_long()
     if "again" in parts:
         result["again"] = asyncio.run(measure_again([512, 2048, 8192]))
     if "speculation" in parts:

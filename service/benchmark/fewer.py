@@ -27,10 +27,10 @@ import torch
 from safetensors.torch import load_file
 
 import attention
-from attention import Segments
 from service.benchmark.bare import BACKENDS, CHUNK, report
 from service.model import checkpoint, families
 from service.model.checkpoint import EMBEDDED
+from service.model.continuation import Continuation
 from service.model.transformer import Transformer
 
 SHAPE = {
@@ -154,17 +154,11 @@ class Ours(Contestant):
 
     def begin(self) -> None:
         """Begin a text of up to `longest` tokens and some rounds of steps."""
-        self.pool = self.backend.new_pool(self.model.config.num_hidden_layers, 2**40)
-        self.slot = self.pool.allocate(self.longest + ROOM)
-        self.past = 0
+        self.text, self.past = Continuation(self.model, self.backend, self.longest + ROOM), 0
 
-    @torch.inference_mode()
     def _extend(self, count: int) -> None:
-        ids, segments = torch.randint(self.model.config.vocab_size, (count,)), Segments((count,), (self.past,))
-        attend = lambda layer, q, k, v: self.backend.extend(q, k, v, segments, self.pool, layer, (self.slot,))  # noqa: E731
-        hidden = self.model.hidden(ids, torch.arange(self.past, self.past + count), attend, is_decode=count == 1)
-        self.model.logits(hidden[-1:])
-        self.past += count
+        self.text.read(torch.randint(self.model.config.vocab_size, (count,)))
+        self.past = self.text.past
 
     @torch.inference_mode()
     def multiplying_seconds(self) -> float:
@@ -182,7 +176,7 @@ class Ours(Contestant):
 
     def reading_seconds(self) -> float:
         """Of summing up as many bytes as a step reads."""
-        read, seconds = torch.ones((self.model.weight_bytes + self.pool.bytes_in_use) // 4), []
+        read, seconds = torch.ones((self.model.weight_bytes + self.text.state_bytes) // 4), []
         for _ in range(REPEATS):
             start = time.perf_counter()
             read.sum()

@@ -21,7 +21,6 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any, get_args
@@ -35,6 +34,7 @@ import attention
 from attention import AttentionBackend, Segments
 from service import config as settings
 from service.model.checkpoint import EMBEDDED, Checkpoint, load
+from service.model.continuation import Continuation
 from service.model.quantized import BITS, Weights
 from service.model.transformer import Attend
 from service.training import corpus, needle
@@ -170,37 +170,16 @@ def prefill_seconds(model: Subject, stream: Tensor, context: int, repeats: int) 
     return {name: median(times) for name, times in seconds.items()}
 
 
-class Continuation:
-    """One sequence under a backend, its state kept between reads."""
-
-    def __init__(self, model: Subject, backend: str, most: int) -> None:
-        """most: tokens that it may come to."""
-        self.model, self.backend, self.past = model, model.backends[backend], 0
-        self.pool = self.backend.new_pool(model.core.config.num_hidden_layers, 2**40)
-        self.slot = self.pool.allocate(most)
-
-    def read(self, tokens: Sequence[int]) -> int:
-        """The best token behind all that was read and these."""
-        segments, core = Segments((len(tokens),), (self.past,)), self.model.core
-        hidden = core.hidden(
-            torch.tensor(tokens), segments.positions(), partial(self._attend, segments), is_decode=self.past > 0
-        )
-        self.past += len(tokens)
-        return int(core.logits(hidden[-1:]).argmax())
-
-    def _attend(self, segments: Segments, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return self.backend.extend(q, k, v, segments, self.pool, layer, [self.slot])
-
-
 def decode_seconds(model: Subject, stream: Tensor, context: int, steps: int) -> dict[str, float]:
     """Median seconds of a bare decode step, the last ones of a text of `context` tokens, the backends taking turns."""
-    grown = {name: Continuation(model, name, context) for name in model.backends}
-    newest = {name: [text.read(stream[: context - steps - 1].tolist())] for name, text in grown.items()}
+    grown = {name: Continuation(model.core, backend, context) for name, backend in model.backends.items()}
+    newest = {name: text.read(stream[: context - steps - 1]).argmax(-1) for name, text in grown.items()}
     seconds: dict[str, list[float]] = {name: [] for name in grown}
     for _ in range(steps + 1):
         for name, text in grown.items():
             start = time.perf_counter()
-            newest[name] = [text.read(newest[name])]
+            newest[name] = text.read(newest[name]).argmax(-1)
+            newest[name].item()  # which waits for an accelerator
             seconds[name].append(time.perf_counter() - start)
     return {name: median(times[1:]) for name, times in seconds.items()}
 
@@ -209,9 +188,9 @@ def complete(model: Subject, backend: str, beginning: str, tokens: int) -> str:
     """Greedy continuation of a text, the beginning included."""
     new = model.tokenizer.encode(beginning, add_special_tokens=True)
     text = new[model.tokenizer.leading :]
-    grown = Continuation(model, backend, len(new) + tokens)
+    grown = Continuation(model.core, model.backends[backend], len(new) + tokens)
     while len(text) < tokens:
-        new = [grown.read(new)]
+        new = [int(grown.read(torch.tensor(new)).argmax())]
         if new[0] == model.eos:
             break
         text += new
