@@ -33,6 +33,9 @@ from service.routing import TOLD_SECONDS, Tellings
 from service.scaling import HOLDS, WORK
 from service.switch import LastServed
 
+MOST_CALLS = (
+    1000  # that Serve lets a replica have at a time, unless a config says so: its own 5 would keep a batch from filling
+)
 AUTO_REPLICAS = 100  # what Serve's `num_replicas: auto` may grow to
 KEPT_SWITCHES = 10  # of those that served last
 ASK_SECONDS = 10.0  # a replica's answer to a question about itself
@@ -232,6 +235,7 @@ _deployment: Any = serve.deployment(
     name=DEPLOYMENT,
     user_config=UserConfig().model_dump(mode="json"),  # without one, Serve never calls `reconfigure`
     logging_config={"enable_access_log": False},  # a line per request in Serve's files; `log_level: info` writes a better one
+    max_ongoing_requests=MOST_CALLS,  # an outer wall; the engine's own queue is the real one
     max_constructor_retry_count=1,  # a wrong config does not get better by trying
 )
 

@@ -1,4 +1,4 @@
-"""How many replicas a node may have to carry, read from the config that Serve was given."""
+"""How many replicas a node may have to carry, read from the config that Serve was given, and how many calls a replica."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from service.app import most_replicas_on
+from service.app import build, most_replicas_on
+from service.config import EngineConfig
 
 NODE = {"CPU": 4.0, "GPU": 2.0, "scratch": 1.0}
 
@@ -31,3 +32,7 @@ NODE = {"CPU": 4.0, "GPU": 2.0, "scratch": 1.0}
 )
 def test_a_node_carries_no_more_than_is_asked_for_and_fits(section: dict[str, Any], most: int) -> None:
     assert most_replicas_on(NODE, section) == most
+
+
+def test_serve_lets_more_calls_in_than_the_engine_decodes_together_where_a_config_says_nothing() -> None:
+    assert build({})._bound_deployment.max_ongoing_requests > EngineConfig().max_sequences

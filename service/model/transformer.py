@@ -222,9 +222,14 @@ class Transformer(nn.Module):
         return cast(list[Layer], list(self.layers))
 
     @property
+    def _first(self) -> Layer:
+        """The first layer: all are alike in what they need."""
+        return cast(Layer, self.layers[0])
+
+    @property
     def impl(self) -> str:
         """Who computes what stands between a layer's products: native or torch."""
-        return "native" if self.stack[0].is_native else "torch"
+        return "native" if self._first.is_native else "torch"
 
     @property
     def dtype(self) -> torch.dtype:
@@ -370,7 +375,7 @@ class Transformer(nn.Module):
         For each height it compiles kernels anew and keeps a thousand of them: 0.5 ms and 0.6 MiB for each of the embedded
         model's matrices. Prompts of all lengths would fill hundreds of MiB with them; 32 more rows, or a sixteenth, cost less.
         """
-        qkv = self.stack[0].qkv
+        qkv = self._first.qkv
         is_kept = qkv.quantized is not None or not qkv.weight.is_mkldnn
         if is_kept or (is_decode and all(layer.packed for layer in self.stack)):
             return rows
@@ -381,7 +386,7 @@ class Transformer(nn.Module):
     @torch.inference_mode()
     def warm_up(self, rows: int, logit_rows: int) -> None:
         """Compute products of every height up to `rows` once: no request waits for a kernel, and memory stays as it is."""
-        layer = self.stack[0]
+        layer = self._first
         heights = {rows} if self.quantized else {self.height(n) for n in range(1, rows + 1)}
         for height in sorted(heights):
             x = torch.zeros(height, self.config.hidden_size, dtype=self.dtype, device=self.device)
@@ -393,12 +398,12 @@ class Transformer(nn.Module):
 
     def workspace_bytes(self, tokens: int, attention: int) -> int:
         """Peak bytes of temporaries of `hidden` over `tokens` tokens when a layer's attention needs `attention` bytes."""
-        config, tokens = self.config, self.height(tokens)
+        config, tokens, first, dtype = self.config, self.height(tokens), self._first, self.dtype  # asked once: steps ask often
         heads, groups, depth = config.num_attention_heads, config.num_key_value_heads, config.head_dim
         stream = config.hidden_size + 2 * depth * len(self._ropes)  # the residual stream, each cos and sin
         qk, qkv = (heads + groups) * depth, (heads + 2 * groups) * depth
-        is_native, is_wide = self.stack[0].is_native, config.norm == "gemma"  # which norms in float32
-        wide = (2 * 4 // self.dtype.itemsize if is_wide else 0) * config.hidden_size
+        is_native, is_wide = first.is_native, config.norm == "gemma"  # which norms in float32
+        wide = (2 * 4 // dtype.itemsize if is_wide else 0) * config.hidden_size
         # the norm; as projected; in torch normed and in the turn's three parts, natively turned only
         turns = 0 if not self._ropes and not config.qk_norm else 1 if is_native else 4
         turning = stream + config.hidden_size + qkv + turns * qk + (2 * qk if is_wide else 0)
@@ -406,12 +411,12 @@ class Transformer(nn.Module):
         attending = stream + qkv + (qk if turns else 0) + (heads * depth if config.query_scale != 1 else 0)
         inner = 3 if is_native else 4 if config.is_gated else 2  # gate and up, and what becomes of them
         feeding = stream + 2 * config.hidden_size + heads * depth + inner * config.intermediate_size
-        if self.stack[0].packed is not None and self.stack[0].packed.takes_prompts:
+        if first.packed is not None and first.packed.takes_prompts:
             turning = stream + config.hidden_size + qkv
             feeding = stream + 3 * config.hidden_size + heads * depth + config.intermediate_size
-        width = tokens * self.dtype.itemsize
-        reading = max((each.reading_bytes(tokens, self.dtype) for each in self.stack[0].kept), default=0)
-        looking = 9 * tokens * config.hidden_size if self.quantized else 0  # int8, float32, and that scaled
+        width = tokens * dtype.itemsize
+        reading = max((each.reading_bytes(tokens, dtype) for each in first.kept), default=0)
+        looking = 9 * tokens * config.hidden_size if self.embed.quantized else 0  # int8, float32, and that scaled
         return max(width * (turning + wide), width * attending + attention, width * (feeding + wide), looking) + reading
 
     def turns_by_layer(self, positions: Tensor, totals: Tensor | None = None) -> list[Turns | None]:
