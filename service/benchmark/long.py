@@ -22,7 +22,7 @@ from service.benchmark.encoder import EngineByTurns, Load, Sorted, in_turns, tra
 from service.model.checkpoint import EMBEDDED, load
 from service.threads import in_passing_thread
 
-TOKENS, TEXTS, LAYERS, VOCABULARY = 4096, 2, 4, 4096
+TOKENS, TEXTS, LAYERS, VOCABULARY = 4096, 1, 2, 4096
 WIDTHS = {"hidden_size": 768, "num_attention_heads": 12, "intermediate_size": 3072, "num_hidden_layers": LAYERS}
 FAMILIES: dict[str, dict[str, Any]] = {
     "longformer": {"attention_window": 512, "max_position_embeddings": TOKENS + 2, "type_vocab_size": 1, "pad_token_id": 1},

@@ -23,10 +23,11 @@ from service.model.quantized import GROUP, Quantized, bits_of
 from service.model.transformer import Layer, Transformer, Turns
 
 ROWS = 70  # of a product: more than the kernel takes at a time, and no multiple of that
-SOME = (1, 5, ROWS)  # by how many rows there are, the kernel goes other ways
-SAMPLE = 192  # outputs compared
+SOME = (1, 5, ROWS)  # the kernel goes other ways by how many there are
+SAMPLE = 96  # outputs compared, evenly spread over the matrix
 VOCABULARY = 1000  # of a model that is drawn
-SUMMED = 1e-5  # of the sum of magnitudes, what adding up in float32 may be off by
+SUMMED = {"highest": 1e-5, "high": 2**-10, "medium": 2**-8}
+"""Of the sum of magnitudes, what adding up in float32 may be off by, by what torch's matmul precision lets factors lose."""
 STEP = 6e-2  # of a layer's largest number, what bfloat16 may round in one: as of `attention.truth`, whose numbers are as large
 FARTHEST = {8: 0.51, 4: 2.3}  # steps that a weight may be off: half, and the scale's rounding; 4 bits may cut a group's largest
 SPREAD = 0.45  # the same as root mean square: evenly spread over a step it is 0.29
@@ -84,11 +85,13 @@ def _product_error(kept: Quantized, dtype: torch.dtype) -> float:
     outputs, inputs = kept.shape
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(ROWS, inputs, generator=generator).to(kept.data.device, dtype)
-    ids = torch.randperm(outputs, generator=generator)[:SAMPLE].to(x.device)
+    ids = torch.linspace(0, outputs - 1, min(SAMPLE, outputs)).long().to(x.device)
+    is_native = kept.is_native and dtype == torch.bfloat16
+    summed = SUMMED["highest" if is_native else torch.get_float32_matmul_precision()]
     told = kept.rows(ids).double()
     wanted, reach = x.double() @ told.T, x.double().abs() @ told.abs().T
-    allowed = torch.finfo(dtype).eps / 2 * wanted.abs() + SUMMED * reach + torch.finfo(torch.float32).tiny
-    found = [kept.product(x[:rows])[:, ids] for rows in SOME] + [kept.logits(x[:1])[:, ids]]
+    allowed = torch.finfo(dtype).eps / 2 * wanted.abs() + summed * reach + torch.finfo(torch.float32).tiny
+    found = [kept.product(x[:rows])[:, ids] for rows in (SOME if is_native else (ROWS,))] + [kept.logits(x[:1])[:, ids]]
     return max(float(((each.double() - wanted[: len(each)]).abs() / allowed[: len(each)]).amax()) for each in found)
 
 

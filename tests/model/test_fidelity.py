@@ -41,6 +41,19 @@ def test_what_is_right_passes_in_every_family(family: str, weights: str, dtype: 
     assert all(0 < error <= 1 for error in errors), errors
 
 
+def test_a_matmul_precision_that_the_operator_lowers_is_no_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the machine takes it at its word, as AMX does: here factors are rounded by hand."""
+    model = load(write(tmp_path, "qwen3"), dtype="float32", weights="int8").model
+    honest, before = Quantized.product, torch.get_float32_matmul_precision()
+    monkeypatch.setattr(Quantized, "product", lambda self, x, bias=None: honest(self, x.bfloat16().float(), bias))
+    assert not result(fidelity.checking(model)).passed
+    torch.set_float32_matmul_precision("medium")
+    try:
+        assert result(fidelity.checking(model)).passed
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 def test_a_model_in_its_own_dtype_has_nothing_to_check() -> None:
     assert result(fidelity.checking(load().model)) == truth.Truth(0.0, 1.0, of="the numbers its weights tell")
 
