@@ -29,7 +29,7 @@ from service.config import DEPLOYMENT, IMPORT_PATH, AttentionConfig, ServiceConf
 from service.exposition import Families, Format, Gathered
 from service.machine import Place
 from service.replica import Replica
-from service.routing import TOLD_SECONDS, Tellings
+from service.routing import TOLD_SECONDS, Told
 from service.scaling import HOLDS, WORK
 from service.switch import LastServed
 
@@ -57,7 +57,6 @@ class Longserve:
         self._name: str = self._context.replica_tag
         self._peers: Any = None  # a handle on this deployment, made at the first scrape
         self._started = False
-        self._tellings = Tellings()
         self._kept = KeptByRay(self._context.app_name)
         self._replica = Replica(
             config,
@@ -91,13 +90,13 @@ class Longserve:
         if fault := self._replica.fault():
             raise RuntimeError(fault)
 
-    def record_routing_stats(self) -> dict[str, float]:
+    def record_routing_stats(self) -> Told:
         """This replica's work, for `service/router.py`; Serve sends it on when it differs from the last."""
-        return self._tellings.number(self._replica.work())
+        return self._replica.work()
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
         """The same, for `service/scaling.py`."""
-        return {WORK: self._replica.work().get(WORK, 0.0), HOLDS: float(self._replica.holds_pins)}
+        return {WORK: self._replica.work().get("outstanding_seconds", 0.0), HOLDS: float(self._replica.holds_pins)}
 
     async def export(self, format: Format) -> tuple[str, Families]:
         """This replica's name and metrics, for the one that answers a scrape."""

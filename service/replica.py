@@ -37,6 +37,7 @@ from service.metrics import Metrics
 from service.model import checkpoint, fidelity
 from service.model.checkpoint import Checkpoint
 from service.model.tokenizer import Tokenizer
+from service.routing import Told, tell
 from service.switch import LastServed, Switch, parse
 from service.threads import in_passing_thread
 
@@ -255,17 +256,10 @@ class Replica:
             return None
         return f"no step has ended for {stalled:.0f} s while {now.running} requests run and {now.waiting} wait"
 
-    def work(self) -> dict[str, float]:
-        """What there is to do, in predicted seconds, what a token more of a prompt would add, and whether beginnings of prompts
-        are kept; empty before the start."""
+    def work(self) -> Told:
+        """What there is to do; empty before the start."""
         engine = self._engine
-        if engine is None:
-            return {}
-        return {
-            "outstanding_seconds": engine.outstanding_seconds(),
-            "token_seconds": engine.token_seconds(),
-            "keeps_prefixes": float(engine.keeps_prefixes),
-        }
+        return {} if engine is None else tell(engine.ahead(), engine.token_seconds(), engine.keeps_prefixes)
 
     @property
     def holds_pins(self) -> bool:

@@ -1,10 +1,11 @@
 """Which replica a call goes to: the one whose work is done soonest, in predicted seconds, not the one with the fewest calls.
 
 Serve's own routers count calls, and a prompt of 32,768 tokens counts as one of ten. Each replica tells once a second what it
-has to do (`Longserve.record_routing_stats`); what this proxy has sent it since is added, by the length of the body, and what of
-that has ended since is taken off. What a replica may have kept of a prompt need not be computed there: a call whose beginning
-was sent to a replica before goes there again, unless it would wait there for longer than that saves
-(service/http/beginning.py). With HAProxy in the proxy's place this is not asked: it sends to the fewest connections.
+has to do, and of which calls (`Longserve.record_routing_stats`); what this proxy has sent it and it does not name is added, by
+the length of the body, and what it names and has ended since is taken off. Both know a call by its ticket
+(service/http/tickets.py). What a replica may have kept of a prompt need not be computed there: a call whose beginning was sent
+to a replica before goes there again, unless it would wait there for longer than that saves (service/http/beginning.py). With
+HAProxy in the proxy's place this is not asked: it sends to the fewest connections.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from typing import Any
 
 from ray.serve.request_router import PendingRequest, ReplicaID, ReplicaResult, RequestRouter, RunningReplica
 
-from service.http.beginning import HEADER, STEP_BYTES
+from service.http import beginning, tickets
+from service.http.beginning import STEP_BYTES
 from service.routing import Homes, Sent
 
 TOKEN_BYTES = 4  # of a body, some
@@ -38,19 +40,16 @@ class LeastWork(RequestRouter):  # type: ignore[misc]
             pending_request.routing_context.should_backoff = True  # when none of them takes it
             home = self._homes.find(marks_of(headers_of(pending_request)))
         self._sent = {each.replica_id: self._sent.get(each.replica_id) or Sent() for each in candidate_replicas}
+        for sent in self._sent.values():
+            sent.keep(tickets.TICKETS)  # by its module: Serve pickles this class with all that it names, but for modules
         return [[each] for each in by_work(candidate_replicas, self._sent, home)]
 
     def on_request_routed(self, pending_request: PendingRequest, replica_id: ReplicaID, result: ReplicaResult) -> None:
-        if (replica := self._replicas.get(replica_id)) is not None:
-            headers = headers_of(pending_request)
+        headers = headers_of(pending_request)
+        ticket, sent = headers.get(tickets.HEADER, b"").decode(), self._sent.get(replica_id)
+        if ticket and sent is not None:
             self._homes.note(marks_of(headers), replica_id)
-            tokens = body_bytes(headers) // TOKEN_BYTES + 1
-            self._sent[replica_id].add(pending_request.metadata.internal_request_id, tokens, replica.routing_stats)
-
-    def on_request_completed(self, replica_id: ReplicaID, internal_request_id: str) -> None:
-        sent, replica = self._sent.get(replica_id), self._replicas.get(replica_id)
-        if sent is not None and replica is not None:
-            sent.remove(internal_request_id, replica.routing_stats)
+            sent.add(ticket, body_bytes(headers) // TOKEN_BYTES + 1)
 
 
 def by_work(
@@ -83,7 +82,7 @@ def headers_of(pending_request: PendingRequest) -> Head:
 
 def marks_of(headers: Head) -> list[bytes]:
     """Those of the prompt's beginning, as the proxy found them."""
-    return [mark for mark in headers.get(HEADER, b"").split(b",") if mark]
+    return [mark for mark in headers.get(beginning.HEADER, b"").split(b",") if mark]
 
 
 def body_bytes(headers: Head) -> int:

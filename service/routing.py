@@ -5,86 +5,98 @@
 
 from __future__ import annotations
 
+import heapq
 import time
-from collections import OrderedDict, deque
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Container, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Generic, NamedTuple, TypeVar
+from typing import Generic, NamedTuple, TypedDict, TypeVar
+
+from service.engine.ahead import Ahead, together
 
 Replica = TypeVar("Replica", bound=Hashable)
 
-TOLD_SECONDS = 1.0  # between two tellings of a replica
+TOLD_SECONDS = 1.0  # between two tellings of a replica, and at most as long as one takes on its way
+UNHEARD_SECONDS = 2 * TOLD_SECONDS  # after which a replica's last telling counts a call that it was sent
+MOST_NAMED = 32  # calls of a telling, some 40 bytes each; a replica that has more names those with the most to do
 MOST_HOMES = 1 << 14  # beginnings of prompts, some 200 bytes each
 HOME_SECONDS = 600.0  # after which a beginning that nobody asked for is taken for forgotten there
-CROSSING = 2  # tellings that may have left before the proxy's last news of a call reached the replica, and the one after
-Told = Mapping[str, float]
-"""outstanding_seconds, token_seconds (to read one more), tellings (see `Tellings`), keeps_prefixes (1 where it does); empty
-before the first."""
 
 
-class Tellings:
-    """Numbers what a replica tells. That it rests is a telling once: Serve sends on what differs from the last."""
+class Told(TypedDict, total=False):
+    """What a replica tells; empty before the first time. Serve sends it on when it differs from the last."""
 
-    def __init__(self) -> None:
-        self._number, self._rests = 0, True
+    outstanding_seconds: float  # predicted, until all that runs or waits is done
+    calls: Mapping[str, tuple[float, float]]  # what of that, by ticket: as `Ahead` has it
+    others: tuple[float, float]  # and of calls that are not named
+    token_seconds: float  # to read one token more
+    keeps_prefixes: float  # 1 where it does
 
-    def number(self, work: Told) -> dict[str, float]:
-        rests = not work.get("outstanding_seconds")
-        self._number += not (rests and self._rests)
-        self._rests = rests
-        return {**work, "tellings": float(self._number)}
+
+def tell(ahead: Mapping[str, Ahead], token_seconds: float, keeps_prefixes: bool) -> Told:
+    """`ahead`: of each call, by ticket; of those that have none, under ""."""
+    named = heapq.nlargest(MOST_NAMED, filter(None, ahead), key=lambda ticket: ahead[ticket].seconds)
+    others = together(work for ticket, work in ahead.items() if ticket not in named)
+    return {
+        "outstanding_seconds": together(ahead.values()).seconds,
+        "calls": {ticket: (ahead[ticket].prefill, ahead[ticket].decode) for ticket in named},
+        "others": (others.prefill, others.decode),
+        "token_seconds": token_seconds,
+        "keeps_prefixes": float(keeps_prefixes),
+    }
 
 
 class Underway(NamedTuple):
     """A call that was sent and whose end is not known."""
 
     tokens: int  # of its prompt, about
-    telling: float  # of its replica, the last one when it was sent
-
-
-class Ended(NamedTuple):
-    """A call whose end is known; its replica may not have told it yet."""
-
-    call: Underway
-    telling: float  # the last one when it ended
-    at: float
+    at: float  # when it was sent
 
 
 @dataclass
 class Sent:
-    """What a proxy has sent to a replica, by call, and what of it has ended just now.
+    """What a proxy has sent to a replica, by ticket, and what of it has ended of late.
 
-    A telling takes up to a second on its way, so the first one after a call was sent, or has ended, may know it or not. What is
-    not known to be counted is added, what may still be counted is taken off: none of it is wrong for longer than two tellings.
+    A replica names the calls that it tells of. What it has been sent and does not name is added, what it names and has ended
+    since is taken off, whatever has crossed what on the way.
     """
 
     calls: dict[str, Underway] = field(default_factory=dict)
     clock: Callable[[], float] = time.monotonic
-    _ended: deque[Ended] = field(default_factory=deque)
+    _ended: dict[str, float] = field(default_factory=dict)  # when
 
     def seconds(self, told: Told) -> float:
         """Of the replica: what it tells without what has ended since, and what it cannot have counted yet."""
-        last, token_seconds = told.get("tellings", 0), told.get("token_seconds", 0.0)
-        self._forget(last)
-        new = sum(each.tokens for each in self.calls.values() if last < each.telling + CROSSING)
-        gone = sum(each.call.tokens for each in self._ended if each.call.telling < last)
-        return max(0.0, told.get("outstanding_seconds", 0.0) - token_seconds * gone) + token_seconds * new
+        self._forget(told)
+        named, since = told.get("calls", {}), self.clock() - UNHEARD_SECONDS
+        new = sum(each.tokens for ticket, each in self.calls.items() if each.at > since and ticket not in named)
+        known = told.get("outstanding_seconds", 0.0)
+        if self._ended.keys() & named.keys():
+            left = [work for ticket, work in named.items() if ticket not in self._ended]
+            known = together((*left, told.get("others", (0.0, 0.0)))).seconds
+        return known + told.get("token_seconds", 0.0) * new
 
-    def add(self, call: str, tokens: int, told: Told) -> None:
-        self.calls[call] = Underway(tokens, told.get("tellings", 0))
+    def add(self, ticket: str, tokens: int) -> None:
+        self.calls[ticket] = Underway(tokens, self.clock())
 
-    def remove(self, call: str, told: Told) -> None:
+    def remove(self, ticket: str) -> None:
         """It has ended."""
-        if (known := self.calls.pop(call, None)) is not None:
-            last = told.get("tellings", 0)
-            self._forget(last)
-            self._ended.append(Ended(known, last, self.clock()))
+        if self.calls.pop(ticket, None) is not None:
+            self._ended[ticket] = self.clock()
 
-    def _forget(self, last: float) -> None:
-        """Those that the last telling cannot hold any more."""
-        oldest = self.clock() - CROSSING * TOLD_SECONDS
-        while self._ended and (self._ended[0].telling + CROSSING <= last or self._ended[0].at < oldest):
-            self._ended.popleft()
+    def keep(self, underway: Container[str]) -> None:
+        """Of what was sent, all has ended but these calls."""
+        for ticket in [each for each in self.calls if each not in underway]:
+            self.remove(ticket)
+
+    def _forget(self, told: Told) -> None:
+        """The oldest ends, of which no telling can be on its way any more."""
+        named, since = told.get("calls", {}), self.clock() - UNHEARD_SECONDS
+        while self._ended:
+            ticket, at = next(iter(self._ended.items()))
+            if at > since or ticket in named:
+                break
+            del self._ended[ticket]
 
     @property
     def knows_any(self) -> bool:

@@ -13,11 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from ray.serve._private.common import StreamingHTTPRequest
 
+from service.engine.ahead import Ahead, together
+from service.http.tickets import Tickets
 from service.router import body_bytes, by_work, headers_of
-from service.routing import TOLD_SECONDS, Homes, Sent, Tellings
+from service.routing import MOST_NAMED, TOLD_SECONDS, UNHEARD_SECONDS, Homes, Sent, Told, tell
 
-LONG = {"outstanding_seconds": 8.0, "token_seconds": 1e-3, "tellings": 1.0}
-SHORT = {"outstanding_seconds": 0.5, "token_seconds": 1e-3, "tellings": 1.0}
+LONG: Told = {"outstanding_seconds": 8.0, "token_seconds": 1e-3}
+SHORT: Told = {"outstanding_seconds": 0.5, "token_seconds": 1e-3}
 
 
 def first(told: dict[str, Any], sent: dict[str, Sent]) -> str:
@@ -27,27 +29,66 @@ def first(told: dict[str, Any], sent: dict[str, Sent]) -> str:
 
 def test_one_long_prompt_outweighs_many_short_ones() -> None:
     sent = {"a": Sent(), "b": Sent()}
-    sent["a"].add("long", 8000, {})
+    sent["a"].add("long", 8000)
     for call in range(5):
-        sent["b"].add(f"short {call}", 10, {})
+        sent["b"].add(f"short {call}", 10)
     assert first({"a": LONG, "b": SHORT}, sent) == "b"
 
 
-def test_what_was_sent_since_the_last_telling_counts_until_two_more_have_come() -> None:
+def of_calls(**prefills: float) -> Told:
+    """What a replica tells of calls of so many seconds each, which draw one token."""
+    return tell({ticket: Ahead(seconds, 0.5) for ticket, seconds in prefills.items()}, 1e-3, keeps_prefixes=True)
+
+
+def test_what_was_sent_counts_by_its_length_until_it_is_named_and_then_as_it_is_told() -> None:
+    now, sent = [0.0], Sent(clock=lambda: now[0])
+    sent.add("mine", 2000)
+    assert sent.seconds({}) == 0.0  # of a replica that has told nothing yet, not even what a token takes
+    assert sent.seconds(of_calls(other=1.0)) == pytest.approx(1.0 + 0.5 + 2.0)
+    assert sent.seconds(of_calls(other=1.0, mine=3.0)) == pytest.approx(1.0 + 3.0 + 0.5)
+    now[0] = 1.01 * UNHEARD_SECONDS
+    assert sent.seconds(of_calls(other=1.0)) == pytest.approx(1.0 + 0.5)  # it is done there, and its caller reads slowly
+
+
+def test_what_has_ended_is_taken_off_as_it_was_told_however_late_the_next_telling_comes() -> None:
+    now, sent = [0.0], Sent(clock=lambda: now[0])
+    sent.add("mine", 2000)
+    sent.remove("mine")
+    for now[0] in (0.0, 100.0):
+        assert sent.seconds(of_calls(mine=7.0)) == 0.0
+        assert sent.seconds(of_calls(mine=7.0, other=1.0)) == pytest.approx(1.5)
+    assert sent.knows_any
+    assert sent.seconds(of_calls(other=1.0)) == pytest.approx(1.5) and not sent.knows_any
+
+
+def test_a_replica_with_very_many_calls_names_the_longest_and_tells_the_sum_of_all() -> None:
+    told = of_calls(**{str(number): number + 1.0 for number in range(3 * MOST_NAMED)})
     sent = Sent()
-    sent.add("call", 2000, SHORT)
-    assert sent.seconds(SHORT) == pytest.approx(0.5 + 2.0)
-    assert sent.seconds(SHORT | {"tellings": 2.0}) == pytest.approx(0.5 + 2.0)  # it may have crossed the call
-    assert sent.seconds(SHORT | {"tellings": 3.0}) == pytest.approx(0.5)
-    sent.remove("call", SHORT)
-    assert sent.seconds(SHORT) == 0.5
+    assert sorted(map(int, told["calls"])) == list(range(2 * MOST_NAMED, 3 * MOST_NAMED))
+    assert sent.seconds(told) == pytest.approx(sum(range(1, 3 * MOST_NAMED + 1)) + 0.5)
+    for ticket in told["calls"]:
+        sent.add(ticket, 1)
+        sent.remove(ticket)
+    assert sent.seconds(told) == pytest.approx(sum(range(1, 2 * MOST_NAMED + 1)) + 0.5)
+
+
+def test_what_is_underway_no_more_has_ended() -> None:
+    tickets, sent = Tickets(), Sent()
+    mine, other = tickets.issue(), tickets.issue()
+    sent.add(mine, 1000)
+    sent.add(other, 10)
+    tickets.end(mine)
+    tickets.end(mine)
+    sent.keep(tickets)
+    assert list(sent.calls) == [other] and sent.seconds(SHORT) == pytest.approx(0.5 + 0.01)
+    assert sent.seconds(of_calls(**{mine: 3.0, other: 1.0})) == pytest.approx(1.5)
 
 
 def test_a_burst_between_two_tellings_is_shared_out() -> None:
     told = dict.fromkeys("abcd", SHORT)
     sent = {name: Sent() for name in told}
     for call in range(40):
-        sent[first(told, sent)].add(str(call), 100, SHORT)
+        sent[first(told, sent)].add(str(call), 100)
     assert {len(each.calls) for each in sent.values()} == {10}
 
 
@@ -57,30 +98,16 @@ def test_replicas_that_have_told_nothing_yet_get_calls_in_turn() -> None:
     counts = Counter[str]()
     for call in range(20):
         counts[name := first(told, sent)] += 1
-        sent[name].add(str(call), 1, {})
+        sent[name].add(str(call), 1)
     assert counts == {"a": 10, "b": 10}
 
 
 def test_an_end_that_is_told_twice_or_of_a_call_unknown_is_no_fault() -> None:
     sent = Sent()
-    sent.add("call", 1, {})
+    sent.add("call", 1)
     for call in ("call", "call", "other"):
-        sent.remove(call, {})
-    assert sent.calls == {}
-
-
-def test_what_has_ended_is_taken_off_until_two_tellings_later_or_two_seconds() -> None:
-    now = [0.0]
-    sent, told = Sent(clock=lambda: now[0]), {"token_seconds": 1e-3, "outstanding_seconds": 2.5}
-    sent.add("call", 2000, told | {"tellings": 1.0})
-    sent.remove("call", told | {"tellings": 2.0})
-    found = [sent.seconds(told | {"tellings": number}) for number in (1.0, 2.0, 3.0, 4.0)]
-    assert found == pytest.approx([2.5, 0.5, 0.5, 2.5])  # the first was before it, the third may have crossed its end
-    for number in (5.0, 6.0):
-        sent.add("other", 2000, told | {"tellings": number})
-        sent.remove("other", told | {"tellings": number})
-        now[0] += 2.1 * TOLD_SECONDS
-        assert sent.seconds(told | {"tellings": number + 1}) == pytest.approx(2.5)
+        sent.remove(call)
+    assert sent.calls == {} and sent.seconds(SHORT) == 0.5
 
 
 @settings(max_examples=200, deadline=None)
@@ -93,31 +120,27 @@ def test_what_has_ended_is_taken_off_until_two_tellings_later_or_two_seconds() -
 def test_what_is_known_of_a_replica_is_what_counting_its_calls_has(
     drawn: list[tuple[float, float, int]], first: float, delays: list[float], asked: float
 ) -> None:
-    """But for calls that have begun or ended within the last tellings: off by their size at most, and at rest by nothing."""
+    """However tellings and calls cross: of what is not over, all that is named as it was told, the rest by its length."""
     lives = [(began, began + lasts, tokens) for began, lasts, tokens in drawn]
-    tellings, heard, now = Tellings(), dict[str, float](), [0.0]
+    heard, now = Told(), [0.0]
     sent = Sent(clock=lambda: now[0])
 
-    def counted(at: float) -> float:
-        return sum(1e-3 * tokens for began, ended, tokens in lives if began <= at < ended)
+    def counted(at: float) -> dict[str, Ahead]:
+        alive = {str(number): tokens for number, (began, ended, tokens) in enumerate(lives) if began <= at < ended}
+        return {ticket: Ahead(2e-3 * tokens, 1.0) for ticket, tokens in alive.items()}
 
     events: list[tuple[float, Any]] = []
     for number, (began, ended, tokens) in enumerate(lives):
-        events += [
-            (began, partial(sent.add, str(number), tokens, heard)),
-            (ended, partial(sent.remove, str(number), heard)),
-        ]
+        events += [(began, partial(sent.add, str(number), tokens)), (ended, partial(sent.remove, str(number)))]
     for number, delay in enumerate(delays):
         at = first + number * TOLD_SECONDS
-        told = tellings.number({"outstanding_seconds": counted(at), "token_seconds": 1e-3})
-        events.append((at + delay, partial(heard.update, told)))
+        events.append((at + delay, partial(heard.update, tell(counted(at), 1e-3, keeps_prefixes=True))))
     for now[0], happens in sorted((event for event in events if event[0] <= asked), key=lambda event: event[0]):
         happens()
     now[0] = asked
-    fresh = [tokens for *times, tokens in lives if any(asked - 2 * TOLD_SECONDS - 1 < at <= asked for at in times)]
-    assert abs(sent.seconds(heard) - counted(asked)) <= 1e-3 * sum(fresh) + 1e-9
-    if not sent.calls:
-        assert sent.seconds(heard) <= 1e-9
+    named, alive = heard.get("calls", {}), counted(asked)
+    unnamed = sum(1e-3 * lives[int(ticket)][2] for ticket in alive if ticket not in named)
+    assert sent.seconds(heard) == pytest.approx(together(alive[each] for each in alive if each in named).seconds + unnamed)
 
 
 def at_home(told: dict[str, Any], home: tuple[str, int], sent: dict[str, Sent] | None = None) -> str:

@@ -54,15 +54,23 @@ def test_short_calls_go_past_the_replica_that_reads_long_prompts(service: Servic
 
 
 def test_a_long_prompt_that_is_asked_about_again_goes_where_its_state_is_kept(service: Service) -> None:
-    """When the replicas have told that they rest; the rule itself, at once, is tested in `test_router.py`."""
-    for subject in range(4):
-        text = " ".join(f"def f{number}(a, b): return a + {subject}{number} * b" for number in range(400))
-        cached = []
-        for question in range(2):
-            time.sleep(3 * TOLD_SECONDS)
-            reply = service.post("/v1/completions", {"prompt": f"{text} # {question}", "max_tokens": 1})
-            cached.append(reply.json["longserve"]["cached_tokens"])
-        assert cached[0] == 0 and cached[1] > 2048, (subject, cached)
+    """At once, whether another prompt comes between or not, whole or as a stream."""
+    time.sleep(3 * TOLD_SECONDS)  # until what was told of the long prompt is past
+    for subject in range(8):
+        cached = [ask(service, subject, 0), ask(service, subject, 1)]
+        ask(service, 100 + subject, 0)
+        cached.append(ask(service, subject, 2))
+        assert cached[0] == 0 and min(cached[1:]) > 2048, (subject, cached)
+
+
+def ask(service: Service, subject: int, question: int) -> int:
+    """Ask about one of some long texts; how many of its tokens were kept where that was answered. Every other is a stream."""
+    text = " ".join(f"def f{number}(a, b): return a + {subject}{number} * b" for number in range(400))
+    body = {"prompt": f"{text} # {question}", "max_tokens": 1}
+    if subject % 2:
+        told = service.post("/v1/completions", body | {"stream": True, "stream_options": {"include_usage": True}}).events[-2]
+        return int(told["usage"]["prompt_tokens_details"]["cached_tokens"])
+    return int(service.post("/v1/completions", body).json["longserve"]["cached_tokens"])
 
 
 def test_equal_replicas_share_what_comes_at_once(service: Service) -> None:

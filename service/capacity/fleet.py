@@ -90,12 +90,12 @@ class Proxies:
 
     def send(self, proxy: int, index: int, call: str, tokens: int) -> None:
         sent = self._sent[index].setdefault(proxy, Sent(clock=self._clock))
-        sent.add(call, tokens, self._told[index])
+        sent.add(call, tokens)
         self._rank(proxy, index, sent)
 
     def end(self, proxy: int, index: int, call: str) -> None:
         sent = self._sent[index][proxy]
-        sent.remove(call, self._told[index])
+        sent.remove(call)
         self._rank(proxy, index, sent)
 
     def hear(self, index: int) -> None:
@@ -163,7 +163,7 @@ class Fleet:
             self._proxies.end(proxy, index, name)
             self._count_end(call, counts)
 
-        self._replicas[index].take(call, ended)
+        self._replicas[index].take(call, name, ended)
 
     def _count_end(self, call: Visit, counts: bool) -> None:
         self._left -= 1

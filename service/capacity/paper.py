@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from array import array
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -20,6 +20,7 @@ import simpy
 from service.capacity.mix import Lengths
 from service.capacity.site import Site
 from service.engine.admission import Admission, Ledger
+from service.engine.allowlist import Lane
 from service.engine.answer import Answer
 from service.engine.job import Job
 from service.engine.loop import STREAM_SLICES
@@ -27,7 +28,7 @@ from service.engine.prefixes import Prefixes
 from service.engine.request import Request, RequestError, Sampling
 from service.engine.scheduler import Scheduler
 from service.engine.work import Member, Work
-from service.routing import Tellings, Told
+from service.routing import Told, tell
 
 LEAP = 32  # decode steps that are one event, at most: their laws are no quite straight lines
 Events = Generator[simpy.Event, Any, Any]
@@ -72,6 +73,16 @@ class Node:
         return (1 + (self._crowding - 1) * others) * max(1.0, wanted / self._cpus)
 
 
+@dataclass(frozen=True)
+class Turns:
+    """A slice of a prompt and the steps that streams are owed for it, so many times in a row."""
+
+    streams: Sequence[Work]  # the first of their steps; none where a prompt runs beside prompts only
+    steps: int  # in a round
+    count: int  # of rounds
+    seconds: float  # of one, on average
+
+
 class Paper:
     """A replica on paper."""
 
@@ -91,16 +102,15 @@ class Paper:
         self._admission.lanes, self._admission.rules = site.lanes, site.rules
         self._calls: dict[Job, tuple[Visit, Callable[[], None]]] = {}
         self._laws: WeakKeyDictionary[Work, float] = WeakKeyDictionary()  # seconds of steps, some of which come in slices
-        self._tellings = Tellings()
         self._news: simpy.Event | None = None  # what it rests for
         self._is_open = False  # a step may be cut short by news
         self._process = env.process(self._serve())
 
-    def take(self, call: Visit, ended: Callable[[], None]) -> None:
+    def take(self, call: Visit, ticket: str, ended: Callable[[], None]) -> None:
         """Let a call in, or refuse it; `ended` is called at its end, whatever that is."""
         sampling = Sampling(max_tokens=call.lengths.answer, ignore_eos=True, seed=0)
         prompt = array("i", bytes(4 * call.lengths.prompt))
-        request = Request("paper", "completion", prompt, self._backend, sampling, arrival=self._env.now)
+        request = Request("paper", "completion", prompt, self._backend, sampling, arrival=self._env.now, ticket=ticket)
         try:
             offer = self._admission.admit(request)
         except RequestError as error:
@@ -117,8 +127,7 @@ class Paper:
 
     def tell(self) -> Told:
         """What it tells the router."""
-        seconds, token_seconds = self._scheduler.seconds_in_front(), self._admission.token_seconds()
-        return self._tellings.number({"outstanding_seconds": seconds, "token_seconds": token_seconds})
+        return tell(self._scheduler.ahead(), self._admission.token_seconds(), keeps_prefixes=False)
 
     def _serve(self) -> Events:
         while True:
@@ -139,9 +148,12 @@ class Paper:
     def _run(self, work: Work) -> Events:
         """Run a step, a slice of it, or several that nothing can come between. Returns how many have ended."""
         began, before, slow = self._env.now, work.seconds, self._node.slowdown()
+        if (turns := self._turns(work, slow)) is not None:
+            yield from self._take_turns(work, turns, slow)
+            return 0
         seconds, steps = self._seconds(work), self._alike(work)
         if steps > 1:
-            last = self._seconds(Work(work.kind, work.lane, tuple(_later(each, steps - 1) for each in work.members)))
+            last = self._seconds(_later(work, steps - 1))
             seconds = (seconds + last) / 2
             steps = yield from self._through(began, seconds * slow, steps)
             work.seconds = seconds
@@ -153,6 +165,15 @@ class Paper:
         self._scheduler.account(work, took)
         self._note(took)
         return steps
+
+    def _take_turns(self, work: Work, turns: Turns, slow: float) -> Events:
+        """Let a prompt's slices pass, and between them the streams' steps."""
+        began = self._env.now
+        count = yield from self._through(began, turns.seconds, turns.count)
+        work.seconds += count * self._site.config.slice_seconds / slow
+        for streams in turns.streams:
+            self._settle(streams, count * turns.steps)
+        self._note(self._env.now - began)
 
     def _through(self, began: float, seconds: float, steps: int) -> Events:
         """Let steps pass, of so many seconds each; with news only to the end of the one that runs. Returns how many have."""
@@ -199,8 +220,43 @@ class Paper:
             or self._seconds(work) > STREAM_SLICES * self._site.config.slice_seconds
         ):
             return 1
-        left = min(member.job.request.sampling.max_tokens - len(member.sequence.output) for member in work.members)
-        return min(self._leap, left)
+        return min(self._leap, _least_left(work))
+
+    def _turns(self, work: Work, slow: float) -> Turns | None:
+        """How a prompt and streams of one lane take turns unless somebody comes; None: they do not, or not alike."""
+        config, others = self._site.config, [job for job in self._scheduler.running if job not in work.jobs]
+        streams = _streams(job for job in others if job.sequences[0].is_decoding)
+        prompts = [job for job in others if not job.sequences[0].is_decoding] + self._scheduler.waiting
+        if self._leap == 1 or work.kind == "decode" or len(streams) > 1 or not (streams or prompts):
+            return None
+        if any(paused.kind == "decode" for paused in self._scheduler.paused):
+            return None
+        slices = math.ceil((self._seconds(work) - work.seconds) * slow / config.slice_seconds)
+        count, steps, seconds = slices - 1, 0, config.slice_seconds  # the last slice ends with its chunk
+        for each in streams:
+            owed, first = config.slice_seconds * config.decode_share / (1 - config.decode_share), self._seconds(each) * slow
+            steps = math.ceil(owed / first)
+            count = min(count, self._leap // steps, _least_left(each) // steps)
+            last = self._seconds(_later(each, max(0, count * steps - 1))) * slow
+            if math.ceil(owed / last) != steps or last > STREAM_SLICES * config.slice_seconds:
+                return None
+            seconds += steps * (first + last) / 2
+        if (lasts := self._most_urgent_for(work, prompts)) < count * seconds:
+            count = int(lasts / seconds) + 1
+        return Turns(streams, steps, count, seconds) if count > 0 else None
+
+    def _most_urgent_for(self, work: Work, prompts: Iterable[Job]) -> float:
+        """Seconds until one of the prompts is more urgent than a step that is now, or may be."""
+        now, lasts = self._env.now, math.inf
+        first = max((member.job for member in work.members), key=lambda job: job.urgency(now))
+        for job in prompts:
+            ahead = first.urgency(now) - job.urgency(now)
+            gains = ahead - first.urgency(now + 1) + job.urgency(now + 1)  # in a second: urgencies are straight lines
+            if ahead < 0 and job.urgency(now) > self._site.config.patience:
+                return 0.0  # it has no room, and keeps those out that come behind it, whoever that is then
+            if ahead >= 0 and gains > 0:
+                lasts = min(lasts, ahead / gains)
+        return lasts
 
     def _settle(self, work: Work, steps: int) -> None:
         """Move its members on, and draw so many tokens of each that has no other left to process."""
@@ -231,5 +287,22 @@ class Paper:
                 self.bytes_seconds += took
 
 
-def _later(member: Member, steps: int) -> Member:
-    return Member(member.sequence, member.start + steps, member.end + steps)
+def _streams(jobs: Iterable[Job]) -> list[Work]:
+    """The next step of jobs that draw tokens, by lane."""
+    lanes: dict[Lane, list[Member]] = {}
+    for job in jobs:
+        past = job.sequences[0].past
+        lanes.setdefault(job.lane, []).append(Member(job.sequences[0], past, past + 1))
+    return [Work("decode", lane, tuple(members)) for lane, members in lanes.items()]
+
+
+def _later(work: Work, steps: int) -> Work:
+    """A decode step of the same streams so many steps later."""
+    return Work(
+        work.kind, work.lane, tuple(Member(each.sequence, each.start + steps, each.end + steps) for each in work.members)
+    )
+
+
+def _least_left(work: Work) -> int:
+    """Tokens that the first of its streams to end has still to draw."""
+    return min(member.job.request.sampling.max_tokens - len(member.sequence.output) for member in work.members)

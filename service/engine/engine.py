@@ -22,6 +22,7 @@ from attention import AttentionBackend, gather_team, truth
 from service.config import EngineConfig
 from service.engine import reread
 from service.engine.admission import Admission, Ledger, Offer, Plan
+from service.engine.ahead import Ahead
 from service.engine.allowlist import GUESSED, NO_LOOKUP, Backends, Lane, check_room, lane_for, lines_of, unmeasured
 from service.engine.answer import Answer
 from service.engine.delivery import Delivery, attempt
@@ -335,9 +336,9 @@ class Engine:
             last_progress=self._loop.last_progress if running or waiting or self._loop.is_dead else now,
         )
 
-    def outstanding_seconds(self) -> float:
-        """Predicted, until all that runs or waits is done."""
-        return self._scheduler.seconds_in_front()
+    def ahead(self) -> dict[str, Ahead]:
+        """What is still to be done, by call, see `Scheduler.ahead`."""
+        return self._scheduler.ahead()
 
     def token_seconds(self) -> float:
         """Predicted, to read a token of a prompt, see `Admission.token_seconds`."""

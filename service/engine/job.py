@@ -18,6 +18,7 @@ from io import StringIO
 from torch import Tensor
 
 from service.engine.admission import Offer
+from service.engine.ahead import Ahead
 from service.engine.allowlist import Lane
 from service.engine.answer import Answer
 from service.engine.grammar import Grammar
@@ -202,6 +203,10 @@ class Job:
         if self.is_pooled:
             return 0
         return self.request.sampling.max_tokens - min(len(sequence.output) for sequence in self.sequences)
+
+    @property
+    def ahead(self) -> Ahead:
+        return Ahead(self.remaining_seconds, self.remaining_tokens * self.lane.decode_seconds(len(self.prompt)))
 
     def urgency(self, now: float) -> float:
         """Waiting time in multiples of the job's own length (highest response ratio next, Brinch Hansen 1971).

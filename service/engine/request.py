@@ -84,6 +84,7 @@ class Request:
     arrival: float = field(default_factory=time.monotonic)
     timings: Timings = field(default_factory=Timings)
     trace: Mapping[str, str] = field(default_factory=dict)  # the caller's W3C trace context, by header
+    ticket: str = ""  # by which whoever sent the call here knows it
     leading: int = 0  # of the tokens: special ones that the service put in front of a text; an echo leaves them out
     pooling: Pooling | None = None  # of an embedding; None: the checkpoint's
     is_ended: bool | None = None  # an embedding at length one, scores activated; None: as the checkpoint has it

@@ -14,6 +14,7 @@ from weakref import WeakKeyDictionary
 
 from service.config import EngineConfig
 from service.engine.admission import Ledger
+from service.engine.ahead import Ahead, together
 from service.engine.allowlist import Lane
 from service.engine.job import Job, Sequence
 from service.engine.prefixes import Prefixes, bytes_of
@@ -65,11 +66,15 @@ class Scheduler:
         return None
 
     def seconds_in_front(self) -> float:
-        """Predicted seconds until all that runs or waits is done: prefills one by one, decodes side by side."""
-        jobs = self.jobs
-        prefill = sum(job.remaining_seconds for job in jobs)
-        decode = max((job.remaining_tokens * job.lane.decode_seconds(len(job.prompt)) for job in jobs), default=0.0)
-        return prefill + decode
+        """Predicted seconds until all that runs or waits is done."""
+        return together(job.ahead for job in self.jobs).seconds
+
+    def ahead(self) -> dict[str, Ahead]:
+        """What is still to be done of each call that runs or waits, by its ticket; of all that have none, under ""."""
+        jobs: dict[str, list[Ahead]] = {}
+        for job in self.jobs:
+            jobs.setdefault(job.request.ticket, []).append(job.ahead)
+        return {ticket: together(works) for ticket, works in jobs.items()}
 
     def take_in(self, job: Job) -> None:
         """Let a job wait that was let in."""

@@ -64,7 +64,7 @@ async def _drawing(body: DrawnBody, host: Host, call: Call) -> Request:
     """The request of a body that draws tokens, its prompt left out. Raises InvalidRequest."""
     if body.samples > host.config.max_samples:
         raise InvalidRequest(f"n may be at most {host.config.max_samples}, received {body.samples}", param="n")
-    asked = Request(call.id, "completion", (), n=body.samples, deadline=call.deadline, trace=call.trace, owner=call.owner)
+    asked = call.asks("completion", n=body.samples, owner=call.owner)
     asked, sampling = _attended(asked, body, host, call), sampling_of(body)
     check_ids([token for token, _ in sampling.logit_bias], host, "logit_bias")
     check_ids(sampling.stop_token_ids, host, "stop_token_ids")
@@ -77,8 +77,7 @@ async def _drawing(body: DrawnBody, host: Host, call: Call) -> Request:
 
 async def prefix_request(body: PrefixBody, host: Host, call: Call) -> Request:
     """The request of a prompt, or of a conversation as far as its own messages go. Raises InvalidRequest."""
-    asked = Request(call.id, "completion", (), deadline=call.deadline, trace=call.trace, owner=call.owner)
-    asked = _attended(asked, body, host, call)
+    asked = _attended(call.asks("completion", owner=call.owner), body, host, call)
     check_task("completion", host.card.tasks)
     if body.prompt is not None:
         return (await _requests(asked, "prompt", [body.prompt], body.with_special_tokens, None, host, call))[0]
@@ -96,8 +95,8 @@ async def embedding_requests(body: EmbeddingBody, host: Host, call: Call) -> lis
     if (body.dimensions or 0) > host.card.width:
         message = f"an embedding has {host.card.width} dimensions, received {body.dimensions}"
         raise InvalidRequest(message, param="dimensions")
-    asked = Request(call.id, "embedding", (), deadline=call.deadline, trace=call.trace, pooling=body.pooling)
-    asked = replace(_attended(asked, body, host, call), is_ended=body.normalize, late_chunks=body.late_chunks)
+    asked = _attended(call.asks("embedding", pooling=body.pooling), body, host, call)
+    asked = replace(asked, is_ended=body.normalize, late_chunks=body.late_chunks)
     room = None if body.truncate is None else Room(host.card.max_length, body.truncate)
     return await _requests(asked, "input", _prompted(body, host), body.with_special_tokens, room, host, call)
 
@@ -166,8 +165,7 @@ async def _paired(asked: Request, pair: tuple[str, str], room: Room | None, host
 
 def _scoring(body: ScoredBody | EmbeddingBody, host: Host, call: Call) -> tuple[Request, Room | None]:
     """The request of a body that a classifier answers, its text left out, and the room for one."""
-    asked = Request(call.id, "classification", (), deadline=call.deadline, trace=call.trace)
-    asked = _attended(asked, body, host, call)
+    asked = _attended(call.asks("classification"), body, host, call)
     check_task("classification", host.card.tasks)
     asked.is_ended = body.use_activation if isinstance(body, ScoredBody) else None
     return asked, None if body.truncate is None else Room(host.card.max_length, body.truncate)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from typing import Any
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -18,9 +19,10 @@ from uvicorn.config import HTTP_PROTOCOLS
 
 from service.config import LineConfig
 from service.engine.request import InvalidRequest
-from service.http import line
-from service.http.beginning import HEADER, read_beginning
+from service.http import beginning, line, tickets
+from service.http.beginning import read_beginning
 from service.http.errors import ReplicaGone, body_of, response_to, shaped
+from service.http.tickets import TICKETS
 
 LIMITS = "LONGSERVE_LINE"
 """The environment variable that brings a `LineConfig` as JSON to the proxy."""
@@ -31,8 +33,11 @@ RAYS_OWN = "/-/"
 RENAMED = {b"x-request-timeout-seconds": b"x-longserve-timeout-seconds"}
 """Serve would answer a timeout itself, while the replica goes on; the service's own header says the same to the engine."""
 
-DROPPED = frozenset({b"x-request-disconnect-disabled", HEADER})
-"""Would let a call go on after its caller has left; is the router's own."""
+DROPPED = frozenset({b"x-request-disconnect-disabled", beginning.HEADER, tickets.HEADER})
+"""Would let a call go on after its caller has left; are the router's own."""
+
+DONE = b"data: [DONE]\n\n"
+"""By which the caller of a stream knows its end, a moment before the connection tells it."""
 
 GONE = ReplicaGone("the replica that was answering has died; the same call may be sent again")
 """What Serve's proxy tells nobody: it leaves the caller of a dead replica without an answer, or with half of one."""
@@ -66,11 +71,16 @@ class Front:
         if scope["type"] != "http" or scope["path"].startswith(RAYS_OWN):
             await self.app(scope, receive, send)
             return
-        answer = Reshaped(scope["path"], send)
         if _are_text(scope["headers"]):
             marks, receive = await read_beginning(scope, receive)
-            headers = [*_service_headers(scope["headers"]), *([(HEADER, b",".join(marks))] if marks else [])]
-            await self.app({**scope, "headers": headers}, receive, answer)
+            ticket = TICKETS.issue()
+            headers = [*_service_headers(scope["headers"]), (tickets.HEADER, ticket.encode())]
+            headers += [(beginning.HEADER, b",".join(marks))] if marks else []
+            answer = Reshaped(scope["path"], send, lambda: TICKETS.end(ticket))
+            try:
+                await self.app({**scope, "headers": headers}, receive, answer)
+            finally:
+                TICKETS.end(ticket)
             if not answer.has_begun:
                 await response_to(GONE)(scope, receive, send)
             elif answer.is_open_stream:
@@ -82,11 +92,12 @@ class Front:
 class Reshaped:
     """A `send` that gives the proxy's plain errors the shape of the service's, and knows how far the answer has come."""
 
-    def __init__(self, path: str, send: Send) -> None:
+    def __init__(self, path: str, send: Send, ends: Callable[[], None]) -> None:
+        """`ends` is called before the caller can know that the answer has ended."""
         self.has_begun = False
         self.is_open_stream = False
         self._path = path
-        self._send = send
+        self._send, self._ends = send, ends
         self._start: Message | None = None  # of a plain error, held back until its text is known
         self._text = b""
 
@@ -96,6 +107,10 @@ class Reshaped:
             self.is_open_stream = _content_type(message).startswith("text/event-stream")
         elif not message.get("more_body", False):
             self.is_open_stream = False
+        if message["type"] == "http.response.body" and (
+            not message.get("more_body") or message.get("body", b"").endswith(DONE)
+        ):
+            self._ends()
         if message["type"] == "http.response.start" and _is_plain_error(message):
             self._start = message
         elif self._start is None:

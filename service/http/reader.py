@@ -11,12 +11,15 @@ from typing import Any, TypeVar
 from pydantic import BaseModel
 from starlette.requests import Request as HttpRequest
 
-from service.engine.request import DeadlineExceeded
+from service.engine.request import MOST_QUOTED, DeadlineExceeded, Request, Task
 from service.http import worker
 from service.http.body import parse
 from service.http.errors import ClientGone
 from service.http.face import Tokenizer
+from service.http.tickets import HEADER
 from service.http.workers import Workers
+
+TICKET = HEADER.decode()
 
 B = TypeVar("B", bound=BaseModel)
 T = TypeVar("T")
@@ -38,6 +41,15 @@ class Call:
     def owner(self) -> str:
         """Whose key was shown."""
         return str(self.caller.state.owner.config.digest.hex())
+
+    @property
+    def ticket(self) -> str:
+        """What the proxy that sent it here knows it by."""
+        return self.caller.headers.get(TICKET, "")[:MOST_QUOTED]
+
+    def asks(self, kind: Task, **more: Any) -> Request:
+        """The request of it, its prompt left out."""
+        return Request(self.id, kind, (), deadline=self.deadline, trace=self.trace, ticket=self.ticket, **more)
 
     @property
     def stays(self) -> str:

@@ -14,9 +14,11 @@ from service.capacity.fleet import WARM_UP, Fleet, Layout, Level, Proxies
 from service.capacity.mix import Lengths, Mix
 from service.capacity.paper import Visit
 from service.capacity.site import Site, Surroundings
+from service.engine.ahead import Ahead
+from service.engine.work import Work
 from service.router import by_work
-from service.routing import Sent
-from tests.capacity.sites import CHUNK, make_site
+from service.routing import Sent, tell
+from tests.capacity.sites import BUDGET, CHUNK, make_site
 
 SITE = make_site()
 ONE = Layout(replicas=1)
@@ -53,14 +55,44 @@ def test_a_call_that_is_alone_takes_what_is_predicted() -> None:
     assert call.token_seconds * 29 == pytest.approx(decode, rel=1e-3)
 
 
-@settings(max_examples=5, deadline=None)
-@given(st.floats(1, 60), st.integers(0, 5), st.integers(1, 3))
-def test_many_decode_steps_in_one_event_are_what_they_are_one_by_one(rate: float, seed: int, replicas: int) -> None:
-    layout = Layout(replicas, machines=replicas)
-    fast, slow = (calls(SITE, layout, MIX, rate, 60, seed, leap=leap) for leap in (32, 1))
+@pytest.mark.parametrize("rate", [5.0, 30.0, 60.0])
+@pytest.mark.parametrize("share", [0.2, 0.5, 0.8])
+@pytest.mark.parametrize(("budget", "patience"), [(BUDGET, 4.0), (3_000_000, 0.5), (3_000_000, 100.0)])
+def test_many_steps_and_slices_in_one_event_are_what_they_are_one_by_one(
+    rate: float, share: float, budget: int, patience: float
+) -> None:
+    """Streams alone, prompts beside streams, and prompts beside prompts that wait or have begun, for time or for bytes.
+
+    Not for any seed: a step's time is the mean of some, and who is more urgent by less than that may change.
+    """
+    site, layout = make_site(budget, decode_share=share, patience=patience), Layout(2, machines=2)
+    fast, slow = (calls(site, layout, MIX, rate, 60, seed=1, leap=leap) for leap in (32, 1))
     for one, other in zip(fast, slow, strict=True):
+        assert one.refused == other.refused
         assert one.first == pytest.approx(other.first, rel=1e-3)
         assert one.ended == pytest.approx(other.ended, rel=1e-3)
+
+
+def test_a_prompt_beside_streams_and_one_beside_prompts_take_few_events() -> None:
+    """Else a thousand replicas take half an hour."""
+    for mix in (Mix.parse("1900:1@0.5,16:200@0.5"), Mix.parse("1900:1,1200:1")):
+        events = [steps(Fleet(SITE, ONE, mix, 3.0, seed=1, leap=leap)) for leap in (32, 1)]
+        assert events[0] * 5 < events[1]
+
+
+def steps(fleet: Fleet) -> int:
+    """How many steps, slices of them or leaps over many a run of some calls takes."""
+    (replica,), count = fleet._replicas, 0
+    choose = replica._scheduler.next
+
+    def counted(now: float) -> Work | None:
+        nonlocal count
+        count += 1
+        return choose(now)
+
+    replica._scheduler.next = counted  # type: ignore[method-assign]
+    fleet.run(30)
+    return count
 
 
 @settings(max_examples=5, deadline=None)
@@ -128,7 +160,7 @@ def test_a_run_that_cannot_keep_the_level_any_more_is_cut_short() -> None:
     st.lists(st.sampled_from([0.0, 0.1, 0.5, 2.0]), min_size=4, max_size=4),
 )
 def test_proxies_on_paper_choose_as_routers_do(changes: list[tuple[int, int, int, str]], work: list[float]) -> None:
-    told: list[Any] = [{"outstanding_seconds": each, "token_seconds": 1e-3, "tellings": 1.0} for each in work]
+    told: list[Any] = [{"outstanding_seconds": each, "token_seconds": 1e-3} for each in work]
     now = [0.0]
     proxies = Proxies(3, told, "0", lambda: now[0])
     routers = [{index: Sent(clock=lambda: now[0]) for index in range(4)} for _ in range(3)]
@@ -138,14 +170,15 @@ def test_proxies_on_paper_choose_as_routers_do(changes: list[tuple[int, int, int
         now[0], sent = 0.1 * number, routers[at][index]
         if change == "send":
             proxies.send(at, index, str(number), tokens)
-            sent.add(str(number), tokens, told[index])
+            sent.add(str(number), tokens)
         elif change == "tell":
-            told[index] = told[index] | {"outstanding_seconds": tokens / 100, "tellings": told[index]["tellings"] + 1}
+            ahead = {call: Ahead(tokens / 100) for each in routers for call in each[index].calls}
+            told[index] = tell(ahead | {"": Ahead(0.1)}, 1e-3, keeps_prefixes=False)
             proxies.hear(index)
         elif sent.calls:
             call = next(iter(sent.calls))
             proxies.end(at, index, call)
-            sent.remove(call, told[index])
+            sent.remove(call)
     for index in range(4):  # time may have passed since the last word of it
         proxies.hear(index)
     replicas: Any = [SimpleNamespace(replica_id=index, routing_stats=each) for index, each in enumerate(told)]

@@ -5,11 +5,13 @@ from __future__ import annotations
 import itertools
 from array import array
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from service.config import EngineConfig
 from service.engine.admission import Ledger, Offer
+from service.engine.ahead import together
 from service.engine.allowlist import Lane
 from service.engine.answer import Answer
 from service.engine.forecast import Attending, Course, Pace, Ramp
@@ -66,6 +68,17 @@ def prefill_order(scheduler: Scheduler, now: float) -> list[int]:
     while (work := scheduler.next(now)) is not None:
         order += [len(job.prompt) for job in finish(work, scheduler)]
     return order
+
+
+def test_what_is_ahead_by_call_is_together_what_is_in_front() -> None:
+    """A call of several prompts is one, and so are all that have no ticket."""
+    scheduler = make_scheduler()
+    scheduler.waiting = [make_job(length, max_tokens=length) for length in (1500, 20, 300, 40)]
+    for job, ticket in zip(scheduler.waiting, ("a", "b", "a", ""), strict=True):
+        job.request.ticket = ticket
+    long, short, third, other = (job.ahead for job in scheduler.waiting)
+    assert scheduler.ahead() == {"a": (long.prefill + third.prefill, long.decode), "b": short, "": other}
+    assert together(scheduler.ahead().values()).seconds == pytest.approx(scheduler.seconds_in_front())
 
 
 def test_a_short_prompt_that_comes_later_overtakes_a_long_one() -> None:

@@ -14,6 +14,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from service.http.errors import STATUS, ReplicaGone, body_of
 from service.http.proxy import GONE, Front, hang_up
+from service.http.tickets import HEADER, TICKETS
 from tests.http.client import Reply
 
 STREAM, JSON, PLAIN = "text/event-stream; charset=utf-8", "application/json", "text/plain"
@@ -56,6 +57,51 @@ def test_a_caller_whose_replica_dies_before_it_answers_is_told() -> None:
 def test_a_stream_whose_replica_dies_ends_with_an_error_and_without_done() -> None:
     reply, has_ended = answer(start(200, STREAM), body('data: {"a": 1}\n\n', True))
     assert (reply.status, reply.events, has_ended) == (200, [{"a": 1}, body_of(GONE)], True)
+
+
+@pytest.mark.parametrize(
+    ("messages", "at"),
+    [
+        ((start(200, JSON), body('{"a": ', True), body("1}", False)), 2),
+        ((start(200, STREAM), body('data: {"a": 1}\n\n', True), body("data: [DONE]\n\n", True), body("", False)), 2),
+        ((start(429, PLAIN), body("not now", False)), 0),  # in our shape, so it is passed on at its end
+        ((start(200, STREAM), body('data: {"a": 1}\n\n', True)), 2),  # its replica has died
+    ],
+)
+def test_a_call_is_over_before_its_caller_can_know_it(messages: tuple[Message, ...], at: int) -> None:
+    """And underway until then."""
+    underway = []
+
+    async def app(scope: Scope, _: Receive, send: Send) -> None:
+        nonlocal ticket
+        ticket = dict(scope["headers"])[HEADER].decode()
+        for message in messages:
+            await send(message)
+
+    async def look(_: Message) -> None:
+        underway.append(ticket in TICKETS)
+
+    async def receive() -> Message:
+        return {"type": "http.request", "body": b"{}", "more_body": False}
+
+    ticket = ""
+    scope: Any = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": [(HEADER, b"a caller's own")]}
+    asyncio.run(Front(app)(scope, receive, look))
+    assert ticket != "a caller's own" and underway[:at] == [True] * at and not any(underway[at:])
+
+
+def test_a_call_that_breaks_is_over() -> None:
+    async def app(scope: Scope, _: Receive, __: Send) -> None:
+        tickets.append(dict(scope["headers"])[HEADER].decode())
+        assert tickets[-1] in TICKETS
+        raise asyncio.CancelledError
+
+    tickets: list[str] = []
+    scope: Any = {"type": "http", "method": "GET", "path": "/v1/models", "headers": []}
+    for _ in range(2):
+        with pytest.raises(asyncio.CancelledError):
+            asyncio.run(Front(app)(scope, None, None))  # type: ignore[arg-type]
+    assert len(set(tickets)) == 2 and not any(each in TICKETS for each in tickets)
 
 
 def test_a_whole_stream_is_passed_on_as_it_is() -> None:
