@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -40,7 +39,7 @@ def _put_in_force(file: ServeFile, running: Mapping[str, Any]) -> int:
     """Have Serve make the file true, wait for every replica, tell how it went."""
     try:
         cluster.deploy(file, running)
-        cluster.wait_until_running(file, threading.Event())
+        cluster.wait_until_running(file)
     except cluster.DeployFailed as error:
         raise Refused(f"the service does not run as the file says: {error}") from error
     states = {application.name: _switched(application) for application in file.applications}

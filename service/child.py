@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from queue import Empty, SimpleQueue
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 POLL_SECONDS = 0.02
@@ -81,3 +82,29 @@ def _pass_on(pid: int, number: int) -> None:
 def _end_with_parent(end: int) -> None:
     os.read(end, 1)  # nothing is ever written: it returns when the parent is no more
     os.kill(os.getpid(), signal.SIGTERM)
+
+
+class Stopped:
+    """Like a `threading.Event`, and a signal's handler may set it.
+
+    An Event's lock is taken in Python: a handler that comes upon its own `set`, or upon a `wait`, waits for itself for ever.
+    A SimpleQueue's `put` may come upon anything, its documentation says.
+    """
+
+    def __init__(self) -> None:
+        self._is_set = False
+        self._told: SimpleQueue[None] = SimpleQueue()
+
+    def is_set(self) -> bool:
+        return self._is_set
+
+    def set(self) -> None:
+        self._is_set = True
+        self._told.put(None)
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Whether it is set, at the latest after so many seconds; one thread waits."""
+        if not self._is_set:
+            with suppress(Empty):
+                self._told.get(timeout=timeout)
+        return self._is_set

@@ -14,7 +14,6 @@ import signal
 import socket
 import sys
 import sysconfig
-import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -24,7 +23,7 @@ from typing import Any, get_args
 from service.asking import Refused, ask, base_url, ray_address
 from service.capacity.command import add_arguments
 from service.capacity.command import run as run_on_paper
-from service.child import heeded, run_in_own_session
+from service.child import Stopped, heeded, run_in_own_session
 from service.config import ApplicationSection, ConfigError, ServeFile, ServiceConfig, admin_keys, api_keys, read
 from service.machine import available_cpus
 from service.model import files
@@ -113,7 +112,7 @@ def serve(options: argparse.Namespace) -> int:
 
 
 def _serve(path: Path) -> int:
-    began, stopped = time.monotonic(), threading.Event()
+    began, stopped = time.monotonic(), Stopped()
     handle = _stopper(stopped)
     _catch(handle)
     file = read(path)
@@ -139,7 +138,7 @@ def _serve(path: Path) -> int:
 Handler = Callable[[int, FrameType | None], None]
 
 
-def _stopper(stopped: threading.Event) -> Handler:
+def _stopper(stopped: Stopped) -> Handler:
     """A signal handler that sets `stopped` at the first signal; a later one is a KeyboardInterrupt."""
     first = 0.0
 

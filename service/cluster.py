@@ -12,7 +12,6 @@ import math
 import os
 import shutil
 import tempfile
-import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -49,7 +48,7 @@ from ray.serve._private.constants import RAY_SERVE_ENABLE_HA_PROXY  # noqa: E402
 from ray.serve.exceptions import RayServeException  # noqa: E402
 from ray.serve.schema import ServeDeploySchema  # noqa: E402
 
-from service.child import end_session  # noqa: E402
+from service.child import Stopped, end_session  # noqa: E402
 from service.config import DEPLOYMENT, ApplicationSection, AttentionConfig, ServeFile, ServiceConfig  # noqa: E402
 from service.http import proxy as front  # noqa: E402
 
@@ -139,9 +138,9 @@ def deploy(file: ServeFile, running: Mapping[str, Mapping[str, Any]] | None = No
     _client().deploy_apps(ServeDeploySchema.model_validate(wanted))
 
 
-def wait_until_running(file: ServeFile, stopped: threading.Event) -> bool:
+def wait_until_running(file: ServeFile, stopped: Stopped | None = None) -> bool:
     """True when every application of the file runs, False when `stopped` is set before. Raises DeployFailed."""
-    waiting = {application.name for application in file.applications}
+    waiting, stopped = {application.name for application in file.applications}, stopped or Stopped()
     while not stopped.is_set():
         for name, application in serve.status().applications.items():
             if application.status == "RUNNING":
