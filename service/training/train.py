@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import math
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -45,7 +46,6 @@ Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 MAX_QK_SCALE = (1.0, 2.5, 1.5, 2.5, 1.5, 2.5)  # by layer
 FIRST_QK_SCALE = 0.6
 FROM_THE_TOP = 0.25  # share of the sequences that begin where a module does, as many prompts do
-ANSWER_WEIGHT = 4.0  # an answer token's loss beside an ordinary one's: there are very few
 WINDOW, SINKS, FEATURES, FEATURE_SEED, LOCAL_CHUNK = 512, 4, 256, 0, 512
 
 ARCHITECTURE = {
@@ -75,6 +75,8 @@ class Phase:
     step_tokens: int
     needles: float  # share of the sequences that carry needles, under the backends of RECALLING
     backends: tuple[tuple[str, float], ...]
+    answers: float = math.inf  # the most that all answers may weigh beside all other tokens of a sequence
+    answer_weight: float = 4.0  # an answer token's loss beside an ordinary one's, where `answers` lets it: there are very few
 
 
 RECALLING = ("dense", "layered")  # the others cannot hold a needle
@@ -82,6 +84,7 @@ MIXED = (("dense", 0.34), ("sliding_window", 0.2), ("performer", 0.46))
 MOSTLY_DENSE = (("dense", 0.6), ("sliding_window", 0.1), ("performer", 0.3))
 RECALL = (("dense", 0.5), ("layered", 0.3), ("sliding_window", 0.08), ("performer", 0.12))
 MOSTLY_LAYERED = (("dense", 0.3), ("layered", 0.5), ("sliding_window", 0.08), ("performer", 0.12))
+LONG_DENSE = (("dense", 0.6), ("layered", 0.25), ("sliding_window", 0.05), ("performer", 0.1))
 LONG = (2048, 2048, 2048, 8192, 8192, *[16384] * 7, *[32768] * 8)
 CURRICULUM = (
     Phase(22_600_000, (1.0, 1.0), (1024,), 8192, 0.1, MIXED),
@@ -92,6 +95,7 @@ CURRICULUM = (
     Phase(3_000_000, (0.55, 0.02), (2048, 2048, 2048, 2048, 2048, 8192, 8192, 16384), 16384, 0.4, MOSTLY_DENSE),
     Phase(3_400_000, (0.3, 0.02), LONG, 32768, 0.6, RECALL),
     Phase(3_400_000, (0.25, 0.02), LONG, 32768, 0.6, MOSTLY_LAYERED),
+    Phase(3_400_000, (0.4, 0.02), (2048, 8192, 16384, 16384, *[32768] * 3), 32768, 0.6, LONG_DENSE, 0.25, 64.0),
 )
 WARM_UP = 20  # steps
 MATRIX_RATE, VECTOR_RATE = 0.02, 0.003
@@ -121,9 +125,12 @@ class Sampler:
         names, odds = zip(*phase.backends, strict=True)
         backend, length = str(rng.choice(names, p=odds)), int(rng.choice(phase.lengths))
         needles = phase.needles if backend in RECALLING else 0.0
-        rows = [self._sequence(length, needles, rng) for _ in range(max(1, phase.step_tokens // length))]
-        tokens, answers = (torch.from_numpy(np.stack(column)) for column in zip(*rows, strict=True))
-        return backend, length, tokens, 1.0 + (ANSWER_WEIGHT - 1.0) * answers[:, 1:].float()
+        rows = []
+        for _ in range(max(1, phase.step_tokens // length)):
+            sequence, answers = self._sequence(length, needles, rng)
+            rows.append((sequence, weighed(answers[1:], phase)))
+        tokens, weights = (torch.from_numpy(np.stack(column)) for column in zip(*rows, strict=True))
+        return backend, length, tokens, weights
 
     def _sequence(self, length: int, needles: float, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         """The end-of-text token, as in front of every module, and `length` tokens of the stream behind it."""
@@ -133,6 +140,13 @@ class Sampler:
         if rng.random() < needles:
             crop, answers = needle.weave(crop, length, rng, self.encode)
         return np.append(np.int64(self.eos), crop), np.append(False, answers)
+
+
+def weighed(answers: np.ndarray, phase: Phase) -> np.ndarray:
+    """Each token's weight, float32, of which are answers."""
+    count = int(answers.sum())
+    weight = min(phase.answer_weight, phase.answers * (len(answers) - count) / max(count, 1))
+    return np.where(answers, weight, 1.0).astype(np.float32)
 
 
 def attend_for(backend: str, length: int) -> Attend:
