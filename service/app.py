@@ -33,9 +33,7 @@ from service.routing import TOLD_SECONDS, Told
 from service.scaling import HOLDS, WORK
 from service.switch import LastServed
 
-MOST_CALLS = (
-    1000  # that Serve lets a replica have at a time, unless a config says so: its own 5 would keep a batch from filling
-)
+MOST_CALLS = 1000  # that Serve lets a replica have at a time, unless a config says so: by its own 5 no batch would fill
 AUTO_REPLICAS = 100  # what Serve's `num_replicas: auto` may grow to
 KEPT_SWITCHES = 10  # of those that served last
 ASK_SECONDS = 10.0  # a replica's answer to a question about itself
