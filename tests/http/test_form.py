@@ -110,7 +110,7 @@ def test_an_answer_that_max_tokens_cuts_says_so(service: Client) -> None:
         ({"guided_regex": "("}, "guided_regex"),
         ({"guided_regex": ""}, "guided_regex"),
         ({"guided_regex": r"(?=a)b"}, "guided_regex"),
-        ({"guided_regex": "((a{1,999}){1,999}){1,999}"}, "guided_regex"),
+        ({"guided_regex": "((a{99,999}){99,999}){99,999}"}, "guided_regex"),
         ({"guided_choice": []}, "guided_choice"),
         ({"guided_choice": [""]}, "guided_choice"),
         ({"guided_choice": ["a"], "guided_regex": "a"}, None),
