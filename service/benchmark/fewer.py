@@ -46,7 +46,8 @@ SHAPE = {
 PEERS = {"bf16": "BF16", "int8": "Q8_0", "int4": "Q4_0"}
 STEPS = 16  # of decoding, at each length
 REPEATS = 3
-SHORT = 4096  # tokens of a text that is read so often
+SHORT = 4096  # tokens of a text that llama.cpp reads without its flash attention, too
+READ = 3072  # tokens that each reads at least, in whole texts
 ROUNDS = 2  # of steps, in turns
 ROOM = 256  # tokens behind the longest text, for rounds of steps
 
@@ -68,7 +69,7 @@ def measure_weights(lengths: Sequence[int]) -> dict[str, dict[str, float]]:
         for length in lengths:
             speeds: dict[str, list[float]] = {name: [] for name in made}
             steps: dict[str, list[float]] = {name: [] for name in made}
-            for _ in range(REPEATS if length <= SHORT else 1):
+            for _ in range(-(-READ // length)):
                 for name, seconds in read_in_turns(made, length).items():
                     speeds[name].append(length / seconds)
                 for _ in range(ROUNDS):
