@@ -148,11 +148,15 @@ class Worker:
         self._directory = directory
         self._process: subprocess.Popen[bytes] | None = None
         self._line: socket.socket | None = None
+        self._starting = asyncio.Lock()
 
     async def start(self) -> None:
         """Start the process, unless it runs, and wait until it has loaded its tokenizer. Raises WorkerFailed."""
-        if self._line is not None:
-            return
+        async with self._starting:
+            if self._line is None:
+                await self._start()
+
+    async def _start(self) -> None:
         self._line, theirs = socket.socketpair()
         self._line.setblocking(False)
         with theirs:
@@ -203,7 +207,10 @@ class Worker:
         assert self._line is not None, "a started worker has its line"
         data, got = bytearray(count), 0
         while got < count:
-            received = await asyncio.get_running_loop().sock_recv_into(self._line, memoryview(data)[got:])
+            try:
+                received = await asyncio.get_running_loop().sock_recv_into(self._line, memoryview(data)[got:])
+            except OSError:  # it ended with a part of the job unread, which resets the line
+                received = 0
             if not received:
                 self.close()
                 raise WorkerFailed("a worker ended in the middle of a job")

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import json
 import os
 import signal
+import socket
+import termios
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -191,6 +194,36 @@ async def test_large_jobs_leave_a_worker_to_small_ones() -> None:
     finally:
         await workers.stop()
         assert {type(each) for each in await asyncio.gather(*large, return_exceptions=True)} <= {WorkerFailed}
+
+
+async def test_a_worker_that_dies_with_its_job_unread_is_a_worker_that_failed() -> None:
+    workers = Workers(str(EMBEDDED), count=1, max_waiting=1)
+    await workers.start()
+    (only,) = workers._workers
+    assert only._process is not None
+    os.kill(only._process.pid, signal.SIGSTOP)
+    job = asyncio.create_task(workers.run(1, worker.encode, "import os", False))
+    while not (line := only._line) or not unsent(line):
+        await asyncio.sleep(0.01)
+    only.end()
+    with pytest.raises(WorkerFailed, match="in the middle of a job"):
+        await job
+    assert await workers.run(1, worker.encode, "import os", False)
+    await workers.stop()
+
+
+def unsent(line: socket.socket) -> int:
+    """Bytes on a local socket that its other end has not read."""
+    return int.from_bytes(fcntl.ioctl(line, termios.TIOCOUTQ, bytes(4)), "little")
+
+
+async def test_a_job_may_come_while_its_worker_starts() -> None:
+    workers = Workers(str(EMBEDDED), count=1, max_waiting=1)
+    starting = asyncio.create_task(workers.start())
+    await asyncio.sleep(0)
+    assert await workers.run(1, worker.encode, "import os", False)
+    await starting
+    await workers.stop()
 
 
 async def test_a_job_that_is_given_up_in_the_queue_leaves_it() -> None:
