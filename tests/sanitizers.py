@@ -19,6 +19,7 @@ SOURCES = (
     "attention/kernels/softmax/softmax.c",
     "attention/kernels/features/features.c",
     "attention/kernels/team.c",
+    "service/model/csrc/encoder.c",
     "service/model/csrc/layer.c",
 )
 FLAGS = [

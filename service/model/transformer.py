@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attention import HeadShape
-from service.model import native, rotary
+from service.model import encoder, native, rotary
 from service.model.config import ModelConfig, Rope
 from service.model.pooler import Pooler
 from service.model.projection import ACTIVATIONS, Projection, Table
@@ -82,7 +82,7 @@ class Layer(nn.Module):
         self.activation = ACTIVATIONS[config.activation]
         self._qk_scales: Tensor | None = None  # once they can change no more
         self.is_native = False  # what stands between products is computed by `native`
-        self.packed: native.PackedLayer | None = None  # who computes a decode step, where that can be told from its matrices
+        self.packed: native.PackedLayer | encoder.EncoderLayer | None = None  # see `sides`
 
     def settle(self, is_native: bool, is_turned: bool) -> None:
         """Settle who computes it, its weights being packed.
@@ -92,14 +92,25 @@ class Layer(nn.Module):
         config, products = self.config, (self.qkv, self.out, self.gate_up, self.down)
         self._qk_scales = self.qk_scales() if config.qk_norm else None
         self.is_native = is_native
-        is_plain = is_turned and not (config.is_post_normed or config.is_sandwiched) and config.query_scale == 1
-        matrices = [each.matrix() for each in products if is_native and is_plain and each.bias is None]
-        known = [matrix for matrix in matrices if matrix is not None]
+        is_plain = is_native and is_turned and not (config.is_post_normed or config.is_sandwiched) and config.query_scale == 1
+        is_plain = is_plain and all(each.bias is None for each in products)
         norms = cast(tuple[Tensor, Tensor], (self.attention_norm, self.mlp_norm))
-        if len(known) == len(products) and norms[0].dtype == torch.bfloat16:
+        is_encoder = not is_turned and encoder.suits(config, norms[1].dtype, norms[1].device)
+        known = [m for m in (each.matrix() for each in products if is_plain or is_encoder) if m is not None]
+        if len(known) < len(products) or norms[0].dtype != torch.bfloat16:
+            return
+        if is_encoder:
+            biases = [cast(Tensor, each.bias) for each in products]
+            names = ("attention_norm", "attention_norm_bias", "mlp_norm", "mlp_norm_bias")
+            self.packed = encoder.EncoderLayer(config, known, biases, [cast(Tensor, getattr(self, name)) for name in names])
+        else:
             heads, groups = config.num_attention_heads, config.num_key_value_heads
             shape = config.hidden_size, config.intermediate_size, heads, groups, config.head_dim
             self.packed = native.PackedLayer(norms, self._qk_scales, known, shape, config.norm_eps)
+
+    def sides(self, is_decode: bool) -> Layer | native.PackedLayer | encoder.EncoderLayer:
+        """Who computes what stands on either side of its attention: `packed`, or the layer itself."""
+        return self.packed if self.packed is not None and (is_decode or self.packed.takes_prompts) else self
 
     @property
     def kept(self) -> list[Quantized]:
@@ -229,7 +240,7 @@ class Transformer(nn.Module):
     @property
     def impl(self) -> str:
         """Who computes what stands between a layer's products: native or torch."""
-        return "native" if self._first.is_native else "torch"
+        return "native" if self._first.is_native or self._first.sides(is_decode=False) is not self._first else "torch"
 
     @property
     def dtype(self) -> torch.dtype:
@@ -313,7 +324,7 @@ class Transformer(nn.Module):
         turns, x = self.turns_by_layer(positions, totals), self._embedded(tokens, positions, types)
         starts = (positions == 0).nonzero().flatten().tolist() if self.config.has_global_first else ()
         for index, layer in enumerate(self.stack):
-            sides = layer.packed if layer.packed and (is_decode or layer.packed.takes_prompts) else layer
+            sides = layer.sides(is_decode)
             answer = yield index, *sides.question(x, turns[index])
             assert answer is not None, "a question was left without an answer"
             if starts:
@@ -377,7 +388,7 @@ class Transformer(nn.Module):
         """
         qkv = self._first.qkv
         is_kept = qkv.quantized is not None or not qkv.weight.is_mkldnn
-        if is_kept or (is_decode and all(layer.packed for layer in self.stack)):
+        if is_kept or all(layer.sides(is_decode) is not layer for layer in self.stack):
             return rows
         above = 1 << (rows - 1).bit_length()
         step = min(32, max(1, above >> 2)) if rows <= 512 else above >> 5
@@ -386,13 +397,14 @@ class Transformer(nn.Module):
     @torch.inference_mode()
     def warm_up(self, rows: int, logit_rows: int) -> None:
         """Compute products of every height up to `rows` once: no request waits for a kernel, and memory stays as it is."""
-        layer = self._first
-        heights = {rows} if self.quantized else {self.height(n) for n in range(1, rows + 1)}
+        sides = self._first.sides(is_decode=False)
+        is_compiled = not self.quantized and sides is self._first
+        heights = {self.height(n) for n in range(1, rows + 1)} if is_compiled else {rows}
         for height in sorted(heights):
             x = torch.zeros(height, self.config.hidden_size, dtype=self.dtype, device=self.device)
             turns = self.turns_by_layer(torch.zeros(height, dtype=torch.long, device=self.device))
-            q, _, _ = layer.question(x, turns[0])
-            layer.output(x, q)
+            q, _, _ = sides.question(x, turns[0])
+            sides.output(x, q)
             if self.config.is_causal and height <= self.height(logit_rows):
                 self.logits(x)
 
@@ -411,7 +423,7 @@ class Transformer(nn.Module):
         attending = stream + qkv + (qk if turns else 0) + (heads * depth if config.query_scale != 1 else 0)
         inner = 3 if is_native else 4 if config.is_gated else 2  # gate and up, and what becomes of them
         feeding = stream + 2 * config.hidden_size + heads * depth + inner * config.intermediate_size
-        if first.packed is not None and first.packed.takes_prompts:
+        if first.sides(is_decode=False) is not first:
             turning = stream + config.hidden_size + qkv
             feeding = stream + 3 * config.hidden_size + heads * depth + config.intermediate_size
         width = tokens * dtype.itemsize

@@ -127,6 +127,7 @@ SLOW: dict[str, tuple[ModuleType, ...]] = {
     "attention/kernels/simd.h": (streaming,),
     "attention/kernels/softmax/softmax.c": (softmax, streaming, decode, choice, capped),
     "attention/kernels/features/features.c": (features,),
+    "service/model/csrc/encoder.c": (transformer,),
     "service/model/csrc/layer.c": (transformer,),
     "service/model/csrc/product.h": (quantized,),
 }
