@@ -25,7 +25,7 @@ from attention import NATIVE, AttentionBackend, HeadShape, Segments, build, name
 from attention.kernels.features import native as features
 from attention.kernels.softmax import native as softmax
 from attention.truth import BOUNDS
-from service.model import families
+from service.model import encoder_layer, families
 from service.model import native as layer
 from service.model.checkpoint import EMBEDDED
 from service.model.quantized import BITS, Quantized
@@ -33,7 +33,7 @@ from service.model.transformer import Layer, Transformer, rotate
 
 SANITIZED = os.environ.get("SANITIZED")
 if SANITIZED:
-    softmax.KERNEL.home = features.KERNEL.home = layer.KERNEL.home = Path(SANITIZED)
+    softmax.KERNEL.home = features.KERNEL.home = layer.KERNEL.home = encoder_layer.KERNEL.home = Path(SANITIZED)
 DTYPES = [dtype for dtype in (torch.float32, torch.bfloat16) if softmax.obstacle(HeadShape(4, 2, 64, dtype)) is None]
 CASE = Path(SANITIZED or ".pytest_cache") / f"case-{os.getppid()}"  # the call under way, for a process that does not survive it
 CALLS = os.environ.get("LONGSERVE_FUZZ_CALLS")
@@ -348,12 +348,63 @@ def test_a_layer_in_a_decode_step_answers_like_its_slow_reading_or_refuses(
     assert float((found.double() - wanted.double()).abs().max()) <= 2**-5 * max(1.0, float(wanted.abs().max()))
 
 
+@generated(0.1)
+@given(
+    st.sampled_from((1, 6, 7, 95, 96, 97, 200)),
+    st.sampled_from((64, 128, 192)),
+    st.sampled_from((64, 320)),
+    st.sampled_from((1, 2, 4)),
+    st.sampled_from(("gelu", "gelu_new", "relu")),
+    st.lists(layouts, min_size=2, max_size=2),
+    st.sampled_from(("none", "none", "none", "rows", "width", "heads", "matrix", "bias", "norm")),
+    st.sampled_from(("auto", "int8", "int4")),
+)
+@torch.inference_mode()
+def test_an_encoders_layer_answers_like_its_slow_reading_or_refuses(
+    rows: int, width: int, inner: int, heads: int, activation: str, where: list[Layout], wrong: str, weights: str
+) -> None:
+    note((rows, width, inner, heads, activation, where, wrong, weights))
+    sizes = {"hidden_size": width, "intermediate_size": inner, "num_attention_heads": heads, "hidden_act": activation}
+    block = made({"model_type": "bert", "architectures": ["BertModel"], **sizes}, weights)
+    packed, generator = block.packed, torch.Generator().manual_seed(rows + width)
+    if not isinstance(packed, encoder_layer.EncoderLayer) or (wrong == "matrix" and weights == "auto"):
+        return
+    x = where[0].of(torch.randn(rows, 1, width, generator=generator).bfloat16())[:, 0]
+    answer = where[1].of(torch.randn(rows, heads, width // heads, generator=generator).bfloat16())
+    if wrong != "none" or (where[1].head and heads > 1):
+        matrices, biases, norms = (list(each) for each in packed._weights)
+        if wrong == "width":
+            x = x[:, : width - 1]
+        if wrong == "rows":
+            answer = answer[: rows - 1]
+        if wrong == "heads":
+            answer = answer[..., : width // heads - 1]
+        if wrong == "matrix":
+            matrices[1] = Quantized(matrices[1].data.flatten()[:-1], matrices[1].shape, matrices[1].bits)
+        if wrong == "bias":
+            biases[2] = biases[2][:-1]
+        if wrong == "norm":
+            norms[3] = norms[3][:-1]
+        with pytest.raises(RuntimeError, match="the native kernel was given what it cannot take"):
+            encoder_layer.EncoderLayer(block.config, matrices, biases, norms).output(x, answer)
+        return
+    for found, wanted in zip(packed.question(x, None), block.question(x, None), strict=True):
+        assert float((found.double() - wanted.double()).abs().max()) <= 2**-5 * max(1.0, float(wanted.abs().max()))
+    found, wanted = packed.output(x, answer), block.output(x, answer)
+    assert float((found.double() - wanted.double()).abs().max()) <= 2**-5 * max(1.0, float(wanted.abs().max()))
+
+
 def decoder(width: int, inner: int, shape: tuple[int, int, int], weights: str) -> Layer:
     """A packed layer of these sizes, its matrices kept so."""
     names = "num_attention_heads", "num_key_value_heads", "head_dim"
     sizes = dict(zip(names, shape, strict=True)) | {"hidden_size": width, "intermediate_size": inner}
-    config = json.loads((EMBEDDED / "config.json").read_text()) | sizes | {"num_hidden_layers": 1, "vocab_size": 64}
-    torch.manual_seed(width)
+    return made(json.loads((EMBEDDED / "config.json").read_text()) | sizes, weights)
+
+
+def made(config: dict[str, Any], weights: str) -> Layer:
+    """The layer of a packed model of one, its matrices kept so."""
+    config |= {"num_hidden_layers": 1, "vocab_size": 64}
+    torch.manual_seed(config["hidden_size"])
     model = Transformer(families.read(config)).to(torch.bfloat16).requires_grad_(False)
     for matrix in (block := model.stack[0]).qkv, block.out, block.gate_up, block.down:
         if weights in BITS:

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attention import HeadShape
-from service.model import encoder, native, rotary
+from service.model import encoder_layer, native, rotary
 from service.model.config import ModelConfig, Rope
 from service.model.pooler import Pooler
 from service.model.projection import ACTIVATIONS, Projection, Table
@@ -82,7 +82,7 @@ class Layer(nn.Module):
         self.activation = ACTIVATIONS[config.activation]
         self._qk_scales: Tensor | None = None  # once they can change no more
         self.is_native = False  # what stands between products is computed by `native`
-        self.packed: native.PackedLayer | encoder.EncoderLayer | None = None  # see `sides`
+        self.packed: native.PackedLayer | encoder_layer.EncoderLayer | None = None  # see `sides`
 
     def settle(self, is_native: bool, is_turned: bool) -> None:
         """Settle who computes it, its weights being packed.
@@ -95,20 +95,22 @@ class Layer(nn.Module):
         is_plain = is_native and is_turned and not (config.is_post_normed or config.is_sandwiched) and config.query_scale == 1
         is_plain = is_plain and all(each.bias is None for each in products)
         norms = cast(tuple[Tensor, Tensor], (self.attention_norm, self.mlp_norm))
-        is_encoder = not is_turned and encoder.suits(config, norms[1].dtype, norms[1].device)
+        is_encoder = not is_turned and encoder_layer.suits(config, norms[1].dtype, norms[1].device)
         known = [m for m in (each.matrix() for each in products if is_plain or is_encoder) if m is not None]
         if len(known) < len(products) or norms[0].dtype != torch.bfloat16:
             return
         if is_encoder:
             biases = [cast(Tensor, each.bias) for each in products]
             names = ("attention_norm", "attention_norm_bias", "mlp_norm", "mlp_norm_bias")
-            self.packed = encoder.EncoderLayer(config, known, biases, [cast(Tensor, getattr(self, name)) for name in names])
+            self.packed = encoder_layer.EncoderLayer(
+                config, known, biases, [cast(Tensor, getattr(self, name)) for name in names]
+            )
         else:
             heads, groups = config.num_attention_heads, config.num_key_value_heads
             shape = config.hidden_size, config.intermediate_size, heads, groups, config.head_dim
             self.packed = native.PackedLayer(norms, self._qk_scales, known, shape, config.norm_eps)
 
-    def sides(self, is_decode: bool) -> Layer | native.PackedLayer | encoder.EncoderLayer:
+    def sides(self, is_decode: bool) -> Layer | native.PackedLayer | encoder_layer.EncoderLayer:
         """Who computes what stands on either side of its attention: `packed`, or the layer itself."""
         return self.packed if self.packed is not None and (is_decode or self.packed.takes_prompts) else self
 

@@ -321,6 +321,7 @@ INLINE void attend_block(const int wide, const int64_t width, const Call *c, con
                                                const Run *r, int64_t g) { \
         attend_block(WIDE, WIDTH, c, s, b, r, g); \
     }
+ATTEND(attend_narrow_32, 0, 32)
 ATTEND(attend_narrow_64, 0, 64)
 ATTEND(attend_narrow, 0, c->width)
 ATTEND(attend_wide_64, 1, 64)
@@ -385,18 +386,41 @@ static const char *wrong_call(const Call *c, const Source *sources, int64_t sour
     return 0;
 }
 
+typedef void (*Attending)(const Call *, const Source *, const Block *, const Run *, int64_t);
+
+typedef struct { /* what `attend` was given */
+    Call call;
+    Attending answer;
+    const Source *sources;
+    const Block *blocks;
+    const Run *runs;
+    int64_t count;
+} Blocks;
+
+_Static_assert(sizeof(Blocks) <= GIVEN, "threads are told no more");
+
+/* Slow reading: `dense`, `band`, `pattern`. */
+static void attend_blocks(const void *given, uint64_t call) {
+    const Blocks *c = given;
+    const int64_t groups = c->call.groups, pieces = c->count * groups;
+    for (int64_t p; (p = take(call, 0, pieces)) >= 0; give(call, 0))
+        c->answer(&c->call, c->sources, c->blocks + p / groups, c->runs, p % groups);
+    await(call, 0, pieces);
+}
+
 /* Slow reading: `dense`, `band`, `pattern`. */
 const char *attend(const Call *c, const Source *sources, int64_t source_count, const Block *blocks,
                    int64_t count, const Run *runs, int64_t run_count, int threads) {
     const char *reason = wrong_call(c, sources, source_count, threads);
     if (!reason) reason = wrong_blocks(c, sources, source_count, blocks, count, runs, run_count);
     if (reason) return reason;
-    void (*answer)(const Call *, const Source *, const Block *, const Run *, int64_t) =
-        c->wide ? (c->width == 64 ? attend_wide_64 : attend_wide)
-                : (c->width == 64 ? attend_narrow_64 : attend_narrow);
-#pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
-    for (int64_t i = 0; i < count * c->groups; i++)
-        answer(c, sources, blocks + i / c->groups, runs, i % c->groups);
+    REQUIRE(count * c->groups < PIECES, "there are too many blocks");
+    const Attending answer = c->wide          ? (c->width == 64 ? attend_wide_64 : attend_wide)
+                             : c->width == 32 ? attend_narrow_32
+                             : c->width == 64 ? attend_narrow_64
+                                              : attend_narrow;
+    const Blocks told = { *c, answer, sources, blocks, runs, count };
+    together(attend_blocks, &told, sizeof told, threads);
     return 0;
 }
 

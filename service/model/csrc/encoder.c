@@ -1,5 +1,5 @@
 /* What a layer of BERT's kind does behind its attention, products and all, in one call: the
- * function behind `service/model/encoder.py`.
+ * function behind `service/model/encoder_layer.py`.
  *
  * A product's bias, its activation, the sum with the stream and the LayerNorm are done where its
  * numbers stand, and threads take pieces of 96 rows and 64 columns: none waits for one that the
@@ -37,20 +37,23 @@ typedef struct { /* weights, bfloat16, tight: matrices as product.h packs them; 
     float epsilon;
 } EncoderLayer;
 
-enum { GELU, GELU_TANH, RELU, ACTIVATIONS }; /* as `ACTIVATIONS` in encoder.py */
+enum { GELU, GELU_TANH, RELU, ACTIVATIONS }; /* as `ACTIVATIONS` in encoder_layer.py */
 
 /* clang-format off */
 const int64_t encoder_layout[] = {
     sizeof(View),
-    sizeof(EncoderLayer), FIELD(EncoderLayer, out), FIELD(EncoderLayer, out_bytes), FIELD(EncoderLayer, up),
-    FIELD(EncoderLayer, up_bytes), FIELD(EncoderLayer, down), FIELD(EncoderLayer, down_bytes),
-    FIELD(EncoderLayer, out_bias), FIELD(EncoderLayer, out_bias_bytes), FIELD(EncoderLayer, up_bias),
-    FIELD(EncoderLayer, up_bias_bytes), FIELD(EncoderLayer, down_bias), FIELD(EncoderLayer, down_bias_bytes),
-    FIELD(EncoderLayer, attention_norm), FIELD(EncoderLayer, attention_norm_bytes),
-    FIELD(EncoderLayer, attention_norm_bias), FIELD(EncoderLayer, attention_norm_bias_bytes),
-    FIELD(EncoderLayer, mlp_norm), FIELD(EncoderLayer, mlp_norm_bytes), FIELD(EncoderLayer, mlp_norm_bias),
-    FIELD(EncoderLayer, mlp_norm_bias_bytes), FIELD(EncoderLayer, width), FIELD(EncoderLayer, inner),
-    FIELD(EncoderLayer, heads), FIELD(EncoderLayer, depth), FIELD(EncoderLayer, activation), FIELD(EncoderLayer, bits), FIELD(EncoderLayer, epsilon),
+    sizeof(EncoderLayer), FIELD(EncoderLayer, out), FIELD(EncoderLayer, out_bytes),
+    FIELD(EncoderLayer, up), FIELD(EncoderLayer, up_bytes), FIELD(EncoderLayer, down),
+    FIELD(EncoderLayer, down_bytes), FIELD(EncoderLayer, out_bias),
+    FIELD(EncoderLayer, out_bias_bytes), FIELD(EncoderLayer, up_bias),
+    FIELD(EncoderLayer, up_bias_bytes), FIELD(EncoderLayer, down_bias),
+    FIELD(EncoderLayer, down_bias_bytes), FIELD(EncoderLayer, attention_norm),
+    FIELD(EncoderLayer, attention_norm_bytes), FIELD(EncoderLayer, attention_norm_bias),
+    FIELD(EncoderLayer, attention_norm_bias_bytes), FIELD(EncoderLayer, mlp_norm),
+    FIELD(EncoderLayer, mlp_norm_bytes), FIELD(EncoderLayer, mlp_norm_bias),
+    FIELD(EncoderLayer, mlp_norm_bias_bytes), FIELD(EncoderLayer, width),
+    FIELD(EncoderLayer, inner), FIELD(EncoderLayer, heads), FIELD(EncoderLayer, depth),
+    FIELD(EncoderLayer, activation), FIELD(EncoderLayer, bits), FIELD(EncoderLayer, epsilon),
     -1,
 };
 /* clang-format on */
