@@ -32,6 +32,10 @@ ENVIRONMENT = {
     "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "service.http.proxy:middlewares",  # what stands around Serve's proxy
     "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",  # a line per request to a process that counts it; `/metrics` has what it counts
     "RAY_SERVE_LOG_TO_STDERR": "0",  # Serve's own lines stay in its files; ours are on stderr
+    # From Serve's proxy to a replica over a connection, not through Ray's object store. It ends with the replica's process, but
+    # for minutes not with the machine below it, so on several machines it stays off. An answer may be longer than gRPC's 4 MiB.
+    "RAY_SERVE_PROXY_USE_GRPC": "1",
+    "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": str(2**31 - 1),
 }
 HAPROXY_FILES = {  # Ray's own are in /tmp/haproxy-serve, with a socket that lets any user of the machine steer HAProxy
     "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": "haproxy.cfg",

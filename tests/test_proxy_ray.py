@@ -104,6 +104,12 @@ def test_what_is_no_request_and_what_is_no_text_are_400s(service: Client) -> Non
     assert raw(service, head.encode("latin-1")).status == 400
 
 
+def test_an_answer_of_many_megabytes_passes_the_proxy_whole(service: Client) -> None:
+    word, times = "return ", 1_000_000
+    tokens = service.post(f"{PREFIX}/tokenize", {"prompt": word, "add_special_tokens": False}).json["tokens"]
+    assert service.post(f"{PREFIX}/detokenize", {"tokens": tokens * times}).json["prompt"] == word * times
+
+
 def test_head_and_options_pass_the_proxy(service: Client) -> None:
     assert (service.send("HEAD", f"{PREFIX}/health").status, service.send("HEAD", f"{PREFIX}/health").text) == (200, "")
     assert service.send("OPTIONS", f"{PREFIX}/v1/completions").headers["allow"] == "POST, OPTIONS"
