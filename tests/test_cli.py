@@ -16,12 +16,12 @@ from service.config import IMPORT_PATH, ApplicationSection, ServeFile
 def test_a_service_drains_although_nobody_reads_its_output(monkeypatch: pytest.MonkeyPatch) -> None:
     drained: list[float] = []
     monkeypatch.setattr(cluster, "drain", lambda file, seconds: drained.append(seconds) or [])
-    monkeypatch.setattr(cluster, "hang_up", lambda: ["a proxy that has not hung up"])
+    monkeypatch.setattr(cluster, "hang_up", lambda known: ["a proxy that has not hung up"])
     end, unread = os.pipe()
     os.close(end)
     monkeypatch.setattr(sys, "stdout", os.fdopen(unread, "w"))
     file = ServeFile(applications=[ApplicationSection()])
-    cli._drain(file)
+    cli._drain(file, [])
     assert drained == [30.0]
     print("more", flush=True)  # as the interpreter flushes at its end
 
