@@ -2,8 +2,8 @@
 
 Beside `app.py` and `router.py` the only module that imports Ray. Two calls go through Serve's client, which is private:
 `deploy_apps`, the call behind `serve run config.yaml` (the public `serve.run` would replace replicas when only the switch has
-changed), and `get_serve_details`, the one behind `serve status`. Private, too: a handle's `_init`, which says where it runs, and
-which of Ray's processes is its store.
+changed), and `get_serve_details`, the one behind `serve status`. Two more things are private: a handle's `_init`, which says
+where it runs, and which of Ray's processes is its store.
 """
 
 from __future__ import annotations

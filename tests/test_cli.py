@@ -40,6 +40,17 @@ def test_a_default_that_was_not_written_out_at_the_deployment_is_no_difference()
         assert [change.key for change in changes if change.restarts] == restarting
 
 
+def test_a_default_that_the_switch_left_out_is_no_difference() -> None:
+    for was, changed in (("dense", []), ("performer", ["default"])):
+        backends: dict[str, Any] = {"dense": {}, "performer": {}}
+        there, file = ({"attention": {"default": name, "backends": backends}} for name in (was, "dense"))
+        told = {"longserve": deployed()["longserve"] | {"deployments": [{"name": "longserve", "user_config": there}]}}
+        wanted = ApplicationSection.model_validate({"deployments": [{"name": "longserve", "user_config": file}]})
+        changes = apply._changes(ServeFile(applications=[wanted]), ADDRESS, told)
+        keys = [change.key.partition("attention.") for change in changes]
+        assert [key for _, found, key in keys if found] == changed
+
+
 def test_an_applied_file_leaves_the_args_as_they_came(monkeypatch: pytest.MonkeyPatch) -> None:
     """Serve restarts every replica when the args differ as data, were they the same in meaning."""
     sent: list[Any] = []
