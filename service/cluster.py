@@ -32,7 +32,7 @@ ENVIRONMENT = {
     "RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS": "1",
     "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "service.http.proxy:middlewares",  # what stands around Serve's proxy
     "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",  # a line per request to a process that counts it; `/metrics` has what it counts
-    "RAY_gcs_rpc_server_reconnect_timeout_s": "3600",  # Ray's minute may be too short for what runs when its store has died
+    "RAY_gcs_rpc_server_reconnect_timeout_s": "600",  # Ray's minute may be too short for what runs when its store has died
     "RAY_SERVE_LOG_TO_STDERR": "0",  # Serve's own lines stay in its files; ours are on stderr
     # From Serve's proxy to a replica over a connection, not through Ray's object store. It ends with the replica's process, but
     # for minutes not with the machine below it, so on several machines it stays off. An answer may be longer than gRPC's 4 MiB.
@@ -271,16 +271,17 @@ def ways_to_end(file: ServeFile) -> list[Any]:
     """
     for application in file.applications:
         _handle(application)
-    return _proxies()
+    try:
+        return _proxies()
+    except (RayError, RayServeException, ValueError):  # one is just being replaced: it will be ended with the rest
+        return []
 
 
 def hang_up(known: Sequence[Any]) -> list[str]:
     """Have Serve's proxies end when they have answered what came to them. Returns what went wrong, a line each.
 
-    HAProxy is ended with the rest: it hangs up by itself. `known`: those to tell where Ray's store has died.
+    `known`: those to tell where Ray's store has died.
     """
-    if RAY_SERVE_ENABLE_HA_PROXY:
-        return []
     deadline = time.monotonic() + END_SECONDS
     try:
         waiting = _proxies() if _store_lives() else known
@@ -294,6 +295,9 @@ def hang_up(known: Sequence[Any]) -> list[str]:
 
 
 def _proxies() -> list[Any]:
+    """Serve's, as actors. HAProxy is none: it is ended with the rest, and hangs up by itself."""
+    if RAY_SERVE_ENABLE_HA_PROXY:
+        return []
     names = [proxy["actor_name"] for proxy in _details()["proxies"].values()]
     return [ray.get_actor(name, namespace=SERVE_NAMESPACE) for name in names]
 
