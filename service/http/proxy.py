@@ -21,7 +21,7 @@ from service.config import LineConfig
 from service.engine.request import InvalidRequest
 from service.http import beginning, line, tickets
 from service.http.beginning import read_beginning
-from service.http.errors import ReplicaGone, body_of, response_to, shaped, status_of
+from service.http.errors import ReplicaGone, body_of, response_to, shaped
 from service.http.tickets import TICKETS
 
 LIMITS = "LONGSERVE_LINE"
@@ -41,9 +41,6 @@ DONE = b"data: [DONE]\n\n"
 
 GONE = ReplicaGone("the replica that was answering has died; the same call may be sent again")
 """What Serve's proxy tells nobody: it leaves the caller of a dead replica without an answer, or with half of one."""
-
-UNREACHED = " is unavailable: "
-"""What Serve's proxy says of it, and no more (Ray's ActorUnavailableError), where it speaks gRPC to the replica."""
 
 
 def middlewares() -> list[Middleware]:
@@ -126,10 +123,7 @@ class Reshaped:
     async def _finish(self, start: Message) -> None:
         status, told = start["status"], self._text.decode(errors="replace")
         message = f"no route {self._path[:200]!r}" if status == 404 else told or "the service could not answer"
-        error = shaped(status, message)
-        if status == 500 and UNREACHED in told:
-            start["status"], error = status_of(GONE)[0], body_of(GONE)
-        body = json.dumps(error).encode()
+        body = json.dumps(shaped(status, message)).encode()
         headers = MutableHeaders(scope=start)
         headers["content-type"], headers["content-length"] = "application/json", str(len(body))
         if status in (429, 503):

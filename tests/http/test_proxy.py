@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import uvicorn
-from ray.exceptions import ActorUnavailableError
 from starlette.types import Message, Receive, Scope, Send
 
 from service.http.errors import STATUS, ReplicaGone, body_of
@@ -53,13 +52,6 @@ def answer(*messages: Message) -> tuple[Reply, bool]:
 def test_a_caller_whose_replica_dies_before_it_answers_is_told() -> None:
     reply, has_ended = answer()
     assert (reply.status, reply.error["code"], has_ended) == (STATUS[ReplicaGone][0], "replica_gone", True)
-
-
-def test_a_replica_that_cannot_be_reached_while_it_answers_has_died_to_its_caller() -> None:
-    reply, has_ended = answer(start(500, PLAIN), body(str(ActorUnavailableError("broken", None)), False))
-    assert (reply.status, reply.error["code"], has_ended) == (STATUS[ReplicaGone][0], "replica_gone", True)
-    reply, _ = answer(start(500, PLAIN), body("another fault", False))
-    assert (reply.status, reply.error["message"]) == (500, "another fault")
 
 
 def test_a_stream_whose_replica_dies_ends_with_an_error_and_without_done() -> None:
