@@ -40,7 +40,7 @@ def measure_together(sizes: Sequence[int]) -> dict[str, dict[str, float]]:
         with tempfile.TemporaryDirectory() as folder:
             write(Path(folder), changes | {"max_position_embeddings": BEHIND + ROOM})
             made = peers(Path(folder), PEERS["bf16"], BEHIND, texts=max(sizes))
-            theirs, ours = {name: make() for name, make in made.items()}, Ours(Path(folder))
+            theirs, ours = {name: make() for name, make in made.items()}, Texts(Path(folder))
             for each in theirs.values():
                 each.read(BEHIND)
                 each.repeat(max(sizes))
@@ -66,15 +66,15 @@ def in_turns(steps: Mapping[str, Callable[[], object]]) -> dict[str, float]:
     return {name: median(each) for name, each in seconds.items()}
 
 
-class Ours:
-    """A model of ours in bfloat16 under dense, and texts of `BEHIND` tokens."""
+class Texts:
+    """Those of a model of ours in bfloat16 under dense, `BEHIND` tokens each."""
 
     def __init__(self, directory: Path) -> None:
         self.model = checkpoint.load(directory, "bfloat16").model
         self.backend = attention.build("dense", {}, self.model.head_shape())
 
     def begin(self, texts: int) -> None:
-        """Have so many texts, of random keys and values."""
+        """Have so many, of random keys and values."""
         self.pool = self.backend.new_pool(self.model.config.num_hidden_layers, 2**40)
         self.slots, self.past = [self.pool.allocate(BEHIND + ROOM) for _ in range(texts)], BEHIND
         for slot in self.slots:
