@@ -29,6 +29,7 @@ from service.engine.request import Sampling
 from service.engine.sampling import draw
 from service.model import native
 from service.model.checkpoint import load
+from service.model.continuation import extended
 from service.model.transformer import Transformer
 from service.threads import in_passing_thread
 
@@ -86,12 +87,11 @@ def _alone(model: Transformer, backend: AttentionBackend, tokens: int) -> tuple[
     slot = pool.allocate(tokens + 1)
     for tensor in pool.tensors(slot).values():
         tensor.zero_()
-    ids, position, segments = torch.ones(1, dtype=torch.long), torch.tensor([tokens]), Segments((1,), (tokens,))
+    ids, segments = torch.ones(1, dtype=torch.long), Segments((1,), (tokens,))
 
     def step() -> torch.Tensor:
         pool.pretend(slot, tokens)
-        attend = lambda layer, q, k, v: backend.extend(q, k, v, segments, pool, layer, (slot,))  # noqa: E731
-        return model.logits(model.hidden(ids, position, attend, is_decode=True))
+        return model.logits(extended(model, backend, pool, (slot,), ids, segments))
 
     bare, logits = _seconds(step), step()
     with _without_kernels():
