@@ -102,6 +102,24 @@ def threads() -> int:
     return torch.get_num_threads()
 
 
+_by_team = False
+
+
+def compute_by_team() -> None:
+    """From now on whole sequences are answered by the team of team.c, not by OpenMP's threads.
+
+    For a process whose model's products are the team's: OpenMP's worker spins on behind each of its regions and keeps a member
+    of the team off its CPU, so those who compute in turns should be the same. The answers are the same to the last bit.
+    """
+    global _by_team
+    _by_team = True
+
+
+def is_by_team() -> bool:
+    """Whether `compute_by_team` was called."""
+    return _by_team
+
+
 def gather_team(threads: int) -> None:
     """Let the team of team.c come to be for calls of so many threads: its members then can be told from other threads."""
     if TEAM.library() is not None:

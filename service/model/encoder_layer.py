@@ -22,6 +22,7 @@ from attention.kernels.library import (
     VIEW,
     WIDEST,
     Kernel,
+    compute_by_team,
     floats,
     numbers,
     pack_view,
@@ -95,6 +96,7 @@ class EncoderLayer:
         places = [part for each in matrices[1:] for part in each.room]
         places += [part for each in (*biases[1:], *norms) for part in room(each)]
         numbers = self.width, self.inner, self.heads, self.depth, ACTIVATIONS.index(config.activation), bits
+        compute_by_team()
         self._layer = packing(_EncoderLayer)(*places, *numbers, config.norm_eps)
 
     def question(self, x: Tensor, turns: object) -> tuple[Tensor, Tensor, Tensor]:

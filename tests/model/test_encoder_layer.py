@@ -11,6 +11,8 @@ import pytest
 import torch
 from torch.nn import functional
 
+import attention
+from attention.kernels import library
 from service.engine.request import Request
 from service.model import encoder_layer
 from service.model.checkpoint import load
@@ -106,6 +108,16 @@ async def test_texts_of_an_encoder_in_company_are_those_of_float32(tmp_path: Pat
         vectors = await asyncio.gather(*(world.embed(engine, request) for request in requests))
     for vector, hidden in zip(vectors, company, strict=True):
         torch.testing.assert_close(torch.tensor(vector), hidden.float().mean(0), rtol=1e-5, atol=1e-6)
+
+
+def test_attention_is_the_same_by_either_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, v = torch.randn(3, 700, 4, 32).bfloat16()
+    backend, segments = attention.build("dense", {}, attention.HeadShape(4, 4, 32, torch.bfloat16)), attention.Segments((700,))
+    answers = []
+    for by_team in (False, True):
+        monkeypatch.setattr(library, "_by_team", by_team)
+        answers.append([backend.attend(q, k, v, segments, causal=causal) for causal in (False, True)])
+    assert all(torch.equal(one, other) for one, other in zip(*answers, strict=True))
 
 
 def test_what_it_is_given_is_checked_before_it_is_touched(tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ from attention.kernels.library import (
     Kernel,
     Told,
     floats,
+    is_by_team,
     no_heads,
     numbers,
     packing,
@@ -101,7 +102,7 @@ KERNEL = Kernel(
     HERE,
     "softmax_layout",
     {
-        "attend": (POINTER, POINTER, NUMBER, POINTER, NUMBER, POINTER, NUMBER, INT),
+        "attend": (POINTER, POINTER, NUMBER, POINTER, NUMBER, POINTER, NUMBER, INT, INT),
         "step": (POINTER, POINTER, NUMBER, POINTER, NUMBER, INT),
         "step_layer": (POINTER, NUMBER, POINTER, POINTER, POINTER, *ROOM, INT),
         "choose": (POINTER, POINTER, NUMBER, POINTER, NUMBER, INT),
@@ -391,7 +392,7 @@ def _attend(
         ]
         for index in range(calls):
             call = _call(*told, last - first, *shape, near, far, index, calls, q.dtype == torch.float32, scale, LOG2_E * cap)
-            KERNEL.call("attend", call, *chain(*tables), workers)
+            KERNEL.call("attend", call, *chain(*tables), workers, is_by_team())
             yield
 
 

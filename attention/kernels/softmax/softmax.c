@@ -434,9 +434,10 @@ static void attend_blocks(const void *given, uint64_t call) {
     await(call, 0, pieces);
 }
 
-/* Slow reading: `dense`, `band`, `pattern`. */
+/* by_team: whose threads compute, the team's or OpenMP's. Slow reading: `dense`, `band`, `pattern`.
+ */
 const char *attend(const Call *c, const Source *sources, int64_t source_count, const Block *blocks,
-                   int64_t count, const Run *runs, int64_t run_count, int threads) {
+                   int64_t count, const Run *runs, int64_t run_count, int threads, int by_team) {
     const char *reason = wrong_call(c, sources, source_count, threads);
     if (!reason) reason = wrong_blocks(c, sources, source_count, blocks, count, runs, run_count);
     if (reason) return reason;
@@ -446,7 +447,13 @@ const char *attend(const Call *c, const Source *sources, int64_t source_count, c
                              : c->width == 64 ? attend_narrow_64
                                               : attend_narrow;
     const Blocks told = { *c, answer, sources, blocks, runs, count };
-    together(attend_blocks, &told, sizeof told, threads);
+    if (by_team) {
+        together(attend_blocks, &told, sizeof told, threads);
+        return 0;
+    }
+#pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
+    for (int64_t i = 0; i < count * c->groups; i++)
+        answer(c, sources, blocks + i / c->groups, runs, i % c->groups);
     return 0;
 }
 
