@@ -246,6 +246,11 @@ class Transformer(nn.Module):
         return "native" if self._first.is_native or self._first.sides(is_decode=False) is not self._first else "torch"
 
     @property
+    def takes_passage(self) -> bool:
+        """Whether a decode step goes through all layers in C where it is given a passage."""
+        return self._packed is not None
+
+    @property
     def dtype(self) -> torch.dtype:
         """Of activations, and of all weights that are not quantized."""
         return next(self.parameters()).dtype
