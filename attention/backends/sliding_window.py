@@ -37,6 +37,7 @@ class SlidingWindow(AttentionBackend):
 
     Options = SlidingWindowOptions
     options: SlidingWindowOptions
+    takes_int8 = True
 
     def __init__(self, options: SlidingWindowOptions, shape: HeadShape) -> None:
         super().__init__(options, shape)
@@ -98,4 +99,4 @@ class SlidingWindow(AttentionBackend):
         workspace = self.softmax.band_bytes(shape, queries, keys, options.window, ahead, options.sinks)
         old = min(max(0, keys - queries - options.sinks), options.window)
         in_order = old + queries if old else 0  # a chunk behind a past
-        return workspace + 2 * in_order * shape.key_value_heads * shape.head_width * shape.itemsize
+        return workspace + 2 * in_order * shape.kept_bytes

@@ -58,7 +58,7 @@ class Call(ctypes.Structure):
     _fields_ = [
         *views("q", "out"),
         *rooms("log_total", "carry"),
-        *numbers("queries", "heads", "groups", "width", "before", "ahead", "call", "calls", "wide"),
+        *numbers("queries", "heads", "groups", "width", "before", "ahead", "call", "calls", "wide", "eight"),
         *floats("scale", "cap"),
     ]
 
@@ -69,7 +69,7 @@ class Step(ctypes.Structure):
     _fields_ = [
         *views("q"),
         *rooms("out", "log_total", "parts"),
-        *numbers("sequences", "heads", "groups", "width", "wide"),
+        *numbers("sequences", "heads", "groups", "width", "wide", "eight"),
         *floats("scale", "cap"),
     ]
 
@@ -193,6 +193,7 @@ def step(
         groups,
         width,
         q.dtype == torch.float32,
+        bool(states) and states[0]["k"].dtype == torch.int8,
         LOG2_E / math.sqrt(width),
         LOG2_E * cap,
     )
@@ -320,6 +321,7 @@ def _attend(
     for k, v in sources:
         table.extend((*view(k), *view(v)))
     workers, shape = threads(), (heads, sources[0][0].shape[1], width)
+    kinds = q.dtype == torch.float32, sources[0][0].dtype == torch.int8
     near, far = min(before, FAR), min(ahead, FAR)
     for batch in _batches(blocks):
         first, last = batch[0][0], batch[-1][1]
@@ -339,7 +341,7 @@ def _attend(
             for x, words in ((table, SOURCE_WORDS), (rows, BLOCK_WORDS), (runs, RUN_WORDS))
         ]
         for index in range(calls):
-            call = _call(*told, last - first, *shape, near, far, index, calls, q.dtype == torch.float32, scale, LOG2_E * cap)
+            call = _call(*told, last - first, *shape, near, far, index, calls, *kinds, scale, LOG2_E * cap)
             KERNEL.call("attend", call, *chain(*tables), workers)
             yield
 
