@@ -1,8 +1,8 @@
 """Keys and values in a state: where each position stands, how tokens are put there, and how they are read back.
 
-A state keeps "k" and "v", (kept, G D) each; in 8 bits (kept, G (D + 4)) of int8, each head's scale behind it, and D + 4 stands
-in the place of D in all shapes here (`kernels/int8.py`). Where a pattern keeps all, position p stands at index p. Where it forgets, a
-`Ring` tells: the first positions stay for good, all later ones take turns behind them.
+A state keeps "k" and "v", (kept, G D) each. In 8 bits they are int8, each head's scale behind it, and D + 4 stands in the place
+of D in all shapes here (`kernels/int8.py`). Where a pattern keeps all, position p stands at index p. Where it forgets, a `Ring`
+tells: the first positions stay for good, all later ones take turns behind them.
 
     Ring(first=2, length=4), positions 0 to 8 written:    [0][1] [6][7][8][5]
                                                           first   the ring

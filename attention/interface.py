@@ -99,7 +99,7 @@ class AttentionBackend(ABC):
                 a tensor that gradients are asked of.
         """
         self.check_attend(q, k, v, segments, causal)
-        k, v = self.kept(k, v)
+        k, v = self.as_kept(k, v)
         if self.shape.kv is None and (packed := self.packed.get(causal)):
             return packed(q, k, v, segments)
         out = q.new_empty(q.shape)
@@ -152,7 +152,7 @@ class AttentionBackend(ABC):
         if by_steps and any(end - start > self.runway(past) for start, end, past in segments.spans()):
             behind = f"behind {segments.past}, received {segments.lengths}"
             raise ValueError(f"{self.name} takes fewer single steps at once {behind}")
-        k, v = self.kept(k, v)
+        k, v = self.as_kept(k, v)
         states = pool.take(slots, layer, segments)
         if segments.total == len(slots):
             self.step(q, k, v, segments.past, states, out)
@@ -175,17 +175,17 @@ class AttentionBackend(ABC):
             if end - start > 1:
                 yield from self.extend_sequence(q[start:end], k[start:end], v[start:end], past, state, out[start:end])
 
-    def kept(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values (T, G, D) as a state keeps them; in 8 bits int8 (T, G, D + 4). So they are attended to, new ones, too."""
+    def as_kept(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values (T, G, D) as a state keeps them, and as they are attended to: in 8 bits int8 (T, G, D + 4)."""
         return (k, v) if self.shape.kv is None else int8.quantize(k, v, self.impl)
 
     @abstractmethod
     def attend_sequence(self, q: Tensor, k: Tensor, v: Tensor, causal: bool, out: Tensor) -> Parts:
-        """Answer one whole sequence into `out` (T, H, D). k and v are as `kept` has them."""
+        """Answer one whole sequence into `out` (T, H, D). k and v are as `as_kept` has them."""
 
     @abstractmethod
     def extend_sequence(self, q: Tensor, k: Tensor, v: Tensor, past: int, state: dict[str, Tensor], out: Tensor) -> Parts:
-        """Append one sequence's new tokens to its state at one layer and answer them into `out` (T, H, D). k, v: as `kept`."""
+        """Append one sequence's new tokens to its state at one layer and answer them into `out` (T, H, D). k, v: likewise."""
 
     def step(
         self, q: Tensor, k: Tensor, v: Tensor, past: Sequence[int], states: Sequence[dict[str, Tensor]], out: Tensor
@@ -209,7 +209,7 @@ class AttentionBackend(ABC):
         cost = self.law(queries, keys, causal=causal)
         if self.shape.kv is None:
             return cost
-        return replace(cost, workspace_bytes=cost.workspace_bytes + 2 * queries * self.shape.kept_bytes)  # what `kept` makes
+        return replace(cost, workspace_bytes=cost.workspace_bytes + 2 * queries * self.shape.kept_bytes)  # what `as_kept` makes
 
     @abstractmethod
     def law(self, queries: int, keys: int, *, causal: bool) -> Cost:

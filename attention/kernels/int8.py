@@ -2,14 +2,14 @@
 
     x (T, G, D)  ->  int8 (T, G, D + 4):   | D numbers of -127 .. 127 | the scale, a float32 |
 
-A number tells itself times the scale, which is the head's largest magnitude over 127: symmetric and by rows, as in section 2.1 of
-LLM.int8() (Dettmers et al., arXiv 2208.07339). So an element is off by half a scale at most, 1/254 of its head's largest, and a
-token takes (D + 4) / 2 D of bfloat16's bytes: 52 % at a width of 128. Numbers and scale stand side by side, so a history is read
-in one stream. What is attended to is what was kept, by a token's own chunk, too: how a text is cut changes nothing.
+A number tells itself times the scale, which is the head's largest magnitude over 127: symmetric and by rows, as in LLM.int8()
+(Dettmers et al., arXiv 2208.07339, section 2.1). So an element is off by half a scale at most, 1/254 of its head's largest, and
+a token takes (D + 4) / 2 D of bfloat16's bytes: 52 % at a width of 128. Numbers and scale stand side by side, so a history is
+read in one stream. What is attended to is what was kept, by a token's own chunk, too: how a text is cut changes nothing.
 
 A head with a NaN or an infinite element is NaN in all of them.
 
-`quantize` goes by a backend's implementation; the native one (int8.c) makes the same numbers to the bit, in one call for a step.
+`quantize` goes by a backend's implementation; the native one (int8.c) makes the same numbers to the bit, in one call.
 """
 
 from __future__ import annotations
@@ -80,7 +80,9 @@ def dequantize(kept: Tensor, dtype: torch.dtype) -> Tensor:
     out = torch.empty(*kept.shape[:-1], width, dtype=dtype, device=kept.device)
     for first, last in spread(0, len(kept), ROWS):
         part = kept[first:last]
-        out[first:last] = part[..., :width] * part[..., width:].view(torch.float32).to(torch.promote_types(dtype, torch.float32))
+        out[first:last] = part[..., :width] * part[..., width:].view(torch.float32).to(
+            torch.promote_types(dtype, torch.float32)
+        )
     return out
 
 
