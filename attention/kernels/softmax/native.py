@@ -80,7 +80,7 @@ class Choice(ctypes.Structure):
     _fields_ = [
         *views("q", "out"),
         *rooms("log_total", "chosen"),
-        *numbers("queries", "heads", "groups", "width", "block", "best", "window", "sinks", "wide"),
+        *numbers("queries", "heads", "groups", "width", "block", "best", "window", "sinks", "wide", "eight"),
         *floats("scale"),
     ]
 
@@ -238,7 +238,8 @@ def _choose(
             tasks.extend((a, b, position + a - first, source))
     pairs = array("q", chain.from_iterable((*view(k), *view(v)) for k, v in sources))
     count, heads, width = q.shape
-    numbers = blocks.size, blocks.best, min(blocks.window, FAR), min(blocks.sinks, FAR), q.dtype == torch.float32
+    kinds = q.dtype == torch.float32, sources[0][0].dtype == torch.int8
+    numbers = blocks.size, blocks.best, min(blocks.window, FAR), min(blocks.sinks, FAR), *kinds
     told = _choice(
         *(*view(q), *view(out), *room(log_total), *room(table), count, heads, sources[0][0].shape[1], width, *numbers),
         LOG2_E / math.sqrt(width),

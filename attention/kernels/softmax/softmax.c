@@ -77,7 +77,7 @@ typedef struct {
     int64_t chosen_bytes;
     int64_t queries, heads, groups, width;
     int64_t block, best, window, sinks; /* in keys, but for the second */
-    int64_t wide;
+    int64_t wide, eight;                /* eight: of keys and values, bounds are wide or not */
     float scale;
 } Choice;
 
@@ -112,7 +112,7 @@ const int64_t softmax_layout[] = {
     FIELD(Choice, log_total_bytes), FIELD(Choice, chosen), FIELD(Choice, chosen_bytes),
     FIELD(Choice, queries), FIELD(Choice, heads), FIELD(Choice, groups), FIELD(Choice, width),
     FIELD(Choice, block), FIELD(Choice, best), FIELD(Choice, window), FIELD(Choice, sinks),
-    FIELD(Choice, wide), FIELD(Choice, scale),
+    FIELD(Choice, wide), FIELD(Choice, eight), FIELD(Choice, scale),
     -1,
 };
 /* clang-format on */
@@ -204,11 +204,12 @@ INLINE void widen(const int wide, const int64_t width, const char *from, int64_t
                     _mm512_mul_ps(numbers16(from + d), _mm512_set1_ps(scale_at(from + width))));
 }
 
-/* Queries (H, D) as numbers of 16 bits and their scales (H): so products with numbers of 8 bits are
- * whole and their sums exact, while a query is off by 2^-17 of its head's largest at most. Slow
- * reading: `round_off`. */
-INLINE void round_queries(int64_t heads, int64_t width, const char *q, int16_t *to, float *scales) {
-    for (int64_t h = 0; h < heads; h++, q += 2 * width, to += width) {
+/* Queries (H, D) as numbers of 16 bits, tight, and their scales (H): so products with numbers of 8
+ * bits are whole and their sums exact, while a query is off by 2^-16 of its head's largest at most.
+ * bytes: from head to head. Slow reading: `round_off`. */
+INLINE void round_queries(int64_t heads, int64_t width, const char *q, int64_t bytes, int16_t *to,
+                          float *scales) {
+    for (int64_t h = 0; h < heads; h++, q += bytes, to += width) {
         __m512i top = _mm512_setzero_si512();
         for (int64_t d = 0; d < width; d += 16)
             top = _mm512_max_epi32(
@@ -532,26 +533,34 @@ INLINE void score_8(const int wide, const int64_t width, const char *q, float by
     if (n < 16) hide(to, 0, 0, n, -INFINITY);
 }
 
+/* 32 values: of bfloat16 the even ones and the odd ones, else in their order. Slow reading:
+ * `torch.Tensor.float`. */
+INLINE void values32(const int wide, const int eight, const char *row, __m512 *even, __m512 *odd) {
+    if (eight) *even = numbers16(row), *odd = numbers16(row + 16);
+    else if (wide) *even = _mm512_loadu_ps(row), *odd = _mm512_loadu_ps(row + 64);
+    else {
+        const __m512i x = _mm512_loadu_si512(row), upper = _mm512_set1_epi32((int)0xffff0000);
+        *even = _mm512_castsi512_ps(_mm512_slli_epi32(x, 16));
+        *odd = _mm512_castsi512_ps(_mm512_and_si512(x, upper));
+    }
+}
+
 /* sums (D) = factor sums + weights (n) v. Of bfloat16, 32 elements at a time, the even ones stand
  * before the odd ones. Slow reading: `weigh`. */
-INLINE void gather(const int wide, const int64_t width, const float *weights, const char *v,
-                   int64_t bytes, int64_t n, float factor, float *sums) {
+INLINE void gather(const int wide, const int eight, const int64_t width, const float *weights,
+                   const char *v, int64_t bytes, int64_t n, float factor, float *sums) {
     const __m512 by = _mm512_set1_ps(factor);
-    const __m512i upper = _mm512_set1_epi32((int)0xffff0000);
     for (int64_t d = 0; d < width; d += 32) {
         __m512 a = _mm512_mul_ps(by, _mm512_loadu_ps(sums + d)),
                b = _mm512_mul_ps(by, _mm512_loadu_ps(sums + d + 16));
         for (int64_t j = 0; j < n; j++) {
-            const __m512 weight = _mm512_set1_ps(weights[j]);
-            const char *row = v + j * bytes + d * (wide ? 4 : 2);
-            const __m512i x = _mm512_loadu_si512(row);
-            a = _mm512_fmadd_ps(
-                weight,
-                wide ? _mm512_castsi512_ps(x) : _mm512_castsi512_ps(_mm512_slli_epi32(x, 16)), a);
-            b = _mm512_fmadd_ps(weight,
-                                wide ? _mm512_loadu_ps(row + 64)
-                                     : _mm512_castsi512_ps(_mm512_and_si512(x, upper)),
-                                b);
+            const char *row = v + j * bytes;
+            const __m512 weight =
+                _mm512_set1_ps(weights[j] * (eight ? scale_at(row + width) : 1.0f));
+            __m512 even, odd;
+            values32(wide, eight, row + d * (eight ? 1 : wide ? 4 : 2), &even, &odd);
+            a = _mm512_fmadd_ps(weight, even, a);
+            b = _mm512_fmadd_ps(weight, odd, b);
         }
         _mm512_storeu_ps(sums + d, a);
         _mm512_storeu_ps(sums + d + 16, b);
@@ -564,7 +573,6 @@ INLINE void gather(const int wide, const int64_t width, const float *weights, co
 INLINE void gather_heads(const int wide, const int eight, const int heads, const int blocks, const float *weights,
                          const char *v, const char *scales, int64_t bytes, int64_t n,
                          const float *factors, float *sums, int64_t sums_row) {
-    const __m512i upper = _mm512_set1_epi32((int)0xffff0000);
     __m512 a[4][2], b[4][2];
 #pragma GCC unroll 4
     for (int h = 0; h < heads; h++)
@@ -582,14 +590,8 @@ INLINE void gather_heads(const int wide, const int eight, const int heads, const
                                        (eight ? scale_at(scales + j * bytes) : 1.0f));
 #pragma GCC unroll 2
         for (int d = 0; d < blocks; d++) {
-            const char *row = v + j * bytes + 32 * d * (eight ? 1 : wide ? 4 : 2);
-            const __m512i x = eight ? upper : _mm512_loadu_si512(row);
-            const __m512 even = eight  ? numbers16(row)
-                                : wide ? _mm512_castsi512_ps(x)
-                                       : _mm512_castsi512_ps(_mm512_slli_epi32(x, 16));
-            const __m512 odd = eight  ? numbers16(row + 16)
-                               : wide ? _mm512_loadu_ps(row + 64)
-                                      : _mm512_castsi512_ps(_mm512_and_si512(x, upper));
+            __m512 even, odd;
+            values32(wide, eight, v + j * bytes + 32 * d * (eight ? 1 : wide ? 4 : 2), &even, &odd);
 #pragma GCC unroll 4
             for (int h = 0; h < heads; h++) {
                 a[h][d] = _mm512_fmadd_ps(weight[h], even, a[h][d]);
@@ -655,7 +657,7 @@ INLINE void step_part(const int wide, const int eight, const int64_t width, cons
     memset(sums, 0, sizeof(float) * c->heads * width);
     for (int64_t h = 0; h < c->heads; h++) tops[h] = -INFINITY, totals[h] = 0.0f, by[h] = 1.0f;
     if (eight && !wide) {
-        round_queries(c->heads, width, q, told, by);
+        round_queries(c->heads, width, q, width * size, told, by);
         q = (const char *)told;
     }
     for (int64_t at = 0; at < count; at += STRIDE) {
@@ -936,57 +938,72 @@ INLINE void choose_rows(const int wide, const int64_t width, const Choice *c, co
         }
 }
 
-/* One query, the heads of a group, meets `count` runs of up to 16 keys. Slow reading: `_answer`. */
-INLINE void meet(const int wide, const int64_t width, const Choice *c, const Source *source,
-                 int64_t row, int64_t group, const int64_t *at, const int64_t *n, int64_t count,
-                 float *sums, float *tops, float *totals) {
+/* One query, the heads of a group, meets `count` runs of up to 16 keys. by: as of `score_8`. Slow
+ * reading: `_answer`. */
+INLINE void meet(const int wide, const int eight, const int64_t width, const Choice *c,
+                 const Source *source, const char *q, int64_t q_head, const float *by,
+                 int64_t group, const int64_t *at, const int64_t *n, int64_t count, float *sums,
+                 float *tops, float *totals) {
     float s[16 * QUEUE] __attribute__((aligned(64)));
-    const int64_t size = wide ? 4 : 2, ratio = c->heads / c->groups, k_row = source->k.row * size,
-                  v_row = source->v.row * size;
+    const int64_t size = eight ? 1 : wide ? 4 : 2, ratio = c->heads / c->groups,
+                  k_row = source->k.row * size, v_row = source->v.row * size;
     const char *k = source->k.at + group * source->k.head * size,
                *v = source->v.at + group * source->v.head * size;
-    for (int64_t h = 0; h < ratio; h++) {
-        const char *q = c->q.at + (row * c->q.row + (group * ratio + h) * c->q.head) * size;
+    for (int64_t h = 0; h < ratio; h++, q += q_head) {
         for (int64_t i = 0; i < count; i++)
-            score(wide, width * size / 4, q, k + at[i] * k_row, k_row, n[i], 0.0f, 0.0f,
-                  s + 16 * i);
+            if (eight)
+                score_8(wide, width, q, by[h], k + at[i] * k_row, k_row, n[i], 0.0f, 0.0f,
+                        s + 16 * i);
+            else
+                score(wide, width * size / 4, q, k + at[i] * k_row, k_row, n[i], 0.0f, 0.0f,
+                      s + 16 * i);
         const float factor = soften(wide, s, 16 * count, c->scale, tops + h, totals + h);
         for (int64_t i = 0; i < count; i++)
-            gather(wide, width, s + 16 * i, v + at[i] * v_row, v_row, n[i], i ? 1.0f : factor,
+            gather(wide, eight, width, s + 16 * i, v + at[i] * v_row, v_row, n[i], i ? 1.0f : factor,
                    sums + h * width);
     }
 }
 
 /* A task's queries, the heads of a group, meet the keys of the blocks that they chose and put them
  * together with what they have met. Slow reading: `chosen`. */
-INLINE void chosen_rows(const int wide, const int64_t width, const Choice *c, const Source *sources,
-                        const Rows *rows, int64_t group) {
-    float sums[HEADS * WIDEST] __attribute__((aligned(64))), tops[HEADS], totals[HEADS];
+INLINE void chosen_rows(const int wide, const int eight, const int64_t width, const Choice *c,
+                        const Source *sources, const Rows *rows, int64_t group) {
+    float sums[HEADS * WIDEST] __attribute__((aligned(64))), tops[HEADS], totals[HEADS], by[HEADS];
+    int16_t told[HEADS * WIDEST];
     int64_t at[QUEUE], n[QUEUE];
-    const int64_t size = wide ? 4 : 2, ratio = c->heads / c->groups, bytes = width * size;
+    const int64_t size = wide ? 4 : 2, ratio = c->heads / c->groups, kept = eight ? 1 : size,
+                  bytes = eight ? width + SCALE : width * size;
     const Source *source = sources + rows->source;
     for (int64_t row = rows->first; row < rows->last; row++) {
         const int64_t near = rows->position + row - rows->first - c->window;
-        int64_t waiting = 0, met = 0;
+        const char *q = c->q.at + (row * c->q.row + group * ratio * c->q.head) * size;
+        int64_t waiting = 0, met = 0, q_head = c->q.head * size;
         memset(sums, 0, sizeof(float) * ratio * width);
-        for (int64_t h = 0; h < ratio; h++) tops[h] = -INFINITY, totals[h] = 0.0f;
+        for (int64_t h = 0; h < ratio; h++) tops[h] = -INFINITY, totals[h] = 0.0f, by[h] = 1.0f;
+        if (eight && !wide) {
+            round_queries(ratio, width, q, q_head, told, by);
+            q = (const char *)told, q_head = width * size;
+        }
         for (int64_t b = 0; b < c->best; b++) {
             const int64_t block = c->chosen[(row * c->groups + group) * c->best + b];
             const int64_t to = least((block + 1) * c->block, near);
             for (int64_t j = most(block * c->block, c->sinks); block >= 0 && j < to; j += 16) {
                 at[waiting] = j, n[waiting] = least(16, to - j);
-                prefetch(source->k.at + group * source->k.head * size, source->k.row * size, j,
+                prefetch(source->k.at + group * source->k.head * kept, source->k.row * kept, j,
                          j + n[waiting], bytes);
-                prefetch(source->v.at + group * source->v.head * size, source->v.row * size, j,
+                prefetch(source->v.at + group * source->v.head * kept, source->v.row * kept, j,
                          j + n[waiting], bytes);
                 if (++waiting < QUEUE) continue;
-                meet(wide, width, c, source, row, group, at, n, QUEUE / 2, sums, tops, totals);
+                meet(wide, eight, width, c, source, q, q_head, by, group, at, n, QUEUE / 2, sums,
+                     tops, totals);
                 waiting -= QUEUE / 2, met = 1;
                 memcpy(at, at + QUEUE / 2, sizeof(int64_t) * waiting);
                 memcpy(n, n + QUEUE / 2, sizeof(int64_t) * waiting);
             }
         }
-        if (waiting) meet(wide, width, c, source, row, group, at, n, waiting, sums, tops, totals);
+        if (waiting)
+            meet(wide, eight, width, c, source, q, q_head, by, group, at, n, waiting, sums, tops,
+                 totals);
         for (int64_t h = 0; h < ratio && (waiting || met); h++) {
             const int64_t head = group * ratio + h;
             const float old = c->log_total[row * c->heads + head], top = fmaxf(old, tops[h]);
@@ -996,7 +1013,7 @@ INLINE void chosen_rows(const int wide, const int64_t width, const Choice *c, co
                 char *to = c->out.at + (row * c->out.row + head * c->out.head + d) * size;
                 __m512 a = _mm512_loadu_ps(sums + h * width + d),
                        b = _mm512_loadu_ps(sums + h * width + d + 16);
-                in_order(wide, &a, &b);
+                in_order(wide || eight, &a, &b);
                 a = _mm512_fmadd_ps(_mm512_set1_ps(by), load16(wide, to),
                                     _mm512_mul_ps(_mm512_set1_ps(more), a));
                 b = _mm512_fmadd_ps(_mm512_set1_ps(by), load16(wide, to + 16 * size),
@@ -1008,19 +1025,21 @@ INLINE void chosen_rows(const int wide, const int64_t width, const Choice *c, co
     }
 }
 
-#define TASK(NAME, FUNCTION, WIDE, WIDTH) \
+#define TASK(NAME, FUNCTION, ...) \
     __attribute__((noinline)) static void NAME(const Choice *c, const Source *s, const Rows *r, \
                                                int64_t g) { \
-        FUNCTION(WIDE, WIDTH, c, s, r, g); \
+        FUNCTION(__VA_ARGS__, c, s, r, g); \
     }
 TASK(choose_narrow_64, choose_rows, 0, 64)
 TASK(choose_narrow, choose_rows, 0, c->width)
 TASK(choose_wide_64, choose_rows, 1, 64)
 TASK(choose_wide, choose_rows, 1, c->width)
-TASK(chosen_narrow_64, chosen_rows, 0, 64)
-TASK(chosen_narrow, chosen_rows, 0, c->width)
-TASK(chosen_wide_64, chosen_rows, 1, 64)
-TASK(chosen_wide, chosen_rows, 1, c->width)
+TASK(chosen_narrow_64, chosen_rows, 0, 0, 64)
+TASK(chosen_narrow, chosen_rows, 0, 0, c->width)
+TASK(chosen_wide_64, chosen_rows, 1, 0, 64)
+TASK(chosen_wide, chosen_rows, 1, 0, c->width)
+TASK(chosen_narrow_eight, chosen_rows, 0, 1, c->width)
+TASK(chosen_wide_eight, chosen_rows, 1, 1, c->width)
 
 /* What both functions ask for; blocks: whether the sources are of blocks, not of keys. */
 static const char *wrong_choice(const Choice *c, const Source *sources, int64_t source_count,
@@ -1038,10 +1057,13 @@ static const char *wrong_choice(const Choice *c, const Source *sources, int64_t 
             "a window must be as wide as a block, and sinks a number");
     REQUIRE(is_room(c->chosen, c->chosen_bytes, c->queries * c->groups * c->best, sizeof(int32_t)),
             "chosen must hold (queries, groups, best)");
+    REQUIRE(within(c->eight, 0, 1), "eight must be 0 or 1");
+    const int is_told = is_of_blocks || !c->eight;
+    const int64_t kept = is_told ? size : 1, across = c->width + (is_told ? 0 : SCALE);
     for (int64_t i = 0; i < source_count; i++)
-        REQUIRE(is_view(&sources[i].k, size, 0, c->groups, c->width) &&
-                    is_view(&sources[i].v, size, sources[i].k.rows, c->groups, c->width),
-                "keys and values must be (n, groups, width)");
+        REQUIRE(is_view(&sources[i].k, kept, 0, c->groups, across) &&
+                    is_view(&sources[i].v, kept, sources[i].k.rows, c->groups, across),
+                "keys and values must be (n, groups, width), in 8 bits (n, groups, width + 4)");
     for (int64_t i = 0, end = 0; i < count; end = rows[i++].last) {
         REQUIRE(within(rows[i].first, end, rows[i].last) && rows[i].last <= c->queries &&
                     rows[i].last - rows[i].first <= ASKING,
@@ -1080,8 +1102,9 @@ const char *chosen(const Choice *c, const Source *sources, int64_t source_count,
     REQUIRE(is_room(c->log_total, c->log_total_bytes, c->queries * c->heads, sizeof(float)),
             "log_total must hold (queries, heads)");
     void (*answer)(const Choice *, const Source *, const Rows *, int64_t) =
-        c->wide ? (c->width == 64 ? chosen_wide_64 : chosen_wide)
-                : (c->width == 64 ? chosen_narrow_64 : chosen_narrow);
+        c->eight  ? (c->wide ? chosen_wide_eight : chosen_narrow_eight)
+        : c->wide ? (c->width == 64 ? chosen_wide_64 : chosen_wide)
+                  : (c->width == 64 ? chosen_narrow_64 : chosen_narrow);
 #pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
     for (int64_t i = 0; i < count * c->groups; i++)
         answer(c, sources, rows + i / c->groups, i % c->groups);
