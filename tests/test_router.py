@@ -182,7 +182,13 @@ def test_homes_are_bounded_and_the_oldest_goes(monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.parametrize(
-    ("headers", "bytes"), [([(b"content-length", b"4000")], 4000), ([], 0), ([(b"content-length", b"x")], 0)]
+    ("headers", "bytes"),
+    [
+        ([(b"content-length", b"4000")], 4000),
+        ([], 0),
+        ([(b"content-length", b"x")], 0),
+        ([(b"content-length", b"9" * 5000)], int("9" * 20)),
+    ],
 )
 def test_a_bodys_length_is_what_its_headers_say(headers: Any, bytes: int) -> None:
     call: Any = SimpleNamespace(args=(pickle.dumps(StreamingHTTPRequest({"headers": headers}, proxy_actor_name="a")),))

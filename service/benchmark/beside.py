@@ -14,10 +14,10 @@ from pathlib import Path
 from statistics import median
 
 from service.benchmark.bare import BACKENDS, report
-from service.benchmark.fewer import ROOM, Ours, has_peer, peers, write
+from service.benchmark.fewer import PEERS, ROOM, Ours, has_peer, peers, write
 
 ROUNDS = 5
-PEERS = {"bf16": "BF16", "int8": "Q8_0"}
+BITS = ("bf16", "int8")
 
 
 def measure_beside(lengths: Sequence[int], groups: Sequence[int]) -> dict[str, dict[str, float]]:
@@ -28,7 +28,7 @@ def measure_beside(lengths: Sequence[int], groups: Sequence[int]) -> dict[str, d
     for heads in groups:
         with tempfile.TemporaryDirectory() as folder:
             write(Path(folder), {"num_key_value_heads": heads, "max_position_embeddings": max(lengths) + ROOM})
-            sides = [Side(Path(folder), bits, max(lengths)) for bits in PEERS]
+            sides = [Side(Path(folder), bits, max(lengths)) for bits in BITS]
             for length in sorted(lengths):
                 for side in sides:
                     side.read(length, sides[0])
