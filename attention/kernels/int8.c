@@ -13,8 +13,13 @@ typedef struct {
 
 /* Sizes and offsets, for a caller in another language to compare with its own. */
 const int64_t int8_layout[] = {
-    sizeof(Rounding),           FIELD(Rounding, k),    FIELD(Rounding, v), FIELD(Rounding, out),
-    FIELD(Rounding, out_bytes), FIELD(Rounding, wide), -1,
+    sizeof(Rounding),
+    FIELD(Rounding, k),
+    FIELD(Rounding, v),
+    FIELD(Rounding, out),
+    FIELD(Rounding, out_bytes),
+    FIELD(Rounding, wide),
+    -1,
 };
 
 #ifdef HAS_AVX512
@@ -48,7 +53,8 @@ INLINE void round_row(const int wide, int64_t width, const char *from, char *to)
 
 static const char *wrong_rounding(const Rounding *c, int threads) {
     const int64_t size = c->wide ? 4 : 2, rows = c->k.rows, heads = c->k.heads, width = c->k.width;
-    REQUIRE(within(c->wide, 0, 1) && threads >= 1, "wide must be 0 or 1, and there must be threads");
+    REQUIRE(within(c->wide, 0, 1) && threads >= 1,
+            "wide must be 0 or 1, and there must be threads");
     REQUIRE(within(heads, 1, HEADS) && within(width, 32, WIDEST) && width % 32 == 0,
             "heads must be up to 128, their width a multiple of 32 up to 256");
     REQUIRE(is_view(&c->k, size, 0, heads, width) && is_view(&c->v, size, rows, heads, width) &&

@@ -13,8 +13,8 @@
  * and cutting a row's keys into several calls changes nothing.
  *
  * Letters: H query heads, G key-value heads, D width, C queries, B sequences. Words and `wide` are
- * told in simd.h. `eight`: keys and values are in 8 bits, each head's scale behind it, (D + 4) bytes
- * (int8.py).
+ * told in simd.h. `eight`: keys and values are in 8 bits, each head's scale behind it, (D + 4)
+ * bytes (int8.py).
  */
 #include "given.h"
 
@@ -314,8 +314,7 @@ INLINE void attend_block(const int wide, const int64_t width, const Call *c, con
                 v = widened, v_row = width * size;
             }
             const int64_t whole = (n + 15) & ~15;
-            const int is_poisoned =
-                pack_rows(wide, v, v_row, 0, n, whole, width, values);
+            const int is_poisoned = pack_rows(wide, v, v_row, 0, n, whole, width, values);
             const int64_t together =
                 is_poisoned
                     ? 1
@@ -570,9 +569,9 @@ INLINE void gather(const int wide, const int eight, const int64_t width, const f
 /* The same of up to 4 heads that share values, 64 elements at a time (`blocks`: 2) or 32: so many
  * sums at once that none waits for the one before. weights: a row of STRIDE for each head. scales:
  * where those of values in 8 bits begin. Slow reading: `weigh`. */
-INLINE void gather_heads(const int wide, const int eight, const int heads, const int blocks, const float *weights,
-                         const char *v, const char *scales, int64_t bytes, int64_t n,
-                         const float *factors, float *sums, int64_t sums_row) {
+INLINE void gather_heads(const int wide, const int eight, const int heads, const int blocks,
+                         const float *weights, const char *v, const char *scales, int64_t bytes,
+                         int64_t n, const float *factors, float *sums, int64_t sums_row) {
     __m512 a[4][2], b[4][2];
 #pragma GCC unroll 4
     for (int h = 0; h < heads; h++)
@@ -620,8 +619,7 @@ INLINE void gather_group(const int wide, const int eight, const int64_t width, i
             const float *w = weights + h * STRIDE, *f = factors + h;
             float *to = sums + h * width + d;
 #define GATHER(H) \
-    case H: \
-        gather_heads(wide, eight, H, 2, w, v + d * size, scales, bytes, n, f, to, width); \
+    case H: gather_heads(wide, eight, H, 2, w, v + d * size, scales, bytes, n, f, to, width); \
         break; \
     case 8 + H: \
         gather_heads(wide, eight, H, 1, w, v + d * size, scales, bytes, n, f, to, width); \
@@ -777,12 +775,11 @@ static void step_parts(const void *given, uint64_t call) {
     const Stepping *told = given;
     const Step *c = &told->step;
     void (*answer)(const Step *, const char *, const char *, const char *, int64_t, int64_t,
-                   int64_t, float *) =
-        c->eight  ? (c->wide          ? step_wide_eight
-                     : c->width == 64 ? step_narrow_eight_64
-                                      : step_narrow_eight)
-        : c->wide ? (c->width == 64 ? step_wide_64 : step_wide)
-                  : (c->width == 64 ? step_narrow_64 : step_narrow);
+                   int64_t, float *) = c->eight  ? (c->wide          ? step_wide_eight
+                                                    : c->width == 64 ? step_narrow_eight_64
+                                                                     : step_narrow_eight)
+                                       : c->wide ? (c->width == 64 ? step_wide_64 : step_wide)
+                                                 : (c->width == 64 ? step_narrow_64 : step_narrow);
     const int64_t size = c->wide ? 4 : 2, kept = c->eight ? 1 : size, count = told->count,
                   *starts = told->starts;
     for (int64_t p; (p = take(call, 0, told->parts)) >= 0; give(call, 0)) {
@@ -945,8 +942,11 @@ INLINE void meet(const int wide, const int eight, const int64_t width, const Cho
                  int64_t group, const int64_t *at, const int64_t *n, int64_t count, float *sums,
                  float *tops, float *totals) {
     float s[16 * QUEUE] __attribute__((aligned(64)));
-    const int64_t size = eight ? 1 : wide ? 4 : 2, ratio = c->heads / c->groups,
-                  k_row = source->k.row * size, v_row = source->v.row * size;
+    const int64_t size = eight  ? 1
+                         : wide ? 4
+                                : 2,
+                  ratio = c->heads / c->groups, k_row = source->k.row * size,
+                  v_row = source->v.row * size;
     const char *k = source->k.at + group * source->k.head * size,
                *v = source->v.at + group * source->v.head * size;
     for (int64_t h = 0; h < ratio; h++, q += q_head) {
@@ -959,8 +959,8 @@ INLINE void meet(const int wide, const int eight, const int64_t width, const Cho
                       s + 16 * i);
         const float factor = soften(wide, s, 16 * count, c->scale, tops + h, totals + h);
         for (int64_t i = 0; i < count; i++)
-            gather(wide, eight, width, s + 16 * i, v + at[i] * v_row, v_row, n[i], i ? 1.0f : factor,
-                   sums + h * width);
+            gather(wide, eight, width, s + 16 * i, v + at[i] * v_row, v_row, n[i],
+                   i ? 1.0f : factor, sums + h * width);
     }
 }
 
