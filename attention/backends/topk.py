@@ -244,7 +244,7 @@ class TopK(AttentionBackend):
         else:
             near = self.softmax.band_bytes(shape, queries, keys, options.window, 0, options.sinks)
         bounds = 2 * (queries // options.block) * shape.key_value_heads * shape.head_width * shape.itemsize
-        answering, binding = max(near, answer + choosing) + logs, answer + bounds + int8.told_bytes(shape, queries)
+        answering, binding = max(near, answer + choosing) + logs, answer + bounds + int8.told_bytes(shape, queries) // 2
         return max(answering + (bounds if queries == keys else 0), binding)  # those of a chunk go into the state
 
 

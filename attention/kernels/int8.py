@@ -37,7 +37,7 @@ from attention.parts import spread
 from attention.shapes import SCALE_BYTES, HeadShape
 
 MOST = 127  # the largest number; -128 has no counterpart
-ROWS = 512  # tokens that are looked at together in torch: what stands between stays near the cores
+ROWS = 32  # tokens that are looked at together in torch: what stands between stays small
 
 
 class Rounding(ctypes.Structure):
@@ -87,5 +87,8 @@ def dequantize(kept: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def told_bytes(shape: HeadShape, keys: int) -> int:
-    """Bytes of `dequantize` of so many tokens' keys in a shape's dtype; 0 where they are not kept in 8 bits."""
-    return 0 if shape.kv is None else keys * shape.key_value_heads * shape.head_width * shape.itemsize
+    """Bytes of `dequantize` of so many tokens' keys and values; 0 where a shape does not keep them in 8 bits."""
+    if shape.kv is None:
+        return 0
+    width = shape.key_value_heads * shape.head_width
+    return 2 * keys * width * shape.itemsize + min(keys, ROWS) * width * 8  # on the way to them

@@ -134,5 +134,5 @@ class Capped:
         element = 4 if size >= 4 else 4 + size
         answer = queries * shape.query_heads * width * size
         tight = 0 if size >= 4 else shape.key_value_heads * seen * width * size + (3 << 17)  # what oneDNN lays out, and its own
-        told = 2 * told_bytes(shape, seen)
+        told = told_bytes(shape, seen)
         return answer + rows * seen * element + rows * width * (2 * size + 8) + min(queries, ROWS) * seen + tight + told

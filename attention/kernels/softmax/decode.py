@@ -139,4 +139,4 @@ def step_bytes(shape: HeadShape, keys: int, runs: int = 1, logs: bool = False) -
     scores = heads * keys * (2 * size + (8 if logs else 0))
     stack = keys * width * size if runs > 1 else 0
     scratch = 0 if size >= 4 else max(100 * width, min(256 * keys, 3 << 16))  # oneDNN's, about
-    return heads * (2 * width + shape.head_width) * size + scores + stack + scratch + 2 * told_bytes(shape, keys)
+    return heads * (2 * width + shape.head_width) * size + scores + stack + scratch + told_bytes(shape, keys)

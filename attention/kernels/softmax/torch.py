@@ -167,7 +167,7 @@ def edge(shape: HeadShape) -> int:
 
 def dense_bytes(shape: HeadShape, queries: int, keys: int, asking: int | None = None) -> int:
     """`Softmax.dense_bytes`."""
-    return _workspace_bytes(shape, queries, DENSE_ROWS, keys, asking=asking) + 2 * told_bytes(shape, keys)
+    return _workspace_bytes(shape, queries, DENSE_ROWS, keys, asking=asking) + told_bytes(shape, keys)
 
 
 def band_bytes(shape: HeadShape, queries: int, keys: int, before: int, ahead: int, free: int) -> int:
@@ -177,7 +177,10 @@ def band_bytes(shape: HeadShape, queries: int, keys: int, before: int, ahead: in
     fitting = columns(shape.query_heads, shape.itemsize, ROWS) // (wide + free)
     early = max(0, before + free - (keys - queries)) + ROWS - 1  # queries of blocks that reach before the first key
     whole = (queries - early // ROWS * ROWS - ahead) // ROWS  # blocks whose keys all lie within the sequence
-    told = 2 * told_bytes(shape, free + min(keys, before + queries))
+    old = min(max(0, keys - queries - free), before)
+    told = told_bytes(shape, min(free, keys) + old + queries)
+    if shape.kv is not None and old:  # what a chunk's keys were put together in is gone once they are told
+        told -= 2 * (old + queries) * shape.kept_bytes
     return told + _workspace_bytes(shape, queries, ROWS, seen, gathered=True, together=max(1, min(fitting, whole)), free=free)
 
 
@@ -195,7 +198,7 @@ def pattern_bytes(shape: HeadShape, queries: int, seen: Seen) -> int:
         wide = max(shape.itemsize, 4) if piece < tokens else 0  # of sums over several pieces
         sums = max(sums, rows * ((2 * shape.head_width + 1) * shape.itemsize + (shape.head_width + 1) * wide))
     answers = queries * shape.query_heads * shape.head_width * shape.itemsize
-    return answers + gathered + copied + scores + sums + _scratch_bytes(shape) + 2 * told_bytes(shape, keys)
+    return answers + gathered + copied + scores + sums + _scratch_bytes(shape) + told_bytes(shape, keys)
 
 
 def _workspace_bytes(
