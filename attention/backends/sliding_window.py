@@ -64,7 +64,7 @@ class SlidingWindow(AttentionBackend):
         near = self.ring.in_order(state, k, v, base, past)
         self.ring.write(state, k, v, past)
         first = history.read(state, sinks, k.shape[1])
-        return self.softmax.band(q, near, first, past - base, self.options.window, 0, out)
+        yield from self.softmax.band(q, near, first, past - base, self.options.window, 0, out)
 
     def step(
         self, q: Tensor, k: Tensor, v: Tensor, past: Sequence[int], states: Sequence[dict[str, Tensor]], out: Tensor

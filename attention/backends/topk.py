@@ -239,8 +239,9 @@ class TopK(AttentionBackend):
         choosing = self.softmax.chosen_bytes(shape, rows, self.blocks, candidates) if candidates else 0
         answer = queries * shape.query_heads * shape.head_width * shape.itemsize
         if queries == 1:
-            runs = 2 if options.sinks and keys - 1 - options.window > options.sinks else 1
-            near = self.softmax.step_bytes(shape, self._seen(keys - 1), runs, logs=True)
+            is_behind = keys - 1 - options.window > options.sinks
+            seen, runs = (self._seen(keys - 1), 2 if options.sinks else 1) if is_behind else (history.whole(keys), 1)
+            near = self.softmax.step_bytes(shape, seen, runs, logs=True)
         else:
             near = self.softmax.band_bytes(shape, queries, keys, options.window, 0, options.sinks)
         bounds = 2 * (queries // options.block) * shape.key_value_heads * shape.head_width * shape.itemsize

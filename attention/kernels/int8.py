@@ -37,7 +37,7 @@ from attention.parts import spread
 from attention.shapes import SCALE_BYTES, HeadShape
 
 MOST = 127  # the largest number; -128 has no counterpart
-ROWS = 32  # tokens that are looked at together in torch: what stands between stays small
+TOGETHER = 1 << 18  # elements that are looked at together in torch: what stands between stays small
 
 
 class Rounding(ctypes.Structure):
@@ -57,7 +57,7 @@ def quantize(k: Tensor, v: Tensor, impl: str) -> tuple[Tensor, Tensor]:
         KERNEL.call("quantize", _rounding(*view(k), *view(v), *room(out), k.dtype == torch.float32), threads())
     else:
         for x, into in ((k, out[0]), (v, out[1])):
-            for first, last in spread(0, len(x), ROWS):
+            for first, last in spread(0, len(x), _rows(x)):
                 round_off(x[first:last], into[first:last])
     return out[0], out[1]
 
@@ -73,12 +73,12 @@ def round_off(x: Tensor, out: Tensor) -> None:
 
 
 def dequantize(kept: Tensor, dtype: torch.dtype) -> Tensor:
-    """What is told by keys or values (N, G, D + 4) in 8 bits, tight (N, G, D) in a dtype; others are left as they are."""
+    """What is told by keys or values (N, ..., D + 4) in 8 bits, tight (N, ..., D) in a dtype; others are left as they are."""
     if kept.dtype != torch.int8:
         return kept
     width = kept.shape[-1] - SCALE_BYTES
     out = torch.empty(*kept.shape[:-1], width, dtype=dtype, device=kept.device)
-    for first, last in spread(0, len(kept), ROWS):
+    for first, last in spread(0, len(kept), _rows(out)):
         part = kept[first:last]
         out[first:last] = part[..., :width] * part[..., width:].view(torch.float32).to(
             torch.promote_types(dtype, torch.float32)
@@ -91,4 +91,9 @@ def told_bytes(shape: HeadShape, keys: int) -> int:
     if shape.kv is None:
         return 0
     width = shape.key_value_heads * shape.head_width
-    return 2 * keys * width * shape.itemsize + min(keys, ROWS) * width * 8  # on the way to them
+    return 2 * keys * width * shape.itemsize + min(keys * width, TOGETHER) * 8  # on the way to them
+
+
+def _rows(x: Tensor) -> int:
+    """Rows of x that are looked at together."""
+    return max(1, TOGETHER // math.prod(x.shape[1:]))

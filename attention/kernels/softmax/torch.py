@@ -179,8 +179,6 @@ def band_bytes(shape: HeadShape, queries: int, keys: int, before: int, ahead: in
     whole = (queries - early // ROWS * ROWS - ahead) // ROWS  # blocks whose keys all lie within the sequence
     old = min(max(0, keys - queries - free), before)
     told = told_bytes(shape, min(free, keys) + old + queries)
-    if shape.kv is not None and old:  # what a chunk's keys were put together in is gone once they are told
-        told -= 2 * (old + queries) * shape.kept_bytes
     return told + _workspace_bytes(shape, queries, ROWS, seen, gathered=True, together=max(1, min(fitting, whole)), free=free)
 
 
