@@ -15,6 +15,7 @@ from attention.interface import AttentionBackend, BackendOptions
 from attention.kernels.library import gather_team
 from attention.layered import LAYERED, NATIVE, Layered, Native, layers_of, shares
 from attention.parts import result
+from attention.passage import Passage
 from attention.pool import PoolExhausted, StatePool, StateTensor
 from attention.shapes import Cost, HeadShape, Segments
 from attention.whole import whole
@@ -26,6 +27,7 @@ __all__ = [
     "BackendOptions",
     "Cost",
     "HeadShape",
+    "Passage",
     "PoolExhausted",
     "Segments",
     "StatePool",

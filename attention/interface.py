@@ -29,6 +29,7 @@ from torch import Tensor
 
 from attention import steps
 from attention.kernels import int8
+from attention.kernels.library import Told
 from attention.parts import Parts, finish
 from attention.pool import StatePool, StateTensor
 from attention.shapes import MOST_TOKENS, Cost, HeadShape, Segments
@@ -193,6 +194,13 @@ class AttentionBackend(ABC):
         """Append one token to each of many sequences: q (B, H, D), one `past` and one state per sequence."""
         for i, state in enumerate(states):
             finish(self.extend_sequence(q[i : i + 1], k[i : i + 1], v[i : i + 1], past[i], state, out[i : i + 1]))
+
+    def told(self, past: Sequence[int], states: Sequence[dict[str, Tensor]]) -> Told | None:
+        """What answers `step` at each of the backend's layers from C, for one token of each of many sequences.
+
+        states: as of `state`, each tensor (layers, ...). None: the step of this backend, or this step, is not all in C.
+        """
+        return None
 
     @abstractmethod
     def state(self, max_tokens: int) -> dict[str, StateTensor]:

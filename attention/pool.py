@@ -66,6 +66,8 @@ class Undo:
 
     def forget(self) -> None:
         """All that is kept is of no use any more."""
+        if not self._kept:
+            return
         self._spare += [before for kept in self._kept.values() for _, before in reversed(kept)]
         self._kept.clear()
 
@@ -83,6 +85,7 @@ class _Slot:
     views: list[dict[str, Tensor]]  # of each layer, made once, since a decode step asks for many
     held: list[int]  # tokens in the state of each layer, or UNDEFINED
     undo: list[Undo]  # of each layer
+    nbytes: int
     least: list[int]  # tokens that each layer's state can be taken back to
 
 
@@ -177,13 +180,17 @@ class StatePool:
 
     def release(self, slot: int) -> None:
         """Give a slot's bytes back. Raises KeyError for a slot that is not in use."""
-        self.bytes_in_use -= self.slot_bytes(self._slots.pop(slot).max_tokens)
+        self.bytes_in_use -= self._slots.pop(slot).nbytes
 
     def tensors(self, slot: int) -> dict[str, Tensor]:
         """The state tensors of a slot, each (layers, ...); those of a second backend are named with its first layer, `k.1`."""
         first, *others = self._slots[slot].tensors
         named = zip(others, list(self._layers_of.values())[1:], strict=True)
         return first | {f"{name}.{layers[0]}": tensor for each, layers in named for name, tensor in each.items()}
+
+    def bytes_of(self, slots: Sequence[int]) -> int:
+        """Bytes that slots take."""
+        return sum(self._slots[slot].nbytes for slot in slots)
 
     def pretend(self, slot: int, tokens: int) -> None:
         """Take what stands in a slot for the state of so many tokens, at every layer: for measurements."""
@@ -206,24 +213,34 @@ class StatePool:
                 or one whose state is not that of `past` tokens. Nothing is taken then.
         """
         self.backend(layer)
-        if len(set(slots)) != len(segments.lengths) or len(slots) != len(segments.lengths):
-            raise ValueError(f"slots must name {len(segments.lengths)} slots, one per sequence, received {tuple(slots)}")
-        taken = []
-        for slot, length, past in zip(slots, segments.lengths, segments.past, strict=True):
-            entry = self._slots.get(slot)
-            if entry is None or past + length > entry.max_tokens or entry.held[layer] != past:
-                raise ValueError(_why_not(slot, entry, layer, length, past))
-            taken.append(entry)
-        for entry in taken:
-            entry.held[layer] = UNDEFINED
-            entry.undo[layer].forget()
-        return [entry.views[layer] for entry in taken]
+        return [entry.views[layer] for entry in self._taken(slots, (layer,), segments)]
+
+    def take_whole(self, slots: Sequence[int], segments: Segments) -> None:
+        """`take` at every layer."""
+        self._taken(slots, range(len(self.backends)), segments)
+
+    def stacked(self, slots: Sequence[int]) -> list[tuple[AttentionBackend, list[int], list[dict[str, Tensor]]]]:
+        """Each backend, its layers, and the state of each slot at all of these, every tensor (layers, ...).
+
+        Raises ValueError for a slot that is not in use.
+        """
+        if strange := [slot for slot in slots if slot not in self._slots]:
+            raise ValueError(f"slot {strange[0]} is not in use")
+        entries = [self._slots[slot] for slot in slots]
+        layers = enumerate(self._layers_of.items())
+        return [(backend, own, [entry.tensors[at] for entry in entries]) for at, (backend, own) in layers]
 
     def settle(self, slots: Sequence[int], layer: int, segments: Segments, by_steps: bool = False) -> None:
         """Note that slots that were taken hold the new tokens, too, and whether those can be taken back."""
         for slot, length, past in zip(slots, segments.lengths, segments.past, strict=True):
             entry = self._slots[slot]
             entry.held[layer], entry.least[layer] = past + length, past + (1 if by_steps else length)
+
+    def settle_whole(self, slots: Sequence[int], segments: Segments) -> None:
+        """`settle` at every layer."""
+        for slot, length, past in zip(slots, segments.lengths, segments.past, strict=True):
+            entry = self._slots[slot]
+            entry.held[:] = entry.least[:] = [past + length] * len(self.backends)
 
     def undo(self, slots: Sequence[int], layer: int) -> list[Undo]:
         """Where is kept what further tokens of each slot write over at one layer."""
@@ -253,6 +270,25 @@ class StatePool:
         layers = self._layers_of.items()
         return sum(len(own) * backend.undo_bytes(max_tokens, count) for backend, own in layers)
 
+    def _taken(self, slots: Sequence[int], layers: Sequence[int], segments: Segments) -> list[_Slot]:
+        """Slots that are taken at some layers, see `take`."""
+        if len(set(slots)) != len(segments.lengths) or len(slots) != len(segments.lengths):
+            raise ValueError(f"slots must name {len(segments.lengths)} slots, one per sequence, received {tuple(slots)}")
+        taken = []
+        for slot, length, past in zip(slots, segments.lengths, segments.past, strict=True):
+            entry = self._slots.get(slot)
+            wrong = (
+                layers if entry is None or past + length > entry.max_tokens else [n for n in layers if entry.held[n] != past]
+            )
+            if entry is None or wrong:
+                raise ValueError(_why_not(slot, entry, wrong[0], length, past))
+            taken.append(entry)
+        for entry in taken:
+            for layer in layers:
+                entry.held[layer] = UNDEFINED
+                entry.undo[layer].forget()
+        return taken
+
     def __len__(self) -> int:
         return len(self._slots)
 
@@ -265,9 +301,9 @@ class StatePool:
         for each, layers in zip(tensors, self._layers_of.values(), strict=True):
             for at, layer in enumerate(layers):
                 views[layer] = {name: tensor[at] for name, tensor in each.items()}
-        slot, self._next = self._next, self._next + 1
-        self._slots[slot] = _Slot(max_tokens, tensors, views, held, [Undo() for _ in views], list(held))
-        self.bytes_in_use += self.slot_bytes(max_tokens)
+        slot, self._next, size = self._next, self._next + 1, self.slot_bytes(max_tokens)
+        self._slots[slot] = _Slot(max_tokens, tensors, views, held, [Undo() for _ in views], size, list(held))
+        self.bytes_in_use += size
         return slot
 
 

@@ -285,9 +285,9 @@ def most_replicas_on(node: Mapping[str, float], section: Mapping[str, Any]) -> i
 
 
 def _listen_on_the_node_only() -> None:
-    """Have Serve's replica listen for calls of other deployments at its node's address instead of on every interface.
+    """Have Serve's replica listen for calls at its node's address instead of on every interface.
 
-    There is no setting for it, and no deployment here calls another.
+    There is no setting for it. Its callers are Serve's proxies, and only where RAY_SERVE_PROXY_USE_GRPC says so.
     """
     bind = serve_replica.add_port_to_grpc_server
     serve_replica.add_port_to_grpc_server = lambda server, _: bind(server, build_address(ray.util.get_node_ip_address(), 0))

@@ -138,7 +138,10 @@ def _changes(file: ServeFile, address: Mapping[str, Any], deployed: Mapping[str,
 def _meant(told: Mapping[str, Any]) -> dict[str, Any]:
     """A deployed section with the defaults that whoever deployed it has left out."""
     section = ApplicationSection.model_validate({key: told[key] for key in RESTARTING if key in told})
-    return {**told, **section.model_dump(mode="json", include=set(RESTARTING), exclude_none=True)}
+    (deployment,) = told.get("deployments") or [{}]
+    user = UserConfig.model_validate(deployment.get("user_config") or {}).model_dump(mode="json", exclude_none=True)
+    plain = section.model_dump(mode="json", include=set(RESTARTING), exclude_none=True)
+    return {**told, **plain, "deployments": [{**deployment, "user_config": user}]}
 
 
 def _switched(application: ApplicationSection) -> list[dict[str, Any]]:

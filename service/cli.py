@@ -125,12 +125,16 @@ def _serve(path: Path) -> int:
             _catch(handle)  # again, for Ray sets handlers of its own
             try:
                 cluster.deploy(file)
-                if cluster.wait_until_running(file, stopped):
-                    _announce(file, time.monotonic() - began)
-                    stopped.wait()
-                    _drain(file)
+                if not cluster.wait_until_running(file, stopped):
+                    return 0
+                _announce(file, time.monotonic() - began)
             except (cluster.DeployFailed, Refused) as error:
                 raise Refused(f"the service did not start: {error} (Ray's logs are in {logs})") from error
+            ways = cluster.ways_to_end(file)
+            lives = cluster.outlived(stopped)
+            _drain(file, ways)
+            if not lives:
+                raise Refused(f"Ray's store (GCS) has died, and all of Ray with it (its logs are in {logs})")
     except KeyboardInterrupt:
         _tell("ended at once")
     return 0
@@ -218,13 +222,13 @@ def _wait_until_ready(base: str, application: ApplicationSection) -> None:
     raise Refused(f"it runs but is not ready: {last}")
 
 
-def _drain(file: ServeFile) -> None:
+def _drain(file: ServeFile, ways: Sequence[Any]) -> None:
     """Let every replica finish what runs, then every proxy what its callers have not read yet."""
     from service import cluster
 
     seconds = max(application.args.drain_seconds for application in file.applications)
     _tell(f"draining, at most {seconds:.0f} s; Ctrl-C again ends at once")
-    for fault in [*cluster.drain(file, seconds), *cluster.hang_up()]:
+    for fault in [*cluster.drain(file, seconds), *cluster.hang_up(ways)]:
         _tell(f"longserve serve: {fault}")
 
 

@@ -2,7 +2,8 @@
 
 Beside `app.py` and `router.py` the only module that imports Ray. Two calls go through Serve's client, which is private:
 `deploy_apps`, the call behind `serve run config.yaml` (the public `serve.run` would replace replicas when only the switch has
-changed), and `get_serve_details`, the one behind `serve status`. A handle's `_init`, which says where it runs, is private, too.
+changed), and `get_serve_details`, the one behind `serve status`. Two more things are private: a handle's `_init`, which says
+where it runs, and which of Ray's processes is its store.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -31,7 +32,12 @@ ENVIRONMENT = {
     "RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS": "1",
     "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "service.http.proxy:middlewares",  # what stands around Serve's proxy
     "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",  # a line per request to a process that counts it; `/metrics` has what it counts
+    "RAY_gcs_rpc_server_reconnect_timeout_s": "600",  # Ray's minute may be too short for what runs when its store has died
     "RAY_SERVE_LOG_TO_STDERR": "0",  # Serve's own lines stay in its files; ours are on stderr
+    # From Serve's proxy to a replica over a connection, not through Ray's object store. It ends with the replica's process, but
+    # for minutes not with the machine below it, so on several machines it stays off. An answer may be longer than gRPC's 4 MiB.
+    "RAY_SERVE_PROXY_USE_GRPC": "1",
+    "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": str(2**31 - 1),
 }
 HAPROXY_FILES = {  # Ray's own are in /tmp/haproxy-serve, with a socket that lets any user of the machine steer HAProxy
     "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": "haproxy.cfg",
@@ -43,6 +49,7 @@ os.environ.update({name: value for name, value in ENVIRONMENT.items() if name no
 
 import ray  # noqa: E402
 from ray import serve  # noqa: E402
+from ray._private.ray_constants import PROCESS_TYPE_GCS_SERVER  # noqa: E402
 from ray.exceptions import RayError, RayTaskError  # noqa: E402
 from ray.serve._private.constants import RAY_SERVE_ENABLE_HA_PROXY  # noqa: E402
 from ray.serve.exceptions import RayServeException  # noqa: E402
@@ -153,6 +160,19 @@ def wait_until_running(file: ServeFile, stopped: Stopped | None = None) -> bool:
     return False
 
 
+def outlived(stopped: Stopped) -> bool:
+    """True when `stopped` is set; False when Ray's store dies before: nothing can be started without it, so all has to end."""
+    while not stopped.wait(POLL_SECONDS):
+        if not _store_lives():
+            return False
+    return True
+
+
+def _store_lives() -> bool:
+    (store,) = ray._private.worker._global_node.all_processes[PROCESS_TYPE_GCS_SERVER]
+    return store.process.poll() is None
+
+
 def _reason(application: Any) -> str:
     """The last line of the replica's traceback, which is what was raised; else all there is."""
     told = "\n".join([application.message, *(each.message for each in application.deployments.values())])
@@ -244,17 +264,27 @@ def drain(file: ServeFile, seconds: float) -> list[str]:
     return faults
 
 
-def hang_up() -> list[str]:
+def ways_to_end(file: ServeFile) -> list[Any]:
+    """Have at hand what ends the service in order: without Ray's store, which may die, none of it could be found.
+
+    The applications' handles, which know their replicas from now on, are kept here; the proxies, as of now, are returned.
+    """
+    for application in file.applications:
+        _handle(application)
+    try:
+        return _proxies()
+    except (RayError, RayServeException, ValueError):  # one is just being replaced: it will be ended with the rest
+        return []
+
+
+def hang_up(known: Sequence[Any]) -> list[str]:
     """Have Serve's proxies end when they have answered what came to them. Returns what went wrong, a line each.
 
-    HAProxy is ended with the rest: it hangs up by itself.
+    `known`: those to tell where Ray's store has died.
     """
-    if RAY_SERVE_ENABLE_HA_PROXY:
-        return []
     deadline = time.monotonic() + END_SECONDS
     try:
-        names = [proxy["actor_name"] for proxy in _details()["proxies"].values()]
-        waiting = [ray.get_actor(name, namespace=SERVE_NAMESPACE) for name in names]
+        waiting = _proxies() if _store_lives() else known
         while waiting and time.monotonic() < deadline:
             done = ray.get([proxy.__ray_call__.remote(front.hang_up) for proxy in waiting], timeout=END_SECONDS)
             waiting = [proxy for proxy, is_done in zip(waiting, done, strict=True) if not is_done]
@@ -262,6 +292,14 @@ def hang_up() -> list[str]:
     except (RayError, RayServeException, TimeoutError, ValueError) as error:
         return [f"the proxy has not hung up: {error}"]
     return [f"callers of {len(waiting)} proxies do not read their answers"] * bool(waiting)
+
+
+def _proxies() -> list[Any]:
+    """Serve's, as actors. HAProxy is none: it is ended with the rest, and hangs up by itself."""
+    if RAY_SERVE_ENABLE_HA_PROXY:
+        return []
+    names = [proxy["actor_name"] for proxy in _details()["proxies"].values()]
+    return [ray.get_actor(name, namespace=SERVE_NAMESPACE) for name in names]
 
 
 def _ask(application: ApplicationSection, method: str) -> Any:

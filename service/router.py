@@ -35,21 +35,33 @@ class LeastWork(RequestRouter):  # type: ignore[misc]
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
     ) -> list[list[RunningReplica]]:
-        home = None
+        headers = {} if pending_request is None else headers_of(pending_request)
         if pending_request is not None:
             pending_request.routing_context.should_backoff = True  # when none of them takes it
-            home = self._homes.find(marks_of(headers_of(pending_request)))
         self._sent = {each.replica_id: self._sent.get(each.replica_id) or Sent() for each in candidate_replicas}
         for sent in self._sent.values():
             sent.keep(tickets.TICKETS)  # by its module: Serve pickles this class with all that it names, but for modules
-        return [[each] for each in by_work(candidate_replicas, self._sent, home)]
+        self._take_back(headers)  # it was refused, and is asked about again
+        ranked = by_work(candidate_replicas, self._sent, self._homes.find(marks_of(headers)))
+        self._count(headers, ranked[0].replica_id)  # now, for the next of a burst comes before any replica has taken one
+        return [[each] for each in ranked]
 
     def on_request_routed(self, pending_request: PendingRequest, replica_id: ReplicaID, result: ReplicaResult) -> None:
         headers = headers_of(pending_request)
-        ticket, sent = headers.get(tickets.HEADER, b"").decode(), self._sent.get(replica_id)
+        self._take_back(headers)  # from the first, where that had no room
+        self._count(headers, replica_id)
+
+    def _count(self, headers: Head, replica_id: ReplicaID) -> None:
+        """A call is a replica's."""
+        ticket, sent = ticket_of(headers), self._sent.get(replica_id)
         if ticket and sent is not None:
             self._homes.note(marks_of(headers), replica_id)
             sent.add(ticket, body_bytes(headers) // TOKEN_BYTES + 1)
+
+    def _take_back(self, headers: Head) -> None:
+        """It is nobody's."""
+        for sent in self._sent.values():
+            sent.calls.pop(ticket_of(headers), None)
 
 
 def by_work(
@@ -78,6 +90,11 @@ def headers_of(pending_request: PendingRequest) -> Head:
     if not pending_request.args or not isinstance(pending_request.args[0], bytes):
         return {}
     return dict(pickle.loads(pending_request.args[0]).asgi_scope["headers"])  # packed by the proxy that this runs in
+
+
+def ticket_of(headers: Head) -> str:
+    """Empty where it has none."""
+    return headers.get(tickets.HEADER, b"").decode()
 
 
 def marks_of(headers: Head) -> list[bytes]:

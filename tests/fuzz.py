@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional
 
-from attention import NATIVE, AttentionBackend, HeadShape, Segments, build, names, shares
+from attention import NATIVE, AttentionBackend, HeadShape, Passage, Segments, build, names, shares
 from attention.kernels import int8
 from attention.kernels.features import native as features
 from attention.kernels.softmax import native as softmax
@@ -348,6 +348,52 @@ def test_a_layer_in_a_decode_step_answers_like_its_slow_reading_or_refuses(
         assert float((found.double() - wanted.double()).abs().max()) <= 2**-5 * max(1.0, float(wanted.abs().max()))
     found, wanted = block.packed.output(x, answer), block.output(x, answer)
     assert float((found.double() - wanted.double()).abs().max()) <= 2**-5 * max(1.0, float(wanted.abs().max()))
+
+
+@generated(0.1)
+@given(
+    st.lists(st.sampled_from((0, 1, 15, 16, 63, 64, 255, 256, 257, 600)), min_size=1, max_size=4),
+    st.sampled_from(((1, 1, 64), (4, 2, 64), (2, 1, 128), (2, 2, 32), (4, 2, 96))),
+    st.sampled_from(("dense", "sliding_window", "chunked", "bigbird")),
+    st.sampled_from(("auto", "int8", "int4")),
+    st.sampled_from(("none", "none", "none", "rows", "layers", "turns", "full", "width", "nobody")),
+)
+@torch.inference_mode()
+def test_a_step_through_layers_answers_as_one_by_one_or_refuses(
+    past: list[int], shape: tuple[int, int, int], name: str, weights: str, wrong: str
+) -> None:
+    note((past, shape, name, weights, wrong))
+    block = decoder(64, 128, shape, weights)
+    if block.packed is None:
+        return
+    stack, rows = layer.PackedStack([block.packed] * 2), len(past)
+    backend = build(name, {"block": 16} if name == "bigbird" else {}, HeadShape(*shape, torch.bfloat16))
+    pool, generator = backend.new_pool(2, 1 << 40), torch.Generator().manual_seed(rows)
+    both = [[pool.allocate(max(1, count + (wrong != "full"))) for count in past] for _ in range(2)]
+    for slots in both:
+        for slot, count in zip(slots, past, strict=True):
+            for tensor in pool.tensors(slot).values():
+                tensor.copy_(torch.randn(tensor.shape, generator=torch.Generator().manual_seed(count)))
+            pool.pretend(slot, count)
+    segments = Segments((1,) * rows, tuple(past))
+    x, cos, sin = (torch.randn(rows, 1, width, generator=generator).bfloat16() for width in (64, shape[2], shape[2]))
+    x, turns, passage = x[:, 0], (cos, sin), Passage.of(pool, both[0], segments)
+    assert passage is not None
+    if wrong != "none" and not (wrong == "full" and not any(past)):
+        if wrong == "layers":
+            passage.at = [(*passage.at[0][:2], 2)] * 2
+        if wrong == "nobody":
+            passage.at = [(0, *passage.at[0][1:])] * 2
+        stream = {"rows": x[1:], "width": x[:, :32]}.get(wrong, x).clone()
+        with pytest.raises((RuntimeError, ValueError), match=r"cannot take|holds at most"):
+            list(stack.passing(stream, [(cos[1:] if wrong == "turns" else cos, sin)] * 2, passage))
+        return
+    stream = x.clone()
+    list(stack.passing(stream, [turns] * 2, passage))
+    for number in range(2):
+        answer = backend.extend(*block.packed.question(x, turns), segments, pool, number, both[1])
+        x = block.packed.output(x, answer)
+    assert torch.equal(stream, x)
 
 
 def decoder(width: int, inner: int, shape: tuple[int, int, int], weights: str) -> Layer:

@@ -16,12 +16,12 @@ from service.config import IMPORT_PATH, ApplicationSection, ServeFile
 def test_a_service_drains_although_nobody_reads_its_output(monkeypatch: pytest.MonkeyPatch) -> None:
     drained: list[float] = []
     monkeypatch.setattr(cluster, "drain", lambda file, seconds: drained.append(seconds) or [])
-    monkeypatch.setattr(cluster, "hang_up", lambda: ["a proxy that has not hung up"])
+    monkeypatch.setattr(cluster, "hang_up", lambda known: ["a proxy that has not hung up"])
     end, unread = os.pipe()
     os.close(end)
     monkeypatch.setattr(sys, "stdout", os.fdopen(unread, "w"))
     file = ServeFile(applications=[ApplicationSection()])
-    cli._drain(file)
+    cli._drain(file, [])
     assert drained == [30.0]
     print("more", flush=True)  # as the interpreter flushes at its end
 
@@ -38,6 +38,17 @@ def test_a_default_that_was_not_written_out_at_the_deployment_is_no_difference()
     for told, restarting in ((deployed(dtype="auto"), []), (deployed(threads=2), ["applications.0.args.threads"])):
         changes = apply._changes(ServeFile(applications=[ApplicationSection()]), ADDRESS, told)
         assert [change.key for change in changes if change.restarts] == restarting
+
+
+def test_a_default_that_the_switch_left_out_is_no_difference() -> None:
+    for was, changed in (("dense", []), ("performer", ["default"])):
+        backends: dict[str, Any] = {"dense": {}, "performer": {}}
+        there, file = ({"attention": {"default": name, "backends": backends}} for name in (was, "dense"))
+        told = {"longserve": deployed()["longserve"] | {"deployments": [{"name": "longserve", "user_config": there}]}}
+        wanted = ApplicationSection.model_validate({"deployments": [{"name": "longserve", "user_config": file}]})
+        changes = apply._changes(ServeFile(applications=[wanted]), ADDRESS, told)
+        keys = [change.key.partition("attention.") for change in changes]
+        assert [key for _, found, key in keys if found] == changed
 
 
 def test_an_applied_file_leaves_the_args_as_they_came(monkeypatch: pytest.MonkeyPatch) -> None:

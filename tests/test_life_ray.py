@@ -105,6 +105,20 @@ def test_a_second_signal_ends_at_once(tmp_path: Path, scratch: Path) -> None:
     assert list(scratch.glob("longserve-*")) == []  # one of Ray's processes may still make Ray's own default folder as it dies
 
 
+def test_when_rays_store_dies_what_runs_is_answered_and_the_service_ends(tmp_path: Path, scratch: Path) -> None:
+    """Ray itself would go on for a while and then end all of its processes in one moment."""
+    with serving(tmp_path / "one.yaml", drains_soon, env=using(scratch)) as service:
+        below = descendants(service.process.pid)
+        (store,) = [pid for pid in below if "gcs_server" in Path(f"/proc/{pid}/cmdline").read_text().partition("\0")[0]]
+        with streaming(service, tokens=600) as stream:
+            os.kill(store, signal.SIGKILL)
+            assert eventually(lambda: any("draining" in line for line in service.lines))
+            assert stream.result().events[-1] == "[DONE]"
+        assert service.process.wait(ENDED_SECONDS + 20) == 1  # Ray looks for its store a while longer
+        assert any("Ray's store" in line for line in service.lines)
+        assert are_gone(below)
+
+
 @pytest.mark.parametrize("who", ["parent", "child"])
 def test_who_is_killed_leaves_no_orphans(who: str, tmp_path: Path) -> None:
     with serving(tmp_path / "one.yaml", drains_soon) as service:

@@ -5,17 +5,22 @@ A real `longserve serve` under a prefix, so that the proxy itself answers what l
 
 from __future__ import annotations
 
+import concurrent.futures
+import contextlib
 import json
+import os
+import signal
 import socket
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
 
 from tests.http.client import Client, Reply, eventually
-from tests.serving import serving
+from tests.serving import Service, descendants, serving
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
@@ -23,7 +28,7 @@ PREFIX = "/lm"
 
 
 @pytest.fixture(scope="module")
-def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
+def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     def prefixed(data: Any) -> None:
         application = data["applications"][0]
         application["route_prefix"] = PREFIX
@@ -104,6 +109,12 @@ def test_what_is_no_request_and_what_is_no_text_are_400s(service: Client) -> Non
     assert raw(service, head.encode("latin-1")).status == 400
 
 
+def test_an_answer_of_many_megabytes_passes_the_proxy_whole(service: Client) -> None:
+    word, times = "return ", 1_000_000
+    tokens = service.post(f"{PREFIX}/tokenize", {"prompt": word, "add_special_tokens": False}).json["tokens"]
+    assert service.post(f"{PREFIX}/detokenize", {"tokens": tokens * times}).json["prompt"] == word * times
+
+
 def test_head_and_options_pass_the_proxy(service: Client) -> None:
     assert (service.send("HEAD", f"{PREFIX}/health").status, service.send("HEAD", f"{PREFIX}/health").text) == (200, "")
     assert service.send("OPTIONS", f"{PREFIX}/v1/completions").headers["allow"] == "POST, OPTIONS"
@@ -111,3 +122,23 @@ def test_head_and_options_pass_the_proxy(service: Client) -> None:
 
 def test_a_packed_body_is_a_415(service: Client) -> None:
     assert service.post(f"{PREFIX}/v1/completions", {"prompt": "a"}, {"content-encoding": "gzip"}).status == 415
+
+
+def test_callers_of_a_replica_that_is_killed_are_told_so(service: Service) -> None:
+    """The last test of the module: the replica is another one after it."""
+    body = {"prompt": "import os", "max_tokens": 20_000, "ignore_eos": True}
+    with concurrent.futures.ThreadPoolExecutor(2) as callers:
+        answer, stream = (
+            callers.submit(service.post, f"{PREFIX}/v1/completions", body | {"stream": each}) for each in (False, True)
+        )
+        assert eventually(lambda: running(service) == 2)
+        (replica,) = [pid for pid in descendants(service.process.pid) if is_replica(pid)]
+        os.kill(replica, signal.SIGKILL)
+        assert (answer.result().status, answer.result().error["code"]) == (502, "replica_gone")
+        assert stream.result().events[-1]["error"]["code"] == "replica_gone"
+
+
+def is_replica(pid: int) -> bool:
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/cmdline").read_text().startswith("ray::ServeReplica")
+    return False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import pickle
 from collections import Counter
 from functools import partial
@@ -12,10 +13,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ray.serve._private.common import StreamingHTTPRequest
+from ray.serve.request_router import RequestRouter
 
 from service.engine.ahead import Ahead, together
+from service.http import tickets
 from service.http.tickets import Tickets
-from service.router import body_bytes, by_work, headers_of
+from service.router import LeastWork, body_bytes, by_work, headers_of
 from service.routing import MOST_NAMED, TOLD_SECONDS, UNHEARD_SECONDS, Homes, Sent, Told, tell
 
 LONG: Told = {"outstanding_seconds": 8.0, "token_seconds": 1e-3}
@@ -90,6 +93,34 @@ def test_a_burst_between_two_tellings_is_shared_out() -> None:
     for call in range(40):
         sent[first(told, sent)].add(str(call), 100)
     assert {len(each.calls) for each in sent.values()} == {10}
+
+
+def call(ticket: str) -> Any:
+    """A call by HTTP of 400 bytes, as Serve's router has it."""
+    headers = [(tickets.HEADER, ticket.encode()), (b"content-length", b"400")]
+    packed = pickle.dumps(StreamingHTTPRequest({"headers": headers}, proxy_actor_name="a"))
+    return SimpleNamespace(args=(packed,), routing_context=SimpleNamespace(should_backoff=False))
+
+
+def test_a_call_counts_from_when_it_is_sent_and_for_the_replica_that_takes_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before any replica has taken one of a burst, refused or not."""
+    underway = Tickets()
+    monkeypatch.setattr(tickets, "TICKETS", underway)
+    monkeypatch.setattr(RequestRouter, "__init__", lambda self: None)
+    router, replicas = LeastWork(), [SimpleNamespace(replica_id=name, routing_stats=SHORT) for name in "abcd"]
+    burst = {ticket: call(ticket) for ticket in (underway.issue() for _ in range(40))}
+
+    def send(each: Any) -> str:
+        (first, *_) = asyncio.run(router.choose_replicas(replicas, each))  # type: ignore[arg-type]
+        return str(first[0].replica_id)
+
+    counts = Counter(send(each) for each in burst.values())
+    assert set(counts.values()) == {10}
+    one = next(iter(burst))
+    send(burst[one])  # it was refused, and is asked about again
+    router.on_request_routed(burst[one], "d", None)  # type: ignore[arg-type]
+    assert [name for name, sent in router._sent.items() if one in sent.calls] == ["d"]
+    assert sum(len(sent.calls) for sent in router._sent.values()) == 40
 
 
 def test_replicas_that_have_told_nothing_yet_get_calls_in_turn() -> None:

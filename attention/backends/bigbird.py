@@ -21,6 +21,7 @@ from torch import Tensor
 from attention import history
 from attention.interface import MOST_SEED, AttentionBackend, BackendOptions
 from attention.kernels import implementation
+from attention.kernels.library import Told
 from attention.kernels.softmax import Runs
 from attention.parts import Parts
 from attention.pool import StateTensor
@@ -102,9 +103,16 @@ class BigBird(AttentionBackend):
         self, q: Tensor, k: Tensor, v: Tensor, past: Sequence[int], states: Sequence[dict[str, Tensor]], out: Tensor
     ) -> None:
         history.append_step(states, k, v, past)
-        runs = [self._runs(at, len(state["k"])) for at, state in zip(past, states, strict=True)]
-        counts = [sum(b - a for a, b in own) - own[-1][1] + at + 1 for at, own in zip(past, runs, strict=True)]
+        counts, runs = self._looks(past, [len(state["k"]) for state in states])
         self.softmax.step(q, states, counts, k.shape[1], out, runs=runs)
+
+    def told(self, past: Sequence[int], states: Sequence[dict[str, Tensor]]) -> Told | None:
+        return self.softmax.told(self.shape, states, past, *self._looks(past, [state["k"].shape[1] for state in states]))
+
+    def _looks(self, past: Sequence[int], kept: Sequence[int]) -> tuple[list[int], list[Runs]]:
+        """How many keys each sequence's next token sees in a state of `kept` keys, and the runs they stand in."""
+        runs = [self._runs(at, count) for at, count in zip(past, kept, strict=True)]
+        return [sum(b - a for a, b in own) - own[-1][1] + at + 1 for at, own in zip(past, runs, strict=True)], runs
 
     def _runs(self, position: int, kept: int) -> Runs:
         """The blocks that a token sees behind its past as runs of a state of `kept` keys; the last ends with its own block."""

@@ -15,6 +15,7 @@ from torch import Tensor
 from attention import history
 from attention.interface import AttentionBackend, BackendOptions
 from attention.kernels import implementation
+from attention.kernels.library import Told
 from attention.parts import Parts, spread
 from attention.pool import StateTensor
 from attention.shapes import MOST_TOKENS, Cost, HeadShape
@@ -62,6 +63,10 @@ class Chunked(AttentionBackend):
         places = [self.ring.place(at) for at in past]
         history.append_step(states, k, v, places)
         self.softmax.step(q, states, [at + 1 for at in places], k.shape[1], out)
+
+    def told(self, past: Sequence[int], states: Sequence[dict[str, Tensor]]) -> Told | None:
+        places = [self.ring.place(at) for at in past]
+        return self.softmax.told(self.shape, states, places, [at + 1 for at in places])
 
     def runway(self, past: int) -> int:
         return self.options.chunk - past % self.options.chunk

@@ -13,6 +13,7 @@ from torch import Tensor
 from attention import history
 from attention.interface import AttentionBackend, BackendOptions
 from attention.kernels import implementation
+from attention.kernels.library import Told
 from attention.parts import Parts
 from attention.pool import StateTensor
 from attention.shapes import Cost, HeadShape
@@ -54,6 +55,9 @@ class Dense(AttentionBackend):
     ) -> None:
         history.append_step(states, k, v, past)
         self.softmax.step(q, states, [at + 1 for at in past], k.shape[1], out)
+
+    def told(self, past: Sequence[int], states: Sequence[dict[str, Tensor]]) -> Told | None:
+        return self.softmax.told(self.shape, states, past, [at + 1 for at in past])
 
     @property
     def keeps_all(self) -> bool:

@@ -25,6 +25,7 @@ from attention import history
 from attention.history import Pair
 from attention.interface import AttentionBackend, BackendOptions
 from attention.kernels import implementation
+from attention.kernels.library import Told
 from attention.parts import Parts, spread
 from attention.pool import StateTensor
 from attention.shapes import MOST_TOKENS, Cost, HeadShape
@@ -154,6 +155,12 @@ class Distinct(AttentionBackend):
         held = [self._held(at) for at in past]
         history.put(states, k, v, held)
         self.softmax.step(q, states, [count + 1 for count in held], k.shape[1], out)
+
+    def told(self, past: Sequence[int], states: Sequence[dict[str, Tensor]]) -> Told | None:
+        if any(map(self._moves_on, past)):
+            return None
+        held = [self._held(at) for at in past]
+        return self.softmax.told(self.shape, states, held, [count + 1 for count in held])
 
     def _moves_on(self, position: int) -> bool:
         """Whether a block leaves the window before the token at a position comes."""

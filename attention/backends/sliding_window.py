@@ -17,6 +17,7 @@ from torch import Tensor
 from attention import history
 from attention.interface import AttentionBackend, BackendOptions
 from attention.kernels import implementation
+from attention.kernels.library import Told
 from attention.parts import Parts
 from attention.pool import StateTensor
 from attention.shapes import MOST_TOKENS, Cost, HeadShape
@@ -69,8 +70,16 @@ class SlidingWindow(AttentionBackend):
     def step(
         self, q: Tensor, k: Tensor, v: Tensor, past: Sequence[int], states: Sequence[dict[str, Tensor]], out: Tensor
     ) -> None:
-        history.put(states, k, v, [self.ring.place(at) for at in past])
-        self.softmax.step(q, states, [min(at + 1, self.ring.size) for at in past], k.shape[1], out)
+        places, counts = self._looks(past)
+        history.put(states, k, v, places)
+        self.softmax.step(q, states, counts, k.shape[1], out)
+
+    def told(self, past: Sequence[int], states: Sequence[dict[str, Tensor]]) -> Told | None:
+        return self.softmax.told(self.shape, states, *self._looks(past))
+
+    def _looks(self, past: Sequence[int]) -> tuple[list[int], list[int]]:
+        """Where each sequence's next token is put in its state, and how many of the keys there it then sees."""
+        return [self.ring.place(at) for at in past], [min(at + 1, self.ring.size) for at in past]
 
     def touched(self, state: dict[str, Tensor], position: int) -> Sequence[Tensor]:
         """Nothing until the ring is full, then the entry of the token that leaves it."""

@@ -53,3 +53,9 @@ static inline int is_tight(const View *x, int64_t size, int64_t rows, int64_t he
 static inline int is_room(const void *at, int64_t bytes, int64_t count, int64_t size) {
     return count == 0 || (at && bytes >= count * size);
 }
+
+/* Who answers one token of each sequence at one of the layers that a backend has, and puts its key
+ * and value into the sequence's state: q, out (B, H, D), k, v (B, G, D). `told` is of its own. By
+ * no threads nothing is touched, it is only said what is wrong. */
+typedef const char *(*Answer)(const void *told, int64_t layer, const View *q, const View *k,
+                              const View *v, char *out, int64_t out_bytes, int threads);

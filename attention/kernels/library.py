@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import importlib.machinery
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import count, takewhile
 from pathlib import Path
 from struct import Struct
@@ -25,6 +26,7 @@ FAR = 1 << 40  # a distance that binds nothing, as in given.h
 DTYPES = {torch.float32: 1, torch.bfloat16: 2}  # by the bits with which cpu.h names them
 VIEW = ("at", "size", "rows", "heads", "width", "row", "head", "element")  # a tensor, as in given.h
 POINTER, NUMBER, FLOAT, INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
+ROOM = (POINTER, NUMBER)  # tight memory: where it is, and its bytes
 Field = tuple[str, type]
 
 pack_view = Struct(f"{len(VIEW)}q").pack
@@ -79,6 +81,20 @@ def no_heads(shape: HeadShape) -> str:
         return ""
     limits = f"heads whose width is a multiple of 32 up to {WIDEST}, and at most {MOST_HEADS} of them"
     return f"{limits}; these are {shape.query_heads} of {shape.head_width}"
+
+
+@dataclass(frozen=True)
+class Told:
+    """Who answers a step at each of some layers, an `Answer` of given.h, what it is told, and what that points to."""
+
+    answer: int
+    call: bytes
+    kept: Sequence[object]
+
+    @property
+    def addresses(self) -> tuple[int, int]:
+        """Of the function, and of what it is told: for as long as this lives."""
+        return self.answer, ctypes.cast(ctypes.c_char_p(self.call), POINTER).value or 0
 
 
 def threads() -> int:
@@ -150,6 +166,10 @@ class Kernel:
         reason = getattr(found, function)(*arguments)
         if reason is not None:
             raise RuntimeError(f"the native kernel was given what it cannot take: {reason.decode()}")
+
+    def address(self, function: str) -> int:
+        """Where a function is, for another that calls it."""
+        return ctypes.cast(getattr(self.library(), function), POINTER).value or 0
 
     def _open(self) -> ctypes.CDLL | None:
         beside = (self.home / ("_native" + suffix) for suffix in importlib.machinery.EXTENSION_SUFFIXES)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 import attention
-from attention import AttentionBackend, Segments
+from attention import AttentionBackend, Passage, Segments
 from service.model import families
 from service.model.checkpoint import EMBEDDED, choose_dtype
 from service.model.transformer import Transformer
@@ -54,7 +54,8 @@ def bare(model: Transformer, backend: AttentionBackend, tokens: int, steps: int 
         segments = Segments((len(ids),), (start,))
         positions = torch.arange(start, start + len(ids))
         attend = lambda layer, q, k, v: backend.extend(q, k, v, segments, pool, layer, (slot,))  # noqa: E731
-        return model.hidden(ids, positions, attend, is_decode=len(ids) == 1)
+        passage = Passage.of(pool, (slot,), segments) if len(ids) == 1 else None
+        return model.hidden(ids, positions, attend, is_decode=len(ids) == 1, passage=passage)
 
     def decode(place: int) -> float:
         return _seconds(lambda: model.logits(extend(ids[:1], place)).argmax(-1).item())

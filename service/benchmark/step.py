@@ -21,7 +21,7 @@ from statistics import median
 
 import torch
 
-from attention import AttentionBackend, Segments
+from attention import AttentionBackend, Passage, Segments
 from service.benchmark.alone import answered, make_engine, make_request
 from service.benchmark.bare import BACKENDS, build, report
 from service.engine.observer import NullObserver, Step
@@ -91,7 +91,8 @@ def _alone(model: Transformer, backend: AttentionBackend, tokens: int) -> tuple[
     def step() -> torch.Tensor:
         pool.pretend(slot, tokens)
         attend = lambda layer, q, k, v: backend.extend(q, k, v, segments, pool, layer, (slot,))  # noqa: E731
-        return model.logits(model.hidden(ids, position, attend, is_decode=True))
+        passage = Passage.of(pool, (slot,), segments)
+        return model.logits(model.hidden(ids, position, attend, is_decode=True, passage=passage))
 
     bare, logits = _seconds(step), step()
     with _without_kernels():

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from attention import AttentionBackend, Segments, StatePool, shares, whole
+from attention import AttentionBackend, Passage, Segments, StatePool, shares, whole
 from service.config import AutoConfig, LookupConfig
 from service.engine.forecast import Attending, Course, Drift, Pace, Ramp, measure_attention
 from service.engine.profile import Profile
@@ -118,6 +118,10 @@ class Lane:
         `slots`: each sequence's state, which takes its new tokens in. `by_steps`: as so many decode steps would.
         """
         return self.pool.backends[layer].extending(*question, segments, self.pool, layer, slots, out, by_steps)
+
+    def passage(self, slots: Sequence[int], segments: Segments) -> Passage | None:
+        """What answers a decode step of these slots at all layers at once; None where it goes layer by layer."""
+        return Passage.of(self.pool, slots, segments)
 
     def take_back(self, slot: int, tokens: int) -> None:
         """Leave a state as if only the first `tokens` tokens were in it; those behind them were answered by steps."""

@@ -12,7 +12,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from attention import Segments
+from attention import Passage, Segments
 from service.engine.job import Job, Sequence
 from service.engine.meter import Meter, Metering, counting_seconds
 from service.engine.prefixes import Prefixes
@@ -109,7 +109,9 @@ class Runner:
         tokens, segments = array("i"), work.segments
         for member in work.members:
             tokens += member.tokens
-        hidden = yield from self.hidden(tokens, segments, work.answering, work.totals, self._types(work), work.kind == "decode")
+        is_decode, types = work.kind == "decode", self._types(work)
+        passage = work.passage(segments) if is_decode else None
+        hidden = yield from self.hidden(tokens, segments, work.answering, work.totals, types, is_decode, passage)
         if work.kind == "embed":
             self._pool(work, segments, hidden)
         else:
@@ -146,6 +148,7 @@ class Runner:
         totals: Iterable[int],
         types: Tensor | None = None,
         is_decode: bool = False,
+        passage: Passage | None = None,
     ) -> Generator[None, None, Tensor]:
         """Hidden states of packed tokens; pauses between the parts of each layer's attention, and behind each layer.
 
@@ -154,7 +157,7 @@ class Runner:
             answering: answers each layer's question for T rows.
             totals: tokens that each sequence may come to.
             types: int64 (rows,), see `Transformer.hidden`.
-            is_decode: whether each token is the next of a stream, likewise.
+            is_decode: whether each token is the next of a stream, likewise. passage: what then may answer all layers, likewise.
 
         Returns:
             (rows, C); what stands behind the first T is padding.
@@ -165,23 +168,23 @@ class Runner:
         positions = segments.positions(device)
         if padding:  # stands there as one more text
             positions = torch.cat((positions, torch.arange(padding, device=device) % self._model.config.max_length))
-        stages = self._model.stages(ids, positions, types, is_decode, self._totals(segments, totals, len(ids)))
-        question = next(stages)
+        stages = self._model.stages(
+            ids, positions, types, is_decode, self._totals(segments, totals, len(ids)), None if padding else passage
+        )
+        answer = None
         while True:
-            assert question is not None, "a layer begins with a question"
-            layer, q, k, v = question
-            answer = torch.zeros_like(q) if len(q) > count else torch.empty_like(q)  # padded rows get no answer
-            yield from answering(layer, (q[:count], k[:count], v[:count]), segments, answer[:count])
-            yield
-            del question, q, k, v  # the rest of the layer has no use for them
             try:
-                pause = stages.send(answer)
-                assert pause is None, "a layer ends with a pause"
-                del answer
-                yield
-                question = next(stages)
+                question = stages.send(answer)
             except StopIteration as end:
                 return cast(Tensor, end.value)
+            answer = None
+            if question is not None:
+                layer, q, k, v = question
+                answer = torch.zeros_like(q) if len(q) > count else torch.empty_like(q)  # padded rows get no answer
+                yield from answering(layer, (q[:count], k[:count], v[:count]), segments, answer[:count])
+                del q, k, v
+            del question  # the rest of the layer has no use for it
+            yield
 
     def _totals(self, segments: Segments, totals: Iterable[int], rows: int) -> Tensor | None:
         """As of `Transformer.hidden`; None where they make no difference."""

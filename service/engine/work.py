@@ -12,7 +12,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from attention import Segments
+from attention import Passage, Segments
 from service.engine.allowlist import Lane
 from service.engine.job import Job, Sequence
 from service.engine.meter import Meter
@@ -127,8 +127,11 @@ class Work:
 
     def answering(self, layer: int, question: tuple[Tensor, Tensor, Tensor], segments: Segments, out: Tensor) -> Iterator[None]:
         """Answer a layer's question for all members, see `Lane.answering`."""
-        slots = [member.sequence.slot for member in self.members if member.sequence.slot is not None]
-        return self.lane.answering(layer, question, segments, slots, out, self.kind == "decode")
+        return self.lane.answering(layer, question, segments, self._slots, out, self.kind == "decode")
+
+    def passage(self, segments: Segments) -> Passage | None:
+        """What answers a decode step's layers at once, see `Lane.passage`."""
+        return self.lane.passage(self._slots, segments)
 
     def take_back(self) -> None:
         """Leave the states of its members as if only what was right of their guesses had been read."""
@@ -139,6 +142,10 @@ class Work:
     def end(self, member: Member) -> int:
         """Tokens of a member's sequence that are in its state, now that the step has ended."""
         return member.end - len(member.guess) + self.right.get(member.sequence, 0)
+
+    @property
+    def _slots(self) -> list[int]:
+        return [member.sequence.slot for member in self.members if member.sequence.slot is not None]
 
     @property
     def _mean_end(self) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from attention import AttentionBackend, Segments
+from attention import AttentionBackend, Passage, Segments
 from service.model.transformer import Transformer
 
 
@@ -31,6 +31,7 @@ class Continuation:
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             return self._backend.extend(q, k, v, segments, self._pool, layer, [self._slot])
 
-        hidden = self._model.hidden(tokens, segments.positions(), attend, is_decode=is_decode)
+        passage = Passage.of(self._pool, [self._slot], segments) if is_decode else None
+        hidden = self._model.hidden(tokens, segments.positions(), attend, is_decode=is_decode, passage=passage)
         self.past += len(tokens)
         return self._model.logits(hidden[-1:])

@@ -8,19 +8,22 @@ where it can (`Transformer.pack`); no gradient passes here.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from array import array
+from collections.abc import Iterator, Sequence
 from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from attention import Passage
 from attention.kernels.library import (
     FLOAT,
     HERE,
     INT,
     NUMBER,
     POINTER,
+    ROOM,
     VIEW,
     WIDEST,
     Kernel,
@@ -36,6 +39,7 @@ from attention.kernels.library import (
 
 COLUMNS = 64  # rows of a matrix that are packed together, as in product.h
 TURNED = 16  # such blocks are packed at a time
+PART_BYTES = 64 << 20  # of weights and states that a decode step reads between two pauses: about a millisecond
 
 
 class _Layer(ctypes.Structure):
@@ -48,20 +52,22 @@ class _Layer(ctypes.Structure):
     ]
 
 
-_ROOM, _LAST = (POINTER, NUMBER), (POINTER, NUMBER, INT, INT)
+STATION_WORDS = 2 * len(VIEW) + 3  # of a row of a table, as in layer.c
+_LAST = (*ROOM, INT, INT)
 KERNEL = Kernel(
     HERE,
     "layer_layout",
     {
-        "norm": (POINTER, *_ROOM, FLOAT, *_LAST),
-        "turn": (POINTER, *_ROOM, NUMBER, NUMBER, FLOAT, POINTER, POINTER, *_LAST),
+        "norm": (POINTER, *ROOM, FLOAT, *_LAST),
+        "turn": (POINTER, *ROOM, NUMBER, NUMBER, FLOAT, POINTER, POINTER, *_LAST),
         "gate": (POINTER, *_LAST),
-        "question": (POINTER, POINTER, POINTER, POINTER, *_ROOM, *_ROOM, INT),
-        "multiply": (POINTER, *_ROOM, NUMBER, NUMBER, *_ROOM, *_ROOM, INT, INT),
-        "output": (POINTER, POINTER, POINTER, *_ROOM, *_ROOM, INT),
-        "look_up": (*_ROOM, NUMBER, *_ROOM, NUMBER, NUMBER, *_ROOM, INT),
+        "question": (POINTER, POINTER, POINTER, POINTER, *ROOM, *ROOM, INT),
+        "multiply": (POINTER, *ROOM, NUMBER, NUMBER, *ROOM, *ROOM, INT, INT),
+        "output": (POINTER, POINTER, POINTER, *ROOM, *ROOM, INT),
+        "decode": (*ROOM, *ROOM, NUMBER, NUMBER, *ROOM, NUMBER, *ROOM, INT),
+        "look_up": (*ROOM, NUMBER, *ROOM, NUMBER, NUMBER, *ROOM, INT),
     },
-    (len(VIEW),),
+    (len(VIEW), STATION_WORDS),
     (_Layer,),
 )
 
@@ -202,7 +208,11 @@ class PackedLayer:
         packed = [part for matrix in matrices for part in matrix.room]
         (bits,) = {matrix.bits for matrix in matrices}
         self.takes_prompts = bits < 16
-        self._layer = packing(_Layer)(*tight, *packed, *shape, bits, epsilon)
+        self.nbytes = sum(packed[1::2])
+        asked = self.heads * self.depth
+        before, behind = asked + 2 * self.groups * self.depth + self.width, 2 * self.width + self.inner
+        self.room_words = asked + max(before, behind)  # of a row in `decode`, as in layer.c
+        self.packed = packing(_Layer)(*tight, *packed, *shape, bits, epsilon)
 
     def question(self, x: Tensor, turns: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
         """`Layer.question`: q (T, H, D), k and v (T, G, D) of x (T, C)."""
@@ -210,7 +220,7 @@ class PackedLayer:
         rows = len(x)
         out = x.new_empty(rows, self.heads + 2 * self.groups, self.depth)
         scratch = x.new_empty(rows * self.width)
-        KERNEL.call("question", self._layer, _view(x), *map(_view, turns), *room(out), *room(scratch), threads())
+        KERNEL.call("question", self.packed, _view(x), *map(_view, turns), *room(out), *room(scratch), threads())
         q, k, v = out.split((self.heads, self.groups, self.groups), dim=1)
         return q, k, v
 
@@ -219,8 +229,38 @@ class PackedLayer:
         rows = len(x)
         out = x.new_empty(rows, self.width)
         scratch = x.new_empty(rows * (2 * self.width + self.inner))
-        KERNEL.call("output", self._layer, _view(x), pack_view(*view(answer)), *room(out), *room(scratch), threads())
+        KERNEL.call("output", self.packed, _view(x), pack_view(*view(answer)), *room(out), *room(scratch), threads())
         return out
+
+
+class PackedStack:
+    """All layers of a model, for decode steps that go through them in C, attention and all; one by one is the slow reading."""
+
+    def __init__(self, layers: Sequence[PackedLayer]) -> None:
+        self._layers = tuple(layers)  # whose weights the C reads where they lie
+        self._table = b"".join(layer.packed for layer in layers)
+        self._room_words = max(layer.room_words for layer in layers)
+        self._bytes = sum(layer.nbytes for layer in layers)
+
+    def passing(self, x: Tensor, turns: Sequence[tuple[Tensor, Tensor] | None], passage: Passage) -> Iterator[None]:
+        """Make of the stream x (T, C), where it lies, what the last layer hands on. Pauses about every millisecond.
+
+        turns: of each layer, as of `Transformer.turns_by_layer`. passage: of T sequences; begun and ended here.
+        """
+        told = {id(each): (*_words(each[0]), *_words(each[1])) for each in turns if each is not None}
+        stations = array("q")
+        for each, at in zip(turns, passage.at, strict=True):
+            stations.extend((*told[id(each)], *at))
+        count = len(self._layers)
+        some = max(1, count * PART_BYTES // (self._bytes + passage.nbytes))
+        scratch = x.new_empty(len(x) * self._room_words)
+        table, stream = (self._table, len(self._table), stations.buffer_info()[0], 8 * len(stations)), (*room(x), len(x))
+        passage.begin()
+        for first in range(0, count, some):
+            KERNEL.call("decode", *table, first, min(some, count - first), *stream, *room(scratch), threads())
+            if first + some < count:
+                yield
+        passage.end()
 
 
 def product(x: Tensor, matrix: Matrix, size: int, bias: Tensor | None = None, wide: bool = False) -> Tensor:
@@ -234,8 +274,13 @@ def product(x: Tensor, matrix: Matrix, size: int, bias: Tensor | None = None, wi
 
 def _view(x: Tensor) -> bytes:
     """A tensor (T, width) or (T, 1, width) as given.h describes it."""
+    return pack_view(*_words(x))
+
+
+def _words(x: Tensor) -> tuple[int, ...]:
+    """The same in words."""
     (rows, *_, width), (row, *_, element) = x.shape, x.stride()
-    return pack_view(x.data_ptr(), x.itemsize, rows, x.numel() // (rows * width or 1), width, row, 0, element)
+    return x.data_ptr(), x.itemsize, rows, x.numel() // (rows * width or 1), width, row, 0, element
 
 
 def _room(x: Tensor | None, like: Tensor) -> tuple[int, int]:

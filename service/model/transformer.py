@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from attention import HeadShape
+from attention import HeadShape, Passage
 from service.model import native, rotary
 from service.model.config import ModelConfig, Rope
 from service.model.pooler import Pooler
@@ -32,7 +32,7 @@ Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 Stages = Generator[tuple[int, Tensor, Tensor, Tensor] | None, Tensor | None, Tensor]
 """A forward that asks for each layer's attention, as an `Attend` is asked, and returns the hidden states.
 
-Behind each layer it yields None: there, too, is a good place to pause.
+Where it yields None there is nothing to answer: a good place to pause.
 """
 
 Turns = tuple[Tensor, Tensor]
@@ -209,6 +209,7 @@ class Transformer(nn.Module):
             self.head = Projection(config.hidden_size, config.vocab_size, bias=False)
         self.pooler = Pooler(config.pooled)
         self._head: native.Packed | Quantized | None = None  # who multiplies with either head, where it lies packed
+        self._packed: native.PackedStack | None = None  # who goes through all layers of a decode step, where they are packed
         self._turns: Tensor | None = None  # see `rotation`
         self._ropes = tuple(rope for rope in dict.fromkeys(config.ropes) if rope != rotary.NONE)
         borders = (rotary.border(rope, config.max_length) for rope in self._ropes)
@@ -274,6 +275,7 @@ class Transformer(nn.Module):
         types: Tensor | None = None,
         is_decode: bool = False,
         totals: Tensor | None = None,
+        passage: Passage | None = None,
     ) -> Tensor:
         """Last hidden states, after the final norm.
 
@@ -284,22 +286,20 @@ class Transformer(nn.Module):
             is_decode: whether this is a decode step, which `PackedLayer` computes where it can: a sequence's numbers must not
                 depend on how many others step beside it.
             totals: int64 (T,), tokens that each one's text may come to; None: `max_length`. See `border`.
+            passage: as of `stages`.
 
         Returns:
             (T, C) in the model's dtype.
         """
-        stages = self.stages(tokens, positions, types, is_decode, totals)
-        question = next(stages)
+        stages = self.stages(tokens, positions, types, is_decode, totals, passage)
+        answer = None
         while True:
-            assert question is not None, "a layer begins with a question"
-            answer = attend(*question)
-            del question  # the rest of the layer has no use for it
             try:
-                stages.send(answer)
-                del answer
-                question = next(stages)
+                question = stages.send(answer)
             except StopIteration as end:
                 return cast(Tensor, end.value)
+            answer = None if question is None else attend(*question)
+            del question  # the rest of the layer has no use for it
 
     def stages(
         self,
@@ -308,9 +308,16 @@ class Transformer(nn.Module):
         types: Tensor | None = None,
         is_decode: bool = False,
         totals: Tensor | None = None,
+        passage: Passage | None = None,
     ) -> Stages:
-        """`hidden` turned inside out: who drives it answers each layer's question, and may pause at any."""
+        """`hidden` turned inside out: who drives it answers each layer's question, and may pause at any.
+
+        passage: of a decode step of T sequences: where all layers are packed it answers them, and they ask nothing.
+        """
         turns, x = self.turns_by_layer(positions, totals), self._embedded(tokens, positions, types)
+        if passage is not None and self._packed is not None:
+            yield from self._packed.passing(x, turns, passage)
+            return self._final(x)
         starts = (positions == 0).nonzero().flatten().tolist() if self.config.has_global_first else ()
         for index, layer in enumerate(self.stack):
             sides = layer.packed if layer.packed and (is_decode or layer.packed.takes_prompts) else layer
@@ -335,6 +342,9 @@ class Transformer(nn.Module):
         return self._normed(x, "embed_norm")
 
     def _final(self, x: Tensor) -> Tensor:
+        weight = self._parameters["final_norm"]
+        if weight is not None and self._first.is_native:
+            return native.norm(x, weight, self.config.norm_eps)
         return self._normed(x, "final_norm")
 
     def _normed(self, x: Tensor, name: str) -> Tensor:
@@ -363,6 +373,8 @@ class Transformer(nn.Module):
                 module.pack()
         for layer, rope in zip(self.stack, self._rope_of, strict=True):
             layer.settle(is_native, rope is not None)
+        packed = [layer.packed for layer in self.stack if layer.packed is not None]
+        self._packed = native.PackedStack(packed) if len(packed) == len(self.stack) else None
         if config.is_causal and config.tie_word_embeddings:
             self.embed.pack()
             self._head = self.embed.packed or self.embed.quantized
@@ -377,7 +389,7 @@ class Transformer(nn.Module):
         """
         qkv = self._first.qkv
         is_kept = qkv.quantized is not None or not qkv.weight.is_mkldnn
-        if is_kept or (is_decode and all(layer.packed for layer in self.stack)):
+        if is_kept or (is_decode and self._packed is not None):
             return rows
         above = 1 << (rows - 1).bit_length()
         step = min(32, max(1, above >> 2)) if rows <= 512 else above >> 5

@@ -10,10 +10,11 @@ import torch
 from safetensors.torch import load_file
 from torch.nn import functional
 
+from attention import Passage, Segments, build
 from service.model import native
 from service.model.checkpoint import EMBEDDED, load, save
 from service.model.projection import can_pack, packed
-from service.model.transformer import rotate
+from service.model.transformer import Attend, rotate
 
 CPU = torch.device("cpu")
 BOUNDS = {torch.float32: 2e-6, torch.bfloat16: 2**-6}  # values up to 4, rounded once against several times
@@ -99,6 +100,43 @@ def test_a_decode_step_is_what_torch_computes_and_a_row_feels_no_other(rows: int
         assert all(layer.packed for layer in model.stack)
     wanted = hidden(slice(None), False)
     assert largest(together, wanted) <= 2**-5 * float(wanted.abs().max())  # a sum that falls on the other side of a tie
+
+
+@pytest.mark.parametrize("weights", ["auto", "int8", "int4"])
+@pytest.mark.parametrize("part_bytes", [1, native.PART_BYTES])  # pauses behind every layer, or none
+def test_a_step_through_all_layers_in_c_is_what_they_compute_one_by_one(
+    monkeypatch: pytest.MonkeyPatch, weights: str, part_bytes: int
+) -> None:
+    need_native(torch.bfloat16)
+    monkeypatch.setattr(native, "PART_BYTES", part_bytes)
+    model = load(dtype="bfloat16", weights=weights).model
+    if model._packed is None:
+        pytest.skip("oneDNN packs matrices otherwise here")
+    layers, past = model.config.num_hidden_layers, (300, 5)
+    kinds = {f"0-{layers - 2}": {"sliding_window": {"window": 100}}, str(layers - 1): {"dense": {}}}
+    backend = build("layered", {"layers": kinds}, model.head_shape())
+    pool = backend.new_pool(layers, 1 << 40)
+    both = [[pool.allocate(count + 4) for count in past] for _ in range(2)]
+    text, pauses = torch.randint(model.config.vocab_size, (max(past),)), 0
+
+    def attending(slots: list[int], segments: Segments) -> Attend:
+        return lambda layer, q, k, v: pool.backends[layer].extend(q, k, v, segments, pool, layer, slots)
+
+    for slot, count in ((slot, count) for slots in both for slot, count in zip(slots, past, strict=True)):
+        segments = Segments((count,))
+        model.hidden(text[:count], segments.positions(), attending([slot], segments))
+    for step in range(3):
+        segments = Segments((1, 1), tuple(count + step for count in past))
+        ids, positions = torch.randint(model.config.vocab_size, (2,)), torch.tensor(segments.past)
+        stages = model.stages(ids, positions, is_decode=True, passage=Passage.of(pool, both[0], segments))
+        try:
+            while True:
+                assert next(stages) is None
+                pauses += 1
+        except StopIteration as end:
+            found = end.value
+        assert torch.equal(found, model.hidden(ids, positions, attending(both[1], segments), is_decode=True))
+    assert pauses == (3 * (layers - 1) if part_bytes == 1 else 0)
 
 
 def test_matrices_that_lie_otherwise_are_not_read() -> None:

@@ -13,6 +13,7 @@ from typing import Protocol
 from torch import Tensor
 
 from attention.history import Pair
+from attention.kernels.library import Told
 from attention.parts import Parts
 from attention.shapes import HeadShape
 
@@ -93,6 +94,19 @@ class Softmax(Protocol):
         runs: where in its state each sequence's keys stand, one run behind the other, where that is not at its beginning;
         `counts` then counts along them. Values behind the count, to the end of the runs, must be numbers.
         log_total: (B, H, 1), as of `dense`.
+        """
+
+    def told(
+        self,
+        shape: HeadShape,
+        states: Sequence[dict[str, Tensor]],
+        places: Sequence[int],
+        counts: Sequence[int],
+        runs: Sequence[Runs] | None = None,
+    ) -> Told | None:
+        """What answers `step` at each of some layers, called from C; None where the step is not in C.
+
+        states: of each sequence "k" and "v", (layers, kept, G D). places: where its token is put first. The rest as of `step`.
         """
 
     def choose(self, q: Tensor, bounds: Sequence[Pair], rows: Sequence[Rows], blocks: Blocks) -> Tensor:

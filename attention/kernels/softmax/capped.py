@@ -15,6 +15,7 @@ from torch import Tensor
 from attention import history
 from attention.history import Pair
 from attention.kernels.int8 import dequantize, told_bytes
+from attention.kernels.library import Told
 from attention.kernels.softmax import Blocks, Rows, Runs, Seen
 from attention.kernels.softmax.streaming import Band, query_rows, tokens_first, weigh
 from attention.parts import Parts, spread
@@ -75,6 +76,16 @@ class Capped:
         assert log_total is None and runs is None, "no layer of `layered` asks for it"
         for i, (state, count) in enumerate(zip(states, counts, strict=True)):
             self._answer(q[i : i + 1], *history.read(state, count, groups), Band(), out[i : i + 1])
+
+    def told(
+        self,
+        shape: HeadShape,
+        states: Sequence[dict[str, Tensor]],
+        places: Sequence[int],
+        counts: Sequence[int],
+        runs: Sequence[Runs] | None = None,
+    ) -> Told | None:
+        return None
 
     def choose(self, q: Tensor, bounds: Sequence[Pair], rows: Sequence[Rows], blocks: Blocks) -> Tensor:
         raise AssertionError("no layer of `layered` asks for it")

@@ -25,7 +25,9 @@ from attention.kernels.library import (
     INT,
     NUMBER,
     POINTER,
+    ROOM,
     Kernel,
+    Told,
     floats,
     no_heads,
     numbers,
@@ -46,7 +48,7 @@ BLOCK = 256  # at most so many of them are one thread's task; their keys are pac
 PART_FLOPS = 2 << 27  # per thread and call: two thirds of a millisecond
 PART = 256  # keys of a history that one thread takes at a time, as in softmax.c
 ASKING = 48  # queries that choose in one thread's task, as in softmax.c
-SOURCE_WORDS, RUN_WORDS, BLOCK_WORDS, HISTORY_WORDS, ROWS_WORDS = 16, 5, 5, 9, 4  # words of a row of a table
+SOURCE_WORDS, RUN_WORDS, BLOCK_WORDS, HISTORY_WORDS, ROWS_WORDS, STATE_WORDS = 16, 5, 5, 9, 4, 10  # of a row of a table
 
 _Run = tuple[int, int, int, int, bool]  # source, first, count, position, free: see softmax.c
 _Block = tuple[int, int, int, Sequence[_Run]]  # first and last query, the first one's position, what they may see
@@ -74,6 +76,16 @@ class Step(ctypes.Structure):
     ]
 
 
+class Steps(ctypes.Structure):
+    """`Steps` of softmax.c."""
+
+    _fields_ = [
+        *rooms("histories", "starts", "states", "parts"),
+        *numbers("count", "layers", "sequences", "heads", "groups", "width", "wide", "eight"),
+        *floats("scale", "cap"),
+    ]
+
+
 class Choice(ctypes.Structure):
     """`Choice` of softmax.c."""
 
@@ -91,13 +103,14 @@ KERNEL = Kernel(
     {
         "attend": (POINTER, POINTER, NUMBER, POINTER, NUMBER, POINTER, NUMBER, INT),
         "step": (POINTER, POINTER, NUMBER, POINTER, NUMBER, INT),
+        "step_layer": (POINTER, NUMBER, POINTER, POINTER, POINTER, *ROOM, INT),
         "choose": (POINTER, POINTER, NUMBER, POINTER, NUMBER, INT),
         "chosen": (POINTER, POINTER, NUMBER, POINTER, NUMBER, INT),
     },
-    (8, SOURCE_WORDS, RUN_WORDS, BLOCK_WORDS, HISTORY_WORDS, ROWS_WORDS),
-    (Call, Step, Choice),
+    (8, SOURCE_WORDS, RUN_WORDS, BLOCK_WORDS, HISTORY_WORDS, ROWS_WORDS, STATE_WORDS),
+    (Call, Step, Steps, Choice),
 )
-_call, _step, _choice = packing(Call), packing(Step), packing(Choice)
+_call, _step, _steps, _choice = packing(Call), packing(Step), packing(Steps), packing(Choice)
 
 
 def obstacle(shape: HeadShape) -> str | None:
@@ -169,15 +182,11 @@ def step(
     """`Softmax.step`; cap: as of `dense`."""
     _, heads, width = q.shape
     histories, parts = array("q"), 0
-    for index, (state, left) in enumerate(zip(states, counts, strict=True)):
+    for index, state in enumerate(states):
         k, v = state["k"], state["v"]
         kept, columns = k.shape
-        kept = min(kept, len(v))
-        where = (index, k.data_ptr(), v.data_ptr(), k.stride(0), v.stride(0), kept, columns)
-        for first, last in ((0, left),) if runs is None else runs[index]:
-            taken = min(left, last - first)
-            histories.extend((*where, first, taken))
-            left, parts = left - taken, parts + -(-taken // PART)
+        where = (index, k.data_ptr(), v.data_ptr(), k.stride(0), v.stride(0), min(kept, len(v)), columns)
+        parts += _seek(histories, where, counts[index], None if runs is None else runs[index])
     number = len(histories) // HISTORY_WORDS
     starts = array("q", bytes(8 * (number + 1)))
     scratch = torch.empty(parts * heads * (width + 2), dtype=torch.float32)
@@ -199,6 +208,45 @@ def step(
     )
     tables = histories.buffer_info()[0], number, starts.buffer_info()[0], 8 * len(starts)
     KERNEL.call("step", call, *tables, threads())
+
+
+def told(
+    shape: HeadShape,
+    states: Sequence[dict[str, Tensor]],
+    places: Sequence[int],
+    counts: Sequence[int],
+    runs: Sequence[Runs] | None = None,
+    *,
+    cap: float = 0.0,
+) -> Told | None:
+    """`Softmax.told`; cap: as of `dense`."""
+    heads, groups, width = shape.query_heads, shape.key_value_heads, shape.head_width
+    histories, table, parts = array("q"), array("q"), 0
+    for index, (state, place) in enumerate(zip(states, places, strict=True)):
+        k, v = state["k"], state["v"]
+        if k.dtype != shape.kept_dtype or v.dtype != shape.kept_dtype:
+            return None
+        (layers, kept, columns), (k_layer, k_row, _), (v_layer, v_row, _) = k.shape, k.stride(), v.stride()
+        kept = min(kept, v.shape[1])
+        table.extend((k.data_ptr(), v.data_ptr(), k.nbytes, v.nbytes, k_layer, v_layer, k_row, v_row, kept, place))
+        own = None if runs is None else runs[index]
+        parts += _seek(histories, (index, 0, 0, 0, 0, kept, columns), counts[index], own)
+    number, scratch = len(histories) // HISTORY_WORDS, torch.empty(parts * heads * (width + 2), dtype=torch.float32)
+    starts = array("q", bytes(8 * (number + 1)))
+    memory = [part for x in (histories, starts, table) for part in (x.buffer_info()[0], 8 * len(x))]
+    sizes = number, layers, len(states), heads, groups, width, shape.dtype == torch.float32, shape.kv is not None
+    call = _steps(*memory, *room(scratch), *sizes, LOG2_E / math.sqrt(width), LOG2_E * cap)
+    return Told(KERNEL.address("step_layer"), call, (histories, starts, table, scratch, states))
+
+
+def _seek(histories: array[int], where: Sequence[int], left: int, runs: Runs | None) -> int:
+    """Add the histories of a sequence to a table, `left` keys along its runs. Returns their parts."""
+    parts = 0
+    for first, last in ((0, left),) if runs is None else runs:
+        taken = min(left, last - first)
+        histories.extend((*where, first, taken))
+        left, parts = left - taken, parts + -(-taken // PART)
+    return parts
 
 
 def choose(q: Tensor, bounds: Sequence[Pair], rows: Sequence[Rows], blocks: Blocks) -> Tensor:
@@ -292,6 +340,9 @@ class NativeCapped(Capped):
 
     def step(self, *args: Any, **kwargs: Any) -> None:
         step(*args, **kwargs, cap=self.cap)
+
+    def told(self, *args: Any, **kwargs: Any) -> Told | None:
+        return told(*args, **kwargs, cap=self.cap)
 
     edge = staticmethod(edge)
     dense_bytes = staticmethod(dense_bytes)

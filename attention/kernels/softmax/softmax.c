@@ -65,6 +65,26 @@ typedef struct {
     float scale, cap; /* as of a Call */
 } Step;
 
+typedef struct { /* keys and values (layers, kept, G D) of a sequence, `place`: where its next token
+                    is put */
+    char *k, *v;
+    int64_t k_bytes, v_bytes, k_layer, v_layer, k_row, v_row, kept, place;
+} State;
+
+typedef struct { /* a step at each of several layers; of a history k, v and rows are those of its
+                    sequence's state */
+    History *histories;
+    int64_t histories_bytes;
+    int64_t *starts; /* as of `step` */
+    int64_t starts_bytes;
+    const State *states;
+    int64_t states_bytes;
+    float *parts;
+    int64_t parts_bytes;
+    int64_t count, layers, sequences, heads, groups, width, wide, eight;
+    float scale, cap;
+} Steps;
+
 typedef struct { /* queries first..last, the first of them at `position`, of a sequence */
     int64_t first, last, position, source;
 } Rows;
@@ -98,6 +118,7 @@ typedef struct {
 /* clang-format off */
 const int64_t softmax_layout[] = {
     sizeof(View), sizeof(Source), sizeof(Run), sizeof(Block), sizeof(History), sizeof(Rows),
+    sizeof(State),
     sizeof(Call),
     FIELD(Call, q), FIELD(Call, out), FIELD(Call, log_total), FIELD(Call, log_total_bytes),
     FIELD(Call, carry), FIELD(Call, carry_bytes), FIELD(Call, queries), FIELD(Call, heads),
@@ -108,6 +129,11 @@ const int64_t softmax_layout[] = {
     FIELD(Step, log_total_bytes), FIELD(Step, parts), FIELD(Step, parts_bytes),
     FIELD(Step, sequences), FIELD(Step, heads), FIELD(Step, groups), FIELD(Step, width),
     FIELD(Step, wide), FIELD(Step, eight), FIELD(Step, scale), FIELD(Step, cap),
+    sizeof(Steps), FIELD(Steps, histories), FIELD(Steps, histories_bytes), FIELD(Steps, starts),
+    FIELD(Steps, starts_bytes), FIELD(Steps, states), FIELD(Steps, states_bytes),
+    FIELD(Steps, parts), FIELD(Steps, parts_bytes), FIELD(Steps, count), FIELD(Steps, layers),
+    FIELD(Steps, sequences), FIELD(Steps, heads), FIELD(Steps, groups), FIELD(Steps, width),
+    FIELD(Steps, wide), FIELD(Steps, eight), FIELD(Steps, scale), FIELD(Steps, cap),
     sizeof(Choice), FIELD(Choice, q), FIELD(Choice, out), FIELD(Choice, log_total),
     FIELD(Choice, log_total_bytes), FIELD(Choice, chosen), FIELD(Choice, chosen_bytes),
     FIELD(Choice, queries), FIELD(Choice, heads), FIELD(Choice, groups), FIELD(Choice, width),
@@ -807,6 +833,16 @@ static void step_parts(const void *given, uint64_t call) {
     await(call, 1, count);
 }
 
+/* Slow reading: `step`. */
+static void run_step(const Step *c, const History *histories, int64_t count, int64_t *starts,
+                     int threads) {
+    starts[0] = 0;
+    for (int64_t i = 0; i < count; i++)
+        starts[i + 1] = starts[i] + (histories[i].count + PART - 1) / PART;
+    const Stepping told = { *c, histories, starts, count, starts[count] };
+    together(step_parts, &told, sizeof told, starts[count] > 1 ? threads : 1);
+}
+
 /* histories: in the order of their sequences. starts (count + 1) is filled with the number of each
  * history's first part; parts begin at fixed places, so that an answer does not depend on the
  * others or on the threads. Slow reading: `step`. */
@@ -814,11 +850,81 @@ const char *step(const Step *c, const History *histories, int64_t count, int64_t
                  int64_t starts_bytes, int threads) {
     const char *reason = wrong_step(c, histories, count, starts_bytes, threads);
     if (reason) return reason;
-    starts[0] = 0;
-    for (int64_t i = 0; i < count; i++)
-        starts[i + 1] = starts[i] + (histories[i].count + PART - 1) / PART;
-    const Stepping told = { *c, histories, starts, count, starts[count] };
-    together(step_parts, &told, sizeof told, starts[count] > 1 ? threads : 1);
+    run_step(c, histories, count, starts, threads);
+    return 0;
+}
+
+static const char *wrong_states(const Steps *c, int64_t layer, const View *k, const View *v) {
+    const int64_t size = c->wide ? 4 : 2, kept = c->eight ? 1 : size,
+                  columns = c->groups * (c->width + (c->eight ? SCALE : 0));
+    REQUIRE(within(c->eight, 0, 1), "eight must be 0 or 1");
+    REQUIRE(within(c->layers, 1, FAR) && within(layer, 0, c->layers - 1), "there is no such layer");
+    REQUIRE(within(c->count, 0, FAR) && within(c->sequences, 0, FAR) &&
+                is_room(c->histories, c->histories_bytes, c->count, sizeof(History)) &&
+                is_room(c->states, c->states_bytes, c->sequences, sizeof(State)),
+            "there must be a state of each sequence, and all histories");
+    REQUIRE(is_tight(k, size, c->sequences, c->groups, c->width) &&
+                is_tight(v, size, c->sequences, c->groups, c->width),
+            "k and v must be (sequences, groups, width), heads side by side");
+    for (int64_t i = 0; i < c->sequences; i++) {
+        const State *x = c->states + i;
+        REQUIRE(within(x->kept, 1, FAR) && within(x->place, 0, x->kept - 1) &&
+                    within(x->k_row, columns, FAR) && within(x->v_row, columns, FAR) &&
+                    within(x->k_layer, 0, FAR) && within(x->v_layer, 0, FAR),
+                "a state must be (layers, kept, groups x width, or in 8 bits width + 4), with a "
+                "place for its token");
+        REQUIRE((__int128)layer * x->k_layer + (__int128)(x->kept - 1) * x->k_row + columns <=
+                        x->k_bytes / kept &&
+                    (__int128)layer * x->v_layer + (__int128)(x->kept - 1) * x->v_row + columns <=
+                        x->v_bytes / kept &&
+                    x->k && x->v,
+                "a state must hold all its layers");
+    }
+    for (int64_t i = 0; i < c->count; i++)
+        REQUIRE(within(c->histories[i].sequence, 0, c->sequences - 1) &&
+                    c->histories[i].kept == c->states[c->histories[i].sequence].kept,
+                "a history must be of one of the states");
+    return 0;
+}
+
+/* The keys or values of a token, all heads side by side, as they are kept. Slow reading:
+ * `round_off`. */
+INLINE void put(const Steps *c, const char *from, char *to) {
+    const int64_t size = c->wide ? 4 : 2, width = c->width;
+    if (!c->eight) memcpy(to, from, (size_t)(c->groups * width * size));
+    for (int64_t g = 0; g < c->groups && c->eight; g++)
+        if (c->wide) round_row(1, width, from + g * width * size, to + g * (width + SCALE));
+        else round_row(0, width, from + g * width * size, to + g * (width + SCALE));
+}
+
+/* An `Answer`: each sequence's next token is put at its place, then all are answered as by `step`.
+ * Slow reading: `step`. */
+const char *step_layer(const void *told, int64_t layer, const View *q, const View *k, const View *v,
+                       char *out, int64_t out_bytes, int threads) {
+    const Steps *c = told;
+    const char *reason = wrong_heads(c->heads, c->groups, c->width, c->wide);
+    if (!reason) reason = wrong_states(c, layer, k, v);
+    if (reason) return reason;
+    const int64_t size = c->wide ? 4 : 2, kept = c->eight ? 1 : size;
+    for (int64_t i = 0; i < c->count; i++) {
+        History *x = c->histories + i;
+        const State *state = c->states + x->sequence;
+        x->k = state->k + layer * state->k_layer * kept;
+        x->v = state->v + layer * state->v_layer * kept;
+        x->k_row = state->k_row, x->v_row = state->v_row;
+    }
+    const Step own = { *q,       out,       out_bytes,      0,
+                       0,        c->parts,  c->parts_bytes, c->sequences,
+                       c->heads, c->groups, c->width,       c->wide,
+                       c->eight, c->scale,  c->cap };
+    reason = wrong_step(&own, c->histories, c->count, c->starts_bytes, most(1, threads));
+    if (reason || !threads) return reason;
+    for (int64_t i = 0; i < c->sequences; i++) {
+        const State *x = c->states + i;
+        put(c, k->at + i * k->row * size, x->k + (layer * x->k_layer + x->place * x->k_row) * kept);
+        put(c, v->at + i * v->row * size, x->v + (layer * x->v_layer + x->place * x->v_row) * kept);
+    }
+    run_step(&own, c->histories, c->count, c->starts, threads);
     return 0;
 }
 
@@ -1115,6 +1221,7 @@ const char *chosen(const Choice *c, const Source *sources, int64_t source_count,
 int supported(void) { return 0; }
 const char *attend(void) { return "this machine has no AVX-512"; }
 const char *step(void) { return "this machine has no AVX-512"; }
+const char *step_layer(void) { return "this machine has no AVX-512"; }
 const char *choose(void) { return "this machine has no AVX-512"; }
 const char *chosen(void) { return "this machine has no AVX-512"; }
 #endif

@@ -8,13 +8,14 @@ costs 256 page faults, and a call of a small product costs as much as the produc
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from attention.history import Pair
 from attention.kernels.int8 import dequantize, told_bytes
+from attention.kernels.library import Told
 from attention.kernels.softmax import Runs, Seen
 from attention.kernels.softmax.choice import choose, chosen, chosen_bytes
 from attention.kernels.softmax.decode import step, step_bytes
@@ -35,6 +36,7 @@ __all__ = [
     "pattern_bytes",
     "step",
     "step_bytes",
+    "told",
 ]
 
 ROWS = 128  # queries of a block of a band: fewer lose speed in the products, more score keys that their rows do not see
@@ -158,6 +160,17 @@ def heads_first(x: Tensor) -> Tensor:
 
 def _heads_first(pair: Pair, q: Tensor) -> Pair:
     return heads_first(dequantize(pair[0], q.dtype)), heads_first(dequantize(pair[1], q.dtype))
+
+
+def told(
+    shape: HeadShape,
+    states: Sequence[dict[str, Tensor]],
+    places: Sequence[int],
+    counts: Sequence[int],
+    runs: Sequence[Runs] | None = None,
+) -> Told | None:
+    """`Softmax.told`."""
+    return None
 
 
 def edge(shape: HeadShape) -> int:

@@ -29,9 +29,17 @@ typedef struct { /* a layer's weights, bfloat16, tight: norms (C), scales (heads
     float epsilon;
 } Layer;
 
+typedef struct { /* what `decode` needs at a layer beside its weights: the turns (rows, 1, D) of
+                    its positions, and who answers it */
+    View cos, sin;
+    Answer answer;
+    const void *told;
+    int64_t index; /* among the layers of who answers */
+} Station;
+
 /* clang-format off */
 const int64_t layer_layout[] = {
-    sizeof(View),
+    sizeof(View), sizeof(Station),
     sizeof(Layer), FIELD(Layer, attention_norm), FIELD(Layer, attention_norm_bytes),
     FIELD(Layer, mlp_norm), FIELD(Layer, mlp_norm_bytes), FIELD(Layer, scales),
     FIELD(Layer, scales_bytes), FIELD(Layer, qkv), FIELD(Layer, qkv_bytes), FIELD(Layer, out),
@@ -362,6 +370,74 @@ const char *output(const Layer *layer, const View *x, const View *answers, char 
     return 0;
 }
 
+/* Elements for each row that a layer of `decode` has beside the stream, of which a View tells: the
+ * answers; then queries, keys and values with what `question` takes, later what `output` does. */
+static int64_t room_words(const Layer *x) {
+    const int64_t asked = x->heads * x->depth, before = asked + 2 * x->groups * x->depth + x->width,
+                  behind = 2 * x->width + x->inner;
+    return asked + (before > behind ? before : behind);
+}
+
+/* Some of the heads (rows, heads, D) of tight rows of `all` of them. */
+static View heads_of(char *at, int64_t rows, int64_t all, int64_t first, int64_t heads,
+                     int64_t depth) {
+    return (View){ at + first * depth * 2, 2, rows, heads, depth, all * depth, depth, 1 };
+}
+
+/* One layer of `decode`; by no threads it is only looked at whether it can be. Slow reading:
+ * `Transformer.stages`. */
+static const char *pass(const Layer *layer, const Station *at, char *x, int64_t x_bytes,
+                        int64_t rows, char *room, int64_t room_bytes, int threads) {
+    const char *reason = wrong_layer(layer, rows, threads ? threads : 1);
+    if (reason) return reason;
+    const int64_t width = layer->width, depth = layer->depth, heads = layer->heads,
+                  groups = layer->groups, all = heads + 2 * groups, own = rows * heads * depth * 2,
+                  stream_bytes = rows * width * 2, asked_bytes = rows * all * depth * 2;
+    REQUIRE(is_room(x, x_bytes, rows * width, 2) &&
+                is_room(room, room_bytes, rows * room_words(layer), 2),
+            "x must hold all rows, room what a layer needs");
+    REQUIRE(is_view(&at->cos, 2, rows, 1, depth) && is_view(&at->sin, 2, rows, 1, depth),
+            "cos and sin must be (tokens, 1, width)");
+    REQUIRE(at->answer, "somebody must answer");
+    char *asked = room + own;
+    const View stream = heads_of(x, rows, 1, 0, 1, width),
+               answers = heads_of(room, rows, heads, 0, heads, depth),
+               q = heads_of(asked, rows, all, 0, heads, depth),
+               k = heads_of(asked, rows, all, heads, groups, depth),
+               v = heads_of(asked, rows, all, heads + groups, groups, depth);
+    if (threads)
+        reason = question(layer, &stream, &at->cos, &at->sin, asked, asked_bytes,
+                          asked + asked_bytes, stream_bytes, threads);
+    if (!reason) reason = at->answer(at->told, at->index, &q, &k, &v, room, own, threads);
+    if (!reason && threads)
+        reason = output(layer, &stream, &answers, x, stream_bytes, asked,
+                        2 * stream_bytes + rows * layer->inner * 2, threads);
+    return reason;
+}
+
+/* A decode step through `count` of a model's layers from `first` on, attention and all: x (rows,
+ * C), tight, becomes what the last of them hands on. room: `room_words` of each row. Slow reading:
+ * `Transformer.stages`. */
+const char *decode(const Layer *layers, int64_t layers_bytes, const Station *stations,
+                   int64_t stations_bytes, int64_t first, int64_t count, char *x, int64_t x_bytes,
+                   int64_t rows, char *room, int64_t room_bytes, int threads) {
+    REQUIRE(within(first, 0, MOST) && within(count, 0, MOST) &&
+                is_room(layers, layers_bytes, first + count, sizeof(Layer)) &&
+                is_room(stations, stations_bytes, first + count, sizeof(Station)),
+            "there must be so many layers, and a station of each");
+    REQUIRE(within(threads, 1, MOST), "there must be threads");
+    for (int64_t i = first; i < first + count; i++) {
+        const char *reason = pass(layers + i, stations + i, x, x_bytes, rows, room, room_bytes, 0);
+        if (reason) return reason;
+    }
+    for (int64_t i = first; i < first + count; i++) {
+        const char *reason =
+            pass(layers + i, stations + i, x, x_bytes, rows, room, room_bytes, threads);
+        if (reason) return reason;
+    }
+    return 0;
+}
+
 typedef struct { /* what `multiply` was given */
     View x;
     const char *matrix, *bias;
@@ -449,6 +525,7 @@ const char *turn(void) { return "this machine has no AVX-512"; }
 const char *gate(void) { return "this machine has no AVX-512"; }
 const char *question(void) { return "this machine has no AVX-512"; }
 const char *output(void) { return "this machine has no AVX-512"; }
+const char *decode(void) { return "this machine has no AVX-512"; }
 const char *multiply(void) { return "this machine has no AVX-512"; }
 const char *look_up(void) { return "this machine has no AVX-512"; }
 #endif
