@@ -37,7 +37,7 @@ from attention.parts import spread
 from attention.shapes import SCALE_BYTES, HeadShape
 
 MOST = 127  # the largest number; -128 has no counterpart
-TOGETHER = 1 << 18  # elements that are looked at together in torch: what stands between stays small
+TOGETHER = 1 << 16  # elements that are looked at together in torch: what stands between stays small
 
 
 class Rounding(ctypes.Structure):
