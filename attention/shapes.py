@@ -111,6 +111,8 @@ class Segments:
 
     def positions(self, device: torch.device | str = "cpu") -> Tensor:
         """Position of each packed token in its own sequence, int64 (T,)."""
+        if self.total == len(self.past):
+            return torch.tensor(self.past, device=device)
         parts = [torch.arange(past, past + end - start, device=device) for start, end, past in self.spans()]
         return torch.cat(parts) if len(parts) > 1 else parts[0]
 

@@ -236,7 +236,7 @@ class Metrics:
         gaps = self.inter_token.labels(step.backend)
         for gap in step.token_gaps:
             gaps.observe(gap)
-        if step.measured_bytes is not None:
+        if step.measured_bytes is not None and step.predicted_bytes is not None:
             self.peak.labels(*labels).observe(step.measured_bytes)
             if max(step.measured_bytes, step.predicted_bytes) >= LEAST_BYTES:
                 self.memory_ratio.labels(step.backend).observe(step.measured_bytes / max(step.predicted_bytes, 1))

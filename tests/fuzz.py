@@ -354,7 +354,7 @@ def test_a_layer_in_a_decode_step_answers_like_its_slow_reading_or_refuses(
 @given(
     st.lists(st.sampled_from((0, 1, 15, 16, 63, 64, 255, 256, 257, 600)), min_size=1, max_size=4),
     st.sampled_from(((1, 1, 64), (4, 2, 64), (2, 1, 128), (2, 2, 32), (4, 2, 96))),
-    st.sampled_from(("dense", "sliding_window", "chunked", "bigbird")),
+    st.sampled_from(("dense", "sliding_window", "chunked", "bigbird", "linear", "performer")),
     st.sampled_from(("auto", "int8", "int4")),
     st.sampled_from(("none", "none", "none", "rows", "layers", "turns", "full", "width", "nobody")),
 )
@@ -367,18 +367,21 @@ def test_a_step_through_layers_answers_as_one_by_one_or_refuses(
     if block.packed is None:
         return
     stack, rows = layer.PackedStack([block.packed] * 2), len(past)
-    backend = build(name, {"block": 16} if name == "bigbird" else {}, HeadShape(*shape, torch.bfloat16))
+    options = {"bigbird": {"block": 16}, "performer": {"features": 64, "local_chunk": 64}}.get(name, {})
+    backend = build(name, options, HeadShape(*shape, torch.bfloat16))
     pool, generator = backend.new_pool(2, 1 << 40), torch.Generator().manual_seed(rows)
     both = [[pool.allocate(max(1, count + (wrong != "full"))) for count in past] for _ in range(2)]
     for slots in both:
         for slot, count in zip(slots, past, strict=True):
             for tensor in pool.tensors(slot).values():
-                tensor.copy_(torch.randn(tensor.shape, generator=torch.Generator().manual_seed(count)))
+                tensor.copy_(torch.rand(tensor.shape, generator=torch.Generator().manual_seed(count)))  # sums are positive
             pool.pretend(slot, count)
     segments = Segments((1,) * rows, tuple(past))
     x, cos, sin = (torch.randn(rows, 1, width, generator=generator).bfloat16() for width in (64, shape[2], shape[2]))
     x, turns, passage = x[:, 0], (cos, sin), Passage.of(pool, both[0], segments)
-    assert passage is not None
+    if passage is None:  # some have far keys, others none
+        assert name == "performer"
+        return
     if wrong != "none" and not (wrong == "full" and not any(past)):
         if wrong == "layers":
             passage.at = [(*passage.at[0][:2], 2)] * 2

@@ -44,6 +44,19 @@ def test_a_text_that_is_taken_over_goes_on_as_where_it_was_read(is_flash: bool, 
     assert reader.past == taker.past == 38
 
 
+@pytest.mark.parametrize("is_flash", [False, True])
+def test_texts_together_go_on_as_one_of_them_alone(is_flash: bool, tmp_path: Path) -> None:
+    fewer.write(tmp_path, SHAPE)
+    alone, together = fewer.Theirs(tmp_path, "BF16", 64, is_flash), fewer.Theirs(tmp_path, "BF16", 64, is_flash, texts=3)
+    for each in (alone, together):
+        each.feed(list(range(3, 40)))
+    together.repeat(3)
+    for ids in ([9, 7, 7], [8, 7]):  # the last of each go as the one alone does
+        together.feed_each(ids)
+        alone.feed([7])
+        assert torch.allclose(told(alone), told(together), atol=0.05 * float(told(alone).std()))
+
+
 def told(theirs: fewer.Theirs) -> torch.Tensor:
     """The logits behind the last token that was read."""
     at = theirs.lib.llama_get_logits_ith(theirs.context, -1)

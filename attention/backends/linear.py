@@ -13,6 +13,7 @@ from torch import Tensor
 from attention.interface import AttentionBackend, BackendOptions
 from attention.kernels import features, implementation
 from attention.kernels.features import Sums
+from attention.kernels.library import Told
 from attention.parts import Parts
 from attention.pool import StateTensor
 from attention.shapes import Cost, HeadShape
@@ -49,6 +50,9 @@ class Linear(AttentionBackend):
         self, q: Tensor, k: Tensor, v: Tensor, past: Sequence[int], states: Sequence[dict[str, Tensor]], out: Tensor
     ) -> None:
         self.features.step(q, k, v, states, out)
+
+    def told(self, past: Sequence[int], states: Sequence[dict[str, Tensor]]) -> Told | None:
+        return self.features.told(states)
 
     def state(self, max_tokens: int) -> dict[str, StateTensor]:
         return features.state(self.shape, self.shape.head_width)

@@ -26,6 +26,7 @@ from attention import history
 from attention.interface import MOST_SEED, AttentionBackend, BackendOptions
 from attention.kernels import LOG2_E, features, implementation
 from attention.kernels.features import Sums
+from attention.kernels.library import Told
 from attention.parts import Parts, finish, spread
 from attention.pool import StateTensor
 from attention.projection import projection
@@ -107,6 +108,18 @@ class Performer(AttentionBackend):
             self._step_chunks(q, k, v, past, states, out)
         else:
             self.features.step(q, k, v, states, out)
+
+    def told(self, past: Sequence[int], states: Sequence[dict[str, Tensor]]) -> Told | None:
+        """None where a state is to be turned first, and where some of the sequences have far keys and others none."""
+        if not self.options.local_chunk:
+            return self.features.told(states)
+        held = [self.ring.place(at) for at in past]
+        is_far = {place != at for place, at in zip(held, past, strict=True)}
+        if any(map(self._is_full, past)) or len(is_far) > 1:
+            return None
+        near = torch.empty(len(past), self.shape.query_heads, 1) if True in is_far else None
+        found = self.softmax.told(self.shape, states, held, [at + 1 for at in held], log_total=near)
+        return found if found is None or near is None else self.features.told(states, near, found)
 
     def _attend_chunks(self, q: Tensor, k: Tensor, v: Tensor, sums: Sums, out: Tensor) -> Parts:
         """A whole sequence with its near keys exactly; the sums begin empty."""

@@ -27,6 +27,7 @@ DTYPES = {torch.float32: 1, torch.bfloat16: 2}  # by the bits with which cpu.h n
 VIEW = ("at", "size", "rows", "heads", "width", "row", "head", "element")  # a tensor, as in given.h
 POINTER, NUMBER, FLOAT, INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
 ROOM = (POINTER, NUMBER)  # tight memory: where it is, and its bytes
+ANSWER = (POINTER, NUMBER, POINTER, POINTER, POINTER, *ROOM, INT)  # of an `Answer`, see given.h
 Field = tuple[str, type]
 
 pack_view = Struct(f"{len(VIEW)}q").pack

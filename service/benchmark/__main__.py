@@ -33,6 +33,7 @@ from service.benchmark.shared import measure_shared
 from service.benchmark.speculation import measure_speculation
 from service.benchmark.step import measure_step
 from service.benchmark.streams import measure_streams
+from service.benchmark.together import measure_together
 from service.machine import BESIDE_BUDGET_BYTES
 from service.threads import in_passing_thread
 
@@ -60,15 +61,20 @@ def main() -> None:
         metavar="TOKENS",
         help="decode steps of the embedded shape beside llama.cpp, and nothing else",
     )
+    parser.add_argument(
+        "--together",
+        nargs="*",
+        type=int,
+        metavar="TEXTS",
+        help="decode steps of many texts at once beside llama.cpp, and nothing else",
+    )
     parser.add_argument("--heads", nargs="+", type=int, default=[2, 4], metavar="N", help="key-value heads of --beside")
     options = parser.parse_args()
     lengths = [16_384] if options.quick else [16_384, 32_768]
     repeats = 1 if options.quick else 2
-    parts = (
-        ()
-        if options.profile_step or options.shared or options.weights is not None or options.beside is not None
-        else options.parts or PARTS[: 5 if options.quick else 6]
-    )
+    by_name = (options.weights, options.beside, options.together)
+    is_alone = options.profile_step or options.shared or any(each is not None for each in by_name)
+    parts = () if is_alone else options.parts or PARTS[: 5 if options.quick else 6]
     random.seed(0)
     result: dict[str, Any] = {"prefill_ratio": {}} if parts else {}
     if options.profile_step:
@@ -77,6 +83,8 @@ def main() -> None:
         result["weights"] = in_passing_thread(lambda: measure_weights(options.weights or [1024, 4096]))
     if options.beside is not None:
         result["beside"] = in_passing_thread(lambda: measure_beside(options.beside or [1024, 4096, *lengths], options.heads))
+    if options.together is not None:
+        result["together"] = in_passing_thread(lambda: measure_together(options.together or [2, 8, 32, 64]))
     if options.shared:
         result["shared"] = asyncio.run(measure_shared())
     if "bare" in parts:

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 
 import attention
-from attention import AttentionBackend, Passage, Segments
+from attention import AttentionBackend, Segments
 from service.model import families
 from service.model.checkpoint import EMBEDDED, choose_dtype
+from service.model.continuation import extended
 from service.model.transformer import Transformer
 
 BACKENDS: dict[str, dict[str, Any]] = {
@@ -51,11 +52,7 @@ def bare(model: Transformer, backend: AttentionBackend, tokens: int, steps: int 
     slot = pool.allocate(tokens + steps)
 
     def extend(ids: torch.Tensor, start: int) -> torch.Tensor:
-        segments = Segments((len(ids),), (start,))
-        positions = torch.arange(start, start + len(ids))
-        attend = lambda layer, q, k, v: backend.extend(q, k, v, segments, pool, layer, (slot,))  # noqa: E731
-        passage = Passage.of(pool, (slot,), segments) if len(ids) == 1 else None
-        return model.hidden(ids, positions, attend, is_decode=len(ids) == 1, passage=passage)
+        return extended(model, backend, pool, (slot,), ids, Segments((len(ids),), (start,)))
 
     def decode(place: int) -> float:
         return _seconds(lambda: model.logits(extend(ids[:1], place)).argmax(-1).item())

@@ -212,18 +212,20 @@ def has_peer() -> bool:
     return all(importlib.util.find_spec(name) is not None for name in ("llama_cpp", "gguf"))
 
 
-def peers(directory: Path, kind: str, longest: int, flash: Sequence[bool] = (False, True)) -> dict[str, Callable[[], Theirs]]:
+def peers(
+    directory: Path, kind: str, longest: int, flash: Sequence[bool] = (False, True), texts: int = 1
+) -> dict[str, Callable[[], Theirs]]:
     """llama.cpp at some bits without its flash attention and with it: which is faster depends on the length."""
     return {
-        f"llama.cpp {kind}{' flash' * is_flash}": partial(Theirs, directory, kind, longest, is_flash=is_flash)
+        f"llama.cpp {kind}{' flash' * is_flash}": partial(Theirs, directory, kind, longest, is_flash, texts)
         for is_flash in flash
     }
 
 
 class Theirs(Contestant):
-    """The same weights in llama.cpp."""
+    """The same weights in llama.cpp, with room for some texts."""
 
-    def __init__(self, directory: Path, kind: str, longest: int, is_flash: bool) -> None:
+    def __init__(self, directory: Path, kind: str, longest: int, is_flash: bool, texts: int = 1) -> None:
         self.lib: Any = import_module("llama_cpp")
         self.lib.llama_log_set(_SILENT, ctypes.c_void_p(0))
         path = directory / f"{kind}.gguf"
@@ -232,7 +234,8 @@ class Theirs(Contestant):
         self.model = self.lib.llama_model_load_from_file(str(path).encode(), self.lib.llama_model_default_params())
         assert self.model, f"llama.cpp does not load {path}"
         params = self.lib.llama_context_default_params()
-        params.n_ctx, params.n_batch, params.n_ubatch = longest + ROOM, CHUNK, CHUNK
+        params.n_ctx, params.n_batch, params.n_ubatch = texts * (longest + ROOM), CHUNK, CHUNK
+        params.n_seq_max = texts
         params.n_threads = params.n_threads_batch = torch.get_num_threads()
         params.flash_attn_type = getattr(self.lib, f"LLAMA_FLASH_ATTN_TYPE_{'ENABLED' if is_flash else 'DISABLED'}")
         self.context = self.lib.llama_init_from_model(self.model, params)
@@ -253,8 +256,26 @@ class Theirs(Contestant):
         assert taken == size == self.lib.llama_state_seq_set_data(self.context, state, size, 0), "llama.cpp keeps its state"
         self.past = other.past
 
+    def repeat(self, texts: int) -> None:
+        """Have that text so many times."""
+        memory = self.lib.llama_get_memory(self.context)
+        for i in range(1, texts):
+            self.lib.llama_memory_seq_cp(memory, 0, i, -1, -1)
+
     def _extend(self, count: int) -> None:
         self.feed(torch.randint(self.vocab_size, (count,)).tolist())
+
+    def feed_each(self, ids: Sequence[int]) -> None:
+        """Read a token of each of as many texts, until the logits behind all of them are there."""
+        batch = self.lib.llama_batch_init(len(ids), 0, 1)
+        batch.n_tokens = len(ids)
+        for i, token in enumerate(ids):
+            batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.seq_id[i][0], batch.logits[i] = token, self.past, 1, i, 1
+        code = self.lib.llama_decode(self.context, batch)
+        assert code == 0, f"llama.cpp answers {code}"
+        self.lib.llama_get_logits_ith(self.context, -1)  # waits for them
+        self.lib.llama_batch_free(batch)
+        self.past += 1
 
     def feed(self, ids: Sequence[int]) -> None:
         """Read these tokens."""

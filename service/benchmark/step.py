@@ -21,7 +21,7 @@ from statistics import median
 
 import torch
 
-from attention import AttentionBackend, Passage, Segments
+from attention import AttentionBackend, Segments
 from service.benchmark.alone import answered, make_engine, make_request
 from service.benchmark.bare import BACKENDS, build, report
 from service.engine.observer import NullObserver, Step
@@ -29,6 +29,7 @@ from service.engine.request import Sampling
 from service.engine.sampling import draw
 from service.model import native
 from service.model.checkpoint import load
+from service.model.continuation import extended
 from service.model.transformer import Transformer
 from service.threads import in_passing_thread
 
@@ -86,13 +87,11 @@ def _alone(model: Transformer, backend: AttentionBackend, tokens: int) -> tuple[
     slot = pool.allocate(tokens + 1)
     for tensor in pool.tensors(slot).values():
         tensor.zero_()
-    ids, position, segments = torch.ones(1, dtype=torch.long), torch.tensor([tokens]), Segments((1,), (tokens,))
+    ids, segments = torch.ones(1, dtype=torch.long), Segments((1,), (tokens,))
 
     def step() -> torch.Tensor:
         pool.pretend(slot, tokens)
-        attend = lambda layer, q, k, v: backend.extend(q, k, v, segments, pool, layer, (slot,))  # noqa: E731
-        passage = Passage.of(pool, (slot,), segments)
-        return model.logits(model.hidden(ids, position, attend, is_decode=True, passage=passage))
+        return model.logits(extended(model, backend, pool, (slot,), ids, segments))
 
     bare, logits = _seconds(step), step()
     with _without_kernels():

@@ -221,7 +221,7 @@ def _told(work: Work, gaps: list[float]) -> Step:
         sequences=len(work.members),
         seconds=work.seconds,
         predicted_seconds=work.predicted_seconds,
-        predicted_bytes=work.predicted_bytes,
+        predicted_bytes=None if meter is None else work.predicted_bytes,
         measured_bytes=None if meter is None else meter.peak_bytes,
         method="dispatch" if meter is None else meter.method,
         token_gaps=tuple(gaps),

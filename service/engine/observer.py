@@ -40,8 +40,8 @@ class Step:
     sequences: int
     seconds: float
     predicted_seconds: float
-    predicted_bytes: int  # workspace by the cost law
-    measured_bytes: int | None  # peak of storages made during the step; None when this step was not sampled
+    predicted_bytes: int | None  # workspace by the cost law; None when this step was not sampled
+    measured_bytes: int | None  # peak of storages made during the step, likewise
     method: str = "dispatch"  # how measured_bytes was taken: "dispatch" on CPU, "allocator" on CUDA
     token_gaps: tuple[float, ...] = ()  # seconds since the sample's token before, for each token of the step that had one
     guessed: int = 0  # of the tokens, by prompt lookup

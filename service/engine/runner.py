@@ -45,7 +45,7 @@ class Runner:
         """
         self._prefixes = prefixes
         self._model = model
-        self._unknown = unknown.to(model.device)
+        self._unknown = unknown.to(model.device) if len(unknown) else None
         self._eos_ids = list(model.config.eos_token_ids)
         self._row_multiple = row_multiple or 1
         self._metering = Metering(model.device, sample_share, _counting_seconds(model))
@@ -120,8 +120,10 @@ class Runner:
 
     def _types(self, work: Work) -> Tensor | None:
         """Which of a pair of texts each row is of (rows,); None where no member is a pair, or the model does not ask."""
+        if self._model.config.num_token_types < 2:
+            return None
         pairs = [member.job.request.second for member in work.members]
-        if self._model.config.num_token_types < 2 or not any(pairs):
+        if not any(pairs):
             return None
         types = torch.zeros(self._height(work.tokens), dtype=torch.long)
         for (start, end, _), second in zip(work.segments.spans(), pairs, strict=True):
@@ -220,7 +222,8 @@ class Runner:
         rows = len(hidden)
         if (missing := self._height(rows) - rows) > 0:
             hidden = torch.nn.functional.pad(hidden, (0, 0, 0, missing))
-        return self._model.logits(hidden)[:rows].index_fill_(1, self._unknown, -torch.inf)
+        logits = self._model.logits(hidden)[:rows]
+        return logits if self._unknown is None else logits.index_fill_(1, self._unknown, -torch.inf)
 
     def _height(self, rows: int, is_decode: bool = False) -> int:
         """How many rows so many are padded to."""
@@ -232,7 +235,8 @@ class Runner:
         ready = [(m, row) for m, row in ends if m.is_last and m.job.request.sampling.max_tokens > 0]
         if not ready:
             return
-        logits = self.logits(hidden[[row - back for m, row in ready for back in range(len(m.guess), -1, -1)]])
+        asked = [row - back for m, row in ready for back in range(len(m.guess), -1, -1)]
+        logits = self.logits(hidden if asked == list(range(len(hidden))) else hidden[asked])
         spots, rows, first = list[Spot](), list[int](), 0
         for member, _ in ready:
             own = _spots(member)

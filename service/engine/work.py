@@ -8,6 +8,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal
 
 from torch import Tensor
@@ -67,7 +68,7 @@ class Work:
     def tokens(self) -> int:
         return sum(member.end - member.start for member in self.members)
 
-    @property
+    @cached_property
     def segments(self) -> Segments:
         """Where each member's tokens stand in the packed batch, and how many came before."""
         return Segments(tuple(m.end - m.start for m in self.members), tuple(m.start for m in self.members))
@@ -81,7 +82,7 @@ class Work:
     def has_guesses(self) -> bool:
         return any(member.guess for member in self.members)
 
-    @property
+    @cached_property
     def predicted_seconds(self) -> float:
         course = self.lane.course
         if self.kind == "decode":

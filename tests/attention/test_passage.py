@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from attention import AttentionBackend, HeadShape, Passage, Segments, StatePool, backend_class, build
-from attention.kernels.library import INT, NUMBER, POINTER, pack_view, view
+from attention.kernels.features import native as features
+from attention.kernels.library import ANSWER, pack_view, view
 from attention.kernels.softmax import native as softmax
 from tests.attention.laws import need_native, tokens
 
@@ -22,17 +23,21 @@ OPTIONS: dict[str, dict[str, object]] = {
     "chunked": {"chunk": 130},
     "bigbird": {"block": 16},
     "distinct": {"window": 64, "kept": 32, "block": 16},
+    "performer": {"features": 64},
+    "performer ": {"features": 64, "local_chunk": 64},
+    "linear": {},
 }
+"""A backend's options, by its name; spaces behind it tell two of one apart."""
 SHAPES = [HeadShape(4, 2, 64, torch.bfloat16), HeadShape(4, 2, 64), HeadShape(6, 2, 96, torch.bfloat16)]
 SHAPES += [HeadShape(4, 2, 64, torch.bfloat16, kv=torch.int8), HeadShape(6, 2, 96, kv=torch.int8)]
 Question = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-ANSWER = ctypes.CFUNCTYPE(ctypes.c_char_p, POINTER, NUMBER, *(POINTER,) * 4, NUMBER, INT)
+CALL = ctypes.CFUNCTYPE(ctypes.c_char_p, *ANSWER)
 
 
 def asked(at: tuple[int, int, int], question: Question, out: torch.Tensor, threads: int = 2) -> str:
     """Ask one layer as the model's C does: why not, or nothing."""
     function, told, index = at
-    answer = ANSWER(function)(told, index, *(pack_view(*view(x)) for x in question), out.data_ptr(), out.nbytes, threads)
+    answer = CALL(function)(told, index, *(pack_view(*view(x)) for x in question), out.data_ptr(), out.nbytes, threads)
     return (answer or b"").decode()
 
 
@@ -54,18 +59,19 @@ def next_tokens(past: Sequence[int]) -> Segments:
 @pytest.mark.parametrize("name", OPTIONS)
 def test_a_passage_answers_and_keeps_what_extend_does_layer_by_layer(name: str, shape: HeadShape) -> None:
     need_native(shape)
-    if shape.kv is not None and not backend_class(name).takes_int8:
+    if shape.kv is not None and not backend_class(name.strip()).takes_int8:
         pytest.skip(f"{name} keeps nothing in 8 bits")
-    backend = build(name, {"impl": "native", **OPTIONS[name]}, shape)
-    (pool, slots), (other, theirs) = prepared(backend), prepared(backend)
+    backend = build(name.strip(), {"impl": "native", **OPTIONS[name]}, shape)
+    past = [count for count in PAST if name != "performer " or count > 128]  # of which all have far keys, or none
+    (pool, slots), (other, theirs) = prepared(backend, past), prepared(backend, past)
     passed = 0
     for step in range(6):
-        segments = next_tokens([count + step for count in PAST])
+        segments = next_tokens([count + step for count in past])
         passage = Passage.of(pool, slots, segments) if step < 5 else None  # the last one looks at what the others have put
         if passage is not None:
             passage.begin()
         for layer in range(LAYERS):
-            question = tokens(shape, len(PAST), seed=100 * step + layer)
+            question = tokens(shape, len(past), seed=100 * step + layer)
             wanted, found = backend.extend(*question, segments, other, layer, theirs), torch.empty_like(question[0])
             if passage is None:
                 found = backend.extend(*question, segments, pool, layer, slots)
@@ -178,6 +184,41 @@ def test_what_does_not_fit_is_refused_and_nothing_is_touched(field: str, where: 
             rows[place] = change(rows[place])
     question, out = tokens(shape, len(PAST)), torch.full((len(PAST), 4, 64), 7.0, dtype=shape.dtype)
     states = [tensor.view(torch.int16) for slot in slots for tensor in pool.tensors(slot).values()]  # of what is no number, too
+    before = [tensor.clone() for tensor in states]
+    for threads in (0, 2):
+        assert asked((told.answer, ctypes.addressof(call), LAYERS - 1), question, out, threads) != ""
+    assert all(map(torch.equal, before, states))
+    assert (out == 7).all()
+
+
+FEATURES: list[tuple[str, Callable[[int], int]]] = [
+    *((name, change) for name in ("states_bytes", "own_bytes") for change in (lambda x: x - 8, lambda x: -x)),
+    *(("layers", change) for change in (lambda x: x + 1, lambda x: 0, lambda x: x + (1 << 62))),
+    ("answer", lambda x: 0),
+    ("step.near", lambda x: 0),
+    *((f"step.{name}", lambda x: x - 4) for name in ("weights_bytes", "features_bytes", "near_bytes")),
+    *(
+        (f"step.{name}", change)
+        for name in ("sequences", "heads", "groups", "width")
+        for change in (lambda x: x + 1, lambda x: -x)
+    ),
+    *((f"step.{name}", lambda x: x + 32) for name in ("width", "count")),
+]
+
+
+@pytest.mark.parametrize(("field", "change"), FEATURES, ids=[f"{n}-{w[0]}" for n, w in enumerate(FEATURES)])
+def test_of_sums_it_is_refused_likewise(field: str, change: Callable[[int], int]) -> None:
+    shape, past = SHAPES[0], (700, 300)
+    need_native(shape)
+    pool, slots = prepared(build("performer", {"impl": "native", "features": 64, "local_chunk": 64}, shape), past)
+    passage = Passage.of(pool, slots, next_tokens(past))
+    assert passage is not None
+    [(_, told)] = passage._told
+    call = features.Steps.from_buffer_copy(told.call)
+    owner, name = (call.step, field.removeprefix("step.")) if field.startswith("step.") else (call, field)
+    setattr(owner, name, change(getattr(owner, name)))
+    question, out = tokens(shape, len(past)), torch.full((len(past), 4, 64), 7.0, dtype=shape.dtype)
+    states = [tensor.flatten().view(torch.uint8) for slot in slots for tensor in pool.tensors(slot).values()]
     before = [tensor.clone() for tensor in states]
     for threads in (0, 2):
         assert asked((told.answer, ctypes.addressof(call), LAYERS - 1), question, out, threads) != ""

@@ -21,6 +21,7 @@ from typing import NamedTuple, Protocol
 
 from torch import Tensor, float32, promote_types  # not the package: `torch` here is the reading beside
 
+from attention.kernels.library import Told
 from attention.parts import Parts
 from attention.pool import StateTensor
 from attention.shapes import HeadShape
@@ -91,6 +92,12 @@ class Features(Protocol):
 
     def join_step(self, q: Tensor, states: Sequence[dict[str, Tensor]], near: Tensor, out: Tensor) -> None:
         """`join` of one token of each of B sequences: q, out (B, H, D), near (B, H, 1)."""
+
+    def told(self, states: Sequence[dict[str, Tensor]], near: Tensor | None = None, other: Told | None = None) -> Told | None:
+        """What answers `step` at each of some layers, called from C, or `join_step` behind the `other` that tells `near`.
+
+        states: of each sequence, every tensor (layers, ...). None: the step is not in C.
+        """
 
     def attend_bytes(self, queries: int, causal: bool) -> int:
         """Of `scan` and `both_sides`, and for one query of `step`, the answer included."""

@@ -65,6 +65,17 @@ typedef struct { /* the sums (G, D + 1, m) of a sequence and their levels (G, m)
     int64_t level_bytes;
 } State;
 
+typedef struct {         /* a step at each of several layers */
+    FeaturesStep step;   /* without its tensors */
+    const State *states; /* of each sequence all layers, one behind the other */
+    int64_t states_bytes;
+    State *own; /* room for those of one layer */
+    int64_t own_bytes;
+    int64_t layers;
+    Answer answer; /* who answers over the keys that `near` tells of, or null */
+    const void *told;
+} FeaturesSteps;
+
 /* clang-format off */
 /* The sums of a key-value head, S (D + 1, m), and their level (m); `added` holds S of each chunk:
  *
@@ -106,6 +117,9 @@ const int64_t features_layout[] = {
     FIELD(FeaturesStep, groups), FIELD(FeaturesStep, width), FIELD(FeaturesStep, count),
     FIELD(FeaturesStep, wide), FIELD(FeaturesStep, adds), FIELD(FeaturesStep, half),
     FIELD(FeaturesStep, limit), FIELD(FeaturesStep, log_count),
+    sizeof(FeaturesSteps), FIELD(FeaturesSteps, step), FIELD(FeaturesSteps, states),
+    FIELD(FeaturesSteps, states_bytes), FIELD(FeaturesSteps, own), FIELD(FeaturesSteps, own_bytes),
+    FIELD(FeaturesSteps, layers), FIELD(FeaturesSteps, answer), FIELD(FeaturesSteps, told),
     -1,
 };
 /* clang-format on */
@@ -673,16 +687,53 @@ static void step_heads(const void *given, uint64_t call) {
     await(call, 0, tasks);
 }
 
+/* Slow reading: `Features.step`. */
+static void run_step(const FeaturesStep *c, const State *states, int threads) {
+    const Stepping told = { *c, states };
+    together(step_heads, &told, sizeof told, c->sequences * c->groups > 1 ? threads : 1);
+}
+
 /* Slow reading: `Features.step`, `Features.join_step`. */
 const char *features_step(const FeaturesStep *c, const State *states, int64_t count, int threads) {
     const char *reason = wrong_step(c, states, count, threads);
+    if (!reason) run_step(c, states, threads);
+    return reason;
+}
+
+/* An `Answer`: as `features_step`, behind who answers over other keys, where there is somebody.
+ * Slow reading: `Features.step`, `Features.join_step`. */
+const char *features_layer(const void *told, int64_t layer, const View *q, const View *k,
+                           const View *v, char *out, int64_t out_bytes, int threads) {
+    const FeaturesSteps *c = told;
+    FeaturesStep step = c->step;
+    const char *reason = wrong_features(step.heads, step.groups, step.width, step.wide,
+                                        step.weights, step.weights_bytes, step.count);
     if (reason) return reason;
-    const Stepping told = { *c, states };
-    together(step_heads, &told, sizeof told, c->sequences * c->groups > 1 ? threads : 1);
-    return 0;
+    const int64_t levels = step.groups * step.count, sums = levels * (step.width + 1);
+    REQUIRE(within(c->layers, 1, PIECES) && within(layer, 0, c->layers - 1),
+            "there is no such layer");
+    REQUIRE(within(step.sequences, 0, PIECES) &&
+                is_room(c->states, c->states_bytes, step.sequences, sizeof(State)) &&
+                is_room(c->own, c->own_bytes, step.sequences, sizeof(State)),
+            "there must be a state of each sequence");
+    REQUIRE(!c->answer == !step.near, "who answers over other keys must tell of their weights");
+    for (int64_t i = 0; i < step.sequences; i++) {
+        const State *x = c->states + i;
+        REQUIRE(is_room(x->sums, x->sums_bytes, c->layers * sums, sizeof(float)) &&
+                    is_room(x->level, x->level_bytes, c->layers * levels, sizeof(float)),
+                "a state must hold all its layers");
+        c->own[i] = (State){ x->sums + layer * sums, sums * (int64_t)sizeof(float),
+                             x->level + layer * levels, levels * (int64_t)sizeof(float) };
+    }
+    step.q = *q, step.k = *k, step.v = *v, step.out = out, step.out_bytes = out_bytes;
+    reason = wrong_step(&step, c->own, step.sequences, most(1, threads));
+    if (!reason && c->answer) reason = c->answer(c->told, layer, q, k, v, out, out_bytes, threads);
+    if (!reason && threads) run_step(&step, c->own, threads);
+    return reason;
 }
 
 #else
 const char *features(void) { return "this machine has no AVX-512"; }
 const char *features_step(void) { return "this machine has no AVX-512"; }
+const char *features_layer(void) { return "this machine has no AVX-512"; }
 #endif

@@ -7,6 +7,7 @@ import math
 from array import array
 from collections.abc import Sequence
 from itertools import chain
+from struct import Struct
 
 import torch
 from torch import Tensor
@@ -14,11 +15,13 @@ from torch import Tensor
 from attention.history import Pair
 from attention.kernels.features import CHUNK, LIMIT, Sums
 from attention.kernels.library import (
+    ANSWER,
     HERE,
     INT,
     NUMBER,
     POINTER,
     Kernel,
+    Told,
     floats,
     no_heads,
     numbers,
@@ -59,14 +62,27 @@ class Step(ctypes.Structure):
     ]
 
 
+class Steps(ctypes.Structure):
+    """`FeaturesSteps` of features.c."""
+
+    _fields_ = [
+        ("step", Step),
+        *rooms("states", "own"),
+        *numbers("layers"),
+        ("answer", POINTER),
+        ("told", POINTER),
+    ]
+
+
 KERNEL = Kernel(
     HERE,
     "features_layout",
-    {"features": (POINTER, INT), "features_step": (POINTER, POINTER, NUMBER, INT)},
+    {"features": (POINTER, INT), "features_step": (POINTER, POINTER, NUMBER, INT), "features_layer": ANSWER},
     (8, STATE_WORDS),
-    (Call, Step),
+    (Call, Step, Steps),
 )
 _call, _step = packing(Call), packing(Step)
+_layers = Struct("7q").pack  # what `Steps` has behind its step
 
 
 def obstacle(shape: HeadShape, count: int) -> str | None:
@@ -107,6 +123,25 @@ class Features:
 
     def join_step(self, q: Tensor, states: Sequence[dict[str, Tensor]], near: Tensor, out: Tensor) -> None:
         self._one(q, None, states, out, near)
+
+    def told(self, states: Sequence[dict[str, Tensor]], near: Tensor | None = None, other: Told | None = None) -> Told | None:
+        shape, sums, count = self.shape, array("q"), len(states)
+        for state in states:
+            sums.extend((*room(state["s"]), *room(state["level"])))
+        own = array("q", bytes(8 * len(sums)))
+        scratch = torch.empty(count * (shape.query_heads + shape.key_value_heads) * self.count, dtype=torch.float32)
+        rooms = 0, 0, *room(self._words), *room(scratch), *room(near)
+        step = _step(*view(None) * 3, *rooms, *self._sizes(count, near is None), *self._told_last)
+        answer, address = (0, 0) if other is None else other.addresses
+        memory = [part for x in (sums, own) for part in (x.buffer_info()[0], 8 * len(x))]
+        call = step + _layers(*memory, len(states[0]["s"]), answer, address)
+        return Told(KERNEL.address("features_layer"), call, (sums, own, scratch, states, near, other))
+
+    def _sizes(self, sequences: int, adds: bool) -> tuple[int, ...]:
+        """The numbers of a step's struct."""
+        shape = self.shape
+        numbers = sequences, shape.query_heads, shape.key_value_heads, shape.head_width, self.count
+        return *numbers, shape.dtype == torch.float32, adds
 
     def attend_bytes(self, queries: int, causal: bool) -> int:
         shape = self.shape
@@ -164,13 +199,7 @@ class Features:
             *room(self._words),
             *room(scratch),
             *room(near),
-            sequences,
-            heads,
-            groups,
-            width,
-            self.count,
-            q.dtype == torch.float32,
-            adding is not None,
+            *self._sizes(sequences, adding is not None),
             *self._told_last,
         )
         sums = array("q")

@@ -15,6 +15,7 @@ from torch.nn import functional
 
 from attention.kernels import LOG2_E
 from attention.kernels.features import CHUNK, LIMIT, Sums
+from attention.kernels.library import Told
 from attention.kernels.softmax.streaming import query_rows, tokens_first
 from attention.parts import Parts, spread
 from attention.shapes import HeadShape
@@ -151,6 +152,9 @@ class Features:
     def levels(self, states: Sequence[Sums]) -> Tensor:
         """(B, G, 1, m), padded as `tokens` is, with features that weigh nothing."""
         return functional.pad(torch.stack([level for _, level in states]), self._padding, value=-math.inf)
+
+    def told(self, states: Sequence[dict[str, Tensor]], near: Tensor | None = None, other: Told | None = None) -> Told | None:
+        return None
 
     def attend_bytes(self, queries: int, causal: bool) -> int:
         shape, size, sums = self.shape, self.product_bytes, self._sums_bytes()

@@ -103,6 +103,7 @@ class Softmax(Protocol):
         places: Sequence[int],
         counts: Sequence[int],
         runs: Sequence[Runs] | None = None,
+        log_total: Tensor | None = None,
     ) -> Told | None:
         """What answers `step` at each of some layers, called from C; None where the step is not in C.
 

@@ -84,6 +84,7 @@ class Capped:
         places: Sequence[int],
         counts: Sequence[int],
         runs: Sequence[Runs] | None = None,
+        log_total: Tensor | None = None,
     ) -> Told | None:
         return None
 

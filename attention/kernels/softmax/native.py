@@ -20,12 +20,12 @@ from torch import Tensor
 from attention.history import Pair
 from attention.kernels import LOG2_E
 from attention.kernels.library import (
+    ANSWER,
     FAR,
     HERE,
     INT,
     NUMBER,
     POINTER,
-    ROOM,
     Kernel,
     Told,
     floats,
@@ -80,7 +80,7 @@ class Steps(ctypes.Structure):
     """`Steps` of softmax.c."""
 
     _fields_ = [
-        *rooms("histories", "starts", "states", "parts"),
+        *rooms("histories", "starts", "states", "parts", "log_total"),
         *numbers("count", "layers", "sequences", "heads", "groups", "width", "wide", "eight"),
         *floats("scale", "cap"),
     ]
@@ -103,7 +103,7 @@ KERNEL = Kernel(
     {
         "attend": (POINTER, POINTER, NUMBER, POINTER, NUMBER, POINTER, NUMBER, INT),
         "step": (POINTER, POINTER, NUMBER, POINTER, NUMBER, INT),
-        "step_layer": (POINTER, NUMBER, POINTER, POINTER, POINTER, *ROOM, INT),
+        "step_layer": ANSWER,
         "choose": (POINTER, POINTER, NUMBER, POINTER, NUMBER, INT),
         "chosen": (POINTER, POINTER, NUMBER, POINTER, NUMBER, INT),
     },
@@ -216,6 +216,7 @@ def told(
     places: Sequence[int],
     counts: Sequence[int],
     runs: Sequence[Runs] | None = None,
+    log_total: Tensor | None = None,
     *,
     cap: float = 0.0,
 ) -> Told | None:
@@ -235,8 +236,8 @@ def told(
     starts = array("q", bytes(8 * (number + 1)))
     memory = [part for x in (histories, starts, table) for part in (x.buffer_info()[0], 8 * len(x))]
     sizes = number, layers, len(states), heads, groups, width, shape.dtype == torch.float32, shape.kv is not None
-    call = _steps(*memory, *room(scratch), *sizes, LOG2_E / math.sqrt(width), LOG2_E * cap)
-    return Told(KERNEL.address("step_layer"), call, (histories, starts, table, scratch, states))
+    call = _steps(*memory, *room(scratch), *room(log_total), *sizes, LOG2_E / math.sqrt(width), LOG2_E * cap)
+    return Told(KERNEL.address("step_layer"), call, (histories, starts, table, scratch, states, log_total))
 
 
 def _seek(histories: array[int], where: Sequence[int], left: int, runs: Runs | None) -> int:

@@ -81,6 +81,8 @@ typedef struct { /* a step at each of several layers; of a history k, v and rows
     int64_t states_bytes;
     float *parts;
     int64_t parts_bytes;
+    float *log_total; /* as of a Step */
+    int64_t log_total_bytes;
     int64_t count, layers, sequences, heads, groups, width, wide, eight;
     float scale, cap;
 } Steps;
@@ -131,7 +133,8 @@ const int64_t softmax_layout[] = {
     FIELD(Step, wide), FIELD(Step, eight), FIELD(Step, scale), FIELD(Step, cap),
     sizeof(Steps), FIELD(Steps, histories), FIELD(Steps, histories_bytes), FIELD(Steps, starts),
     FIELD(Steps, starts_bytes), FIELD(Steps, states), FIELD(Steps, states_bytes),
-    FIELD(Steps, parts), FIELD(Steps, parts_bytes), FIELD(Steps, count), FIELD(Steps, layers),
+    FIELD(Steps, parts), FIELD(Steps, parts_bytes), FIELD(Steps, log_total),
+    FIELD(Steps, log_total_bytes), FIELD(Steps, count), FIELD(Steps, layers),
     FIELD(Steps, sequences), FIELD(Steps, heads), FIELD(Steps, groups), FIELD(Steps, width),
     FIELD(Steps, wide), FIELD(Steps, eight), FIELD(Steps, scale), FIELD(Steps, cap),
     sizeof(Choice), FIELD(Choice, q), FIELD(Choice, out), FIELD(Choice, log_total),
@@ -913,10 +916,21 @@ const char *step_layer(const void *told, int64_t layer, const View *q, const Vie
         x->v = state->v + layer * state->v_layer * kept;
         x->k_row = state->k_row, x->v_row = state->v_row;
     }
-    const Step own = { *q,       out,       out_bytes,      0,
-                       0,        c->parts,  c->parts_bytes, c->sequences,
-                       c->heads, c->groups, c->width,       c->wide,
-                       c->eight, c->scale,  c->cap };
+    const Step own = { *q,
+                       out,
+                       out_bytes,
+                       c->log_total,
+                       c->log_total_bytes,
+                       c->parts,
+                       c->parts_bytes,
+                       c->sequences,
+                       c->heads,
+                       c->groups,
+                       c->width,
+                       c->wide,
+                       c->eight,
+                       c->scale,
+                       c->cap };
     reason = wrong_step(&own, c->histories, c->count, c->starts_bytes, most(1, threads));
     if (reason || !threads) return reason;
     for (int64_t i = 0; i < c->sequences; i++) {

@@ -168,6 +168,7 @@ def told(
     places: Sequence[int],
     counts: Sequence[int],
     runs: Sequence[Runs] | None = None,
+    log_total: Tensor | None = None,
 ) -> Told | None:
     """`Softmax.told`."""
     return None
