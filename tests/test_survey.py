@@ -126,7 +126,7 @@ def survey_of(directory: Path, tmp_path: Path, backends: str, capsys: pytest.Cap
 
 
 def test_an_encoder_is_served_under_the_list_that_decoders_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    directory = encoders.encoders.write(tmp_path / "tiny", "bert")
+    directory = encoders.write(tmp_path / "tiny", "bert")
     assert cli.main(["check", str(directory), str(LOCAL)]) == 0
     rows = [line.split("  ")[1] for line in capsys.readouterr().out.splitlines() if line.startswith("  ")]
     assert {row.split(",")[0] for row in rows} >= {"dense", "sliding_window", "performer"}
@@ -138,7 +138,7 @@ def test_an_encoder_is_served_under_the_list_that_decoders_are(tmp_path: Path, c
 async def test_of_an_encoder_it_tells_the_task_the_pooling_and_which_backends_are_lossy(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    directory = encoders.encoders.write(tmp_path / "tiny", "bert")
+    directory = encoders.write(tmp_path / "tiny", "bert")
     encoders.write_modules(directory, "cls_token", normalize=False, prompts={"query": "q: "})
     lines = survey_of(directory, tmp_path, "{dense: {}, longformer: {window: 9}}", capsys)
     assert lines[3] == "offers      /v1/embeddings: 48 numbers of the cls state, of any length, prompts query (default: none)"
