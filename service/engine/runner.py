@@ -110,7 +110,7 @@ class Runner:
         for member in work.members:
             tokens += member.tokens
         is_decode, types = work.kind == "decode", self._types(work)
-        passage = work.passage(segments) if is_decode else None
+        passage = work.passage(segments) if is_decode and self._model.takes_passage else None
         hidden = yield from self.hidden(tokens, segments, work.answering, work.totals, types, is_decode, passage)
         if work.kind == "embed":
             self._pool(work, segments, hidden)

@@ -233,6 +233,11 @@ class Transformer(nn.Module):
         return "native" if self._first.is_native else "torch"
 
     @property
+    def takes_passage(self) -> bool:
+        """Whether a decode step goes through all layers in C where it is given a passage."""
+        return self._packed is not None
+
+    @property
     def dtype(self) -> torch.dtype:
         """Of activations, and of all weights that are not quantized."""
         return next(self.parameters()).dtype
@@ -389,7 +394,7 @@ class Transformer(nn.Module):
         """
         qkv = self._first.qkv
         is_kept = qkv.quantized is not None or not qkv.weight.is_mkldnn
-        if is_kept or (is_decode and self._packed is not None):
+        if is_kept or (is_decode and self.takes_passage):
             return rows
         above = 1 << (rows - 1).bit_length()
         step = min(32, max(1, above >> 2)) if rows <= 512 else above >> 5
