@@ -281,11 +281,12 @@ class ApplicationSection(Settings):
 
     @model_validator(mode="after")
     def _backends_take_the_kv(self) -> ApplicationSection:
-        import attention  # here, for it brings torch
+        if self.args.kv == "int8":
+            import attention  # here, for it brings torch
 
-        named = self.deployments[0].user_config.attention.backends
-        if self.args.kv == "int8" and (others := [name for name in named if not attention.backend_class(name).takes_int8]):
-            raise ValueError(f"args.kv is int8, in which these backends cannot keep keys and values: {', '.join(others)}")
+            named = self.deployments[0].user_config.attention.backends
+            if others := [name for name in named if not attention.backend_class(name).takes_int8]:
+                raise ValueError(f"args.kv is int8, in which these backends cannot keep keys and values: {', '.join(others)}")
         return self
 
 
