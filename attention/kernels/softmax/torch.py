@@ -191,8 +191,8 @@ def band_bytes(shape: HeadShape, queries: int, keys: int, before: int, ahead: in
     fitting = columns(shape.query_heads, shape.itemsize, ROWS) // (wide + free)
     early = max(0, before + free - (keys - queries)) + ROWS - 1  # queries of blocks that reach before the first key
     whole = (queries - early // ROWS * ROWS - ahead) // ROWS  # blocks whose keys all lie within the sequence
-    old = min(max(0, keys - queries - free), before)
-    told = told_bytes(shape, min(free, keys) + old + queries)
+    near = min(max(0, keys - free), before + queries)
+    told = told_bytes(shape, min(free, keys) + near)
     return told + _workspace_bytes(shape, queries, ROWS, seen, gathered=True, together=max(1, min(fitting, whole)), free=free)
 
 
