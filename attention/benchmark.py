@@ -19,7 +19,7 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -258,7 +258,10 @@ def decode_step(backend: AttentionBackend, past: int, sequences: int, together: 
     backend.extend(q, k, v, Segments(ones), pool, 0, slots)
     for slot in slots:  # a state as of a long history, without its prefill
         for name, tensor in pool.tensors(slot).items():
-            if name in ("k", "v", "high", "low"):
+            if name in ("k", "v"):
+                drawn = torch.randn(tensor.shape[1], HEADS, WIDTH, dtype=torch.bfloat16)
+                tensor.copy_(backend.as_kept(drawn, drawn)[0].flatten(1))
+            elif name in ("high", "low"):
                 tensor.normal_()
         pool.pretend(slot, past)
 
@@ -288,8 +291,12 @@ def show_decode() -> None:
     print("\ndecode: microseconds of a step of one layer (bf16)")
     print(f"  {'':15} {'1k':>8} {'64k':>8}    {'32 at 1k':>8} {'one by one':>10}")
     options: dict[str, dict[str, int]] = {"dense": {}, "sliding_window": {"window": 512}, "chunked": {"chunk": 512}}
-    for name, chosen in (options | {"topk": {}, "distinct": {}, "bigbird": {}, "performer": {}, "linear": {}}).items():
-        backend = build(name, chosen, HeadShape(HEADS, HEADS, WIDTH, torch.bfloat16))
+    options |= {"topk": {}, "distinct": {}, "bigbird": {}, "performer": {}, "linear": {}}
+    shape = HeadShape(HEADS, HEADS, WIDTH, torch.bfloat16)
+    built = {name: build(name, chosen, shape) for name, chosen in options.items()}
+    for name in ("dense", "topk"):
+        built[f"{name}, kv int8"] = build(name, {}, replace(shape, kv=torch.int8))
+    for name, backend in built.items():
         cases = ((1023, 1), (65535, 1), (1023, 32), (1023, 32, False))
         short, long, many, each = (decode_step(backend, *case) * 1e6 for case in cases)
         print(f"  {name:15} {short:8.0f} {long:8.0f}    {many:8.0f} {each:10.0f}  ({each / many:.1f}x)")

@@ -1,7 +1,8 @@
 """Keys and values in a state: where each position stands, how tokens are put there, and how they are read back.
 
-A state keeps "k" and "v", (kept, G D) each. Where a pattern keeps all, position p stands at index p. Where it forgets, a
-`Ring` tells: the first positions stay for good, all later ones take turns behind them.
+A state keeps "k" and "v", (kept, G D) each. In 8 bits they are int8, each head's scale behind it, and D + 4 stands in the place
+of D in all shapes here (`kernels/int8.py`). Where a pattern keeps all, position p stands at index p. Where it forgets, a `Ring`
+tells: the first positions stay for good, all later ones take turns behind them.
 
     Ring(first=2, length=4), positions 0 to 8 written:    [0][1] [6][7][8][5]
                                                           first   the ring
@@ -35,7 +36,7 @@ def whole(count: int) -> int:
 def keys_and_values(shape: HeadShape, tokens: int, most: int | None = None) -> dict[str, StateTensor]:
     """Room for `tokens` tokens: in whole `STEP`s, or `most` where a pattern keeps no more."""
     kept = whole(tokens) if most is None else rounded(tokens, most)
-    spec = StateTensor((kept, shape.key_value_heads * shape.head_width), shape.dtype)
+    spec = StateTensor((kept, shape.key_value_heads * shape.kept_width), shape.kept_dtype)
     return {"k": spec, "v": spec}
 
 
@@ -61,7 +62,7 @@ def carry(state: dict[str, Tensor], into: dict[str, Tensor], tokens: int) -> Non
 
 def cut(state: dict[str, Tensor], first: int, last: int) -> None:
     """Take what stands at indices first..last out of a state: keys are not looked at there, values weighed by 0."""
-    state["v"][first:last] = 0.0
+    state["v"][first:last] = 0
 
 
 def append_step(states: Sequence[dict[str, Tensor]], k: Tensor, v: Tensor, past: Sequence[int]) -> None:
@@ -138,4 +139,4 @@ def _clear(state: dict[str, Tensor], past: int, total: int) -> None:
     take its memory before there are tokens for it.
     """
     if past % STEP == 0 or past // STEP != (total - 1) // STEP:
-        state["v"][total : rounded(total, len(state["v"]))] = 0.0
+        state["v"][total : rounded(total, len(state["v"]))] = 0

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from types import MappingProxyType
 from typing import ClassVar
 
@@ -27,6 +28,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from attention import steps
+from attention.kernels import int8
 from attention.kernels.library import Told
 from attention.parts import Parts, finish
 from attention.pool import StatePool, StateTensor
@@ -53,6 +55,7 @@ class AttentionBackend(ABC):
         impl: the implementation in force, see `kernels.implementation`.
         packed: by the value of `causal`, what answers a whole packed batch in one call, where the implementation can.
         exact: True when the backend is a softmax over the keys that `visible` names; False for kernels of their own.
+        takes_int8: whether its states are keys and values, which may lie in 8 bits (`HeadShape.kv`).
         score_cap: where it is set, a score s is weighed as cap tanh(s / cap).
         score_bias: where it is set, what is added to scores by distance, a `relative.table`.
     """
@@ -60,11 +63,14 @@ class AttentionBackend(ABC):
     Options: ClassVar[type[BackendOptions]]
     exact: bool = True
     impl: str = "torch"
+    takes_int8: ClassVar[bool] = False
     packed: Mapping[bool, Callable[[Tensor, Tensor, Tensor, Segments], Tensor]] = MappingProxyType({})
     score_cap: float | None = None
     score_bias: Tensor | None = None
 
     def __init__(self, options: BackendOptions, shape: HeadShape) -> None:
+        if shape.kv is not None and not self.takes_int8:
+            raise ValueError(f"{self.name} cannot keep keys and values in 8 bits (kv: int8)")
         self.options = options
         self.shape = shape
 
@@ -94,7 +100,8 @@ class AttentionBackend(ABC):
                 a tensor that gradients are asked of.
         """
         self.check_attend(q, k, v, segments, causal)
-        if packed := self.packed.get(causal):
+        k, v = self.as_kept(k, v)
+        if self.shape.kv is None and (packed := self.packed.get(causal)):
             return packed(q, k, v, segments)
         out = q.new_empty(q.shape)
         for start, end, _ in segments.spans():
@@ -146,6 +153,7 @@ class AttentionBackend(ABC):
         if by_steps and any(end - start > self.runway(past) for start, end, past in segments.spans()):
             behind = f"behind {segments.past}, received {segments.lengths}"
             raise ValueError(f"{self.name} takes fewer single steps at once {behind}")
+        k, v = self.as_kept(k, v)
         states = pool.take(slots, layer, segments)
         if segments.total == len(slots):
             self.step(q, k, v, segments.past, states, out)
@@ -168,13 +176,17 @@ class AttentionBackend(ABC):
             if end - start > 1:
                 yield from self.extend_sequence(q[start:end], k[start:end], v[start:end], past, state, out[start:end])
 
+    def as_kept(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values (T, G, D) as a state keeps them, and as they are attended to: in 8 bits int8 (T, G, D + 4)."""
+        return (k, v) if self.shape.kv is None else int8.quantize(k, v, self.impl)
+
     @abstractmethod
     def attend_sequence(self, q: Tensor, k: Tensor, v: Tensor, causal: bool, out: Tensor) -> Parts:
-        """Answer one whole sequence into `out` (T, H, D)."""
+        """Answer one whole sequence into `out` (T, H, D). k and v are as `as_kept` has them."""
 
     @abstractmethod
     def extend_sequence(self, q: Tensor, k: Tensor, v: Tensor, past: int, state: dict[str, Tensor], out: Tensor) -> Parts:
-        """Append one sequence's new tokens to its state at one layer and answer them into `out` (T, H, D)."""
+        """Append one sequence's new tokens to its state at one layer and answer them into `out` (T, H, D). k, v: likewise."""
 
     def step(
         self, q: Tensor, k: Tensor, v: Tensor, past: Sequence[int], states: Sequence[dict[str, Tensor]], out: Tensor
@@ -202,7 +214,10 @@ class AttentionBackend(ABC):
         """
         if not 1 <= queries <= keys <= MOST_TOKENS:
             raise ValueError(f"a cost is that of 1 to keys queries at the end of keys tokens, received {queries} of {keys}")
-        return self.law(queries, keys, causal=causal)
+        cost = self.law(queries, keys, causal=causal)
+        if self.shape.kv is None:
+            return cost
+        return replace(cost, workspace_bytes=cost.workspace_bytes + 2 * queries * self.shape.kept_bytes)  # what `as_kept` makes
 
     @abstractmethod
     def law(self, queries: int, keys: int, *, causal: bool) -> Cost:

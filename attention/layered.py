@@ -41,6 +41,8 @@ Kind = dict[str, dict[str, Any] | None]  # one backend by name, with its options
 class PerLayer(AttentionBackend):
     """Layers of several kinds, each the backend of its own. `layers` holds each layer's, `counts` how many layers each has."""
 
+    takes_int8 = True  # where each layer's does
+
     def __init__(self, options: BackendOptions, shape: HeadShape, layers: Sequence[AttentionBackend]) -> None:
         super().__init__(options, shape)
         self.layers = tuple(layers)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from attention import relative
 from attention.interface import AttentionBackend
+from attention.kernels import int8
 
 
 def answer(backend: AttentionBackend, q: Tensor, k: Tensor, v: Tensor, *, causal: bool, rows: Tensor | None = None) -> Tensor:
@@ -25,6 +26,7 @@ def answer(backend: AttentionBackend, q: Tensor, k: Tensor, v: Tensor, *, causal
         float64 (rows, H, D). A row that sees nothing is zeros.
     """
     found = weights(backend, q, k, v, causal=causal, rows=rows)
+    _, v = told(backend, k, v)
     answers: Tensor = found @ v.double().transpose(0, 1).repeat_interleave(backend.shape.group, 0)
     return answers.transpose(0, 1)
 
@@ -32,11 +34,20 @@ def answer(backend: AttentionBackend, q: Tensor, k: Tensor, v: Tensor, *, causal
 def weights(backend: AttentionBackend, q: Tensor, k: Tensor, v: Tensor, *, causal: bool, rows: Tensor | None = None) -> Tensor:
     """What each key weighs in each answer of `answer`, float64 (H, rows, n): a row sums to 1, or 0 if it sees nothing."""
     rows = torch.arange(len(q)) if rows is None else rows
+    k, v = told(backend, k, v)
     queries, keys, values = (x.double().transpose(0, 1) for x in (q[rows], k, v))
     keys, values = (x.repeat_interleave(backend.shape.group, 0) for x in (keys, values))  # (H, n, D)
     found = torch.where(visible(backend, rows, len(q), causal), _weights(backend, queries, keys, values, rows), 0.0)
     total = found.sum(-1, keepdim=True)
     return found / torch.where(total == 0, 1.0, total)
+
+
+def told(backend: AttentionBackend, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """What a backend's states tell of keys and values (n, G, D): themselves, unless they are kept in 8 bits."""
+    if backend.shape.kv is None:
+        return k, v
+    kept_k, kept_v = int8.quantize(k, v, "torch")
+    return int8.dequantize(kept_k, torch.float64), int8.dequantize(kept_v, torch.float64)
 
 
 def visible(backend: AttentionBackend, rows: Tensor, length: int, causal: bool) -> Tensor:

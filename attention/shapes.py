@@ -12,6 +12,7 @@ from torch import Tensor
 CPU = torch.device("cpu")
 CPU_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 CUDA_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+SCALE_BYTES = 4  # of the scale behind a head in 8 bits, see kernels/int8.py
 MOST_TOKENS = 1 << 31  # no sequence is longer, and no option that counts tokens means more
 
 
@@ -20,8 +21,8 @@ class HeadShape:
     """The heads a backend is built for.
 
     Raises:
-        ValueError: a count below one, query heads that are no multiple of the key-value heads, or a dtype that the
-            device cannot multiply at a usable speed (float16 on CPU: 1 GFLOP/s).
+        ValueError: a count below one, query heads that are no multiple of the key-value heads, a dtype that the
+            device cannot multiply at a usable speed (float16 on CPU: 1 GFLOP/s), or `kv` of another dtype than int8.
     """
 
     query_heads: int  # H
@@ -29,6 +30,7 @@ class HeadShape:
     head_width: int  # D
     dtype: torch.dtype = torch.float32
     device: torch.device = CPU
+    kv: torch.dtype | None = None  # in which keys and values are kept: int8, see kernels/int8.py; None: in `dtype`
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "device", torch.device(self.device))
@@ -42,6 +44,9 @@ class HeadShape:
         allowed = CPU_DTYPES if self.device.type == "cpu" else CUDA_DTYPES
         if self.dtype not in allowed:
             raise ValueError(f"dtype on {self.device.type} must be one of {allowed}, received {self.dtype}")
+        if self.kv not in (None, torch.int8) or (self.kv is not None and self.head_width % SCALE_BYTES):
+            wanted = f"int8, with heads whose width is a multiple of {SCALE_BYTES}"
+            raise ValueError(f"kv must be {wanted}, or None, received {self.kv} and heads of {self.head_width}")
 
     @property
     def group(self) -> int:
@@ -52,6 +57,21 @@ class HeadShape:
     def itemsize(self) -> int:
         """Bytes of one element."""
         return self.dtype.itemsize
+
+    @property
+    def kept_dtype(self) -> torch.dtype:
+        """In which keys and values are kept."""
+        return self.dtype if self.kv is None else self.kv
+
+    @property
+    def kept_width(self) -> int:
+        """Elements that are kept of a head's key, or value: D, and in 8 bits the scale's bytes."""
+        return self.head_width if self.kv is None else self.head_width + SCALE_BYTES
+
+    @property
+    def kept_bytes(self) -> int:
+        """Bytes of a token's keys, of all heads, as they are kept; of its values as many."""
+        return self.key_value_heads * self.kept_width * self.kept_dtype.itemsize
 
 
 @dataclass(frozen=True)

@@ -90,8 +90,9 @@ def _parser() -> argparse.ArgumentParser:
             add_arguments(command)
         if name == "check":
             command.add_argument("directory", type=Path, help="a checkpoint in Hugging Face format")
-            kinds = get_args(ServiceConfig.model_fields["weights"].annotation)
-            command.add_argument("--weights", choices=kinds, help="in the place of the config's")
+            for field in ("weights", "kv"):
+                kinds = get_args(ServiceConfig.model_fields[field].annotation)
+                command.add_argument(f"--{field}", choices=kinds, help="in the place of the config's")
         command.add_argument("file", nargs="?", type=Path, help="a Serve config; by default deploy/local.yaml")
     return parser
 
@@ -285,8 +286,8 @@ def check(options: argparse.Namespace) -> int:
 
     try:
         args = application.args
-        if options.weights is not None:
-            args = args.model_copy(update={"weights": options.weights})
+        told = {field: getattr(options, field) for field in ("weights", "kv") if getattr(options, field) is not None}
+        args = args.model_copy(update=told)
         for line in survey(options.directory, args, application.deployments[0].user_config.attention):
             print(line)
     except (FileNotFoundError, ValueError) as error:

@@ -152,6 +152,7 @@ class ServiceConfig(Settings):
     max_length: int | None = Field(default=None, gt=0)  # tokens of a sequence, at most; None: the checkpoint's context
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     weights: Literal["auto", "bf16", "int8", "int4"] = "auto"  # of matrices; auto: the dtype's; fewer bits are lossy
+    kv: Literal["auto", "bf16", "int8"] = "auto"  # of a decoder's keys and values; auto: the dtype's; int8 is lossy
     device: str = "cpu"
     threads: int | None = Field(default=None, gt=0)  # torch threads; None: this replica's part of the CPUs
     float32_matmul_precision: Literal["highest", "high", "medium"] = "highest"
@@ -277,6 +278,16 @@ class ApplicationSection(Settings):
     runtime_env: dict[str, Any] | None = None
     args: ServiceConfig = ServiceConfig()
     deployments: list[DeploymentSection] = Field(default=[DeploymentSection()], min_length=1, max_length=1)
+
+    @model_validator(mode="after")
+    def _backends_take_the_kv(self) -> ApplicationSection:
+        if self.args.kv == "int8":
+            import attention  # here, for it brings torch
+
+            named = self.deployments[0].user_config.attention.backends
+            if others := [name for name in named if not attention.backend_class(name).takes_int8]:
+                raise ValueError(f"args.kv is int8, in which these backends cannot keep keys and values: {', '.join(others)}")
+        return self
 
 
 class HttpOptions(Settings):

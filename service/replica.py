@@ -156,6 +156,7 @@ class Replica:
             "impl": str(model.impl),
             "dtype": str(shape.dtype),
             "weights": self.settings.weights,
+            "kv": self.settings.kv,
             "device": str(shape.device),
         }
 
@@ -294,6 +295,7 @@ class Replica:
             "dtype_reason": self._loaded.dtype_reason,
             "weights": self.settings.weights,
             "weights_bytes": model.weight_bytes,
+            "kv": self.settings.kv,
             "impl": model.impl,
             "device": self.settings.device,
             "threads": torch.get_num_threads(),
@@ -349,7 +351,8 @@ def _traced(metrics: Metrics, endpoint: str, name: str) -> Traced:
 
 
 def _load(config: ServiceConfig) -> Checkpoint:
-    loaded = checkpoint.load(_directory(config), config.dtype, config.device, config.name, config.max_length, config.weights)
+    kept = {"weights": config.weights, "kv": config.kv}
+    loaded = checkpoint.load(_directory(config), config.dtype, config.device, config.name, config.max_length, **kept)
     trim()  # what loading took for a while is no weight: the budget is drawn from what is left
     return loaded
 

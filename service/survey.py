@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import attention
@@ -28,16 +29,18 @@ def survey(directory: Path, args: ServiceConfig, switch: AttentionConfig) -> Ite
             fewer bits that are not multiplied here as they are defined.
     """
     directory = files.find(directory)
-    config = checkpoint.read_layout(directory)[0].up_to(args.max_length)
+    config = checkpoint.read_layout(directory)[0].up_to(args.max_length).keeping(args.kv)
     tokenizer = Tokenizer.load(directory, config.eos_token_id, config.vocab_size)
     dtype, reason = checkpoint.choose_dtype(args.dtype, args.device)
-    checkpoint.check_weights(args.weights, dtype)
+    checkpoint.check_kept(dtype, args.weights, args.kv)
     model = checkpoint.outline(config).to(dtype)
     name = str(dtype).removeprefix("torch.")
     yield f"{args.name or checkpoint.id_of(directory)}: {config.model_type}, {model.num_weights / 1e6:.1f} million parameters"
     yield f"dtype       {name}, {_weights(model, args.weights)} ({reason})"
     if args.weights in BITS:
         yield _products(model, args)
+    if config.kv is not None:
+        yield _states(config, model, args)
     yield f"context     {config.max_length} tokens, vocabulary {len(tokenizer.ids)}{_positions(config)}"
     yield f"offers      {_offer(config)}"
     if config.is_causal:
@@ -57,7 +60,7 @@ def rehearse(args: ServiceConfig, switch: AttentionConfig, dtype: str, budget: i
             weights in fewer bits that are not multiplied here as they are defined.
     """
     directory = checkpoint.EMBEDDED if args.model == "embedded" else Path(args.model)
-    config = checkpoint.read_config(directory).up_to(args.max_length)
+    config = checkpoint.read_config(directory).up_to(args.max_length).keeping(args.kv)
     model = checkpoint.outline(config).to(checkpoint.DTYPES[dtype])
     if args.weights in BITS:
         _products(model, args)
@@ -87,6 +90,19 @@ def _products(model: Transformer, args: ServiceConfig) -> str:
     if not verdict.passed:
         raise ValueError(f"weights in {told}")
     return f"products    in {told}"
+
+
+def _states(config: ModelConfig, model: Transformer, args: ServiceConfig) -> str:
+    """How keys and values in 8 bits are read on this machine, tried under dense on drawn ones. ValueError: wrongly."""
+    shape = config.head_shape(model.dtype, args.device)
+    exact, eight = (attention.build("dense", None, replace(shape, kv=kv)) for kv in (None, shape.kv))
+    verdict = result(truth.checking(eight, max_length=REHEARSED_TOKENS))
+    told = f"keys and values in int8, off their definition by {verdict.error:.2g}, allowed: {verdict.bound:.2g}"
+    if not verdict.passed:
+        raise ValueError(told)
+    size = 2 * config.num_hidden_layers * shape.kept_bytes
+    less = shape.kept_bytes / exact.shape.kept_bytes
+    return f"keeps       {told}: lossy; {size} bytes a token, {less:.0%} of {str(shape.dtype).removeprefix('torch.')}'s"
 
 
 def _offer(config: ModelConfig) -> str:

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from attention import NATIVE, AttentionBackend, HeadShape, Passage, Segments, build, names, shares
+from attention.kernels import int8
 from attention.kernels.features import native as features
 from attention.kernels.softmax import native as softmax
 from attention.truth import BOUNDS
@@ -33,7 +34,8 @@ from service.model.transformer import Layer, Transformer, rotate
 
 SANITIZED = os.environ.get("SANITIZED")
 if SANITIZED:
-    softmax.KERNEL.home = features.KERNEL.home = layer.KERNEL.home = encoder_layer.KERNEL.home = Path(SANITIZED)
+    for kernel in (softmax, features, int8, layer, encoder_layer):
+        kernel.KERNEL.home = Path(SANITIZED)
 DTYPES = [dtype for dtype in (torch.float32, torch.bfloat16) if softmax.obstacle(HeadShape(4, 2, 64, dtype)) is None]
 CASE = Path(SANITIZED or ".pytest_cache") / f"case-{os.getppid()}"  # the call under way, for a process that does not survive it
 CALLS = os.environ.get("LONGSERVE_FUZZ_CALLS")
@@ -123,7 +125,8 @@ def cases(draw: Any) -> Case:
     name = draw(st.sampled_from(names()))
     options = {option: draw(st.sampled_from(values)) for option, values in OPTIONS.get(name, {}).items() if draw(st.booleans())}
     heads = draw(st.sampled_from(((1, 1), (2, 1), (4, 2), (6, 2), (7, 1), (3, 3))))
-    shape = HeadShape(*heads, draw(st.sampled_from((32, 64, 96, 256))), draw(st.sampled_from(DTYPES)))
+    width, dtype = draw(st.sampled_from((32, 64, 96, 256))), draw(st.sampled_from(DTYPES))
+    shape = HeadShape(*heads, width, dtype, kv=draw(st.sampled_from((None, None, torch.int8))))
     small = st.sampled_from((0, 0, 1, 2, 3, 8))
     layout = st.builds(Layout, small, small, small, st.sampled_from((1, 1, 1, 1, 2)))
     tight = draw(st.booleans())

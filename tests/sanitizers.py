@@ -18,6 +18,7 @@ HEADERS = ROOT / "attention/kernels"
 SOURCES = (
     "attention/kernels/softmax/softmax.c",
     "attention/kernels/features/features.c",
+    "attention/kernels/int8.c",
     "attention/kernels/team.c",
     "service/model/csrc/encoder.c",
     "service/model/csrc/layer.c",

@@ -79,6 +79,8 @@ def test_the_shipped_file_is_valid_and_ray_serve_takes_it() -> None:
         (at(*APP, "args", "threads", value=0), ("args.threads", "greater than 0", "0")),
         (at(*APP, "args", "dtype", value="int8"), ("args.dtype", "bfloat16", "'int8'")),
         (at(*APP, "args", "weights", value="int2"), ("args.weights", "int8", "int4", "'int2'")),
+        (at(*APP, "args", "kv", value="int4"), ("args.kv", "bf16", "int8", "'int4'")),
+        (at(*APP, "args", "kv", value="int8"), ("args.kv is int8", "cannot keep", "performer")),
         (at(*APP, "import_path", value="os:system"), ("import_path", "service.app:build", "os:system")),
         (at("http_options", "host", value="0.0.0.0"), ("0.0.0.0", "api_keys_env")),
         (at("applications", value=[]), ("applications", "at least 1")),

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import attention
+from attention.kernels import int8
 from service import cli
 from service import config as settings
 from service.config import AttentionConfig, ServiceConfig
@@ -78,6 +79,40 @@ def test_weights_in_fewer_bits_are_told_as_lossy_and_by_the_bytes_they_take(
     line = capsys.readouterr().out.splitlines()[1]
     size = load(directory, dtype="float32", weights=weights).model.weight_bytes
     assert f"{size / 2**20:.1f} MiB of weights, matrices in {weights}: lossy" in line
+
+
+def test_keys_and_values_in_8_bits_are_told_as_lossy_and_by_the_bytes_they_take(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = write(tmp_path / "tiny", "llama", max_position_embeddings=3000)
+    (tmp_path / "serve.yaml").write_text(CONFIG)
+    asked = ["check", str(directory), str(tmp_path / "serve.yaml"), "--kv", "int8"]
+    assert cli.main(asked) == 0
+    lines = capsys.readouterr().out.splitlines()
+    model = load(directory, dtype="float32", kv="int8").model
+    shape, dense = model.head_shape(), attention.build("dense", None, model.head_shape())
+    size = model.config.num_hidden_layers * dense.state_bytes(256) // 256
+    assert f"lossy; {size} bytes a token, {(shape.head_width + 4) / (4 * shape.head_width):.0%} of float32's" in lines[2]
+    honest = int8.dequantize
+    monkeypatch.setattr("attention.kernels.softmax.torch.dequantize", lambda x, dtype: honest(x, dtype) * 1.01)
+    assert cli.main(asked) == 1
+    assert "keys and values in int8, off their definition by" in capsys.readouterr().err
+
+
+def test_an_encoder_which_keeps_no_keys_and_values_refuses_to_keep_them_in_8_bits(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "serve.yaml").write_text(CONFIG)
+    assert (
+        cli.main(["check", str(encoders.write(tmp_path / "tiny", "bert")), str(tmp_path / "serve.yaml"), "--kv", "int8"]) == 1
+    )
+    assert "kv: int8 is for decoders" in capsys.readouterr().err
+
+
+def test_bf16_is_refused_by_its_key_where_the_dtype_is_another(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "serve.yaml").write_text(CONFIG)
+    assert cli.main(["check", str(write(tmp_path / "tiny", "llama")), str(tmp_path / "serve.yaml"), "--kv", "bf16"]) == 1
+    assert "kv: bf16 needs dtype: bfloat16, which here is torch.float32" in capsys.readouterr().err
 
 
 def survey_of(directory: Path, tmp_path: Path, backends: str, capsys: pytest.CaptureFixture[str]) -> list[str]:

@@ -61,6 +61,7 @@ class BigBird(AttentionBackend):
 
     Options = BigBirdOptions
     options: BigBirdOptions
+    takes_int8 = True
 
     def __init__(self, options: BigBirdOptions, shape: HeadShape) -> None:
         super().__init__(options, shape)

@@ -33,6 +33,7 @@ class Chunked(AttentionBackend):
 
     Options = ChunkedOptions
     options: ChunkedOptions
+    takes_int8 = True
 
     def __init__(self, options: ChunkedOptions, shape: HeadShape) -> None:
         super().__init__(options, shape)

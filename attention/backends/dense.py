@@ -30,6 +30,7 @@ class Dense(AttentionBackend):
 
     Options = DenseOptions
     options: DenseOptions
+    takes_int8 = True
 
     def __init__(self, options: DenseOptions, shape: HeadShape) -> None:
         super().__init__(options, shape)

@@ -38,6 +38,7 @@ class SlidingWindow(AttentionBackend):
 
     Options = SlidingWindowOptions
     options: SlidingWindowOptions
+    takes_int8 = True
 
     def __init__(self, options: SlidingWindowOptions, shape: HeadShape) -> None:
         super().__init__(options, shape)
@@ -64,7 +65,7 @@ class SlidingWindow(AttentionBackend):
         near = self.ring.in_order(state, k, v, base, past)
         self.ring.write(state, k, v, past)
         first = history.read(state, sinks, k.shape[1])
-        return self.softmax.band(q, near, first, past - base, self.options.window, 0, out)
+        yield from self.softmax.band(q, near, first, past - base, self.options.window, 0, out)
 
     def step(
         self, q: Tensor, k: Tensor, v: Tensor, past: Sequence[int], states: Sequence[dict[str, Tensor]], out: Tensor
@@ -107,4 +108,4 @@ class SlidingWindow(AttentionBackend):
         workspace = self.softmax.band_bytes(shape, queries, keys, options.window, ahead, options.sinks)
         old = min(max(0, keys - queries - options.sinks), options.window)
         in_order = old + queries if old else 0  # a chunk behind a past
-        return workspace + 2 * in_order * shape.key_value_heads * shape.head_width * shape.itemsize
+        return workspace + 2 * in_order * shape.kept_bytes

@@ -23,7 +23,7 @@ from torch import Tensor
 from attention import history
 from attention.history import Pair
 from attention.interface import AttentionBackend, BackendOptions
-from attention.kernels import implementation
+from attention.kernels import implementation, int8
 from attention.kernels.softmax import Blocks, Runs
 from attention.parts import Parts, spread
 from attention.pool import StateTensor
@@ -57,6 +57,7 @@ class TopK(AttentionBackend):
 
     Options = TopKOptions
     options: TopKOptions
+    takes_int8 = True
     exact = False  # what a token sees is not told by positions alone
 
     def __init__(self, options: TopKOptions, shape: HeadShape) -> None:
@@ -87,7 +88,7 @@ class TopK(AttentionBackend):
         The last, which may not be whole, never is. Where bounds differ by no more than float32 rounds them, the choice is
         this backend's own.
         """
-        high, low = self._bounds(k[:: self.shape.group].transpose(0, 1))  # (blocks, G, D)
+        high, low = (x.to(self.shape.dtype).to(x.dtype) for x in self._bounds(k[:: self.shape.group].transpose(0, 1)))
         block = torch.arange(len(high) + 1)
         may = (block >= self.blocks.first) & (block * self.options.block < positions[:, None] - self.options.window)
         may[:, -1] = False
@@ -117,7 +118,7 @@ class TopK(AttentionBackend):
 
     def choices(self, q: Tensor, k: Tensor) -> Tensor:
         """The blocks that each query of a whole sequence chooses, int32 (T, G, blocks); -1 where there are no more."""
-        return self.softmax.choose(q, [self._bounds(k)], [(0, len(q), 0, 0)], self.blocks)
+        return self.softmax.choose(q, [self._bounds(self.as_kept(k, k)[0])], [(0, len(q), 0, 0)], self.blocks)
 
     def attend_sequence(self, q: Tensor, k: Tensor, v: Tensor, causal: bool, out: Tensor) -> Parts:
         return self._answer(q, k, v, self._bounds(k), 0, out)
@@ -159,8 +160,11 @@ class TopK(AttentionBackend):
                 yield
 
     def _bounds(self, keys: Tensor) -> Pair:
-        """The highest and the lowest elements of each whole block of keys (N, G, D), (N // block, G, D) each."""
-        size = self.options.block
+        """The highest and the lowest elements of each whole block of keys (N, G, D), (N // block, G, D) each.
+
+        Of keys in 8 bits those of what they tell, in the dtype.
+        """
+        keys, size = int8.dequantize(keys, self.shape.dtype), self.options.block
         whole = len(keys) // size
         if not whole:
             return keys[:0], keys[:0]
@@ -171,9 +175,10 @@ class TopK(AttentionBackend):
         """Write the bounds of the blocks that became whole behind `past`."""
         first, last = past // self.options.block, total // self.options.block
         if first < last:
-            keys = state["k"][first * self.options.block : last * self.options.block, None]
-            for name, bound in zip(("high", "low"), self._bounds(keys), strict=True):
-                state[name][first:last] = bound[:, 0]
+            keys = state["k"][first * self.options.block : last * self.options.block]
+            bounds = self._bounds(keys.unflatten(1, (self.shape.key_value_heads, -1)))
+            for name, bound in zip(("high", "low"), bounds, strict=True):
+                state[name][first:last] = bound.flatten(1)
 
     def _kept(self, state: dict[str, Tensor]) -> Pair:
         """The bounds in a state, (blocks, G, D) each."""
@@ -234,13 +239,14 @@ class TopK(AttentionBackend):
         choosing = self.softmax.chosen_bytes(shape, rows, self.blocks, candidates) if candidates else 0
         answer = queries * shape.query_heads * shape.head_width * shape.itemsize
         if queries == 1:
-            runs = 2 if options.sinks and keys - 1 - options.window > options.sinks else 1
-            near = self.softmax.step_bytes(shape, self._seen(keys - 1), runs, logs=True)
+            is_behind = keys - 1 - options.window > options.sinks
+            seen, runs = (self._seen(keys - 1), 2 if options.sinks else 1) if is_behind else (history.whole(keys), 1)
+            near = self.softmax.step_bytes(shape, seen, runs, logs=True)
         else:
             near = self.softmax.band_bytes(shape, queries, keys, options.window, 0, options.sinks)
         bounds = 2 * (queries // options.block) * shape.key_value_heads * shape.head_width * shape.itemsize
-        answering = max(near, answer + choosing) + logs
-        return answering + bounds if queries == keys else max(answering, answer + bounds)  # of a chunk they go into the state
+        answering, binding = max(near, answer + choosing) + logs, answer + bounds + int8.told_bytes(shape, queries) // 2
+        return max(answering + (bounds if queries == keys else 0), binding)  # those of a chunk go into the state
 
 
 def _best(scores: Tensor, count: int) -> Tensor:

@@ -61,6 +61,32 @@ INLINE void store16(const int wide, char *to, __m512 x) {
     else _mm256_storeu_si256((__m256i *)to, (__m256i)_mm512_cvtneps_pbh(x));
 }
 
+/* A row of one head in 8 bits, its scale behind it (int8.py). The largest magnitude is found among
+ * the bits, where NaN is above infinity, and that above all numbers. Slow reading: `round_off`. */
+INLINE void round_row(const int wide, int64_t width, const char *from, char *to) {
+    const int64_t size = wide ? 4 : 2;
+    const __m512i magnitude = _mm512_set1_epi32(0x7fffffff);
+    const __m512 most_of = _mm512_set1_ps(127.0f), least_of = _mm512_set1_ps(-127.0f);
+    __m512i top = _mm512_setzero_si512();
+    for (int64_t d = 0; d < width; d += 16) {
+        const __m512i x = _mm512_castps_si512(load16(wide, from + d * size));
+        top = _mm512_max_epi32(top, _mm512_and_si512(x, magnitude));
+    }
+    const int32_t found = _mm512_reduce_max_epi32(top);
+    float largest;
+    memcpy(&largest, &found, sizeof largest);
+    const int is_number = largest < INFINITY;
+    const float scale = is_number ? largest / 127.0f : NAN;
+    const __mmask16 usable = is_number && scale > 0.0f ? 0xffff : 0;
+    for (int64_t d = 0; d < width; d += 16) {
+        __m512 x = _mm512_div_ps(load16(wide, from + d * size), _mm512_set1_ps(scale));
+        x = _mm512_max_ps(_mm512_min_ps(x, most_of), least_of);
+        const __m512i told = _mm512_maskz_cvtps_epi32(usable, x); /* to the nearest, ties to even */
+        _mm_storeu_si128((__m128i *)(to + d), _mm512_cvtepi32_epi8(told));
+    }
+    memcpy(to + width, &scale, sizeof scale);
+}
+
 /* to (elements) = sums / total, in the answer's dtype. Slow reading: `torch.div`. */
 INLINE void store_answer(const int wide, char *to, __m512 sum, float total) {
     const __m512 answer =

@@ -1,10 +1,10 @@
 """A decoder of Qwen3-0.6B's shape by how its matrices are kept, beside llama.cpp: `python -m service.benchmark --weights`.
 
-The weights are random and the same for all. Ours in bfloat16, 8 and 4 bits; llama.cpp's, where `llama_cpp` and `gguf` are
-installed, in BF16, Q8_0 and Q4_0, its own defaults else, on as many threads, without its flash attention and with it, a text
-of more than `SHORT` tokens with it only; transformers' in bfloat16. In turns, chunk by chunk, one process. A prefill is told
-beside its products, a decode step beside what the machine reads: the seconds of summing up as many bytes as it has weights and
-state.
+The weights are random and the same for all. Ours in bfloat16, 8 and 4 bits, each also with keys and values in 8; llama.cpp's,
+where `llama_cpp` and `gguf` are installed, in BF16, Q8_0 and Q4_0, its own defaults else, on as many threads, without its flash
+attention and with it, a text of more than `SHORT` tokens with it only; transformers' in bfloat16. In turns, chunk by chunk, one
+process. A prefill is told beside its products, a decode step beside what the machine reads: the seconds of summing up as many
+bytes as it has weights and state.
 """
 
 from __future__ import annotations
@@ -60,7 +60,8 @@ def measure_weights(lengths: Sequence[int]) -> dict[str, dict[str, float]]:
         write(directory, SHAPE)
         contestants: dict[str, Callable[[], Contestant]] = {}
         for weights, kind in PEERS.items():
-            contestants[weights] = lambda weights=weights: Ours(directory, weights, max(lengths))  # type: ignore[misc]
+            for name, kv in ((weights, "auto"), (f"{weights}, kv int8", "int8")):
+                contestants[name] = partial(Ours, directory, weights, max(lengths), kv=kv)
             if has_peer():
                 contestants |= peers(directory, kind, max(lengths), (False, True) if max(lengths) <= SHORT else (True,))
         if not has_peer():
@@ -147,8 +148,8 @@ class Contestant(ABC):
 class Ours(Contestant):
     """A model of ours under a backend, dense unless told."""
 
-    def __init__(self, directory: Path, weights: str, longest: int, name: str = "dense") -> None:
-        self.model = checkpoint.load(directory, "bfloat16", weights=weights).model
+    def __init__(self, directory: Path, weights: str, longest: int, name: str = "dense", kv: str = "auto") -> None:
+        self.model = checkpoint.load(directory, "bfloat16", weights=weights, kv=kv).model
         self.backend = attention.build(name, BACKENDS[name], self.model.head_shape())
         self.longest = longest
         self.begin()

@@ -65,7 +65,7 @@ def told(info: Mapping[str, Any], args: ServiceConfig, auto: AutoConfig | None =
         ValueError: the model that `args` names is another, or the replica tells no laws.
     """
     directory = checkpoint.EMBEDDED if args.model == "embedded" else Path(args.model)
-    config = checkpoint.read_config(directory).up_to(info["max_model_len"])
+    config = checkpoint.read_config(directory).up_to(info["max_model_len"]).keeping(info["kv"])
     if "laws" not in info or config.max_length != info["max_model_len"]:
         what = "tells no laws" if "laws" not in info else f"has a context of {info['max_model_len']} tokens"
         raise ValueError(f"the replica {what}, and {directory} is not what it serves or its version is another")

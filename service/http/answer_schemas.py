@@ -352,6 +352,7 @@ class Info(Record):
     dtype_reason: str
     weights: Literal["auto", "bf16", "int8", "int4"] = Field(description="Of matrices; auto: the dtype's.")
     weights_bytes: int = Field(description="Memory of the model's parameters.")
+    kv: Literal["auto", "bf16", "int8"] = Field(description="Of a decoder's keys and values; auto: the dtype's.")
     impl: str = Field(description="Who computes what stands between a layer's products: native (C) or torch.")
     device: str
     threads: int

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from service.model import families, files
-from service.model.config import ModelConfig, eos_token_ids
+from service.model.config import Kv, ModelConfig, eos_token_ids
 from service.model.layout import Weight
 from service.model.quantized import Weights, bits_of
 from service.model.sentence import Folder
@@ -57,6 +57,7 @@ def load(
     name: str | None = None,
     max_length: int | None = None,
     weights: str = "auto",
+    kv: str = "auto",
 ) -> Checkpoint:
     """Load a checkpoint directory.
 
@@ -64,6 +65,7 @@ def load(
         dtype: `auto` takes bfloat16 where this machine multiplies it faster than float32 (measured now), else float32.
         max_length: tokens of the longest sequence that will be served; by default the checkpoint's context.
         name: the id it is served under; by default the directory's name, or the repository's in a hub's cache.
+        weights, kv: in which it keeps its matrices, and keys and values, see `check_kept`.
 
     Raises:
         FileNotFoundError: a file is missing.
@@ -72,8 +74,8 @@ def load(
     directory = files.find(Path(directory))
     config, layout = read_layout(directory)
     chosen, reason = choose_dtype(dtype, device)
-    check_weights(weights, chosen)
-    model = outline(config.up_to(max_length))
+    check_kept(chosen, weights, kv)
+    model = outline(config.up_to(max_length).keeping(kv))
     for parameters, tensors in layout:
         fill(model, parameters, tensors, chosen, device, partial(bits_of, weights))
     assert is_filled(model), f"the layout of {config.model_type} leaves parameters without a value"
@@ -174,16 +176,19 @@ def choose_dtype(dtype: str, device: str) -> tuple[torch.dtype, str]:
     return torch.float32, "auto: this machine has no instructions for products of bfloat16"
 
 
-def check_weights(weights: str, dtype: torch.dtype) -> None:
-    """In which a model of a dtype keeps its matrices: `auto`, that dtype; `bf16`; `int8`, `int4`: see `quantized`.
+def check_kept(dtype: torch.dtype, weights: str, kv: str) -> None:
+    """In which a model of a dtype keeps its matrices, and keys and values: `auto`, that dtype; `bf16`; `int8`, matrices also in
+    `int4`: see `quantized`, and `attention.kernels.int8`.
 
     Raises:
         ValueError: another name; `bf16` where the dtype is another.
     """
-    if weights not in get_args(Weights):
-        raise ValueError(f"weights must be one of {', '.join(get_args(Weights))}, received {weights!r}")
-    if weights == "bf16" and dtype != torch.bfloat16:
-        raise ValueError(f"weights: bf16 needs dtype: bfloat16, which here is {dtype}; auto, int8 and int4 go with any")
+    for field, value, known in (("weights", weights, get_args(Weights)), ("kv", kv, get_args(Kv))):
+        if value not in known:
+            raise ValueError(f"{field} must be one of {', '.join(known)}, received {value!r}")
+        if value == "bf16" and dtype != torch.bfloat16:
+            others = " and ".join(each for each in known if each != "bf16")
+            raise ValueError(f"{field}: bf16 needs dtype: bfloat16, which here is {dtype}; {others} go with any")
 
 
 def multiplies_bfloat16(device: str) -> bool:

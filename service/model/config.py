@@ -16,6 +16,8 @@ import torch
 from attention import NATIVE, HeadShape
 from service.model.pooling import MEAN, Pooled, Task
 
+Kv = Literal["auto", "bf16", "int8"]
+
 Rope = tuple[tuple[str, Any], ...]
 """How positions turn queries and keys: sorted items, hashable; see `rotary.py`."""
 
@@ -82,6 +84,7 @@ class ModelConfig:
     num_token_types: int = 0  # embeddings that tell the first text of a pair from the second, and are added
     pooled: Pooled = MEAN
     served_length: int | None = None  # tokens of the longest sequence that is served, where that is less than the context
+    kv: torch.dtype | None = None  # in which a decoder's keys and values are kept; None: in the model's dtype
 
     @property
     def max_length(self) -> int:
@@ -97,6 +100,18 @@ class ModelConfig:
         if length is not None and length > self.max_position_embeddings:
             raise ValueError(f"max_length is {length}, the checkpoint's context {self.max_position_embeddings} tokens")
         return self if length is None else replace(self, served_length=length)
+
+    def keeping(self, kv: str) -> ModelConfig:
+        """The same, with keys and values kept in `kv`: `int8`, or what the dtype is.
+
+        Raises:
+            ValueError: an encoder in `int8`, for it keeps none.
+        """
+        if kv != "int8":
+            return self
+        if not self.is_causal:
+            raise ValueError("kv: int8 is for decoders; this is an encoder, which keeps no keys and values")
+        return replace(self, kv=torch.int8)
 
     @property
     def tasks(self) -> tuple[Task, ...]:
@@ -138,7 +153,8 @@ class ModelConfig:
 
     def head_shape(self, dtype: torch.dtype, device: torch.device | str) -> HeadShape:
         """The heads an attention backend is built for."""
-        return HeadShape(self.num_attention_heads, self.num_key_value_heads, self.head_dim, dtype, torch.device(device))
+        heads, groups = self.num_attention_heads, self.num_key_value_heads
+        return HeadShape(heads, groups, self.head_dim, dtype, torch.device(device), self.kv)
 
 
 class Fields:

@@ -20,7 +20,7 @@ import lzma
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any, get_args
@@ -293,6 +293,25 @@ def _weights(model: Subject, extent: Extent, held: Held) -> dict[str, object]:
     return {"weights": found}
 
 
+def _kv(model: Subject, extent: Extent, held: Held) -> dict[str, object]:
+    kinds = {"dense": None, "dense, kv int8": torch.int8}
+    shape = model.core.head_shape()
+    backends = {name: attention.build("dense", None, replace(shape, kv=kv)) for name, kv in kinds.items()}
+    kept, contexts = Subject(model.checkpoint, backends, model.directory), [n for n in extent.contexts if n >= 2048]
+    bits = by_backend(kept, contexts, lambda name, n: bits_per_byte(kept, name, held.stream, held.size, n))
+    table("keys and values in 8 bits: bits per byte by context", contexts, bits, "{:.4f}")
+    close = {name: agreement(kept, name, held.stream, extent.agreement_tokens) for name in kinds}
+    table("agreement with dense at 2048", ("kl", "top1"), close, "{:.5f}")
+    trials = {n: count for n, count in extent.needle_trials.items() if n >= 2048}
+
+    def recalled(name: str, context: int) -> float:
+        return float(np.mean([*needle_recall(kept, name, held.stream, context, trials[context]).values()]))
+
+    recall = by_backend(kept, list(trials), recalled)
+    table(f"needle recall by context, {list(trials.values())} trials", list(trials), recall)
+    return {"kv": {"bits_per_byte": bits, "agreement": close, "needle_recall": recall}}
+
+
 def _seconds(model: Subject, extent: Extent, held: Held) -> dict[str, object]:
     timed = {n: prefill_seconds(model, held.stream, n, extent.repeats) for n in extent.contexts}
     seconds = by_backend(model, extent.contexts, lambda name, n: timed[n][name])
@@ -315,6 +334,7 @@ PARTS = {
     "recall": _recall,
     "agreement": _agreement,
     "weights": _weights,
+    "kv": _kv,
     "seconds": _seconds,
     "completions": _completions,
 }

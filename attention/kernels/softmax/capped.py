@@ -14,6 +14,7 @@ from torch import Tensor
 
 from attention import history
 from attention.history import Pair
+from attention.kernels.int8 import dequantize, told_bytes
 from attention.kernels.library import Told
 from attention.kernels.softmax import Blocks, Rows, Runs, Seen
 from attention.kernels.softmax.streaming import Band, query_rows, tokens_first, weigh
@@ -111,7 +112,7 @@ class Capped:
 
     def _answer(self, q: Tensor, keys: Tensor, values: Tensor, band: Band, out: Tensor, at: int = 0) -> None:
         """Answer a block of queries (C, H, D) over keys and values (N, G, D) of which each sees its band."""
-        k, v = keys.transpose(0, 1), values.transpose(0, 1)  # (G, N, D)
+        k, v = (dequantize(x, q.dtype).transpose(0, 1) for x in (keys, values))  # (G, N, D)
         hidden = band.hidden(len(q), len(keys), q.device)  # first: on its way it takes more than it leaves
         rows = query_rows(q, len(k))
         scores = torch.bmm(rows, k.transpose(1, 2)).float()  # (G, R C, N)
@@ -133,7 +134,7 @@ class Capped:
 
     def band_bytes(self, shape: HeadShape, queries: int, keys: int, before: int, ahead: int, free: int) -> int:
         seen = min(keys, before + min(queries, ROWS) + ahead + free)
-        gathered = 2 * shape.key_value_heads * seen * shape.head_width * shape.itemsize
+        gathered = 2 * seen * shape.kept_bytes
         return self._workspace_bytes(shape, queries, seen) + gathered
 
     def pattern_bytes(self, shape: HeadShape, queries: int, seen: Seen) -> int:
@@ -145,4 +146,5 @@ class Capped:
         element = 4 if size >= 4 else 4 + size
         answer = queries * shape.query_heads * width * size
         tight = 0 if size >= 4 else shape.key_value_heads * seen * width * size + (3 << 17)  # what oneDNN lays out, and its own
-        return answer + rows * seen * element + rows * width * (2 * size + 8) + min(queries, ROWS) * seen + tight
+        told = told_bytes(shape, seen)
+        return answer + rows * seen * element + rows * width * (2 * size + 8) + min(queries, ROWS) * seen + tight + told

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from attention.history import Pair
 from attention.kernels import LOG2_E
+from attention.kernels.int8 import TOGETHER, dequantize
 from attention.kernels.softmax import Blocks, Rows
 from attention.parts import spread
 from attention.shapes import HeadShape
@@ -81,7 +82,7 @@ def chosen(
     """`Softmax.chosen`."""
     for first, last, position, source in rows:
         keys, values = sequences[source]
-        entry = keys.shape[1] * keys.shape[2] * blocks.best * blocks.size * keys.itemsize
+        entry = keys.shape[1] * q.shape[2] * blocks.best * blocks.size * q.itemsize
         for a, b in spread(first, last, _together(GATHER_BYTES, entry)):
             _answer(q[a:b], keys, values, position + a - first, blocks, table[a:b], out[a:b], log_total[a:b])
 
@@ -96,18 +97,23 @@ def _answer(
     place = place.clamp_(0, len(keys) - 1)
     group = torch.arange(groups, device=q.device)[:, None]
     asked = q.unflatten(1, (groups, -1))  # (C, G, R, D)
-    scores = (asked @ keys[place, group].transpose(2, 3)).to(wide) * (LOG2_E / math.sqrt(q.shape[-1]))
+    scores = (asked @ _told(keys, place, group, q).transpose(2, 3)).to(wide) * (LOG2_E / math.sqrt(q.shape[-1]))
     scores.masked_fill_(hidden[:, :, None], -math.inf)
     top = scores.amax(-1, keepdim=True)
     old = log_total.view(*asked.shape[:3], 1)
     highest = torch.maximum(old, top)
     highest = torch.where(highest == -math.inf, 0.0, highest)
     weights, by = torch.exp2(scores - highest), torch.exp2(old - highest)
-    seen = values[place, group].masked_fill_(hidden[..., None], 0.0)  # 0 times NaN is NaN
+    seen = _told(values, place, group, q).masked_fill_(hidden[..., None], 0.0)  # 0 times NaN is NaN
     summed = (weights.to(q.dtype) @ seen).to(wide) + by * out.view(asked.shape).to(wide)
     answer = (summed / (by + weights.sum(-1, keepdim=True))).to(q.dtype)
     is_alone = hidden.all(-1)[:, :, None, None]  # such an answer stays as it is, to the bit
     out.copy_(torch.where(is_alone, out.view(asked.shape), answer).view(out.shape))
+
+
+def _told(kept: Tensor, place: Tensor, group: Tensor, q: Tensor) -> Tensor:
+    """Keys or values at places (C, G, N), as q has numbers: (C, G, N, D)."""
+    return dequantize(kept[place, group].flatten(0, 2), q.dtype).view(*place.shape, -1)
 
 
 def _places(table: Tensor, position: int, blocks: Blocks) -> tuple[Tensor, Tensor]:
@@ -138,5 +144,6 @@ def chosen_bytes(shape: HeadShape, queries: int, blocks: Blocks, candidates: int
     keys = blocks.best * blocks.size
     rows = min(queries, _together(GATHER_BYTES, groups * width * keys * size))
     wide = max(size, 4)
-    gathering = rows * keys * (groups * width * size + heads * (wide + size))
+    gathering = rows * keys * (groups * width * size + heads * (wide + size) + (0 if shape.kv is None else shape.kept_bytes))
+    gathering += 0 if shape.kv is None else 8 * min(TOGETHER, rows * keys * groups * width)
     return queries * groups * blocks.best * 4 + max(looking, gathering)

@@ -19,10 +19,11 @@ from torch import Tensor
 
 from attention.history import rounded
 from attention.kernels import LOG2_E
+from attention.kernels.int8 import dequantize, told_bytes
 from attention.kernels.softmax import Runs
 from attention.kernels.softmax.streaming import Room
 from attention.parts import spread
-from attention.shapes import HeadShape
+from attention.shapes import SCALE_BYTES, HeadShape
 
 STACKED_BYTES = 4 << 20  # of keys: so many histories that step together are stacked for one product, in memory that stays warm
 _own = threading.local()  # of each thread: the memory in which its steps stack histories
@@ -87,7 +88,7 @@ def _step(
     log_total: Tensor | None,
 ) -> Tensor:
     """Softmax of rows (b, H, G D) over the `size` keys in each state's runs, those behind `counts` left out: (b, H, G D)."""
-    keys = _histories(states, "k", runs, size)
+    keys = _histories(states, "k", runs, size, rows)
     weights = rows.new_empty(len(rows), rows.shape[1], size)
     torch.baddbmm(weights, rows, keys.transpose(1, 2), beta=0, alpha=1 / math.sqrt(width), out=weights)
     if len(counts) == 1 and counts[0] < size:
@@ -96,12 +97,17 @@ def _step(
         weights.masked_fill_(_behind(tuple(counts), size, rows.device), -math.inf)
     if log_total is not None:
         torch.mul(weights.to(log_total.dtype).logsumexp(-1, keepdim=True), LOG2_E, out=log_total)
-    return torch.bmm(weights.softmax(-1), _histories(states, "v", runs, size))
+    return torch.bmm(weights.softmax(-1), _histories(states, "v", runs, size, rows))
 
 
-def _histories(states: Sequence[dict[str, Tensor]], name: str, runs: Sequence[Runs], size: int) -> Tensor:
-    """The `size` keys or values in each state's runs as (b, size, G D); a view, or gone with this thread's next call."""
+def _histories(states: Sequence[dict[str, Tensor]], name: str, runs: Sequence[Runs], size: int, rows: Tensor) -> Tensor:
+    """The `size` keys or values in each state's runs as (b, size, G D), as rows (b, H, G D) are; in the dtype of those: a view,
+    or gone with this thread's next call.
+    """
     found = [state[name][first:last] for state, own in zip(states, runs, strict=True) for first, last in own]
+    if found[0].dtype == torch.int8:
+        groups = (found[0].shape[1] - rows.shape[2]) // SCALE_BYTES
+        found = [dequantize(kept.unflatten(1, (groups, -1)), rows.dtype).flatten(1) for kept in found]
     if len(found) == 1:
         return found[0][None]
     stack = _stack(found[0], len(states) * size)
@@ -133,4 +139,4 @@ def step_bytes(shape: HeadShape, keys: int, runs: int = 1, logs: bool = False) -
     scores = heads * keys * (2 * size + (8 if logs else 0))
     stack = keys * width * size if runs > 1 else 0
     scratch = 0 if size >= 4 else max(100 * width, min(256 * keys, 3 << 16))  # oneDNN's, about
-    return heads * (2 * width + shape.head_width) * size + scores + stack + scratch
+    return heads * (2 * width + shape.head_width) * size + scores + stack + scratch + told_bytes(shape, keys)

@@ -61,7 +61,7 @@ class Call(ctypes.Structure):
     _fields_ = [
         *views("q", "out"),
         *rooms("log_total", "carry"),
-        *numbers("queries", "heads", "groups", "width", "before", "ahead", "call", "calls", "wide"),
+        *numbers("queries", "heads", "groups", "width", "before", "ahead", "call", "calls", "wide", "eight"),
         *floats("scale", "cap"),
     ]
 
@@ -72,7 +72,7 @@ class Step(ctypes.Structure):
     _fields_ = [
         *views("q"),
         *rooms("out", "log_total", "parts"),
-        *numbers("sequences", "heads", "groups", "width", "wide"),
+        *numbers("sequences", "heads", "groups", "width", "wide", "eight"),
         *floats("scale", "cap"),
     ]
 
@@ -82,7 +82,7 @@ class Steps(ctypes.Structure):
 
     _fields_ = [
         *rooms("histories", "starts", "states", "parts", "log_total"),
-        *numbers("count", "layers", "sequences", "heads", "groups", "width", "wide"),
+        *numbers("count", "layers", "sequences", "heads", "groups", "width", "wide", "eight"),
         *floats("scale", "cap"),
     ]
 
@@ -93,7 +93,7 @@ class Choice(ctypes.Structure):
     _fields_ = [
         *views("q", "out"),
         *rooms("log_total", "chosen"),
-        *numbers("queries", "heads", "groups", "width", "block", "best", "window", "sinks", "wide"),
+        *numbers("queries", "heads", "groups", "width", "block", "best", "window", "sinks", "wide", "eight"),
         *floats("scale"),
     ]
 
@@ -203,6 +203,7 @@ def step(
         groups,
         width,
         q.dtype == torch.float32,
+        bool(states) and states[0]["k"].dtype == torch.int8,
         LOG2_E / math.sqrt(width),
         LOG2_E * cap,
     )
@@ -225,7 +226,7 @@ def told(
     histories, table, parts = array("q"), array("q"), 0
     for index, (state, place) in enumerate(zip(states, places, strict=True)):
         k, v = state["k"], state["v"]
-        if k.dtype != shape.dtype or v.dtype != shape.dtype:
+        if k.dtype != shape.kept_dtype or v.dtype != shape.kept_dtype:
             return None
         (layers, kept, columns), (k_layer, k_row, _), (v_layer, v_row, _) = k.shape, k.stride(), v.stride()
         kept = min(kept, v.shape[1])
@@ -235,7 +236,7 @@ def told(
     number, scratch = len(histories) // HISTORY_WORDS, torch.empty(parts * heads * (width + 2), dtype=torch.float32)
     starts = array("q", bytes(8 * (number + 1)))
     memory = [part for x in (histories, starts, table) for part in (x.buffer_info()[0], 8 * len(x))]
-    sizes = number, layers, len(states), heads, groups, width, shape.dtype == torch.float32
+    sizes = number, layers, len(states), heads, groups, width, shape.dtype == torch.float32, shape.kv is not None
     call = _steps(*memory, *room(scratch), *room(log_total), *sizes, LOG2_E / math.sqrt(width), LOG2_E * cap)
     return Told(KERNEL.address("step_layer"), call, (histories, starts, table, scratch, states, log_total))
 
@@ -287,7 +288,8 @@ def _choose(
             tasks.extend((a, b, position + a - first, source))
     pairs = array("q", chain.from_iterable((*view(k), *view(v)) for k, v in sources))
     count, heads, width = q.shape
-    numbers = blocks.size, blocks.best, min(blocks.window, FAR), min(blocks.sinks, FAR), q.dtype == torch.float32
+    kinds = q.dtype == torch.float32, sources[0][0].dtype == torch.int8
+    numbers = blocks.size, blocks.best, min(blocks.window, FAR), min(blocks.sinks, FAR), *kinds
     told = _choice(
         *(*view(q), *view(out), *room(log_total), *room(table), count, heads, sources[0][0].shape[1], width, *numbers),
         LOG2_E / math.sqrt(width),
@@ -373,6 +375,7 @@ def _attend(
     for k, v in sources:
         table.extend((*view(k), *view(v)))
     workers, shape = threads(), (heads, sources[0][0].shape[1], width)
+    kinds = q.dtype == torch.float32, sources[0][0].dtype == torch.int8
     near, far = min(before, FAR), min(ahead, FAR)
     for batch in _batches(blocks):
         first, last = batch[0][0], batch[-1][1]
@@ -392,7 +395,7 @@ def _attend(
             for x, words in ((table, SOURCE_WORDS), (rows, BLOCK_WORDS), (runs, RUN_WORDS))
         ]
         for index in range(calls):
-            call = _call(*told, last - first, *shape, near, far, index, calls, q.dtype == torch.float32, scale, LOG2_E * cap)
+            call = _call(*told, last - first, *shape, near, far, index, calls, *kinds, scale, LOG2_E * cap)
             KERNEL.call("attend", call, *chain(*tables), workers, is_by_team())
             yield
 

@@ -13,7 +13,8 @@
  * and cutting a row's keys into several calls changes nothing.
  *
  * Letters: H query heads, G key-value heads, D width, C queries, B sequences. Words and `wide` are
- * told in simd.h.
+ * told in simd.h. `eight`: keys and values are in 8 bits, each head's scale behind it, (D + 4)
+ * bytes (int8.py).
  */
 #include "given.h"
 
@@ -41,7 +42,7 @@ typedef struct {
     int64_t before, ahead; /* a query at p sees the keys at p - before .. p + ahead */
     int64_t call, calls;   /* of so many calls this one meets its share of the keys; the carry goes
                               from one to the next */
-    int64_t wide;
+    int64_t wide, eight;
     float scale; /* log2(e) / sqrt(D) */
     float cap;   /* log2(e) times the cap of scores; 0: none */
 } Call;
@@ -60,7 +61,7 @@ typedef struct {
     int64_t log_total_bytes;
     float *parts; /* for each part of each history: sums (H, D), tops (H), totals (H) */
     int64_t parts_bytes;
-    int64_t sequences, heads, groups, width, wide;
+    int64_t sequences, heads, groups, width, wide, eight;
     float scale, cap; /* as of a Call */
 } Step;
 
@@ -82,7 +83,7 @@ typedef struct { /* a step at each of several layers; of a history k, v and rows
     int64_t parts_bytes;
     float *log_total; /* as of a Step */
     int64_t log_total_bytes;
-    int64_t count, layers, sequences, heads, groups, width, wide;
+    int64_t count, layers, sequences, heads, groups, width, wide, eight;
     float scale, cap;
 } Steps;
 
@@ -98,7 +99,7 @@ typedef struct {
     int64_t chosen_bytes;
     int64_t queries, heads, groups, width;
     int64_t block, best, window, sinks; /* in keys, but for the second */
-    int64_t wide;
+    int64_t wide, eight;                /* eight: of keys and values, bounds are wide or not */
     float scale;
 } Choice;
 
@@ -124,23 +125,23 @@ const int64_t softmax_layout[] = {
     FIELD(Call, q), FIELD(Call, out), FIELD(Call, log_total), FIELD(Call, log_total_bytes),
     FIELD(Call, carry), FIELD(Call, carry_bytes), FIELD(Call, queries), FIELD(Call, heads),
     FIELD(Call, groups), FIELD(Call, width), FIELD(Call, before), FIELD(Call, ahead),
-    FIELD(Call, call), FIELD(Call, calls), FIELD(Call, wide), FIELD(Call, scale),
-    FIELD(Call, cap),
+    FIELD(Call, call), FIELD(Call, calls), FIELD(Call, wide), FIELD(Call, eight),
+    FIELD(Call, scale), FIELD(Call, cap),
     sizeof(Step), FIELD(Step, q), FIELD(Step, out), FIELD(Step, out_bytes), FIELD(Step, log_total),
     FIELD(Step, log_total_bytes), FIELD(Step, parts), FIELD(Step, parts_bytes),
     FIELD(Step, sequences), FIELD(Step, heads), FIELD(Step, groups), FIELD(Step, width),
-    FIELD(Step, wide), FIELD(Step, scale), FIELD(Step, cap),
+    FIELD(Step, wide), FIELD(Step, eight), FIELD(Step, scale), FIELD(Step, cap),
     sizeof(Steps), FIELD(Steps, histories), FIELD(Steps, histories_bytes), FIELD(Steps, starts),
     FIELD(Steps, starts_bytes), FIELD(Steps, states), FIELD(Steps, states_bytes),
     FIELD(Steps, parts), FIELD(Steps, parts_bytes), FIELD(Steps, log_total),
     FIELD(Steps, log_total_bytes), FIELD(Steps, count), FIELD(Steps, layers),
     FIELD(Steps, sequences), FIELD(Steps, heads), FIELD(Steps, groups), FIELD(Steps, width),
-    FIELD(Steps, wide), FIELD(Steps, scale), FIELD(Steps, cap),
+    FIELD(Steps, wide), FIELD(Steps, eight), FIELD(Steps, scale), FIELD(Steps, cap),
     sizeof(Choice), FIELD(Choice, q), FIELD(Choice, out), FIELD(Choice, log_total),
     FIELD(Choice, log_total_bytes), FIELD(Choice, chosen), FIELD(Choice, chosen_bytes),
     FIELD(Choice, queries), FIELD(Choice, heads), FIELD(Choice, groups), FIELD(Choice, width),
     FIELD(Choice, block), FIELD(Choice, best), FIELD(Choice, window), FIELD(Choice, sinks),
-    FIELD(Choice, wide), FIELD(Choice, scale),
+    FIELD(Choice, wide), FIELD(Choice, eight), FIELD(Choice, scale),
     -1,
 };
 /* clang-format on */
@@ -207,6 +208,55 @@ static __attribute__((noinline)) void cap_scores(float *scores, int64_t count, f
     }
 }
 
+/* ---- 8 bits ---- */
+
+#define SCALE 4 /* bytes of a scale */
+
+/* Slow reading: `torch.Tensor.view`. */
+INLINE float scale_at(const char *at) {
+    float x;
+    memcpy(&x, at, sizeof x);
+    return x;
+}
+
+/* 16 numbers as float32. Slow reading: `torch.Tensor.float`. */
+INLINE __m512 numbers16(const char *from) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)from)));
+}
+
+/* What n rows of a head tell, side by side in the dtype of the queries. bytes: of a row's stride.
+ * Slow reading: `dequantize`. */
+INLINE void widen(const int wide, const int64_t width, const char *from, int64_t bytes, int64_t n,
+                  char *to) {
+    for (int64_t j = 0; j < n; j++, from += bytes)
+        for (int64_t d = 0; d < width; d += 16, to += 16 * (wide ? 4 : 2))
+            store16(wide, to,
+                    _mm512_mul_ps(numbers16(from + d), _mm512_set1_ps(scale_at(from + width))));
+}
+
+/* Queries (H, D) as numbers of 16 bits, tight, and their scales (H): so products with numbers of 8
+ * bits are whole and their sums exact, while a query is off by 2^-16 of its head's largest at most.
+ * bytes: from head to head. Slow reading: `round_off`. */
+INLINE void round_queries(int64_t heads, int64_t width, const char *q, int64_t bytes, int16_t *to,
+                          float *scales) {
+    for (int64_t h = 0; h < heads; h++, q += bytes, to += width) {
+        __m512i top = _mm512_setzero_si512();
+        for (int64_t d = 0; d < width; d += 16)
+            top = _mm512_max_epi32(
+                top, _mm512_and_si512(_mm512_castps_si512(load16(0, q + 2 * d)),
+                                      _mm512_set1_epi32(0x7fffffff))); /* NaN is above all */
+        const int32_t found = _mm512_reduce_max_epi32(top);
+        const float largest = scale_at((const char *)&found), scale = largest / 32767.0f;
+        const __mmask16 usable = scale > 0.0f && scale < INFINITY ? 0xffff : 0;
+        scales[h] = largest < INFINITY ? scale : NAN;
+        for (int64_t d = 0; d < width; d += 16) {
+            const __m512 x = _mm512_div_ps(load16(0, q + 2 * d), _mm512_set1_ps(scale));
+            _mm256_storeu_si256((__m256i *)(to + d),
+                                _mm512_cvtsepi32_epi16(_mm512_maskz_cvtps_epi32(usable, x)));
+        }
+    }
+}
+
 /* ---- attend ---- */
 
 /* Rows of queries of one head meet the keys low..high (multiples of 16) of a packed block; row i
@@ -261,8 +311,9 @@ INLINE void attend_block(const int wide, const int64_t width, const Call *c, con
                          const Block *block, const Run *runs, int64_t group) {
     uint32_t keys[WIDEST * KEYS / 2 * (wide ? 2 : 1)] __attribute__((aligned(64)));
     uint32_t values[WIDEST * KEYS / 2 * (wide ? 2 : 1)] __attribute__((aligned(64)));
+    char widened[KEYS * WIDEST * (wide ? 4 : 2)] __attribute__((aligned(64))); /* from 8 bits */
     const int64_t size = wide ? 4 : 2, words = width * size / 4, count = block->last - block->first,
-                  sums_row = c->heads * width;
+                  sums_row = c->heads * width, kept = c->eight ? 1 : size; /* bytes of an element */
     const int64_t ratio = c->heads / c->groups, head = group * ratio;
     float *sums = c->carry, *tops = sums + c->queries * sums_row,
           *totals = tops + c->queries * c->heads;
@@ -280,12 +331,20 @@ INLINE void attend_block(const int wide, const int64_t width, const Call *c, con
         find_share(c, block, run, &from, &to);
         for (int64_t at = from; at < to; at += KEYS) {
             const int64_t n = least(KEYS, to - at), key = run->first + at;
-            const char *v = source->v.at + (group * source->v.head + key * source->v.row) * size;
-            pack_turned(source->k.at + (group * source->k.head + key * source->k.row) * size,
-                        source->k.row * size, n, words, keys, KEYS);
+            const char *k = source->k.at + (group * source->k.head + key * source->k.row) * kept,
+                       *v = source->v.at + (group * source->v.head + key * source->v.row) * kept;
+            int64_t k_row = source->k.row * kept, v_row = source->v.row * kept;
+            if (c->eight) {
+                widen(wide, width, k, k_row, n, widened);
+                k = widened, k_row = width * size;
+            }
+            pack_turned(k, k_row, n, words, keys, KEYS);
+            if (c->eight) {
+                widen(wide, width, v, v_row, n, widened);
+                v = widened, v_row = width * size;
+            }
             const int64_t whole = (n + 15) & ~15;
-            const int is_poisoned =
-                pack_rows(wide, v, source->v.row * size, 0, n, whole, width, values);
+            const int is_poisoned = pack_rows(wide, v, v_row, 0, n, whole, width, values);
             const int64_t together =
                 is_poisoned
                     ? 1
@@ -298,9 +357,9 @@ INLINE void attend_block(const int wide, const int64_t width, const Call *c, con
             int64_t first = at + KEYS, last = to;
             if (next != run) find_share(c, block, next, &first, &last);
             const char *next_k =
-                then->k.at + (group * then->k.head + (next->first + first) * then->k.row) * size;
+                then->k.at + (group * then->k.head + (next->first + first) * then->k.row) * kept;
             const char *next_v =
-                then->v.at + (group * then->v.head + (next->first + first) * then->v.row) * size;
+                then->v.at + (group * then->v.head + (next->first + first) * then->v.row) * kept;
             const int64_t coming = most(0, least(KEYS, last - first)),
                           each =
                               coming * TILE / (ratio * count) + 1; /* rows of it beside each tile */
@@ -314,15 +373,14 @@ INLINE void attend_block(const int wide, const int64_t width, const Call *c, con
                         highs[t] = least(n, place + i + t + c->ahead + 1 - at);
                     }
                     const int64_t low = lows[0] & ~15, high = (most(highs[rows - 1], 0) + 15) & ~15;
-                    prefetch(next_k, then->k.row * size, fetched, least(coming, fetched + each),
-                             width * size);
-                    prefetch(next_v, then->v.row * size, fetched, least(coming, fetched + each),
-                             width * size);
+                    prefetch(next_k, then->k.row * kept, fetched, least(coming, fetched + each),
+                             width * kept);
+                    prefetch(next_v, then->v.row * kept, fetched, least(coming, fetched + each),
+                             width * kept);
                     fetched += each;
                     if (low >= high) continue;
                     if (is_poisoned)
-                        pack_rows(wide, v, source->v.row * size, lows[0], highs[0], whole, width,
-                                  values);
+                        pack_rows(wide, v, v_row, lows[0], highs[0], whole, width, values);
                     const char *q = c->q.at + (row * c->q.row + h * c->q.head) * size;
                     float *sum = sums + row * sums_row + h * width,
                           *top = tops + row * c->heads + h, *total = totals + row * c->heads + h;
@@ -407,12 +465,14 @@ static const char *wrong_call(const Call *c, const Source *sources, int64_t sour
     REQUIRE(within(c->before, 0, FAR) && within(c->ahead, 0, FAR),
             "before and ahead must be distances");
     REQUIRE(is_cap(c->cap), "cap must be a number, or 0 for none");
+    REQUIRE(within(c->eight, 0, 1), "eight must be 0 or 1");
     REQUIRE(within(c->calls, 1, FAR) && within(c->call, 0, c->calls - 1) && threads >= 1,
             "call must be one of the calls, and there must be threads");
+    const int64_t kept = c->eight ? 1 : size, across = c->width + (c->eight ? SCALE : 0);
     for (int64_t i = 0; i < source_count; i++)
-        REQUIRE(is_view(&sources[i].k, size, 0, c->groups, c->width) &&
-                    is_view(&sources[i].v, size, sources[i].k.rows, c->groups, c->width),
-                "keys and values must be (n, groups, width)");
+        REQUIRE(is_view(&sources[i].k, kept, 0, c->groups, across) &&
+                    is_view(&sources[i].v, kept, sources[i].k.rows, c->groups, across),
+                "keys and values must be (n, groups, width), in 8 bits (n, groups, width + 4)");
     return 0;
 }
 
@@ -503,26 +563,64 @@ INLINE void score(const int wide, const int64_t words, const char *q, const char
     if (n < 16) hide(to, 0, 0, n, -INFINITY);
 }
 
+/* The same with keys in 8 bits. Of bfloat16, q is told as numbers of 16 bits and `by`, their scale.
+ * Slow reading: `scores`. */
+INLINE void score_8(const int wide, const int64_t width, const char *q, float by, const char *k,
+                    int64_t bytes, int64_t n, float scale, float cap, float *to) {
+    __m512 sum[16];
+    __m512i whole[16];
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; i++) sum[i] = _mm512_setzero_ps(), whole[i] = _mm512_setzero_si512();
+    for (int64_t d = 0; d < width; d += wide ? 16 : 32) {
+        const __m512i x = _mm512_loadu_si512(q + d * (wide ? 4 : 2));
+#pragma GCC unroll 16
+        for (int i = 0; i < 16; i++) {
+            const char *row = k + (i < n ? i : 0) * bytes + d;
+            if (wide) sum[i] = _mm512_fmadd_ps(_mm512_castsi512_ps(x), numbers16(row), sum[i]);
+            else {
+                const __m512i y = _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i *)row));
+                whole[i] = _mm512_add_epi32(whole[i], _mm512_madd_epi16(x, y));
+            }
+        }
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; i++) {
+        const __m512 times = _mm512_set1_ps(scale_at(k + (i < n ? i : 0) * bytes + width));
+        sum[i] = _mm512_mul_ps(wide ? sum[i] : _mm512_cvtepi32_ps(whole[i]), times);
+    }
+    _mm512_storeu_ps(to, _mm512_mul_ps(sums_of(sum), _mm512_set1_ps(by)));
+    if (cap > 0.0f) cap_scores(to, 16, scale, cap);
+    if (n < 16) hide(to, 0, 0, n, -INFINITY);
+}
+
+/* 32 values: of bfloat16 the even ones and the odd ones, else in their order. Slow reading:
+ * `torch.Tensor.float`. */
+INLINE void values32(const int wide, const int eight, const char *row, __m512 *even, __m512 *odd) {
+    if (eight) *even = numbers16(row), *odd = numbers16(row + 16);
+    else if (wide) *even = _mm512_loadu_ps(row), *odd = _mm512_loadu_ps(row + 64);
+    else {
+        const __m512i x = _mm512_loadu_si512(row), upper = _mm512_set1_epi32((int)0xffff0000);
+        *even = _mm512_castsi512_ps(_mm512_slli_epi32(x, 16));
+        *odd = _mm512_castsi512_ps(_mm512_and_si512(x, upper));
+    }
+}
+
 /* sums (D) = factor sums + weights (n) v. Of bfloat16, 32 elements at a time, the even ones stand
  * before the odd ones. Slow reading: `weigh`. */
-INLINE void gather(const int wide, const int64_t width, const float *weights, const char *v,
-                   int64_t bytes, int64_t n, float factor, float *sums) {
+INLINE void gather(const int wide, const int eight, const int64_t width, const float *weights,
+                   const char *v, int64_t bytes, int64_t n, float factor, float *sums) {
     const __m512 by = _mm512_set1_ps(factor);
-    const __m512i upper = _mm512_set1_epi32((int)0xffff0000);
     for (int64_t d = 0; d < width; d += 32) {
         __m512 a = _mm512_mul_ps(by, _mm512_loadu_ps(sums + d)),
                b = _mm512_mul_ps(by, _mm512_loadu_ps(sums + d + 16));
         for (int64_t j = 0; j < n; j++) {
-            const __m512 weight = _mm512_set1_ps(weights[j]);
-            const char *row = v + j * bytes + d * (wide ? 4 : 2);
-            const __m512i x = _mm512_loadu_si512(row);
-            a = _mm512_fmadd_ps(
-                weight,
-                wide ? _mm512_castsi512_ps(x) : _mm512_castsi512_ps(_mm512_slli_epi32(x, 16)), a);
-            b = _mm512_fmadd_ps(weight,
-                                wide ? _mm512_loadu_ps(row + 64)
-                                     : _mm512_castsi512_ps(_mm512_and_si512(x, upper)),
-                                b);
+            const char *row = v + j * bytes;
+            const __m512 weight =
+                _mm512_set1_ps(weights[j] * (eight ? scale_at(row + width) : 1.0f));
+            __m512 even, odd;
+            values32(wide, eight, row + d * (eight ? 1 : wide ? 4 : 2), &even, &odd);
+            a = _mm512_fmadd_ps(weight, even, a);
+            b = _mm512_fmadd_ps(weight, odd, b);
         }
         _mm512_storeu_ps(sums + d, a);
         _mm512_storeu_ps(sums + d + 16, b);
@@ -530,12 +628,11 @@ INLINE void gather(const int wide, const int64_t width, const float *weights, co
 }
 
 /* The same of up to 4 heads that share values, 64 elements at a time (`blocks`: 2) or 32: so many
- * sums at once that none waits for the one before. weights: a row of STRIDE for each head. Slow
- * reading: `weigh`. */
-INLINE void gather_heads(const int wide, const int heads, const int blocks, const float *weights,
-                         const char *v, int64_t bytes, int64_t n, const float *factors, float *sums,
-                         int64_t sums_row) {
-    const __m512i upper = _mm512_set1_epi32((int)0xffff0000);
+ * sums at once that none waits for the one before. weights: a row of STRIDE for each head. scales:
+ * where those of values in 8 bits begin. Slow reading: `weigh`. */
+INLINE void gather_heads(const int wide, const int eight, const int heads, const int blocks,
+                         const float *weights, const char *v, const char *scales, int64_t bytes,
+                         int64_t n, const float *factors, float *sums, int64_t sums_row) {
     __m512 a[4][2], b[4][2];
 #pragma GCC unroll 4
     for (int h = 0; h < heads; h++)
@@ -545,22 +642,23 @@ INLINE void gather_heads(const int wide, const int heads, const int blocks, cons
             a[h][d] = _mm512_mul_ps(_mm512_set1_ps(factors[h]), _mm512_loadu_ps(from));
             b[h][d] = _mm512_mul_ps(_mm512_set1_ps(factors[h]), _mm512_loadu_ps(from + 16));
         }
-    for (int64_t j = 0; j < n; j++)
+    for (int64_t j = 0; j < n; j++) {
+        __m512 weight[4];
+#pragma GCC unroll 4
+        for (int h = 0; h < heads; h++)
+            weight[h] = _mm512_set1_ps(weights[h * STRIDE + j] *
+                                       (eight ? scale_at(scales + j * bytes) : 1.0f));
 #pragma GCC unroll 2
         for (int d = 0; d < blocks; d++) {
-            const char *row = v + j * bytes + 32 * d * (wide ? 4 : 2);
-            const __m512i x = _mm512_loadu_si512(row);
-            const __m512 even =
-                wide ? _mm512_castsi512_ps(x) : _mm512_castsi512_ps(_mm512_slli_epi32(x, 16));
-            const __m512 odd =
-                wide ? _mm512_loadu_ps(row + 64) : _mm512_castsi512_ps(_mm512_and_si512(x, upper));
+            __m512 even, odd;
+            values32(wide, eight, v + j * bytes + 32 * d * (eight ? 1 : wide ? 4 : 2), &even, &odd);
 #pragma GCC unroll 4
             for (int h = 0; h < heads; h++) {
-                const __m512 weight = _mm512_set1_ps(weights[h * STRIDE + j]);
-                a[h][d] = _mm512_fmadd_ps(weight, even, a[h][d]);
-                b[h][d] = _mm512_fmadd_ps(weight, odd, b[h][d]);
+                a[h][d] = _mm512_fmadd_ps(weight[h], even, a[h][d]);
+                b[h][d] = _mm512_fmadd_ps(weight[h], odd, b[h][d]);
             }
         }
+    }
 #pragma GCC unroll 4
     for (int h = 0; h < heads; h++)
 #pragma GCC unroll 2
@@ -571,18 +669,22 @@ INLINE void gather_heads(const int wide, const int heads, const int blocks, cons
 }
 
 /* The same of all heads of a group. Slow reading: `weigh`. */
-INLINE void gather_group(const int wide, const int64_t width, int64_t heads, const float *weights,
-                         const char *v, int64_t bytes, int64_t n, const float *factors,
-                         float *sums) {
-    const int64_t size = wide ? 4 : 2;
+INLINE void gather_group(const int wide, const int eight, const int64_t width, int64_t heads,
+                         const float *weights, const char *v, int64_t bytes, int64_t n,
+                         const float *factors, float *sums) {
+    const int64_t size = eight ? 1 : wide ? 4 : 2;
+    const char *scales = v + width;
     for (int64_t h = 0; h < heads;) {
         const int64_t some = heads - h >= 4 ? 4 : heads - h >= 2 ? 2 : 1;
         for (int64_t d = 0; d < width; d += 64) {
             const float *w = weights + h * STRIDE, *f = factors + h;
             float *to = sums + h * width + d;
 #define GATHER(H) \
-    case H: gather_heads(wide, H, 2, w, v + d * size, bytes, n, f, to, width); break; \
-    case 8 + H: gather_heads(wide, H, 1, w, v + d * size, bytes, n, f, to, width); break;
+    case H: gather_heads(wide, eight, H, 2, w, v + d * size, scales, bytes, n, f, to, width); \
+        break; \
+    case 8 + H: \
+        gather_heads(wide, eight, H, 1, w, v + d * size, scales, bytes, n, f, to, width); \
+        break;
             switch (some + (width - d < 64 ? 8 : 0)) { GATHER(4) GATHER(2) GATHER(1) }
         }
         h += some;
@@ -609,17 +711,22 @@ INLINE void fetch(const int is_far, const char *line) {
  * head nothing is a stream to the processor: each head fetches its share of the lines that are
  * wanted next, the values of these keys and the keys behind them, for all at once would wait for
  * each other. Slow reading: `_step`. */
-INLINE void step_part(const int wide, const int64_t width, const Step *c, const char *q,
-                      const char *k, const char *v, int64_t k_bytes, int64_t v_bytes, int64_t count,
-                      float *sums) {
-    float s[HEADS][STRIDE] __attribute__((aligned(64))), factors[HEADS];
+INLINE void step_part(const int wide, const int eight, const int64_t width, const Step *c,
+                      const char *q, const char *k, const char *v, int64_t k_bytes, int64_t v_bytes,
+                      int64_t count, float *sums) {
+    float s[HEADS][STRIDE] __attribute__((aligned(64))), factors[HEADS], by[HEADS];
+    int16_t told[HEADS * WIDEST];
     const int64_t size = wide ? 4 : 2, ratio = c->heads / c->groups,
-                  whole = c->groups * width * size,
+                  head = eight ? width + SCALE : width * size, whole = c->groups * head,
                   share = (16 * whole / 64 + c->heads - 1) / c->heads;
     const int is_far = 32 * whole > L1;
     float *tops = sums + c->heads * width, *totals = tops + c->heads;
     memset(sums, 0, sizeof(float) * c->heads * width);
-    for (int64_t h = 0; h < c->heads; h++) tops[h] = -INFINITY, totals[h] = 0.0f;
+    for (int64_t h = 0; h < c->heads; h++) tops[h] = -INFINITY, totals[h] = 0.0f, by[h] = 1.0f;
+    if (eight && !wide) {
+        round_queries(c->heads, width, q, width * size, told, by);
+        q = (const char *)told;
+    }
     for (int64_t at = 0; at < count; at += STRIDE) {
         const int64_t n = least(STRIDE, count - at);
         for (int64_t j = 0; j < n; j += 16) {
@@ -629,29 +736,36 @@ INLINE void step_part(const int wide, const int64_t width, const Step *c, const 
                     fetch(is_far, v + row * v_bytes + b);
                     fetch(is_far, k + (row + 16) * k_bytes + b);
                 }
-                score(wide, width * size / 4, q + h * width * size,
-                      k + (at + j) * k_bytes + h / ratio * width * size, k_bytes, n - j, c->scale,
-                      c->cap, &s[h][j]);
+                const char *keys = k + (at + j) * k_bytes + h / ratio * head;
+                if (eight)
+                    score_8(wide, width, q + h * width * size, by[h], keys, k_bytes, n - j,
+                            c->scale, c->cap, &s[h][j]);
+                else
+                    score(wide, width * size / 4, q + h * width * size, keys, k_bytes, n - j,
+                          c->scale, c->cap, &s[h][j]);
             }
         }
         for (int64_t h = 0; h < c->heads; h++)
             factors[h] = soften(wide, s[h], (n + 15) & ~15, c->scale, tops + h, totals + h);
         for (int64_t g = 0; g < c->groups; g++)
-            gather_group(wide, width, ratio, s[g * ratio], v + at * v_bytes + g * width * size,
+            gather_group(wide, eight, width, ratio, s[g * ratio], v + at * v_bytes + g * head,
                          v_bytes, n, factors + g * ratio, sums + g * ratio * width);
     }
 }
 
-#define STEP(NAME, WIDE, WIDTH) \
+#define STEP(NAME, WIDE, EIGHT, WIDTH) \
     __attribute__((noinline)) static void NAME(const Step *c, const char *q, const char *k, \
                                                const char *v, int64_t k_bytes, int64_t v_bytes, \
                                                int64_t n, float *s) { \
-        step_part(WIDE, WIDTH, c, q, k, v, k_bytes, v_bytes, n, s); \
+        step_part(WIDE, EIGHT, WIDTH, c, q, k, v, k_bytes, v_bytes, n, s); \
     }
-STEP(step_narrow_64, 0, 64)
-STEP(step_narrow, 0, c->width)
-STEP(step_wide_64, 1, 64)
-STEP(step_wide, 1, c->width)
+STEP(step_narrow_64, 0, 0, 64)
+STEP(step_narrow, 0, 0, c->width)
+STEP(step_wide_64, 1, 0, 64)
+STEP(step_wide, 1, 0, c->width)
+STEP(step_narrow_eight_64, 0, 1, 64)
+STEP(step_narrow_eight, 0, 1, c->width)
+STEP(step_wide_eight, 1, 1, c->width)
 
 /* The answer of one sequence from the parts first..last. Slow reading: `torch.logsumexp`. */
 static void merge(const Step *c, int64_t sequence, int64_t first, int64_t last) {
@@ -671,7 +785,7 @@ static void merge(const Step *c, int64_t sequence, int64_t first, int64_t last) 
         }
         for (int64_t d = 0; d < width; d += 32) {
             __m512 a = _mm512_load_ps(sums + d), b = _mm512_load_ps(sums + d + 16);
-            in_order((int)c->wide, &a, &b);
+            in_order(c->wide || c->eight, &a, &b);
             char *to = c->out + ((sequence * c->heads + h) * width + d) * size;
             store_answer((int)c->wide, to, a, total);
             store_answer((int)c->wide, to + 16 * size, b, total);
@@ -684,7 +798,8 @@ static const char *wrong_step(const Step *c, const History *histories, int64_t c
                               int64_t starts_bytes, int threads) {
     const char *reason = wrong_heads(c->heads, c->groups, c->width, c->wide);
     if (reason) return reason;
-    const int64_t size = c->wide ? 4 : 2, columns = c->groups * c->width;
+    const int64_t size = c->wide ? 4 : 2, columns = c->groups * (c->width + (c->eight ? SCALE : 0));
+    REQUIRE(within(c->eight, 0, 1), "eight must be 0 or 1");
     REQUIRE(is_cap(c->cap), "cap must be a number, or 0 for none");
     REQUIRE(within(c->sequences, 0, FAR) && threads >= 1,
             "there must be threads, and not too many sequences");
@@ -706,7 +821,7 @@ static const char *wrong_step(const Step *c, const History *histories, int64_t c
                     within(x->count, 0, x->kept - x->first),
                 "a history must lie within its state");
         REQUIRE(x->columns == columns && x->k_row >= columns && x->v_row >= columns,
-                "a state must be (kept, groups x width)");
+                "a state must be (kept, groups x width), in 8 bits (kept, groups x (width + 4))");
         parts = least(FAR, parts + (x->count + PART - 1) / PART);
     }
     REQUIRE(within(parts, 0, PIECES - 1) && count < PIECES &&
@@ -729,9 +844,13 @@ static void step_parts(const void *given, uint64_t call) {
     const Stepping *told = given;
     const Step *c = &told->step;
     void (*answer)(const Step *, const char *, const char *, const char *, int64_t, int64_t,
-                   int64_t, float *) = c->wide ? (c->width == 64 ? step_wide_64 : step_wide)
-                                               : (c->width == 64 ? step_narrow_64 : step_narrow);
-    const int64_t size = c->wide ? 4 : 2, count = told->count, *starts = told->starts;
+                   int64_t, float *) = c->eight  ? (c->wide          ? step_wide_eight
+                                                    : c->width == 64 ? step_narrow_eight_64
+                                                                     : step_narrow_eight)
+                                       : c->wide ? (c->width == 64 ? step_wide_64 : step_wide)
+                                                 : (c->width == 64 ? step_narrow_64 : step_narrow);
+    const int64_t size = c->wide ? 4 : 2, kept = c->eight ? 1 : size, count = told->count,
+                  *starts = told->starts;
     for (int64_t p; (p = take(call, 0, told->parts)) >= 0; give(call, 0)) {
         int64_t low = 0, high = count;
         while (high - low > 1) {
@@ -740,8 +859,8 @@ static void step_parts(const void *given, uint64_t call) {
             else high = middle;
         }
         const History *x = told->histories + low;
-        const int64_t at = (p - starts[low]) * PART, k_bytes = x->k_row * size,
-                      v_bytes = x->v_row * size;
+        const int64_t at = (p - starts[low]) * PART, k_bytes = x->k_row * kept,
+                      v_bytes = x->v_row * kept;
         answer(c, c->q.at + x->sequence * c->q.row * size, x->k + (x->first + at) * k_bytes,
                x->v + (x->first + at) * v_bytes, k_bytes, v_bytes, least(PART, x->count - at),
                c->parts + p * c->heads * (c->width + 2));
@@ -779,7 +898,9 @@ const char *step(const Step *c, const History *histories, int64_t count, int64_t
 }
 
 static const char *wrong_states(const Steps *c, int64_t layer, const View *k, const View *v) {
-    const int64_t size = c->wide ? 4 : 2, columns = c->groups * c->width;
+    const int64_t size = c->wide ? 4 : 2, kept = c->eight ? 1 : size,
+                  columns = c->groups * (c->width + (c->eight ? SCALE : 0));
+    REQUIRE(within(c->eight, 0, 1), "eight must be 0 or 1");
     REQUIRE(within(c->layers, 1, FAR) && within(layer, 0, c->layers - 1), "there is no such layer");
     REQUIRE(within(c->count, 0, FAR) && within(c->sequences, 0, FAR) &&
                 is_room(c->histories, c->histories_bytes, c->count, sizeof(History)) &&
@@ -793,11 +914,12 @@ static const char *wrong_states(const Steps *c, int64_t layer, const View *k, co
         REQUIRE(within(x->kept, 1, FAR) && within(x->place, 0, x->kept - 1) &&
                     within(x->k_row, columns, FAR) && within(x->v_row, columns, FAR) &&
                     within(x->k_layer, 0, FAR) && within(x->v_layer, 0, FAR),
-                "a state must be (layers, kept, groups x width), with a place for its token");
+                "a state must be (layers, kept, groups x width, or in 8 bits width + 4), with a "
+                "place for its token");
         REQUIRE((__int128)layer * x->k_layer + (__int128)(x->kept - 1) * x->k_row + columns <=
-                        x->k_bytes / size &&
+                        x->k_bytes / kept &&
                     (__int128)layer * x->v_layer + (__int128)(x->kept - 1) * x->v_row + columns <=
-                        x->v_bytes / size &&
+                        x->v_bytes / kept &&
                     x->k && x->v,
                 "a state must hold all its layers");
     }
@@ -808,6 +930,16 @@ static const char *wrong_states(const Steps *c, int64_t layer, const View *k, co
     return 0;
 }
 
+/* The keys or values of a token, all heads side by side, as they are kept. Slow reading:
+ * `round_off`. */
+INLINE void put(const Steps *c, const char *from, char *to) {
+    const int64_t size = c->wide ? 4 : 2, width = c->width;
+    if (!c->eight) memcpy(to, from, (size_t)(c->groups * width * size));
+    for (int64_t g = 0; g < c->groups && c->eight; g++)
+        if (c->wide) round_row(1, width, from + g * width * size, to + g * (width + SCALE));
+        else round_row(0, width, from + g * width * size, to + g * (width + SCALE));
+}
+
 /* An `Answer`: each sequence's next token is put at its place, then all are answered as by `step`.
  * Slow reading: `step`. */
 const char *step_layer(const void *told, int64_t layer, const View *q, const View *k, const View *v,
@@ -816,12 +948,12 @@ const char *step_layer(const void *told, int64_t layer, const View *q, const Vie
     const char *reason = wrong_heads(c->heads, c->groups, c->width, c->wide);
     if (!reason) reason = wrong_states(c, layer, k, v);
     if (reason) return reason;
-    const int64_t size = c->wide ? 4 : 2, columns = c->groups * c->width;
+    const int64_t size = c->wide ? 4 : 2, kept = c->eight ? 1 : size;
     for (int64_t i = 0; i < c->count; i++) {
         History *x = c->histories + i;
         const State *state = c->states + x->sequence;
-        x->k = state->k + layer * state->k_layer * size;
-        x->v = state->v + layer * state->v_layer * size;
+        x->k = state->k + layer * state->k_layer * kept;
+        x->v = state->v + layer * state->v_layer * kept;
         x->k_row = state->k_row, x->v_row = state->v_row;
     }
     const Step own = { *q,
@@ -836,16 +968,15 @@ const char *step_layer(const void *told, int64_t layer, const View *q, const Vie
                        c->groups,
                        c->width,
                        c->wide,
+                       c->eight,
                        c->scale,
                        c->cap };
     reason = wrong_step(&own, c->histories, c->count, c->starts_bytes, most(1, threads));
     if (reason || !threads) return reason;
     for (int64_t i = 0; i < c->sequences; i++) {
         const State *x = c->states + i;
-        memcpy(x->k + (layer * x->k_layer + x->place * x->k_row) * size, k->at + i * k->row * size,
-               (size_t)(columns * size));
-        memcpy(x->v + (layer * x->v_layer + x->place * x->v_row) * size, v->at + i * v->row * size,
-               (size_t)(columns * size));
+        put(c, k->at + i * k->row * size, x->k + (layer * x->k_layer + x->place * x->k_row) * kept);
+        put(c, v->at + i * v->row * size, x->v + (layer * x->v_layer + x->place * x->v_row) * kept);
     }
     run_step(&own, c->histories, c->count, c->starts, threads);
     return 0;
@@ -964,57 +1095,75 @@ INLINE void choose_rows(const int wide, const int64_t width, const Choice *c, co
         }
 }
 
-/* One query, the heads of a group, meets `count` runs of up to 16 keys. Slow reading: `_answer`. */
-INLINE void meet(const int wide, const int64_t width, const Choice *c, const Source *source,
-                 int64_t row, int64_t group, const int64_t *at, const int64_t *n, int64_t count,
-                 float *sums, float *tops, float *totals) {
+/* One query, the heads of a group, meets `count` runs of up to 16 keys. by: as of `score_8`. Slow
+ * reading: `_answer`. */
+INLINE void meet(const int wide, const int eight, const int64_t width, const Choice *c,
+                 const Source *source, const char *q, int64_t q_head, const float *by,
+                 int64_t group, const int64_t *at, const int64_t *n, int64_t count, float *sums,
+                 float *tops, float *totals) {
     float s[16 * QUEUE] __attribute__((aligned(64)));
-    const int64_t size = wide ? 4 : 2, ratio = c->heads / c->groups, k_row = source->k.row * size,
+    const int64_t size = eight  ? 1
+                         : wide ? 4
+                                : 2,
+                  ratio = c->heads / c->groups, k_row = source->k.row * size,
                   v_row = source->v.row * size;
     const char *k = source->k.at + group * source->k.head * size,
                *v = source->v.at + group * source->v.head * size;
-    for (int64_t h = 0; h < ratio; h++) {
-        const char *q = c->q.at + (row * c->q.row + (group * ratio + h) * c->q.head) * size;
+    for (int64_t h = 0; h < ratio; h++, q += q_head) {
         for (int64_t i = 0; i < count; i++)
-            score(wide, width * size / 4, q, k + at[i] * k_row, k_row, n[i], 0.0f, 0.0f,
-                  s + 16 * i);
+            if (eight)
+                score_8(wide, width, q, by[h], k + at[i] * k_row, k_row, n[i], 0.0f, 0.0f,
+                        s + 16 * i);
+            else
+                score(wide, width * size / 4, q, k + at[i] * k_row, k_row, n[i], 0.0f, 0.0f,
+                      s + 16 * i);
         const float factor = soften(wide, s, 16 * count, c->scale, tops + h, totals + h);
         for (int64_t i = 0; i < count; i++)
-            gather(wide, width, s + 16 * i, v + at[i] * v_row, v_row, n[i], i ? 1.0f : factor,
-                   sums + h * width);
+            gather(wide, eight, width, s + 16 * i, v + at[i] * v_row, v_row, n[i],
+                   i ? 1.0f : factor, sums + h * width);
     }
 }
 
 /* A task's queries, the heads of a group, meet the keys of the blocks that they chose and put them
  * together with what they have met. Slow reading: `chosen`. */
-INLINE void chosen_rows(const int wide, const int64_t width, const Choice *c, const Source *sources,
-                        const Rows *rows, int64_t group) {
-    float sums[HEADS * WIDEST] __attribute__((aligned(64))), tops[HEADS], totals[HEADS];
+INLINE void chosen_rows(const int wide, const int eight, const int64_t width, const Choice *c,
+                        const Source *sources, const Rows *rows, int64_t group) {
+    float sums[HEADS * WIDEST] __attribute__((aligned(64))), tops[HEADS], totals[HEADS], by[HEADS];
+    int16_t told[HEADS * WIDEST];
     int64_t at[QUEUE], n[QUEUE];
-    const int64_t size = wide ? 4 : 2, ratio = c->heads / c->groups, bytes = width * size;
+    const int64_t size = wide ? 4 : 2, ratio = c->heads / c->groups, kept = eight ? 1 : size,
+                  bytes = eight ? width + SCALE : width * size;
     const Source *source = sources + rows->source;
     for (int64_t row = rows->first; row < rows->last; row++) {
         const int64_t near = rows->position + row - rows->first - c->window;
-        int64_t waiting = 0, met = 0;
+        const char *q = c->q.at + (row * c->q.row + group * ratio * c->q.head) * size;
+        int64_t waiting = 0, met = 0, q_head = c->q.head * size;
         memset(sums, 0, sizeof(float) * ratio * width);
-        for (int64_t h = 0; h < ratio; h++) tops[h] = -INFINITY, totals[h] = 0.0f;
+        for (int64_t h = 0; h < ratio; h++) tops[h] = -INFINITY, totals[h] = 0.0f, by[h] = 1.0f;
+        if (eight && !wide) {
+            round_queries(ratio, width, q, q_head, told, by);
+            q = (const char *)told, q_head = width * size;
+        }
         for (int64_t b = 0; b < c->best; b++) {
             const int64_t block = c->chosen[(row * c->groups + group) * c->best + b];
             const int64_t to = least((block + 1) * c->block, near);
             for (int64_t j = most(block * c->block, c->sinks); block >= 0 && j < to; j += 16) {
                 at[waiting] = j, n[waiting] = least(16, to - j);
-                prefetch(source->k.at + group * source->k.head * size, source->k.row * size, j,
+                prefetch(source->k.at + group * source->k.head * kept, source->k.row * kept, j,
                          j + n[waiting], bytes);
-                prefetch(source->v.at + group * source->v.head * size, source->v.row * size, j,
+                prefetch(source->v.at + group * source->v.head * kept, source->v.row * kept, j,
                          j + n[waiting], bytes);
                 if (++waiting < QUEUE) continue;
-                meet(wide, width, c, source, row, group, at, n, QUEUE / 2, sums, tops, totals);
+                meet(wide, eight, width, c, source, q, q_head, by, group, at, n, QUEUE / 2, sums,
+                     tops, totals);
                 waiting -= QUEUE / 2, met = 1;
                 memcpy(at, at + QUEUE / 2, sizeof(int64_t) * waiting);
                 memcpy(n, n + QUEUE / 2, sizeof(int64_t) * waiting);
             }
         }
-        if (waiting) meet(wide, width, c, source, row, group, at, n, waiting, sums, tops, totals);
+        if (waiting)
+            meet(wide, eight, width, c, source, q, q_head, by, group, at, n, waiting, sums, tops,
+                 totals);
         for (int64_t h = 0; h < ratio && (waiting || met); h++) {
             const int64_t head = group * ratio + h;
             const float old = c->log_total[row * c->heads + head], top = fmaxf(old, tops[h]);
@@ -1024,7 +1173,7 @@ INLINE void chosen_rows(const int wide, const int64_t width, const Choice *c, co
                 char *to = c->out.at + (row * c->out.row + head * c->out.head + d) * size;
                 __m512 a = _mm512_loadu_ps(sums + h * width + d),
                        b = _mm512_loadu_ps(sums + h * width + d + 16);
-                in_order(wide, &a, &b);
+                in_order(wide || eight, &a, &b);
                 a = _mm512_fmadd_ps(_mm512_set1_ps(by), load16(wide, to),
                                     _mm512_mul_ps(_mm512_set1_ps(more), a));
                 b = _mm512_fmadd_ps(_mm512_set1_ps(by), load16(wide, to + 16 * size),
@@ -1036,19 +1185,21 @@ INLINE void chosen_rows(const int wide, const int64_t width, const Choice *c, co
     }
 }
 
-#define TASK(NAME, FUNCTION, WIDE, WIDTH) \
+#define TASK(NAME, FUNCTION, ...) \
     __attribute__((noinline)) static void NAME(const Choice *c, const Source *s, const Rows *r, \
                                                int64_t g) { \
-        FUNCTION(WIDE, WIDTH, c, s, r, g); \
+        FUNCTION(__VA_ARGS__, c, s, r, g); \
     }
 TASK(choose_narrow_64, choose_rows, 0, 64)
 TASK(choose_narrow, choose_rows, 0, c->width)
 TASK(choose_wide_64, choose_rows, 1, 64)
 TASK(choose_wide, choose_rows, 1, c->width)
-TASK(chosen_narrow_64, chosen_rows, 0, 64)
-TASK(chosen_narrow, chosen_rows, 0, c->width)
-TASK(chosen_wide_64, chosen_rows, 1, 64)
-TASK(chosen_wide, chosen_rows, 1, c->width)
+TASK(chosen_narrow_64, chosen_rows, 0, 0, 64)
+TASK(chosen_narrow, chosen_rows, 0, 0, c->width)
+TASK(chosen_wide_64, chosen_rows, 1, 0, 64)
+TASK(chosen_wide, chosen_rows, 1, 0, c->width)
+TASK(chosen_narrow_eight, chosen_rows, 0, 1, c->width)
+TASK(chosen_wide_eight, chosen_rows, 1, 1, c->width)
 
 /* What both functions ask for; blocks: whether the sources are of blocks, not of keys. */
 static const char *wrong_choice(const Choice *c, const Source *sources, int64_t source_count,
@@ -1066,10 +1217,13 @@ static const char *wrong_choice(const Choice *c, const Source *sources, int64_t 
             "a window must be as wide as a block, and sinks a number");
     REQUIRE(is_room(c->chosen, c->chosen_bytes, c->queries * c->groups * c->best, sizeof(int32_t)),
             "chosen must hold (queries, groups, best)");
+    REQUIRE(within(c->eight, 0, 1), "eight must be 0 or 1");
+    const int is_told = is_of_blocks || !c->eight;
+    const int64_t kept = is_told ? size : 1, across = c->width + (is_told ? 0 : SCALE);
     for (int64_t i = 0; i < source_count; i++)
-        REQUIRE(is_view(&sources[i].k, size, 0, c->groups, c->width) &&
-                    is_view(&sources[i].v, size, sources[i].k.rows, c->groups, c->width),
-                "keys and values must be (n, groups, width)");
+        REQUIRE(is_view(&sources[i].k, kept, 0, c->groups, across) &&
+                    is_view(&sources[i].v, kept, sources[i].k.rows, c->groups, across),
+                "keys and values must be (n, groups, width), in 8 bits (n, groups, width + 4)");
     for (int64_t i = 0, end = 0; i < count; end = rows[i++].last) {
         REQUIRE(within(rows[i].first, end, rows[i].last) && rows[i].last <= c->queries &&
                     rows[i].last - rows[i].first <= ASKING,
@@ -1108,8 +1262,9 @@ const char *chosen(const Choice *c, const Source *sources, int64_t source_count,
     REQUIRE(is_room(c->log_total, c->log_total_bytes, c->queries * c->heads, sizeof(float)),
             "log_total must hold (queries, heads)");
     void (*answer)(const Choice *, const Source *, const Rows *, int64_t) =
-        c->wide ? (c->width == 64 ? chosen_wide_64 : chosen_wide)
-                : (c->width == 64 ? chosen_narrow_64 : chosen_narrow);
+        c->eight  ? (c->wide ? chosen_wide_eight : chosen_narrow_eight)
+        : c->wide ? (c->width == 64 ? chosen_wide_64 : chosen_wide)
+                  : (c->width == 64 ? chosen_narrow_64 : chosen_narrow);
 #pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
     for (int64_t i = 0; i < count * c->groups; i++)
         answer(c, sources, rows + i / c->groups, i % c->groups);

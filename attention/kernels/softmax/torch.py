@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from attention.history import Pair
+from attention.kernels.int8 import dequantize, told_bytes
 from attention.kernels.library import Told
 from attention.kernels.softmax import Runs, Seen
 from attention.kernels.softmax.choice import choose, chosen, chosen_bytes
@@ -46,7 +47,7 @@ def dense(
     q: Tensor, keys: Tensor, values: Tensor, past: int, causal: bool, out: Tensor, log_total: Tensor | None = None
 ) -> Parts:
     """`Softmax.dense`."""
-    keys, values = heads_first(keys), heads_first(values)
+    keys, values = (heads_first(dequantize(x, q.dtype)) for x in (keys, values))
     most, room = columns(q.shape[1], q.itemsize, DENSE_ROWS), Room(q)
     for first, last in spread(0, len(q), DENSE_ROWS):
         seen = past + last if causal else keys.shape[1]
@@ -60,7 +61,7 @@ def band(
     q: Tensor, near: Pair, free: Pair, at: int, before: int, ahead: int, out: Tensor, log_total: Tensor | None = None
 ) -> Parts:
     """`Softmax.band`. Blocks whose keys all lie within near are of one shape; as many go together as a piece has room for."""
-    near, free = _heads_first(near), _heads_first(free)
+    near, free = _heads_first(near, q), _heads_first(free, q)
     extra, wide = free[0].shape[1], before + ROWS + ahead
     most, keys = columns(q.shape[1], q.itemsize, ROWS), near[0].shape[1]
     fitting, room = max(1, most // (wide + extra)), Room(q)
@@ -84,7 +85,8 @@ def band(
 
 def pattern(q: Tensor, keys: Tensor, values: Tensor, past: int, causal: bool, seen: Seen, out: Tensor) -> Parts:
     """`Softmax.pattern`. Consecutive blocks of one shape go together, their keys gathered."""
-    keys, values, room = heads_first(keys), heads_first(values), Room(q)
+    keys, values = (heads_first(dequantize(x, q.dtype)) for x in (keys, values))
+    room = Room(q)
     for first, last, runs in _groups(seen, q.shape[1], q.itemsize):
         together = len(runs)
         rows = (last - first) // together
@@ -156,8 +158,8 @@ def heads_first(x: Tensor) -> Tensor:
     return x.transpose(0, 1)
 
 
-def _heads_first(pair: Pair) -> Pair:
-    return heads_first(pair[0]), heads_first(pair[1])
+def _heads_first(pair: Pair, q: Tensor) -> Pair:
+    return heads_first(dequantize(pair[0], q.dtype)), heads_first(dequantize(pair[1], q.dtype))
 
 
 def told(
@@ -179,7 +181,7 @@ def edge(shape: HeadShape) -> int:
 
 def dense_bytes(shape: HeadShape, queries: int, keys: int, asking: int | None = None) -> int:
     """`Softmax.dense_bytes`."""
-    return _workspace_bytes(shape, queries, DENSE_ROWS, keys, asking=asking)
+    return _workspace_bytes(shape, queries, DENSE_ROWS, keys, asking=asking) + told_bytes(shape, keys)
 
 
 def band_bytes(shape: HeadShape, queries: int, keys: int, before: int, ahead: int, free: int) -> int:
@@ -189,15 +191,18 @@ def band_bytes(shape: HeadShape, queries: int, keys: int, before: int, ahead: in
     fitting = columns(shape.query_heads, shape.itemsize, ROWS) // (wide + free)
     early = max(0, before + free - (keys - queries)) + ROWS - 1  # queries of blocks that reach before the first key
     whole = (queries - early // ROWS * ROWS - ahead) // ROWS  # blocks whose keys all lie within the sequence
-    return _workspace_bytes(shape, queries, ROWS, seen, gathered=True, together=max(1, min(fitting, whole)), free=free)
+    near = min(max(0, keys - free), before + queries)
+    told = told_bytes(shape, min(free, keys) + near)
+    return told + _workspace_bytes(shape, queries, ROWS, seen, gathered=True, together=max(1, min(fitting, whole)), free=free)
 
 
 def pattern_bytes(shape: HeadShape, queries: int, seen: Seen) -> int:
     """`Softmax.pattern_bytes`: the most of each kind of scratch memory over all groups, for a room keeps what it has taken."""
     entry = shape.key_value_heads * shape.head_width * shape.itemsize
-    gathered = copied = scores = sums = 0
+    gathered = copied = scores = sums = keys = 0
     for first, last, held in _groups(seen, shape.query_heads, shape.itemsize):
         rows, tokens = shape.query_heads * (last - first), _length(held[0])
+        keys = max(keys, *(end for runs in held for _, end in runs))
         piece = min(tokens, columns(shape.query_heads, shape.itemsize, (last - first) // len(held)))
         gathered = max(gathered, 0 if _is_run(held) else 3 * len(held) * tokens * entry)
         copied = max(copied, 2 * piece * entry if _is_run(held) or piece < tokens else 0)
@@ -205,7 +210,7 @@ def pattern_bytes(shape: HeadShape, queries: int, seen: Seen) -> int:
         wide = max(shape.itemsize, 4) if piece < tokens else 0  # of sums over several pieces
         sums = max(sums, rows * ((2 * shape.head_width + 1) * shape.itemsize + (shape.head_width + 1) * wide))
     answers = queries * shape.query_heads * shape.head_width * shape.itemsize
-    return answers + gathered + copied + scores + sums + _scratch_bytes(shape)
+    return answers + gathered + copied + scores + sums + _scratch_bytes(shape) + told_bytes(shape, keys)
 
 
 def _workspace_bytes(
