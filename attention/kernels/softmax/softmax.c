@@ -154,7 +154,6 @@ const int64_t softmax_layout[] = {
 #define KEYS 128  /* keys of a packed block */
 #define PART 256  /* keys of a history that one thread takes at a time */
 #define STRIDE 64 /* keys of a part whose scores exist at a time */
-#define L1 32768  /* bytes that a step may have fetched into it: it holds some more */
 
 /* The running softmax of one row: its top moves up to a whole number, its total and, by the factor
  * returned, its sums follow. scores (count) in multiples of 16, become 2^(s - top). Slow reading:
@@ -700,13 +699,6 @@ INLINE void in_order(const int wide, __m512 *a, __m512 *b) {
     *b = _mm512_permutex2var_ps(even, _mm512_add_epi32(low, _mm512_set1_epi32(8)), *b);
 }
 
-/* Have a line fetched, as far as L2 where those that are wanted next do not fit into L1. Slow
- * reading: `_step`. */
-INLINE void fetch(const int is_far, const char *line) {
-    if (is_far) _mm_prefetch(line, _MM_HINT_T1);
-    else _mm_prefetch(line, _MM_HINT_T0);
-}
-
 /* One sequence's query, all heads, over up to PART keys: sums (H, D), tops (H), totals (H). Head by
  * head nothing is a stream to the processor: each head fetches its share of the lines that are
  * wanted next, the values of these keys and the keys behind them, for all at once would wait for
@@ -719,7 +711,6 @@ INLINE void step_part(const int wide, const int eight, const int64_t width, cons
     const int64_t size = wide ? 4 : 2, ratio = c->heads / c->groups,
                   head = eight ? width + SCALE : width * size, whole = c->groups * head,
                   share = (16 * whole / 64 + c->heads - 1) / c->heads;
-    const int is_far = 32 * whole > L1;
     float *tops = sums + c->heads * width, *totals = tops + c->heads;
     memset(sums, 0, sizeof(float) * c->heads * width);
     for (int64_t h = 0; h < c->heads; h++) tops[h] = -INFINITY, totals[h] = 0.0f, by[h] = 1.0f;
@@ -733,8 +724,8 @@ INLINE void step_part(const int wide, const int eight, const int64_t width, cons
             for (int64_t h = 0; h < c->heads; h++) {
                 for (int64_t line = h * share; line < (h + 1) * share; line++) {
                     const int64_t row = at + j + line * 64 / whole, b = line * 64 % whole;
-                    fetch(is_far, v + row * v_bytes + b);
-                    fetch(is_far, k + (row + 16) * k_bytes + b);
+                    _mm_prefetch(v + row * v_bytes + b, _MM_HINT_T0);
+                    _mm_prefetch(k + (row + 16) * k_bytes + b, _MM_HINT_T0);
                 }
                 const char *keys = k + (at + j) * k_bytes + h / ratio * head;
                 if (eight)
