@@ -16,6 +16,7 @@ from multiprocessing import get_context
 from typing import Any
 
 import torch
+import uvloop
 
 from service.benchmark.again import measure_again
 from service.benchmark.alone import measure_engine
@@ -33,7 +34,7 @@ from service.benchmark.shared import measure_shared
 from service.benchmark.speculation import measure_speculation
 from service.benchmark.step import measure_step
 from service.benchmark.streams import measure_streams
-from service.benchmark.together import measure_together
+from service.benchmark.together import SHAPES, measure_together
 from service.machine import BESIDE_BUDGET_BYTES
 from service.threads import in_passing_thread
 
@@ -45,7 +46,13 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="one repeat, up to 16k tokens, by default without HTTP")
     parser.add_argument("--parts", nargs="+", choices=PARTS, help="which parts to run")
     parser.add_argument("--encoder", metavar="DIR", help="the checkpoint of part encoder, by default all-MiniLM-L6-v2")
-    parser.add_argument("--profile-step", action="store_true", help="where the time of a decode step goes, and nothing else")
+    parser.add_argument(
+        "--profile-step",
+        nargs="?",
+        const="embedded",
+        choices=tuple(SHAPES),
+        help="where the time of a decode step goes, of the embedded model unless told, and nothing else",
+    )
     parser.add_argument("--shared", action="store_true", help="the engine beside busy processes, and nothing else")
     parser.add_argument(
         "--weights",
@@ -72,13 +79,14 @@ def main() -> None:
     options = parser.parse_args()
     lengths = [16_384] if options.quick else [16_384, 32_768]
     repeats = 1 if options.quick else 2
-    by_name = (options.weights, options.beside, options.together)
-    is_alone = options.profile_step or options.shared or any(each is not None for each in by_name)
+    by_name = (options.profile_step, options.weights, options.beside, options.together)
+    is_alone = options.shared or any(each is not None for each in by_name)
     parts = () if is_alone else options.parts or PARTS[: 5 if options.quick else 6]
     random.seed(0)
+    asyncio.set_event_loop_policy(uvloop.EventLoopPolicy())  # the loop that Ray gives its replicas
     result: dict[str, Any] = {"prefill_ratio": {}} if parts else {}
     if options.profile_step:
-        result["step_us"] = measure_step([1024, 4096, *lengths])
+        result["step_us"] = measure_step([1024, 4096, *lengths], options.profile_step)
     if options.weights is not None:
         result["weights"] = in_passing_thread(lambda: measure_weights(options.weights or [1024, 4096]))
     if options.beside is not None:

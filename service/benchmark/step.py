@@ -1,6 +1,7 @@
 """Where the time of a decode step goes, by backend and history: `python -m service.benchmark --profile-step`.
 
-A stream's time between two tokens is cut by what can be measured apart:
+Of the embedded model, or of Qwen3-0.6B's shape with random weights: `--profile-step 0.6B`. A stream's time between two tokens
+is cut by what can be measured apart:
 
     reading     summing up as many bytes as the step reads, weights and state, on all threads
     native      what the calls of our kernels take beyond that: arithmetic, and threads that wait for each other
@@ -8,15 +9,19 @@ A stream's time between two tokens is cut by what can be measured apart:
     sampling    drawing the token
     engine      the rest of the step on the model thread: packing, states, accounts
     hand-over   between steps: the event loop, the scheduler, delivery
+
+The first four together, the bare model's step and its token, are told as a share of it all, too.
 """
 
 from __future__ import annotations
 
 import asyncio
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from statistics import median
 
 import torch
@@ -24,11 +29,13 @@ import torch
 from attention import AttentionBackend, Segments
 from service.benchmark.alone import answered, make_engine, make_request
 from service.benchmark.bare import BACKENDS, build, report
+from service.benchmark.fewer import write
+from service.benchmark.together import SHAPES
 from service.engine.observer import NullObserver, Step
 from service.engine.request import Sampling
 from service.engine.sampling import draw
 from service.model import native
-from service.model.checkpoint import load
+from service.model.checkpoint import EMBEDDED, load
 from service.model.continuation import extended
 from service.model.transformer import Transformer
 from service.threads import in_passing_thread
@@ -37,9 +44,12 @@ REPEATS = 60
 PARTS = ("reading", "native", "Python", "sampling", "engine", "hand-over")
 
 
-def measure_step(lengths: Sequence[int]) -> dict[str, dict[str, list[float]]]:
-    """Microseconds of the parts, by backend and history."""
-    return asyncio.run(_measure(lengths))
+def measure_step(lengths: Sequence[int], shape: str) -> dict[str, dict[str, list[float]]]:
+    """Microseconds of the parts, by backend and history. shape: one of SHAPES, the embedded model as it is shipped."""
+    with tempfile.TemporaryDirectory() as folder:
+        if SHAPES[shape]:
+            write(Path(folder), SHAPES[shape])
+        return asyncio.run(_measure(lengths, Path(folder) if SHAPES[shape] else EMBEDDED))
 
 
 class _Steps(NullObserver):
@@ -57,11 +67,11 @@ class _Steps(NullObserver):
         return median(step.token_gaps[0] for step in self.seen), median(step.seconds for step in self.seen)
 
 
-async def _measure(lengths: Sequence[int]) -> dict[str, dict[str, list[float]]]:
-    checkpoint, steps = in_passing_thread(load), _Steps()
+async def _measure(lengths: Sequence[int], directory: Path) -> dict[str, dict[str, list[float]]]:
+    checkpoint, steps = in_passing_thread(lambda: load(directory)), _Steps()
     engine, found = make_engine(checkpoint, steps), dict[str, dict[str, list[float]]]()
     await engine.start()
-    print(f"{'microseconds of a decode step':76s}" + "".join(f"{part:>10s}" for part in ("in all", *PARTS)))
+    print(f"{'microseconds of a decode step':76s}" + "".join(f"{part:>10s}" for part in ("in all", *PARTS, "bare")))
     for name in BACKENDS:
         for tokens in (min(n, checkpoint.model.config.max_length - REPEATS) for n in lengths):
             steps.seen.clear()
@@ -69,7 +79,11 @@ async def _measure(lengths: Sequence[int]) -> dict[str, dict[str, list[float]]]:
             alone = partial(_alone, checkpoint.model, build(checkpoint.model, name), tokens)
             parts = [1e6 * part for part in _parts(*steps.medians(), *await engine._on_model_thread(alone))]
             found.setdefault(name, {})[str(tokens)] = [round(part, 1) for part in parts]
-            report(f"behind {tokens} tokens", name, "".join(f"{part:10.0f}" for part in (sum(parts), *parts)))
+            report(
+                f"behind {tokens} tokens",
+                name,
+                "".join(f"{part:10.0f}" for part in (sum(parts), *parts)) + f"{sum(parts[:4]) / sum(parts):10.0%}",
+            )
     await engine.stop()
     return found
 
