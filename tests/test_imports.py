@@ -135,6 +135,7 @@ FACE = {f"attention.{name}" for name in (*attention.__all__, "truth")}
 PAST_THE_FACE = {
     ("service.training.gradients", "attention.projection"): "trains with the rows that the backend draws",
     ("service.model.native", "attention.kernels.library"): "its C is loaded, checked and called as that of attention",
+    ("service.model.encoder_layer", "attention.kernels.library"): "likewise",
 }
 
 
