@@ -50,9 +50,9 @@ HOST: Any = SimpleNamespace(engine=Forecast())
 
 def reading(tokens: int, read: int, slowness: float, backend: str = "dense") -> Request:
     """A request of which some has been read, so many times more slowly than predicted."""
-    timings = Timings(admitted_at=100.0, backend=backend)
+    timings = Timings(admitted_at=0.0, backend=backend)  # beside a large time what one token took would be rounded away
     if read:
-        timings.chunks = [Chunk(100.0, 100.0 + slowness * read**2 / 1e6, read)]
+        timings.chunks = [Chunk(0.0, slowness * read**2 / 1e6, read)]
     return Request("a", "completion", [1] * tokens, timings=timings)
 
 
