@@ -83,7 +83,8 @@ def measure_weights(lengths: Sequence[int]) -> dict[str, dict[str, float]]:
                 if isinstance(each, Ours):
                     prefill += f" ({each.multiplying_seconds() / CHUNK * speed:.0%} of the time in products)"
                     decode += f" ({each.reading_seconds() / step:.0%} of the rate of reading its bytes)"
-                report(f"weights, behind {length} tokens", name, f"{prefill}, {decode}")
+                kept = "{:.0f} + {:.0f} MiB of weights and state".format(*(part / 2**20 for part in each.kept_bytes))
+                report(f"weights, behind {length} tokens", name, f"{prefill}, {decode}, {kept}")
     return found
 
 
@@ -124,6 +125,11 @@ class Contestant(ABC):
     def begin(self) -> None:
         """Begin a text."""
 
+    @property
+    @abstractmethod
+    def kept_bytes(self) -> tuple[int, int]:
+        """Memory of the weights, and of the text's keys and values; of ours all that is reserved for these."""
+
     @abstractmethod
     def _extend(self, count: int) -> None:
         """Read random tokens, until the logits behind the last are there."""
@@ -162,6 +168,10 @@ class Ours(Contestant):
         self.text.read(torch.randint(self.model.config.vocab_size, (count,)))
         self.past = self.text.past
 
+    @property
+    def kept_bytes(self) -> tuple[int, int]:
+        return self.model.weight_bytes, self.text.state_bytes
+
     @torch.inference_mode()
     def multiplying_seconds(self) -> float:
         """Of the products of a chunk alone: those of one layer, as often as there are layers."""
@@ -177,8 +187,9 @@ class Ours(Contestant):
         return min(seconds)
 
     def reading_seconds(self) -> float:
-        """Of summing up as many bytes as a step reads."""
-        read, seconds = torch.ones((self.model.weight_bytes + self.text.state_bytes) // 4), []
+        """Of summing up as many bytes as a step reads: of the state what has tokens."""
+        weights, state = self.kept_bytes
+        read, seconds = torch.ones((weights + state * self.past // (self.longest + ROOM)) // 4), []
         for _ in range(REPEATS):
             start = time.perf_counter()
             read.sum()
@@ -199,6 +210,11 @@ class Reference(Contestant):
         from transformers import DynamicCache
 
         self.cache, self.past = DynamicCache(config=self.model.config), 0
+
+    @property
+    def kept_bytes(self) -> tuple[int, int]:
+        kept = [each for layer in self.cache.layers for each in (layer.keys, layer.values)]
+        return self.model.get_memory_footprint(), sum(each.nbytes for each in kept)
 
     @torch.inference_mode()
     def _extend(self, count: int) -> None:
@@ -247,6 +263,10 @@ class Theirs(Contestant):
         """As `Ours.begin`."""
         self.lib.llama_memory_clear(self.lib.llama_get_memory(self.context), True)
         self.past = 0
+
+    @property
+    def kept_bytes(self) -> tuple[int, int]:
+        return self.lib.llama_model_size(self.model), self.lib.llama_state_seq_get_size(self.context, 0)
 
     def take_over(self, other: Theirs) -> None:
         """Go on from the text that another has read, with matrices of other bits: its keys and values are of the same."""

@@ -69,7 +69,7 @@ class _Steps(NullObserver):
 
 async def _measure(lengths: Sequence[int], directory: Path) -> dict[str, dict[str, list[float]]]:
     checkpoint, steps = in_passing_thread(lambda: load(directory)), _Steps()
-    engine, found = make_engine(checkpoint, steps), dict[str, dict[str, list[float]]]()
+    engine, found = make_engine(checkpoint, steps, memory_sample_share=0), dict[str, dict[str, list[float]]]()
     await engine.start()
     print(f"{'microseconds of a decode step':76s}" + "".join(f"{part:>10s}" for part in ("in all", *PARTS, "bare")))
     for name in BACKENDS:

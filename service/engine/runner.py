@@ -220,13 +220,15 @@ class Runner:
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits of hidden states (N, C), those of ids that are no tokens at -inf: float32 (N, V)."""
         rows = len(hidden)
-        if (missing := self._height(rows) - rows) > 0:
+        if not self._model.tells_rows_apart and (missing := self._height(rows) - rows) > 0:
             hidden = torch.nn.functional.pad(hidden, (0, 0, 0, missing))
         logits = self._model.logits(hidden)[:rows]
         return logits if self._unknown is None else logits.index_fill_(1, self._unknown, -torch.inf)
 
     def _height(self, rows: int, is_decode: bool = False) -> int:
-        """How many rows so many are padded to."""
+        """How many rows so many are padded to: none where a decode step computes each by itself."""
+        if is_decode and self._model.takes_passage:
+            return rows
         return -(-self._model.height(rows, is_decode) // self._row_multiple) * self._row_multiple
 
     def _draw(self, work: Work, segments: Segments, hidden: Tensor) -> None:

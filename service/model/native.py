@@ -116,6 +116,7 @@ class Packed:
     """A bfloat16 matrix (N, K) packed so: words int32 (N / 64, K / 2, 64), rounded up with zeros."""
 
     bits: ClassVar[int] = 16
+    is_native: ClassVar[bool] = True  # as of `Quantized`
 
     def __init__(self, words: Tensor, shape: Sequence[int]) -> None:
         self.words, self.shape = words, torch.Size(shape)

@@ -247,8 +247,13 @@ class Transformer(nn.Module):
 
     @property
     def takes_passage(self) -> bool:
-        """Whether a decode step goes through all layers in C where it is given a passage."""
+        """Whether a decode step goes through all layers in C, each row by itself, where it is given a passage."""
         return self._packed is not None
+
+    @property
+    def tells_rows_apart(self) -> bool:
+        """Whether a row's logits are the same whatever rows are asked beside it."""
+        return self._head is not None and self._head.is_native and self.dtype == torch.bfloat16
 
     @property
     def dtype(self) -> torch.dtype:
