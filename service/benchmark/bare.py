@@ -55,15 +55,16 @@ def bare(model: Transformer, backend: AttentionBackend, tokens: int, steps: int 
         return extended(model, backend, pool, (slot,), ids, Segments((len(ids),), (start,)))
 
     def decode(place: int) -> float:
-        return _seconds(lambda: model.logits(extend(ids[:1], place)).argmax(-1).item())
+        return seconds_of(lambda: model.logits(extend(ids[:1], place)).argmax(-1).item())
 
     ids = torch.randint(model.config.vocab_size, (tokens,))
-    prefill = _seconds(lambda: [extend(ids[a : a + CHUNK], a) for a in range(0, tokens, CHUNK)])
+    prefill = seconds_of(lambda: [extend(ids[a : a + CHUNK], a) for a in range(0, tokens, CHUNK)])
     times = [decode(tokens + i) for i in range(steps)]
     return prefill, median(times[1:]) if steps else 0.0
 
 
-def _seconds(call: Callable[[], object]) -> float:
+def seconds_of(call: Callable[[], object]) -> float:
+    """Seconds that a call takes."""
     start = time.perf_counter()
     call()
     return time.perf_counter() - start

@@ -10,7 +10,6 @@ longer.
 from __future__ import annotations
 
 import tempfile
-import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import median
@@ -20,7 +19,7 @@ import torch
 
 import attention
 from attention import Segments
-from service.benchmark.bare import report
+from service.benchmark.bare import report, seconds_of
 from service.benchmark.fewer import PEERS, ROOM, SHAPE, Theirs, has_peer, peers, write
 from service.model import checkpoint
 from service.model.continuation import extended
@@ -62,7 +61,7 @@ def in_turns(steps: Mapping[str, Callable[[], object]]) -> dict[str, float]:
     for _ in range(ROUNDS):
         for name, step in steps.items():
             step()
-            seconds[name] += [_seconds(step) for _ in range(STEPS)]
+            seconds[name] += [seconds_of(step) for _ in range(STEPS)]
     return {name: median(each) for name, each in seconds.items()}
 
 
@@ -95,16 +94,10 @@ class Texts:
         share = self.past / (BEHIND + ROOM)
         read = torch.ones(int(self.model.weight_bytes + share * self.pool.bytes_in_use) // 4)
         left, right = (torch.randn(SQUARE, SQUARE).bfloat16() for _ in range(2))
-        multiplying = min(_seconds(lambda: left @ right) for _ in range(ROUNDS)) / SQUARE**3
+        multiplying = min(seconds_of(lambda: left @ right) for _ in range(ROUNDS)) / SQUARE**3
         products = len(self.slots) * self.model.weight_bytes // 2
-        return max(min(_seconds(read.sum) for _ in range(ROUNDS)), multiplying * products)
+        return max(min(seconds_of(read.sum) for _ in range(ROUNDS)), multiplying * products)
 
 
 def _steps(theirs: Theirs, texts: int) -> Callable[[], object]:
     return lambda: theirs.feed_each(torch.randint(theirs.vocab_size, (texts,)).tolist())
-
-
-def _seconds(run: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start

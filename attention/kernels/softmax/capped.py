@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -77,15 +78,7 @@ class Capped:
         for i, (state, count) in enumerate(zip(states, counts, strict=True)):
             self._answer(q[i : i + 1], *history.read(state, count, groups), Band(), out[i : i + 1])
 
-    def told(
-        self,
-        shape: HeadShape,
-        states: Sequence[dict[str, Tensor]],
-        places: Sequence[int],
-        counts: Sequence[int],
-        runs: Sequence[Runs] | None = None,
-        log_total: Tensor | None = None,
-    ) -> Told | None:
+    def told(self, *args: Any, **kwargs: Any) -> Told | None:
         return None
 
     def choose(self, q: Tensor, bounds: Sequence[Pair], rows: Sequence[Rows], blocks: Blocks) -> Tensor:

@@ -50,31 +50,31 @@ class TestTopK(Laws):
 
 class TestNativeTopK(NativeLaws):
     name = "topk"
-    variants = ({"block": 5, "blocks": 3, "window": 20, "sinks": 2},)
+    variants = TestTopK.variants
     kv = torch.int8
 
 
 class TestNativeDense(NativeLaws):
     name = "dense"
-    variants = ({},)
+    variants = TestDense.variants
     kv = torch.int8
 
 
 class TestNativeSlidingWindow(NativeLaws):
     name = "sliding_window"
-    variants = ({"window": 150, "sinks": 4}, {"window": 3, "sinks": 9})
+    variants = TestSlidingWindow.variants
     kv = torch.int8
 
 
 class TestNativeChunked(NativeLaws):
     name = "chunked"
-    variants = ({"chunk": 130},)
+    variants = TestChunked.variants
     kv = torch.int8
 
 
 class TestNativeBigBird(NativeLaws):
     name = "bigbird"
-    variants = ({"block": 16},)
+    variants = TestBigBird.variants
     kv = torch.int8
 
 
