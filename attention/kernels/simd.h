@@ -16,7 +16,8 @@
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,fma")
 
 #define INLINE static inline __attribute__((always_inline))
-#define TILE 6 /* rows of a product whose sums are in registers, with 64 columns */
+#define TILE 6  /* rows of a product whose sums are in registers, with 64 columns */
+#define SUMS 24 /* registers of them */
 
 INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -40,6 +41,24 @@ INLINE __m512 exp2_16(const int wide, __m512 x) {
     p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0.6931530731977913f));
     p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0.9999999250635696f));
     return _mm512_scalef_ps(p, x);
+}
+
+/* 2^x on -1/2..1/2, of relative error 7.5e-5, where it will be rounded to bfloat16. Slow reading:
+ * `torch.exp2`. */
+INLINE __m512 cubic(__m512 x) {
+    __m512 p = _mm512_set1_ps(0.05517166905792496f);
+    p = _mm512_fmadd_ps(p, x, _mm512_set1_ps(0.24261112219321604f));
+    p = _mm512_fmadd_ps(p, x, _mm512_set1_ps(0.6932609854606555f));
+    return _mm512_fmadd_ps(p, x, _mm512_set1_ps(0.9999280735394012f));
+}
+
+/* 2^x of |x| up to 120: added to a number of which 1 is the last bit, x is rounded to a whole one,
+ * and that stands where an exponent does once it is moved there. Slow reading: `torch.exp2`. */
+INLINE __m512 near_exp2_16(__m512 x) {
+    const __m512 magic = _mm512_set1_ps(12582912.0f), sum = _mm512_add_ps(x, magic);
+    const __m512 p = cubic(_mm512_sub_ps(x, _mm512_sub_ps(sum, magic)));
+    return _mm512_castsi512_ps(
+        _mm512_add_epi32(_mm512_castps_si512(p), _mm512_slli_epi32(_mm512_castps_si512(sum), 23)));
 }
 
 /* Slow reading: `torch.addcmul`. */
@@ -102,34 +121,44 @@ INLINE int32_t word(const char *at) {
     return x;
 }
 
-/* c (rows, 16 columns) = factors c + a b over `steps` words: a by strides in bytes, b (steps,
- * columns). No factors: c = a b. Slow reading: `torch.addmm`. */
-INLINE void product(const int wide, const int rows, const int columns, int64_t steps, const char *a,
-                    int64_t a_row, const int64_t a_step, const uint32_t *b, int64_t b_row, float *c,
-                    int64_t c_row, const float *factors) {
-    __m512 sum[TILE][4];
-#pragma GCC unroll 6
-    for (int i = 0; i < rows; i++)
-#pragma GCC unroll 4
-        for (int j = 0; j < columns; j++)
-            sum[i][j] = factors ? _mm512_mul_ps(_mm512_loadu_ps(c + i * c_row + 16 * j),
-                                                _mm512_set1_ps(factors[i]))
-                                : _mm512_setzero_ps();
+/* sum (rows, 16 columns) += a b over `steps` words: a by strides in bytes, b (steps, columns). Slow
+ * reading: `torch.addmm`. */
+INLINE void accumulate(const int wide, const int rows, const int columns, int64_t steps,
+                       const char *a, int64_t a_row, const int64_t a_step, const uint32_t *b,
+                       int64_t b_row, __m512 *sum) {
     for (int64_t s = 0; s < steps; s++) {
         __m512i y[4];
 #pragma GCC unroll 4
         for (int j = 0; j < columns; j++) y[j] = _mm512_loadu_si512(b + s * b_row + 16 * j);
-#pragma GCC unroll 6
+#pragma GCC unroll 12
         for (int i = 0; i < rows; i++) {
             const __m512i x = _mm512_set1_epi32(word(a + i * a_row + s * a_step));
 #pragma GCC unroll 4
-            for (int j = 0; j < columns; j++) sum[i][j] = multiply_add(wide, x, y[j], sum[i][j]);
+            for (int j = 0; j < columns; j++)
+                sum[i * columns + j] = multiply_add(wide, x, y[j], sum[i * columns + j]);
         }
     }
-#pragma GCC unroll 6
+}
+
+/* c (rows, 16 columns) = factors c + a b, as `accumulate`. No factors: c = a b. Slow reading:
+ * `torch.addmm`. */
+INLINE void product(const int wide, const int rows, const int columns, int64_t steps, const char *a,
+                    int64_t a_row, const int64_t a_step, const uint32_t *b, int64_t b_row, float *c,
+                    int64_t c_row, const float *factors) {
+    __m512 sum[SUMS];
+#pragma GCC unroll 12
     for (int i = 0; i < rows; i++)
 #pragma GCC unroll 4
-        for (int j = 0; j < columns; j++) _mm512_storeu_ps(c + i * c_row + 16 * j, sum[i][j]);
+        for (int j = 0; j < columns; j++)
+            sum[i * columns + j] = factors ? _mm512_mul_ps(_mm512_loadu_ps(c + i * c_row + 16 * j),
+                                                           _mm512_set1_ps(factors[i]))
+                                           : _mm512_setzero_ps();
+    accumulate(wide, rows, columns, steps, a, a_row, a_step, b, b_row, sum);
+#pragma GCC unroll 12
+    for (int i = 0; i < rows; i++)
+#pragma GCC unroll 4
+        for (int j = 0; j < columns; j++)
+            _mm512_storeu_ps(c + i * c_row + 16 * j, sum[i * columns + j]);
 }
 
 /* The same over `count` columns, a multiple of 16. Slow reading: `torch.addmm`. */
@@ -162,13 +191,19 @@ INLINE void tile_products(const int wide, int64_t rows, int64_t count, int64_t s
     switch (rows) { PRODUCTS(6) PRODUCTS(5) PRODUCTS(4) PRODUCTS(3) PRODUCTS(2) PRODUCTS(1) }
 }
 
+/* Which of 16 columns, the first of them `column`, stand within low..high. Slow reading:
+ * `Band.hidden`. */
+INLINE __mmask16 seen16(int64_t column, int64_t low, int64_t high) {
+    const int64_t a = least(most(low - column, 0), 16), b = least(most(high - column, 0), 16);
+    return (__mmask16)(((1u << b) - 1) & ~((1u << a) - 1));
+}
+
 /* Put `instead` where the 16 scores, the first of them of column `column`, stand outside low..high.
  * Slow reading: `Band.hidden`. */
 INLINE void hide(float *scores, int64_t column, int64_t low, int64_t high, float instead) {
-    const int64_t a = least(most(low - column, 0), 16), b = least(most(high - column, 0), 16);
-    const __mmask16 seen = (__mmask16)(((1u << b) - 1) & ~((1u << a) - 1));
     _mm512_storeu_ps(scores,
-                     _mm512_mask_blend_ps(seen, _mm512_set1_ps(instead), _mm512_loadu_ps(scores)));
+                     _mm512_mask_blend_ps(seen16(column, low, high), _mm512_set1_ps(instead),
+                                          _mm512_loadu_ps(scores)));
 }
 
 /* 16 rows of 16 words, transposed. Slow reading: `torch.t`. */

@@ -151,15 +151,26 @@ const int64_t softmax_layout[] = {
 #include "simd.h"
 #include "team.h"
 
-#define KEYS 128  /* keys of a packed block */
-#define PART 256  /* keys of a history that one thread takes at a time */
-#define STRIDE 64 /* keys of a part whose scores exist at a time */
+#define KEYS(WIDTH) ((WIDTH) == 32 ? 256 : 128) /* keys of a packed block: so many words of each \
+                                                 */
+#define MOST_KEYS 256
+#define PART 256   /* keys of a history that one thread takes at a time */
+#define STRIDE 64  /* keys of a part whose scores exist at a time */
+#define NEAR 60.0f /* powers of two: sums of such weights and values are far from float32's ends \
+                    */
+
+/* 2^(x - less), less being whole: to the same bits whatever it is. 0 for -inf. Slow reading:
+ * `torch.exp2`. */
+INLINE __m512 far_exp2_16(__m512 x, __m512 less) {
+    return _mm512_scalef_ps(cubic(_mm512_reduce_ps(x, 0x08)),
+                            _mm512_sub_ps(_mm512_roundscale_ps(x, 0x08), less));
+}
 
 /* The running softmax of one row: its top moves up to a whole number, its total and, by the factor
  * returned, its sums follow. scores (count) in multiples of 16, become 2^(s - top). Slow reading:
  * `_shifted`. */
-INLINE float soften(const int wide, float *scores, int64_t count, float scale, float *top,
-                    float *total) {
+INLINE float soften(const int wide, const int is_short, float *scores, int64_t count, float scale,
+                    float *top, float *total) {
     __m512 highest = _mm512_loadu_ps(scores);
     for (int64_t j = 16; j < count; j += 16)
         highest = _mm512_max_ps(highest, _mm512_loadu_ps(scores + j));
@@ -169,7 +180,9 @@ INLINE float soften(const int wide, float *scores, int64_t count, float scale, f
     const __m512 by = _mm512_set1_ps(scale), less = _mm512_set1_ps(now == -INFINITY ? 0.0f : now);
     __m512 sum = _mm512_setzero_ps();
     for (int64_t j = 0; j < count; j += 16) {
-        const __m512 weight = exp2_16(wide, _mm512_fmsub_ps(_mm512_loadu_ps(scores + j), by, less));
+        const __m512 x = _mm512_loadu_ps(scores + j);
+        const __m512 weight = is_short ? far_exp2_16(_mm512_mul_ps(x, by), less)
+                                       : exp2_16(wide, _mm512_fmsub_ps(x, by, less));
         sum = _mm512_add_ps(sum, weight);
         _mm512_storeu_ps(scores + j, weight);
     }
@@ -258,33 +271,178 @@ INLINE void round_queries(int64_t heads, int64_t width, const char *q, int64_t b
 
 /* ---- attend ---- */
 
+/* The sums of 16 registers, as one. Slow reading: `torch.sum`. */
+INLINE __m512 sums_of(__m512 a[16]) {
+    __m512 t[8], y[4], z[2];
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; i++)
+        t[i] = _mm512_add_ps(_mm512_unpacklo_ps(a[2 * i], a[2 * i + 1]),
+                             _mm512_unpackhi_ps(a[2 * i], a[2 * i + 1]));
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) {
+        const __m512d l = _mm512_castps_pd(t[2 * i]), h = _mm512_castps_pd(t[2 * i + 1]);
+        y[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(l, h)),
+                             _mm512_castpd_ps(_mm512_unpackhi_pd(l, h)));
+    }
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; i++)
+        z[i] = _mm512_add_ps(_mm512_shuffle_f32x4(y[2 * i], y[2 * i + 1], 0x88),
+                             _mm512_shuffle_f32x4(y[2 * i], y[2 * i + 1], 0xdd));
+    return _mm512_add_ps(_mm512_shuffle_f32x4(z[0], z[1], 0x88),
+                         _mm512_shuffle_f32x4(z[0], z[1], 0xdd));
+}
+
 /* Rows of queries of one head meet the keys low..high (multiples of 16) of a packed block; row i
  * sees lows[i]..highs[i]. Slow reading: `_shifted`. */
 INLINE void tile(const int wide, const int rows, const int64_t width, const char *q, int64_t q_row,
                  const uint32_t *keys, const uint32_t *values, int64_t low, int64_t high,
                  const int64_t *lows, const int64_t *highs, float scale, float cap, float *sums,
                  int64_t sums_row, float *tops, float *totals, int64_t heads) {
-    float s[TILE][KEYS] __attribute__((aligned(64)));
-    uint32_t p[TILE][KEYS / 2] __attribute__((aligned(64))); /* weights as bfloat16 */
+    float s[TILE][MOST_KEYS] __attribute__((aligned(64)));
+    uint32_t p[TILE][MOST_KEYS / 2] __attribute__((aligned(64))); /* weights as bfloat16 */
     float factors[TILE];
     const int packed = wide ? 1 : 2;
-    products(wide, rows, high - low, width / packed, q, q_row, 4, keys + low, KEYS, &s[0][low],
-             KEYS, 0);
+    products(wide, rows, high - low, width / packed, q, q_row, 4, keys + low, KEYS(width),
+             &s[0][low], MOST_KEYS, 0);
     for (int i = 0; i < rows; i++) {
         if (cap > 0.0f) cap_scores(&s[i][low], high - low, scale, cap);
         if (lows[i] > low || highs[i] < high)
             for (int64_t j = low; j < high; j += 16)
                 hide(&s[i][j], j, lows[i], highs[i], -INFINITY);
-        factors[i] =
-            soften(wide, &s[i][low], high - low, scale, tops + i * heads, totals + i * heads);
+        factors[i] = soften(wide, !wide && width == 32, &s[i][low], high - low, scale,
+                            tops + i * heads, totals + i * heads);
         if (!wide)
             for (int64_t j = low; j < high; j += 16)
                 _mm256_store_si256((__m256i *)&p[i][j / 2],
                                    (__m256i)_mm512_cvtneps_pbh(_mm512_load_ps(&s[i][j])));
     }
     const char *weights = wide ? (const char *)&s[0][low] : (const char *)&p[0][low / 2];
-    products(wide, rows, width, (high - low) / packed, weights, 4 * KEYS / packed, 4,
+    products(wide, rows, width, (high - low) / packed, weights, 4 * MOST_KEYS / packed, 4,
              values + low / packed * width, width, sums, sums_row, factors);
+}
+
+/* The weights of rows of queries at 16 * columns keys from `at` on, as bfloat16, their tops being
+ * 0: no score leaves its register. totals: += each row's weights. Slow reading: `_shifted`. */
+INLINE void weigh_keys(const int rows, const int columns, const int64_t words, const char *q,
+                       int64_t q_row, const uint32_t *keys, int64_t at, int is_seen,
+                       const int32_t *lows, const int32_t *highs, float scale,
+                       uint32_t p[][MOST_KEYS / 2], __m512 *totals) {
+    __m512 s[SUMS];
+#pragma GCC unroll 24
+    for (int i = 0; i < rows * columns; i++) s[i] = _mm512_setzero_ps();
+    accumulate(0, rows, columns, words, q, q_row, 4, keys + at, KEYS(2 * words), s);
+    const __m512 by = _mm512_set1_ps(scale);
+    const __m512i ascending =
+        _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+#pragma GCC unroll 6
+    for (int i = 0; i < rows; i++) {
+        __m512 total = totals[i];
+#pragma GCC unroll 4
+        for (int j = 0; j < columns; j++) {
+            __m512 weight = near_exp2_16(_mm512_mul_ps(s[i * columns + j], by));
+            if (!is_seen) {
+                const __m512i key =
+                    _mm512_add_epi32(ascending, _mm512_set1_epi32((int)at + 16 * j));
+                const __mmask16 seen = _mm512_cmpge_epi32_mask(key, _mm512_set1_epi32(lows[i]));
+                weight = _mm512_maskz_mov_ps(
+                    _mm512_mask_cmplt_epi32_mask(seen, key, _mm512_set1_epi32(highs[i])), weight);
+            }
+            total = _mm512_add_ps(total, weight);
+            _mm256_store_si256((__m256i *)&p[i][at / 2 + 8 * j],
+                               (__m256i)_mm512_cvtneps_pbh(weight));
+        }
+        totals[i] = total;
+    }
+}
+
+/* `tile` of bfloat16 where all scores are near 0 (see NEAR): so all tops are 0, and what is found
+ * is the same to the last bit, tops being whole. Slow reading: `_shifted`. */
+INLINE void near_tile(const int rows, const int64_t width, const char *q, int64_t q_row,
+                      const uint32_t *keys, const uint32_t *values, int64_t low, int64_t high,
+                      const int64_t *lows, const int64_t *highs, float scale, float *sums,
+                      int64_t sums_row, float *tops, float *totals, int64_t heads) {
+    uint32_t p[2 * TILE][MOST_KEYS / 2] __attribute__((aligned(64)));
+    float factors[2 * TILE];
+    for (int i = 0; i < rows; i++) {
+        const float old = tops[i * heads];
+        factors[i] = old < 0.0f ? exp2f(old) : 1.0f;
+        tops[i * heads] = 0.0f;
+    }
+    for (int i = 0; i < rows; i += TILE) {
+        const int some = rows < TILE ? rows : TILE;
+        __m512 found[TILE];
+        int32_t from[TILE], to[TILE], is_seen = 1; /* columns of the block */
+        for (int t = 0; t < some; t++) {
+            found[t] = _mm512_setzero_ps();
+            from[t] = (int32_t)least(lows[i + t], high),
+            to[t] = (int32_t)least(most(highs[i + t], 0), high);
+            is_seen &= from[t] <= low && to[t] == high;
+        }
+        int64_t j = low;
+#define WEIGH(COLUMNS) \
+    weigh_keys(some, COLUMNS, width / 2, q + i * q_row, q_row, keys, j, is_seen, from, to, scale, \
+               p + i, found)
+        for (; j + 64 <= high; j += 64) WEIGH(4);
+        switch ((high - j) / 16) {
+        case 3: WEIGH(3); break;
+        case 2: WEIGH(2); break;
+        case 1: WEIGH(1); break;
+        }
+        for (int t = 0; t < some; t++) {
+            float *total = totals + (i + t) * heads;
+            *total = *total * factors[i + t] + _mm512_reduce_add_ps(found[t]);
+        }
+    }
+    products(0, rows, width, (high - low) / 2, (const char *)&p[0][low / 2], 2 * MOST_KEYS, 4,
+             values + low / 2 * width, width, sums, sums_row, factors);
+}
+
+/* Whether n rows' tops are where `near_tile` leaves them, or below. */
+INLINE int are_low(int64_t n, const float *tops, int64_t heads) {
+    int found = 1;
+    for (int64_t i = 0; i < n; i++) found &= tops[i * heads] <= 0.0f;
+    return found;
+}
+
+/* The largest of squares; NaN is above all. Slow reading: `torch.max`. */
+INLINE float largest(__m512i squares) {
+    const uint32_t found = _mm512_reduce_max_epu32(squares);
+    float x;
+    memcpy(&x, &found, sizeof x);
+    return x;
+}
+
+/* The largest square of the length of n packed keys. Slow reading: `torch.linalg.vector_norm`. */
+INLINE float longest_key(int64_t n, const int64_t words, const uint32_t *keys) {
+    __m512i found = _mm512_setzero_si512();
+    for (int64_t j = 0; j < n; j += 16) {
+        __m512 sum = _mm512_setzero_ps();
+        for (int64_t w = 0; w < words; w++) {
+            const __m512i x = _mm512_load_si512(keys + w * KEYS(2 * words) + j);
+            sum = multiply_add(0, x, x, sum);
+        }
+        found = _mm512_max_epu32(found, _mm512_castps_si512(sum));
+    }
+    return largest(found);
+}
+
+/* That of n rows. bytes: of a row's stride. Slow reading: `torch.linalg.vector_norm`. */
+INLINE float longest_row(int64_t n, const int64_t words, const char *rows, int64_t bytes) {
+    __m512i found = _mm512_setzero_si512();
+    for (int64_t j = 0; j < n; j += 16) {
+        __m512 sum[16];
+#pragma GCC unroll 16
+        for (int i = 0; i < 16; i++) {
+            const char *row = rows + least(j + i, n - 1) * bytes;
+            sum[i] = _mm512_setzero_ps();
+            for (int64_t w = 0; w < words; w += 16) {
+                const __m512i x = _mm512_loadu_si512(row + 4 * w);
+                sum[i] = multiply_add(0, x, x, sum[i]);
+            }
+        }
+        found = _mm512_max_epu32(found, _mm512_castps_si512(sums_of(sum)));
+    }
+    return largest(found);
 }
 
 /* The keys from..to of a run that a block's queries meet in this call. Slow reading: `split`. */
@@ -293,7 +451,8 @@ INLINE void find_share(const Call *c, const Block *block, const Run *run, int64_
     const int64_t place = block->position - run->position; /* of the first query among these keys */
     const int64_t start = run->free ? 0 : most(0, place - c->before) & ~15;
     const int64_t end = least(run->count, place + block->last - block->first + c->ahead);
-    const int64_t share = (most(0, end - start) + c->calls * KEYS - 1) / (c->calls * KEYS) * KEYS;
+    const int64_t keys = KEYS(c->width);
+    const int64_t share = (most(0, end - start) + c->calls * keys - 1) / (c->calls * keys) * keys;
     *from = start + c->call * share;
     *to = least(end, *from + share);
 }
@@ -308,14 +467,20 @@ INLINE void prefetch(const char *rows, int64_t stride, int64_t first, int64_t la
 /* The queries of a block, all heads of a group, over all its runs. Slow reading: `answer`. */
 INLINE void attend_block(const int wide, const int64_t width, const Call *c, const Source *sources,
                          const Block *block, const Run *runs, int64_t group) {
-    uint32_t keys[WIDEST * KEYS / 2 * (wide ? 2 : 1)] __attribute__((aligned(64)));
-    uint32_t values[WIDEST * KEYS / 2 * (wide ? 2 : 1)] __attribute__((aligned(64)));
-    char widened[KEYS * WIDEST * (wide ? 4 : 2)] __attribute__((aligned(64))); /* from 8 bits */
+    uint32_t keys[WIDEST * KEYS(WIDEST) / 2 * (wide ? 2 : 1)] __attribute__((aligned(64)));
+    uint32_t values[WIDEST * KEYS(WIDEST) / 2 * (wide ? 2 : 1)] __attribute__((aligned(64)));
+    char widened[WIDEST * KEYS(WIDEST) * (wide ? 4 : 2)]
+        __attribute__((aligned(64))); /* from 8 bits */
     const int64_t size = wide ? 4 : 2, words = width * size / 4, count = block->last - block->first,
                   sums_row = c->heads * width, kept = c->eight ? 1 : size; /* bytes of an element */
     const int64_t ratio = c->heads / c->groups, head = group * ratio;
     float *sums = c->carry, *tops = sums + c->queries * sums_row,
-          *totals = tops + c->queries * c->heads;
+          *totals = tops + c->queries * c->heads, lengths[HEADS];
+    const int is_short = !wide && width == 32; /* wider heads gain nothing by `near_tile` */
+    for (int64_t h = 0; h < ratio && is_short; h++)
+        lengths[h] = longest_row(
+            count, words, c->q.at + (block->first * c->q.row + (head + h) * c->q.head) * size,
+            c->q.row * size);
     for (int64_t i = block->first; i < block->last && c->call == 0; i++)
         for (int64_t h = head; h < head + ratio; h++) {
             memset(sums + i * sums_row + h * width, 0, sizeof(float) * width);
@@ -328,8 +493,8 @@ INLINE void attend_block(const int wide, const int64_t width, const Call *c, con
         const Source *source = sources + run->source;
         int64_t from, to;
         find_share(c, block, run, &from, &to);
-        for (int64_t at = from; at < to; at += KEYS) {
-            const int64_t n = least(KEYS, to - at), key = run->first + at;
+        for (int64_t at = from; at < to; at += KEYS(width)) {
+            const int64_t n = least(KEYS(width), to - at), key = run->first + at;
             const char *k = source->k.at + (group * source->k.head + key * source->k.row) * kept,
                        *v = source->v.at + (group * source->v.head + key * source->v.row) * kept;
             int64_t k_row = source->k.row * kept, v_row = source->v.row * kept;
@@ -337,7 +502,8 @@ INLINE void attend_block(const int wide, const int64_t width, const Call *c, con
                 widen(wide, width, k, k_row, n, widened);
                 k = widened, k_row = width * size;
             }
-            pack_turned(k, k_row, n, words, keys, KEYS);
+            pack_turned(k, k_row, n, words, keys, KEYS(width));
+            const float length = is_short ? longest_key(n, words, keys) : 0.0f;
             if (c->eight) {
                 widen(wide, width, v, v_row, n, widened);
                 v = widened, v_row = width * size;
@@ -348,25 +514,32 @@ INLINE void attend_block(const int wide, const int64_t width, const Call *c, con
                 is_poisoned
                     ? 1
                     : TILE; /* then each row has a copy in which what it does not see is 0 */
-            const Run *next = at + KEYS < to ? run
+            const Run *next = at + KEYS(width) < to ? run
                               : run + 1 < runs + block->end
                                   ? run + 1
                                   : run; /* the block of keys after this one */
             const Source *then = sources + next->source;
-            int64_t first = at + KEYS, last = to;
+            int64_t first = at + KEYS(width), last = to;
             if (next != run) find_share(c, block, next, &first, &last);
             const char *next_k =
                 then->k.at + (group * then->k.head + (next->first + first) * then->k.row) * kept;
             const char *next_v =
                 then->v.at + (group * then->v.head + (next->first + first) * then->v.row) * kept;
-            const int64_t coming = most(0, least(KEYS, last - first)),
+            const int64_t coming = most(0, least(KEYS(width), last - first)),
                           each =
                               coming * TILE / (ratio * count) + 1; /* rows of it beside each tile */
             int64_t fetched = 0;
-            for (int64_t h = head; h < head + ratio; h++)
-                for (int64_t i = 0; i < count; i += together) {
-                    const int64_t rows = least(together, count - i), row = block->first + i;
-                    int64_t lows[TILE], highs[TILE];
+            for (int64_t h = head; h < head + ratio; h++) {
+                /* no score is beyond NEAR, by Cauchy and Schwarz; nor NaN */
+                const int is_near = is_short && !is_poisoned && c->cap == 0.0f &&
+                                    lengths[h - head] * length * c->scale * c->scale <= NEAR * NEAR;
+                for (int64_t i = 0, rows; i < count; i += rows) {
+                    const int64_t row = block->first + i, left = count - i;
+                    float *sum = sums + row * sums_row + h * width,
+                          *top = tops + row * c->heads + h, *total = totals + row * c->heads + h;
+                    const int is_low = is_near && are_low(least(2 * TILE, left), top, c->heads);
+                    rows = is_low && left >= 2 * TILE ? 2 * TILE : least(together, left);
+                    int64_t lows[2 * TILE], highs[2 * TILE];
                     for (int64_t t = 0; t < rows; t++) {
                         lows[t] = run->free ? 0 : most(0, place + i + t - c->before - at);
                         highs[t] = least(n, place + i + t + c->ahead + 1 - at);
@@ -381,15 +554,22 @@ INLINE void attend_block(const int wide, const int64_t width, const Call *c, con
                     if (is_poisoned)
                         pack_rows(wide, v, v_row, lows[0], highs[0], whole, width, values);
                     const char *q = c->q.at + (row * c->q.row + h * c->q.head) * size;
-                    float *sum = sums + row * sums_row + h * width,
-                          *top = tops + row * c->heads + h, *total = totals + row * c->heads + h;
+#define NEAR_TILE(R) \
+    near_tile(R, width, q, c->q.row * 2, keys, values, low, high, lows, highs, c->scale, sum, \
+              sums_row, top, total, c->heads)
 #define ROWS(R) \
     case R: \
-        tile(wide, R, width, q, c->q.row *size, keys, values, low, high, lows, highs, c->scale, \
-             c->cap, sum, sums_row, top, total, c->heads); \
+        if (is_low) NEAR_TILE(R); \
+        else \
+            tile(wide, R, width, q, c->q.row *size, keys, values, low, high, lows, highs, \
+                 c->scale, c->cap, sum, sums_row, top, total, c->heads); \
         break;
-                    switch (rows) { ROWS(6) ROWS(5) ROWS(4) ROWS(3) ROWS(2) ROWS(1) }
+                    if (is_short && rows == 2 * TILE) NEAR_TILE(2 * TILE);
+                    else switch (rows) {
+                            ROWS(6) ROWS(5) ROWS(4) ROWS(3) ROWS(2) ROWS(1)
+                        }
                 }
+            }
         }
     }
     for (int64_t i = block->first; i < block->last && c->call == c->calls - 1; i++)
@@ -398,8 +578,12 @@ INLINE void attend_block(const int wide, const int64_t width, const Call *c, con
             for (int64_t d = 0; d < width; d += 16)
                 store_answer(wide, c->out.at + (i * c->out.row + h * c->out.head + d) * size,
                              _mm512_loadu_ps(sums + i * sums_row + h * width + d), total);
-            if (c->log_total)
-                c->log_total[i * c->heads + h] = tops[i * c->heads + h] + log2f(total);
+            if (c->log_total) { /* the same wherever the top is */
+                int power;
+                const float fraction = frexpf(total, &power);
+                c->log_total[i * c->heads + h] =
+                    tops[i * c->heads + h] + (float)power + log2f(fraction);
+            }
         }
 }
 
@@ -521,27 +705,6 @@ const char *attend(const Call *c, const Source *sources, int64_t source_count, c
 }
 
 /* ---- step ---- */
-
-/* The sums of 16 registers, as one. Slow reading: `torch.sum`. */
-INLINE __m512 sums_of(__m512 a[16]) {
-    __m512 t[8], y[4], z[2];
-#pragma GCC unroll 8
-    for (int i = 0; i < 8; i++)
-        t[i] = _mm512_add_ps(_mm512_unpacklo_ps(a[2 * i], a[2 * i + 1]),
-                             _mm512_unpackhi_ps(a[2 * i], a[2 * i + 1]));
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; i++) {
-        const __m512d l = _mm512_castps_pd(t[2 * i]), h = _mm512_castps_pd(t[2 * i + 1]);
-        y[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(l, h)),
-                             _mm512_castpd_ps(_mm512_unpackhi_pd(l, h)));
-    }
-#pragma GCC unroll 2
-    for (int i = 0; i < 2; i++)
-        z[i] = _mm512_add_ps(_mm512_shuffle_f32x4(y[2 * i], y[2 * i + 1], 0x88),
-                             _mm512_shuffle_f32x4(y[2 * i], y[2 * i + 1], 0xdd));
-    return _mm512_add_ps(_mm512_shuffle_f32x4(z[0], z[1], 0x88),
-                         _mm512_shuffle_f32x4(z[0], z[1], 0xdd));
-}
 
 /* The scores of one query with up to 16 keys, capped where there is a cap; those behind n are
  * hidden. bytes: of a row's stride. Slow reading: `scores`. */
@@ -737,7 +900,7 @@ INLINE void step_part(const int wide, const int eight, const int64_t width, cons
             }
         }
         for (int64_t h = 0; h < c->heads; h++)
-            factors[h] = soften(wide, s[h], (n + 15) & ~15, c->scale, tops + h, totals + h);
+            factors[h] = soften(wide, 0, s[h], (n + 15) & ~15, c->scale, tops + h, totals + h);
         for (int64_t g = 0; g < c->groups; g++)
             gather_group(wide, eight, width, ratio, s[g * ratio], v + at * v_bytes + g * head,
                          v_bytes, n, factors + g * ratio, sums + g * ratio * width);
@@ -1108,7 +1271,7 @@ INLINE void meet(const int wide, const int eight, const int64_t width, const Cho
             else
                 score(wide, width * size / 4, q, k + at[i] * k_row, k_row, n[i], 0.0f, 0.0f,
                       s + 16 * i);
-        const float factor = soften(wide, s, 16 * count, c->scale, tops + h, totals + h);
+        const float factor = soften(wide, 0, s, 16 * count, c->scale, tops + h, totals + h);
         for (int64_t i = 0; i < count; i++)
             gather(wide, eight, width, s + 16 * i, v + at[i] * v_row, v_row, n[i],
                    i ? 1.0f : factor, sums + h * width);
