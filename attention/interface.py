@@ -184,6 +184,11 @@ class AttentionBackend(ABC):
     def attend_sequence(self, q: Tensor, k: Tensor, v: Tensor, causal: bool, out: Tensor) -> Parts:
         """Answer one whole sequence into `out` (T, H, D). k and v are as `as_kept` has them."""
 
+    def attend_sequences(self, q: Tensor, k: Tensor, v: Tensor, segments: Segments, out: Tensor) -> Parts:
+        """Answer whole sequences, both ways, into `out` (T, H, D), as `attend_sequence` does each of them."""
+        for start, end, _ in segments.spans():
+            yield from self.attend_sequence(q[start:end], k[start:end], v[start:end], False, out[start:end])
+
     @abstractmethod
     def extend_sequence(self, q: Tensor, k: Tensor, v: Tensor, past: int, state: dict[str, Tensor], out: Tensor) -> Parts:
         """Append one sequence's new tokens to its state at one layer and answer them into `out` (T, H, D). k, v: likewise."""

@@ -69,8 +69,7 @@ class Whole(AttentionBackend):
         if packed := self.inner.packed.get(False):
             out.copy_(packed(q, k, v, segments))
         else:
-            for start, end, _ in segments.spans():
-                yield from self.attend_sequence(q[start:end], k[start:end], v[start:end], False, out[start:end])
+            yield from self.inner.attend_sequences(q, k, v, segments, out)
         pool.settle(slots, layer, segments)
 
     def attend_sequence(self, q: Tensor, k: Tensor, v: Tensor, causal: bool, out: Tensor) -> Parts:

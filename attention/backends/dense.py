@@ -16,7 +16,7 @@ from attention.kernels import implementation
 from attention.kernels.library import Told
 from attention.parts import Parts
 from attention.pool import StateTensor
-from attention.shapes import Cost, HeadShape
+from attention.shapes import Cost, HeadShape, Segments
 
 
 class DenseOptions(BackendOptions):
@@ -46,6 +46,12 @@ class Dense(AttentionBackend):
 
     def attend_sequence(self, q: Tensor, k: Tensor, v: Tensor, causal: bool, out: Tensor) -> Parts:
         return self.softmax.dense(q, k, v, 0, causal, out)
+
+    def attend_sequences(self, q: Tensor, k: Tensor, v: Tensor, segments: Segments, out: Tensor) -> Parts:
+        if self.impl != "native" or self.score_cap is not None or self.score_bias is not None:
+            return super().attend_sequences(q, k, v, segments, out)
+        seen = ((end, [(start, end)]) for start, end, _ in segments.spans())  # a call for many short texts, not one for each
+        return self.softmax.pattern(q, k, v, 0, False, seen, out)
 
     def extend_sequence(self, q: Tensor, k: Tensor, v: Tensor, past: int, state: dict[str, Tensor], out: Tensor) -> Parts:
         return self.softmax.dense(q, *history.append(state, k, v, past), past, True, out)

@@ -20,6 +20,7 @@ from service.engine.job import Job, Sequence
 from service.engine.prefixes import Prefixes, bytes_of
 from service.engine.work import Member, StepKind, Work
 
+EMBEDDED = 4  # chunks of texts that are embedded together while nobody streams: a layer is called, and its weights read, once
 
 class Scheduler:
     """Makes the next step of work, and reserves the bytes of the jobs that enter with it."""
@@ -98,7 +99,7 @@ class Scheduler:
         is_decoding = bool(streams) or any(work.kind == "decode" for work in self.paused)
         if not is_decoding:
             self._owed = 0.0
-        work = self._prefill(now) if self._owed <= 0 else None
+        work = self._prefill(now, is_decoding) if self._owed <= 0 else None
         work = work or (self._decode(streams) if is_decoding else None)
         self.suspect = None
         return work
@@ -138,7 +139,7 @@ class Scheduler:
         alone = [sequence for sequence in streams[lane] if sequence.is_alone]
         return self._hold("decode", lane, alone[:1] or streams[lane])
 
-    def _prefill(self, now: float) -> Work | None:
+    def _prefill(self, now: float, is_decoding: bool) -> Work | None:
         """The most urgent prompt that can go on, with others of its lane when they fit beside it."""
         prompts = [work for work in self.paused if work.kind != "decode"]
         paused = max(prompts, key=lambda work: self._pressure(work, now), default=None)
@@ -149,7 +150,7 @@ class Scheduler:
             return paused
         if first is None:
             return None
-        pack = self._pack(first, candidates)
+        pack = self._pack(first, candidates, is_decoding)
         self._let_in(pack)
         return self._hold("embed" if first.job.is_pooled else "prefill", first.job.lane, pack)
 
@@ -192,9 +193,10 @@ class Scheduler:
         fits = self._ledger.fits(sum(each.need.total for each in jobs) + wanted)
         job.sequences[0].go_on_from(found if fits else None)
 
-    def _pack(self, first: Sequence, others: Iterable[Sequence]) -> list[Sequence]:
-        """Sequences whose next chunks together are no longer than one may be."""
+    def _pack(self, first: Sequence, others: Iterable[Sequence], is_decoding: bool) -> list[Sequence]:
+        """Sequences whose next chunks together are no longer than one may be, or than several of texts that are embedded."""
         self.suspect = first.job
+        most = self._config.chunk_tokens * (EMBEDDED if first.job.is_pooled and not is_decoding else 1)
         pack, tokens = [first], first.next_end() - first.past
         if first.is_alone or not (self._can_pack or first.job.is_pooled):
             return pack
@@ -202,7 +204,7 @@ class Scheduler:
             if other.job.lane is not first.job.lane or other.job.is_pooled != first.job.is_pooled or other.is_alone:
                 continue
             tokens += other.next_end() - other.past
-            if tokens > self._config.chunk_tokens:
+            if tokens > most:
                 break
             pack.append(other)
         return pack

@@ -10,6 +10,7 @@ from attention import NATIVE, HeadShape, Segments, build, names, reference, rela
 from attention.interface import AttentionBackend
 from attention.layered import PerLayer
 from attention.memory import peak_bytes
+from tests.attention.laws import need_native
 
 SHAPE = HeadShape(4, 2, 16)
 BUCKETS = tuple(tuple(row) for row in torch.randn(4, 32, generator=torch.Generator().manual_seed(3)).tolist())
@@ -36,6 +37,19 @@ def test_a_whole_text_is_answered_as_attend_answers_it_and_nothing_is_kept(name:
     assert encoder.state_bytes(10_000) == 0 and (encoder.name, encoder.exact) == (name, backend.exact)
     cost, inner = encoder.cost(300, 300, causal=True), backend.cost(300, 300, causal=False)
     assert (cost.flops, cost.workspace_bytes, cost.state_bytes) == (inner.flops, inner.workspace_bytes, 0)
+
+
+@pytest.mark.parametrize("width", [32, 64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_texts_that_share_calls_of_the_kernel_are_answered_as_each_alone(dtype: torch.dtype, width: int) -> None:
+    shape = HeadShape(4, 2, width, dtype)
+    need_native(shape)
+    encoder, segments = whole(build("dense", {"impl": "native"}, shape)), Segments((1, 300, 40, 700, 2, 513))
+    q, k, v = some(segments.total, shape)
+    together = served(encoder, q, k, v, segments)
+    for start, end, _ in segments.spans():
+        alone = served(encoder, q[start:end], k[start:end], v[start:end], Segments((end - start,)))
+        assert torch.equal(together[start:end], alone)
 
 
 def test_each_layer_of_native_is_read_whole_under_its_own_window() -> None:

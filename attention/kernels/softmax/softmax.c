@@ -151,13 +151,21 @@ const int64_t softmax_layout[] = {
 #include "simd.h"
 #include "team.h"
 
-#define KEYS(WIDTH) ((WIDTH) == 32 ? 256 : 128) /* keys of a packed block: so many words of each \
-                                                 */
+#define KEYS(WIDTH) \
+    ((WIDTH) == 32 ? 256 : 128) /* keys of a packed block: so many words of each \
+                                 */
 #define MOST_KEYS 256
-#define PART 256   /* keys of a history that one thread takes at a time */
-#define STRIDE 64  /* keys of a part whose scores exist at a time */
-#define NEAR 60.0f /* powers of two: sums of such weights and values are far from float32's ends \
-                    */
+#define PART 256  /* keys of a history that one thread takes at a time */
+#define STRIDE 64 /* keys of a part whose scores exist at a time */
+#define NEAR \
+    60.0f /* powers of two: sums of such weights and values are far from float32's ends \
+           */
+
+/* A product that the compiler makes no part of a sum, which would round it once less. Slow reading:
+ * `torch.mul`. */
+INLINE __m512 rounded_times(__m512 x, __m512 y) {
+    return _mm512_mul_round_ps(x, y, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
 
 /* 2^(x - less), less being whole: to the same bits whatever it is. 0 for -inf. Slow reading:
  * `torch.exp2`. */
@@ -181,7 +189,7 @@ INLINE float soften(const int wide, const int is_short, float *scores, int64_t c
     __m512 sum = _mm512_setzero_ps();
     for (int64_t j = 0; j < count; j += 16) {
         const __m512 x = _mm512_loadu_ps(scores + j);
-        const __m512 weight = is_short ? far_exp2_16(_mm512_mul_ps(x, by), less)
+        const __m512 weight = is_short ? far_exp2_16(rounded_times(x, by), less)
                                        : exp2_16(wide, _mm512_fmsub_ps(x, by, less));
         sum = _mm512_add_ps(sum, weight);
         _mm512_storeu_ps(scores + j, weight);
@@ -339,7 +347,7 @@ INLINE void weigh_keys(const int rows, const int columns, const int64_t words, c
         __m512 total = totals[i];
 #pragma GCC unroll 4
         for (int j = 0; j < columns; j++) {
-            __m512 weight = near_exp2_16(_mm512_mul_ps(s[i * columns + j], by));
+            __m512 weight = near_exp2_16(rounded_times(s[i * columns + j], by));
             if (!is_seen) {
                 const __m512i key =
                     _mm512_add_epi32(ascending, _mm512_set1_epi32((int)at + 16 * j));
@@ -398,7 +406,7 @@ INLINE void near_tile(const int rows, const int64_t width, const char *q, int64_
 }
 
 /* Whether n rows' tops are where `near_tile` leaves them, or below. */
-INLINE int are_low(int64_t n, const float *tops, int64_t heads) {
+INLINE int is_low(int64_t n, const float *tops, int64_t heads) {
     int found = 1;
     for (int64_t i = 0; i < n; i++) found &= tops[i * heads] <= 0.0f;
     return found;
@@ -537,8 +545,8 @@ INLINE void attend_block(const int wide, const int64_t width, const Call *c, con
                     const int64_t row = block->first + i, left = count - i;
                     float *sum = sums + row * sums_row + h * width,
                           *top = tops + row * c->heads + h, *total = totals + row * c->heads + h;
-                    const int is_low = is_near && are_low(least(2 * TILE, left), top, c->heads);
-                    rows = is_low && left >= 2 * TILE ? 2 * TILE : least(together, left);
+                    const int goes_near = is_near && is_low(least(2 * TILE, left), top, c->heads);
+                    rows = goes_near && left >= 2 * TILE ? 2 * TILE : least(together, left);
                     int64_t lows[2 * TILE], highs[2 * TILE];
                     for (int64_t t = 0; t < rows; t++) {
                         lows[t] = run->free ? 0 : most(0, place + i + t - c->before - at);
@@ -559,7 +567,7 @@ INLINE void attend_block(const int wide, const int64_t width, const Call *c, con
               sums_row, top, total, c->heads)
 #define ROWS(R) \
     case R: \
-        if (is_low) NEAR_TILE(R); \
+        if (goes_near) NEAR_TILE(R); \
         else \
             tile(wide, R, width, q, c->q.row *size, keys, values, low, high, lows, highs, \
                  c->scale, c->cap, sum, sums_row, top, total, c->heads); \

@@ -54,6 +54,32 @@ def test_dense_and_band_answer_what_their_slow_reading_does(dtype: torch.dtype, 
             assert largest(out.double() - wanted) <= BOUNDS[dtype], (queries, past, before, ahead, first)
 
 
+@pytest.mark.parametrize("size", [1.0, 1e3, 1e30, float("inf"), float("nan")])
+def test_keys_that_a_query_does_not_see_change_none_of_its_bits(size: float) -> None:
+    """Of heads of 32 the lengths of all keys of a block decide whether a maximum is looked for."""
+    q, k, v = packed(torch.bfloat16, 300, 300, 2, 1, 32)
+    out, other = torch.empty_like(q), torch.empty_like(q)
+    logs, others = torch.empty(300, 2, 1), torch.empty(300, 2, 1)
+    finish(native.dense(q, k, v, 0, True, out, logs))
+    k[200:], v[200:] = k[200:] * size, v[200:] * size
+    finish(native.dense(q, k, v, 0, True, other, others))
+    assert torch.equal(out[:200], other[:200]) and torch.equal(logs[:200], others[:200])
+
+
+@pytest.mark.parametrize("first", [1.0, 30.0, 1e4])
+@pytest.mark.parametrize("then", [1.0, 30.0, 1e4])
+def test_long_keys_before_and_behind_short_ones_are_answered_as_the_slow_reading_does(first: float, then: float) -> None:
+    """Blocks of keys whose tops are known and such where they are looked for, in either order."""
+    q, k, v = packed(torch.bfloat16, 100, 1024, 2, 1, 32)
+    k[:256] *= first
+    k[512:768] *= then
+    out, logs = torch.empty_like(q), torch.empty(100, 2, 1)
+    finish(native.dense(q, k, v, 0, False, out, logs))
+    wanted, wanted_logs = by_torch(q, k, v, Band())
+    assert largest(out.double() - wanted) <= BOUNDS[torch.bfloat16]
+    torch.testing.assert_close(logs.double(), wanted_logs, rtol=BOUNDS[torch.bfloat16], atol=BOUNDS[torch.bfloat16])
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("heads", "groups", "width"), [(4, 4, 64), (6, 2, 32), (3, 1, 96), (5, 1, 256)])
 def test_a_step_answers_what_its_slow_reading_does(dtype: torch.dtype, heads: int, groups: int, width: int) -> None:
