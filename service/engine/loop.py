@@ -27,7 +27,7 @@ from service.machine import trim
 
 logger = logging.getLogger(__name__)
 
-STREAM_SLICES = 10  # slices after which a decode step gives way too: most end before, and a pause within one delays its streams
+PATIENT_SLICES = 10  # after which a decode step gives way too: most end before, and a pause within one delays its streams
 REST_SECONDS = 1.0  # with nothing to do for so long, free heap goes back to the system
 STARVED_RATIO = 0.2  # of the model thread's computing, from which that is worth a line in the log
 
@@ -84,7 +84,7 @@ class Loop:
     async def _run(self, work: Work) -> bool:
         """Run a step, or one slice of it. Returns whether it has ended, and well."""
         work.begin(time.monotonic())
-        slices = STREAM_SLICES if work.kind == "decode" else 1
+        slices = PATIENT_SLICES if self._scheduler.is_patient(work) else 1
         limit = time.perf_counter() + slices * self._config.slice_seconds
         before = work.seconds
 

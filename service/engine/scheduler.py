@@ -22,6 +22,7 @@ from service.engine.work import Member, StepKind, Work
 
 EMBEDDED = 4  # chunks of texts that are embedded together while nobody streams: a layer is called, and its weights read, once
 
+
 class Scheduler:
     """Makes the next step of work, and reserves the bytes of the jobs that enter with it."""
 
@@ -116,6 +117,10 @@ class Scheduler:
         """Whether anybody but this step's members could run."""
         held = work.jobs
         return bool(self.waiting) or any(job not in held for job in self.running)
+
+    def is_patient(self, work: Work) -> bool:
+        """Whether a step takes several slices before it gives way: of streams, and of texts where nobody will stream."""
+        return work.kind == "decode" or all(job.is_pooled for job in self.jobs)
 
     def _streams(self) -> dict[Lane, list[Sequence]]:
         """Sequences that can decode, by lane; one that must run alone replaces its lane's batch."""

@@ -302,10 +302,11 @@ INLINE __m512 sums_of(__m512 a[16]) {
 
 /* Rows of queries of one head meet the keys low..high (multiples of 16) of a packed block; row i
  * sees lows[i]..highs[i]. Slow reading: `_shifted`. */
-INLINE void tile(const int wide, const int rows, const int64_t width, const char *q, int64_t q_row,
-                 const uint32_t *keys, const uint32_t *values, int64_t low, int64_t high,
-                 const int64_t *lows, const int64_t *highs, float scale, float cap, float *sums,
-                 int64_t sums_row, float *tops, float *totals, int64_t heads) {
+INLINE void tile(const int wide, const int is_short, const int rows, const int64_t width,
+                 const char *q, int64_t q_row, const uint32_t *keys, const uint32_t *values,
+                 int64_t low, int64_t high, const int64_t *lows, const int64_t *highs, float scale,
+                 float cap, float *sums, int64_t sums_row, float *tops, float *totals,
+                 int64_t heads) {
     float s[TILE][MOST_KEYS] __attribute__((aligned(64)));
     uint32_t p[TILE][MOST_KEYS / 2] __attribute__((aligned(64))); /* weights as bfloat16 */
     float factors[TILE];
@@ -317,8 +318,8 @@ INLINE void tile(const int wide, const int rows, const int64_t width, const char
         if (lows[i] > low || highs[i] < high)
             for (int64_t j = low; j < high; j += 16)
                 hide(&s[i][j], j, lows[i], highs[i], -INFINITY);
-        factors[i] = soften(wide, !wide && width == 32, &s[i][low], high - low, scale,
-                            tops + i * heads, totals + i * heads);
+        factors[i] = soften(wide, is_short, &s[i][low], high - low, scale, tops + i * heads,
+                            totals + i * heads);
         if (!wide)
             for (int64_t j = low; j < high; j += 16)
                 _mm256_store_si256((__m256i *)&p[i][j / 2],
@@ -473,8 +474,9 @@ INLINE void prefetch(const char *rows, int64_t stride, int64_t first, int64_t la
 }
 
 /* The queries of a block, all heads of a group, over all its runs. Slow reading: `answer`. */
-INLINE void attend_block(const int wide, const int64_t width, const Call *c, const Source *sources,
-                         const Block *block, const Run *runs, int64_t group) {
+INLINE void attend_block(const int wide, const int is_short, const int64_t width, const Call *c,
+                         const Source *sources, const Block *block, const Run *runs,
+                         int64_t group) {
     uint32_t keys[WIDEST * KEYS(WIDEST) / 2 * (wide ? 2 : 1)] __attribute__((aligned(64)));
     uint32_t values[WIDEST * KEYS(WIDEST) / 2 * (wide ? 2 : 1)] __attribute__((aligned(64)));
     char widened[WIDEST * KEYS(WIDEST) * (wide ? 4 : 2)]
@@ -484,7 +486,6 @@ INLINE void attend_block(const int wide, const int64_t width, const Call *c, con
     const int64_t ratio = c->heads / c->groups, head = group * ratio;
     float *sums = c->carry, *tops = sums + c->queries * sums_row,
           *totals = tops + c->queries * c->heads, lengths[HEADS];
-    const int is_short = !wide && width == 32; /* wider heads gain nothing by `near_tile` */
     for (int64_t h = 0; h < ratio && is_short; h++)
         lengths[h] = longest_row(
             count, words, c->q.at + (block->first * c->q.row + (head + h) * c->q.head) * size,
@@ -569,8 +570,8 @@ INLINE void attend_block(const int wide, const int64_t width, const Call *c, con
     case R: \
         if (goes_near) NEAR_TILE(R); \
         else \
-            tile(wide, R, width, q, c->q.row *size, keys, values, low, high, lows, highs, \
-                 c->scale, c->cap, sum, sums_row, top, total, c->heads); \
+            tile(wide, is_short, R, width, q, c->q.row *size, keys, values, low, high, lows, \
+                 highs, c->scale, c->cap, sum, sums_row, top, total, c->heads); \
         break;
                     if (is_short && rows == 2 * TILE) NEAR_TILE(2 * TILE);
                     else switch (rows) {
@@ -595,16 +596,17 @@ INLINE void attend_block(const int wide, const int64_t width, const Call *c, con
         }
 }
 
-#define ATTEND(NAME, WIDE, WIDTH) \
+/* SHORT: bfloat16 heads of 32; wider ones gain nothing by `near_tile`. */
+#define ATTEND(NAME, WIDE, WIDTH, SHORT) \
     __attribute__((noinline)) static void NAME(const Call *c, const Source *s, const Block *b, \
                                                const Run *r, int64_t g) { \
-        attend_block(WIDE, WIDTH, c, s, b, r, g); \
+        attend_block(WIDE, SHORT, WIDTH, c, s, b, r, g); \
     }
-ATTEND(attend_narrow_32, 0, 32)
-ATTEND(attend_narrow_64, 0, 64)
-ATTEND(attend_narrow, 0, c->width)
-ATTEND(attend_wide_64, 1, 64)
-ATTEND(attend_wide, 1, c->width)
+ATTEND(attend_narrow_32, 0, 32, 1)
+ATTEND(attend_narrow_64, 0, 64, 0)
+ATTEND(attend_narrow, 0, c->width, 0)
+ATTEND(attend_wide_64, 1, 64, 0)
+ATTEND(attend_wide, 1, c->width, 0)
 
 static const char *wrong_heads(int64_t heads, int64_t groups, int64_t width, int64_t wide) {
     REQUIRE(within(heads, 1, HEADS) && within(groups, 1, heads) && heads % groups == 0,
