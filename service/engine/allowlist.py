@@ -76,6 +76,11 @@ class Lane:
         """The same with room for states of its own, which no level counts."""
         return Lane(self.name, self.backend, self.course, StatePool(self.pool.backends, self.pool.max_bytes))
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether texts are read whole, and nothing is kept of them: the model is an encoder."""
+        return self.backend.state_bytes(1) == 0
+
     def refusal(self) -> Withdrawn:
         """What callers are told while it is withdrawn."""
         return Withdrawn(f"attention backend {self.name} is withdrawn: {self.withdrawn}", param="attention")

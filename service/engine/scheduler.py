@@ -20,7 +20,7 @@ from service.engine.job import Job, Sequence
 from service.engine.prefixes import Prefixes, bytes_of
 from service.engine.work import Member, StepKind, Work
 
-EMBEDDED = 4  # chunks of texts that are embedded together while nobody streams: a layer is called, and its weights read, once
+ENCODED = 4  # chunks of texts that an encoder reads together: a layer is called, and its weights read, once; nobody streams
 
 
 class Scheduler:
@@ -100,7 +100,7 @@ class Scheduler:
         is_decoding = bool(streams) or any(work.kind == "decode" for work in self.paused)
         if not is_decoding:
             self._owed = 0.0
-        work = self._prefill(now, is_decoding) if self._owed <= 0 else None
+        work = self._prefill(now) if self._owed <= 0 else None
         work = work or (self._decode(streams) if is_decoding else None)
         self.suspect = None
         return work
@@ -144,7 +144,7 @@ class Scheduler:
         alone = [sequence for sequence in streams[lane] if sequence.is_alone]
         return self._hold("decode", lane, alone[:1] or streams[lane])
 
-    def _prefill(self, now: float, is_decoding: bool) -> Work | None:
+    def _prefill(self, now: float) -> Work | None:
         """The most urgent prompt that can go on, with others of its lane when they fit beside it."""
         prompts = [work for work in self.paused if work.kind != "decode"]
         paused = max(prompts, key=lambda work: self._pressure(work, now), default=None)
@@ -155,7 +155,7 @@ class Scheduler:
             return paused
         if first is None:
             return None
-        pack = self._pack(first, candidates, is_decoding)
+        pack = self._pack(first, candidates)
         self._let_in(pack)
         return self._hold("embed" if first.job.is_pooled else "prefill", first.job.lane, pack)
 
@@ -198,10 +198,10 @@ class Scheduler:
         fits = self._ledger.fits(sum(each.need.total for each in jobs) + wanted)
         job.sequences[0].go_on_from(found if fits else None)
 
-    def _pack(self, first: Sequence, others: Iterable[Sequence], is_decoding: bool) -> list[Sequence]:
-        """Sequences whose next chunks together are no longer than one may be, or than several of texts that are embedded."""
+    def _pack(self, first: Sequence, others: Iterable[Sequence]) -> list[Sequence]:
+        """Sequences whose next chunks together are no longer than one may be, or than several of an encoder's texts."""
         self.suspect = first.job
-        most = self._config.chunk_tokens * (EMBEDDED if first.job.is_pooled and not is_decoding else 1)
+        most = self._config.chunk_tokens * (ENCODED if first.job.lane.is_whole else 1)
         pack, tokens = [first], first.next_end() - first.past
         if first.is_alone or not (self._can_pack or first.job.is_pooled):
             return pack

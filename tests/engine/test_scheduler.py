@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from attention import whole
 from service.config import EngineConfig
 from service.engine.admission import Ledger, Offer
 from service.engine.ahead import together
@@ -19,7 +20,7 @@ from service.engine.job import Job
 from service.engine.need import Need
 from service.engine.prefixes import Prefixes
 from service.engine.request import Request, Sampling
-from service.engine.scheduler import Scheduler
+from service.engine.scheduler import ENCODED, Scheduler
 from service.engine.work import Work
 from tests.engine import world
 
@@ -200,6 +201,28 @@ def test_short_prompts_share_a_step_when_they_may() -> None:
         scheduler.waiting = [make_job(10) for _ in range(3)]
         work = scheduler.next(0.0)
         assert work is not None and len(work.members) == expected
+
+
+def test_an_encoder_reads_more_texts_in_a_step_than_a_decoder_embeds() -> None:
+    members = list[int]()
+    for lane in (LANE, Lane("dense", whole(DENSE), COURSE, whole(DENSE).new_pool(2, BUDGET))):
+        scheduler = make_scheduler()
+        scheduler.waiting = [make_job(CHUNK // 2, kind="embedding") for _ in range(3 * ENCODED)]
+        for job in scheduler.waiting:
+            job.lane = lane
+        work = scheduler.next(0.0)
+        assert work is not None
+        members.append(len(work.members))
+    assert members == [2, 2 * ENCODED]
+
+
+def test_a_step_of_texts_is_patient_until_somebody_comes_who_will_stream() -> None:
+    scheduler = make_scheduler()
+    scheduler.waiting = [make_job(10, kind="embedding"), make_job(10, kind="embedding")]
+    work = scheduler.next(0.0)
+    assert work is not None and scheduler.is_patient(work)
+    scheduler.waiting.append(make_job(10))
+    assert not scheduler.is_patient(work)
 
 
 def test_nobody_enters_but_those_whose_step_comes() -> None:
