@@ -79,6 +79,7 @@ class Runner:
         finally:
             seconds = time.perf_counter() - start
             work.seconds += seconds
+            work.slice_seconds = seconds
             self.busy_seconds += seconds
             if self._model.device.type == "cpu":
                 self.starvation.note(seconds, time.thread_time() - running)
@@ -88,6 +89,10 @@ class Runner:
         for member in work.members:
             if member.end in member.job.to_keep and not member.sequence.output and member.sequence.slot is not None:
                 self._prefixes.keep(work.lane, member.sequence.slot, member.job.marks, member.end)
+
+    def following(self, work: Work) -> Work | None:
+        """What can run behind a step that has ended before that is settled, see `Work.following`."""
+        return work.following(self._eos_ids)
 
     def measured(self, work: Work) -> None:
         """Book what a step that has ended took in memory, with the metering and with its members' requests."""
@@ -247,17 +252,18 @@ class Runner:
             first += 1 + len(member.guess)
         logits = logits if rows == list(range(len(logits))) else logits[rows]
         settings = [spot.sequence.job.request.sampling for spot in spots]
-        numbers, pasts = [spot.sequence.number(spot.ahead) for spot in spots], [spot.past for spot in spots]
+        numbers, pasts = [spot.sequence.number(spot.place) for spot in spots], [spot.past for spot in spots]
         drawn = draw(logits, settings, numbers, pasts, self._eos_ids)
         _hand_over(work, zip(spots, drawn, strict=True))
 
 
 @dataclass(frozen=True)
 class Spot:
-    """Where a token is drawn: behind a sequence and the first `ahead` tokens of a guess."""
+    """Where a token is drawn: behind a sequence and the first `ahead` tokens of a guess, at a place of its answer."""
 
     sequence: Sequence
     past: Past
+    place: int
     ahead: int = 0
     guessed: int | None = None  # the token that was guessed for it
 
@@ -265,13 +271,13 @@ class Spot:
 def _spots(member: Member) -> list[Spot]:
     """Where a member's step draws: for its sequence, along its guess, and for the samples that waited for its prompt."""
     if not member.guess:
-        return [Spot(each, _past(each)) for each in (member.sequence, *member.job.siblings)]
+        return [Spot(each, _past(each), member.place) for each in (member.sequence, *member.job.siblings)]
     sequence, guess, found = member.sequence, member.guess, list[Spot]()
     grammar = None if sequence.grammar is None else sequence.grammar.copy()
     for ahead, guessed in enumerate((*guess, None)):
         allowed = None if grammar is None else grammar.allowed()
         past = Past(sequence.job.prompt, sequence.output + guess[:ahead], allowed)
-        found.append(Spot(sequence, past, ahead, guessed))
+        found.append(Spot(sequence, past, member.place + ahead, ahead, guessed))
         if grammar is not None and allowed is not None and guessed is not None:
             if not allowed[guessed] or grammar.fault is not None:
                 break
