@@ -15,6 +15,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Any
 
 from service.config import EngineConfig
@@ -32,6 +33,22 @@ logger = logging.getLogger(__name__)
 STREAM_SLICES = 10  # after which a decode step gives way too and none follows: most end before, and a pause delays its streams
 REST_SECONDS = 1.0  # with nothing to do for so long, free heap goes back to the system
 STARVED_RATIO = 0.2  # of the model thread's computing, from which that is worth a line in the log
+
+
+class _Once:
+    """Hands a step out at the first pause of the one that follows, which never gives way.
+
+    That is when it is packed and about to compute: before, the two threads would only wait for each other's Python.
+    """
+
+    def __init__(self, hand_out: Callable[[], object]) -> None:
+        self._hand_out: Callable[[], object] | None = hand_out
+
+    def __call__(self) -> bool:
+        hand_out, self._hand_out = self._hand_out, None
+        if hand_out is not None:
+            hand_out()
+        return False
 
 
 class Loop:
@@ -89,9 +106,12 @@ class Loop:
                 following = self._runner.following(work)
                 if following is None:
                     break
-                events.call_soon_threadsafe(self._settle_followed, work, now - start)
+                hand_out = _Once(partial(events.call_soon_threadsafe, self._settle_followed, work, now - start))
                 work, start = following, now
-                self._runner.run(work, lambda: False)
+                try:
+                    self._runner.run(work, hand_out)
+                finally:
+                    hand_out()
             return is_over
 
         try:

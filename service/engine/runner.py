@@ -45,10 +45,11 @@ class Runner:
         """
         self._prefixes = prefixes
         self._model = model
-        self._unknown = unknown.to(model.device) if len(unknown) else None
+        self._device = model.device
+        self._unknown = unknown.to(self._device) if len(unknown) else None
         self._eos_ids = list(model.config.eos_token_ids)
         self._row_multiple = row_multiple or 1
-        self._metering = Metering(model.device, sample_share, _counting_seconds(model))
+        self._metering = Metering(self._device, sample_share, _counting_seconds(model))
         self.busy_seconds = 0.0  # spent on steps so far
         self.starvation = Starvation()  # of the model thread in steps; none where an accelerator computes
 
@@ -81,7 +82,7 @@ class Runner:
             work.seconds += seconds
             work.slice_seconds = seconds
             self.busy_seconds += seconds
-            if self._model.device.type == "cpu":
+            if self._device.type == "cpu":
                 self.starvation.note(seconds, time.thread_time() - running)
 
     def _keep(self, work: Work) -> None:
@@ -133,7 +134,7 @@ class Runner:
         types = torch.zeros(self._height(work.tokens), dtype=torch.long)
         for (start, end, _), second in zip(work.segments.spans(), pairs, strict=True):
             types[start + second if second else end : end] = 1
-        return types.to(self._model.device)
+        return types.to(self._device)
 
     def _pool(self, work: Work, segments: Segments, hidden: Tensor) -> None:
         """Gather what counts of each member's hidden states, and make the vectors of those that end."""
@@ -169,7 +170,7 @@ class Runner:
         Returns:
             (rows, C); what stands behind the first T is padding.
         """
-        count, device = segments.total, self._model.device
+        count, device = segments.total, self._device
         padding = self._height(count, is_decode) - count
         ids = torch.tensor(tokens + array("i", [0] * padding), dtype=torch.long, device=device)
         positions = segments.positions(device)
@@ -200,7 +201,7 @@ class Runner:
         told = torch.full((rows,), self._model.config.max_length)
         for (start, end, _), total in zip(segments.spans(), totals, strict=True):
             told[start:end] = total
-        return told.to(self._model.device)
+        return told.to(self._device)
 
     def _tell_prompts(self, work: Work, segments: Segments, hidden: Tensor) -> None:
         """Text of the prompt's tokens and their log-probabilities, for the members that echo them."""

@@ -12,11 +12,10 @@ from torch import Tensor
 
 from service.config import LookupConfig
 from service.engine.delivery import Delivery
-from service.engine.engine import Engine
 from service.engine.grammar import Grammar
-from service.engine.request import Constraint, Delta, Request
+from service.engine.request import Constraint, Request
 from service.engine.work import Work
-from tests.engine.world import BACKENDS, EOS, complete, completion, disturb, is_empty, make_model, prompt, running, until
+from tests.engine.world import BACKENDS, EOS, completion, disturb, is_empty, make_model, prompt, running, told, until
 
 FOLLOWS: dict[str, dict[str, Any]] = {
     "greedy": {},
@@ -55,23 +54,6 @@ def followed(monkeypatch: pytest.MonkeyPatch) -> list[Work]:
 
 def asking(settings: dict[str, Any], n: int = 1, backend: str | None = None) -> Request:
     return completion(prompt(40, seed=len(settings)), backend, n, **({"max_tokens": 60} | settings))
-
-
-async def told(engine: Engine, request: Request) -> list[tuple[Any, ...]]:
-    """All that an answer says, each sample by itself, however it was cut into deltas."""
-    samples: dict[int, list[Delta]] = {}
-    for delta in await complete(engine, request):
-        samples.setdefault(delta.index, []).append(delta)
-    return [
-        (
-            index,
-            "".join(delta.text for delta in deltas),
-            [token for delta in deltas for token in delta.tokens],
-            [each for delta in deltas for each in delta.logprobs or ()],
-            deltas[-1].finish_reason,
-        )
-        for index, deltas in sorted(samples.items())
-    ]
 
 
 async def step_by_step(monkeypatch: pytest.MonkeyPatch, requests: Callable[[], list[Request]]) -> list[Any]:
