@@ -21,6 +21,20 @@ from service.http.plan_schemas import TAGS
 
 B = TypeVar("B", bound=BaseModel)
 
+WORDS = {
+    "model_type": "must be an object",
+    "model_attributes_type": "must be an object",
+    "dict_type": "must be an object",
+    "list_type": "must be a list",
+    "too_short": "must hold at least {min_length}",
+    "too_long": "may hold {max_length} at most",
+    "string_too_short": "must be at least {min_length} long",
+    "string_too_long": "may be at most {max_length} long",
+    "union_tag_invalid": "type must be {expected_tags}",
+    "union_tag_not_found": "must have a type",
+}
+"""Faults that pydantic tells in words of Python's, by its name for them."""
+
 MOST_FAULTS = 5
 """Faults told of one body; whoever mends them learns of the rest."""
 
@@ -86,16 +100,21 @@ def _param(fault: ErrorDetails) -> str | None:
 def _describe(fault: ErrorDetails, most: int) -> str:
     """One fault in a sentence with at most twice `most` characters of the caller's."""
     where, message = _path(fault, most), fault["msg"].removeprefix("Value error, ").removeprefix("Input ")
+    message = WORDS.get(fault["type"], "{0}").format(message, **fault.get("ctx", {}))
     if fault["type"] == "missing":
         return f"{where} is required"
     if fault["type"] == "extra_forbidden":
         return f"{where} is no field that is known here: leave it out"
-    if fault["type"] == "model_type":
-        message = "must be an object"
     received = "" if "received" in message or "param" in fault.get("ctx", {}) else f", received {quoted(fault['input'], most)}"
     return f"{where}: {message}{received}" if where else f"{message}{received}"
 
 
 def _path(fault: ErrorDetails, most: int) -> str:
     """Where the fault stands; the keys of the path may be the caller's."""
-    return ".".join(str(part) for part in fault["loc"] if part not in TAGS)[:most]
+    parts, tagged = fault["loc"], (None, *fault["loc"])
+    return ".".join(str(part) for part, before in zip(parts, tagged, strict=False) if not _is_tag(part, before))[:most]
+
+
+def _is_tag(part: int | str, before: int | str | None) -> bool:
+    """Whether a part of a path tells which of several bodies or forms is meant, and is no field."""
+    return part in TAGS or before == "response_format"
