@@ -15,25 +15,12 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 from starlette.datastructures import Headers
 
+from service.config import worded
 from service.engine.request import MOST_QUOTED, InvalidRequest, quoted
 from service.http.errors import WrongMediaType
 from service.http.plan_schemas import TAGS
 
 B = TypeVar("B", bound=BaseModel)
-
-WORDS = {
-    "model_type": "must be an object",
-    "model_attributes_type": "must be an object",
-    "dict_type": "must be an object",
-    "list_type": "must be a list",
-    "too_short": "must hold at least {min_length}",
-    "too_long": "may hold {max_length} at most",
-    "string_too_short": "must be at least {min_length} long",
-    "string_too_long": "may be at most {max_length} long",
-    "union_tag_invalid": "type must be {expected_tags}",
-    "union_tag_not_found": "must have a type",
-}
-"""Faults that pydantic tells in words of Python's, by its name for them."""
 
 MOST_FAULTS = 5
 """Faults told of one body; whoever mends them learns of the rest."""
@@ -99,8 +86,7 @@ def _param(fault: ErrorDetails) -> str | None:
 
 def _describe(fault: ErrorDetails, most: int) -> str:
     """One fault in a sentence with at most twice `most` characters of the caller's."""
-    where, message = _path(fault, most), fault["msg"].removeprefix("Value error, ").removeprefix("Input ")
-    message = WORDS.get(fault["type"], "{0}").format(message, **fault.get("ctx", {}))
+    where, message = _path(fault, most), worded(fault)
     if fault["type"] == "missing":
         return f"{where} is required"
     if fault["type"] == "extra_forbidden":
