@@ -23,7 +23,7 @@ from service.engine.admission import Admission, Ledger
 from service.engine.allowlist import Lane
 from service.engine.answer import Answer
 from service.engine.job import Job
-from service.engine.loop import PATIENT_SLICES
+from service.engine.loop import STREAM_SLICES
 from service.engine.prefixes import Prefixes
 from service.engine.request import Request, RequestError, Sampling
 from service.engine.scheduler import Scheduler
@@ -185,7 +185,7 @@ class Paper:
 
     def _slice(self, work: Work, until: float) -> Events:
         """Run to the end, or to the pause at which it gives way, as `Engine._run` has it. Returns 1 at the end, else 0."""
-        slices = PATIENT_SLICES if self._scheduler.is_patient(work) else 1
+        slices = STREAM_SLICES if self._scheduler.is_patient(work) else 1
         limit = self._env.now + slices * self._site.config.slice_seconds
         while True:
             gives_way = self._scheduler.has_other_work(work) and limit < until
@@ -217,7 +217,7 @@ class Paper:
             return 1
         if (
             scheduler.num_sequences != len(work.members)
-            or self._seconds(work) > PATIENT_SLICES * self._site.config.slice_seconds
+            or self._seconds(work) > STREAM_SLICES * self._site.config.slice_seconds
         ):
             return 1
         return min(self._leap, _least_left(work))
@@ -238,7 +238,7 @@ class Paper:
             steps = math.ceil(owed / first)
             count = min(count, self._leap // steps, _least_left(each) // steps)
             last = self._seconds(_later(each, max(0, count * steps - 1))) * slow
-            if math.ceil(owed / last) != steps or last > PATIENT_SLICES * config.slice_seconds:
+            if math.ceil(owed / last) != steps or last > STREAM_SLICES * config.slice_seconds:
                 return None
             seconds += steps * (first + last) / 2
         if (lasts := self._most_urgent_for(work, prompts)) < count * seconds:

@@ -632,8 +632,9 @@ static const char *wrong_blocks(const Call *c, const Source *sources, int64_t so
         REQUIRE(within(run->position, -FAR, FAR), "a run must stand at a position");
     }
     for (int64_t i = 0, end = 0; i < count; end = blocks[i++].last) {
-        REQUIRE(within(blocks[i].first, end, blocks[i].last) && blocks[i].last <= c->queries,
-                "blocks must be of the queries, in their order");
+        REQUIRE(within(blocks[i].first, end, FAR) && blocks[i].first < blocks[i].last &&
+                    blocks[i].last <= c->queries,
+                "blocks must be of the queries, in their order, and none empty");
         REQUIRE(within(blocks[i].position, -FAR, FAR), "a block must stand at a position");
         REQUIRE(within(blocks[i].run, 0, blocks[i].end) && blocks[i].end <= run_count,
                 "a block's runs must be among the runs");
