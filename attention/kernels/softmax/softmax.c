@@ -561,8 +561,9 @@ INLINE __m512i key_at(const int wide, const int eight, const char *row, int64_t 
  * stride, q_head: from head to head. Slow reading: `scores`. */
 INLINE void score(const int wide, const int eight, const int heads, const int64_t width,
                   const char *q, int64_t q_head, const float *by, const char *k, int64_t bytes,
-                  int64_t n, float *to, int64_t to_row) {
+                  int64_t n, const char *const coming[2], float *to, int64_t to_row) {
     const int keys = 16 / heads, whole = eight && !wide;
+    int64_t fetched = 0;
     float found[16] __attribute__((aligned(64))), scales[16] __attribute__((aligned(64)));
     for (int first = 0; first < 16; first += keys) {
         const char *row[16];
@@ -580,6 +581,11 @@ INLINE void score(const int wide, const int eight, const int heads, const int64_
 #pragma GCC unroll 16
             for (int i = 0; i < keys; i++) {
                 const __m512i y = key_at(wide, eight, row[i], d);
+                if (coming) {
+                    _mm_prefetch(coming[0] + fetched, _MM_HINT_T0);
+                    _mm_prefetch(coming[1] + fetched, _MM_HINT_T0);
+                    fetched += whole ? 32 : eight ? 16 : 64;
+                }
 #pragma GCC unroll 4
                 for (int h = 0; h < heads; h++) {
                     __m512i *at = &sum[h * keys + i];
@@ -605,13 +611,14 @@ INLINE void score(const int wide, const int eight, const int heads, const int64_
 /* The same of all heads of a group. Slow reading: `scores`. */
 INLINE void score_group(const int wide, const int eight, const int64_t width, int64_t heads,
                         const char *q, int64_t q_head, const float *by, const char *k,
-                        int64_t bytes, int64_t n, float *to, int64_t to_row) {
+                        int64_t bytes, int64_t n, const char *const coming[2], float *to,
+                        int64_t to_row) {
     for (int64_t h = 0; h < heads;) {
         const int64_t some = heads - h >= 4 ? 4 : heads - h >= 2 ? 2 : 1;
 #define SCORE(H) \
     case H: \
-        score(wide, eight, H, width, q + h * q_head, q_head, by + h, k, bytes, n, to + h * to_row, \
-              to_row); \
+        score(wide, eight, H, width, q + h * q_head, q_head, by + h, k, bytes, n, coming, \
+              to + h * to_row, to_row); \
         break;
         switch (some) { SCORE(4) SCORE(2) SCORE(1) }
         h += some;
@@ -734,8 +741,7 @@ INLINE void step_part(const int wide, const int eight, const int64_t width, cons
     float s[HEADS][STRIDE] __attribute__((aligned(64))), factors[HEADS], by[HEADS];
     int16_t told[HEADS * WIDEST];
     const int64_t size = wide ? 4 : 2, ratio = c->heads / c->groups,
-                  head = eight ? width + SCALE : width * size, whole = c->groups * head,
-                  share = (16 + c->groups - 1) / c->groups;
+                  head = eight ? width + SCALE : width * size;
     float *tops = sums + c->heads * width, *totals = tops + c->heads;
     memset(sums, 0, sizeof(float) * c->heads * width);
     for (int64_t h = 0; h < c->heads; h++) tops[h] = -INFINITY, totals[h] = 0.0f, by[h] = 1.0f;
@@ -747,12 +753,12 @@ INLINE void step_part(const int wide, const int eight, const int64_t width, cons
         const int64_t n = least(STRIDE, count - at);
         for (int64_t j = 0; j < n; j += 16)
             for (int64_t g = 0; g < c->groups; g++) {
-                const int64_t first = least(16, g * share), last = least(16, first + share);
-                prefetch(v + (at + j) * v_bytes, v_bytes, first, last, whole);
-                prefetch(k + (at + j + NEXT) * k_bytes, k_bytes, first, last, whole);
+                const int64_t part = 16 * g * head;
+                const char *const coming[2] = { k + (at + j + NEXT) * k_bytes + part,
+                                                v + (at + j) * v_bytes + part };
                 score_group(wide, eight, width, ratio, q + g * ratio * width * size, width * size,
                             by + g * ratio, k + (at + j) * k_bytes + g * head, k_bytes, n - j,
-                            &s[g * ratio][j], STRIDE);
+                            coming, &s[g * ratio][j], STRIDE);
             }
         for (int64_t h = 0; h < c->heads; h++) {
             if (c->cap > 0.0f) cap_scores(s[h], (n + 15) & ~15, c->scale, c->cap);
@@ -1123,8 +1129,8 @@ INLINE void meet(const int wide, const int eight, const int64_t width, const Cho
                *v = source->v.at + group * source->v.head * size;
     for (int64_t h = 0; h < ratio; h++, q += q_head) {
         for (int64_t i = 0; i < count; i++) {
-            score(wide, eight, 1, width, q, 0, by + h, k + at[i] * k_row, k_row, n[i], s + 16 * i,
-                  16);
+            score(wide, eight, 1, width, q, 0, by + h, k + at[i] * k_row, k_row, n[i], 0,
+                  s + 16 * i, 16);
             hide(s + 16 * i, 0, 0, n[i], -INFINITY);
         }
         const float factor = soften(wide, s, 16 * count, c->scale, tops + h, totals + h);
