@@ -19,7 +19,7 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -136,7 +136,7 @@ class Seen:
     row: Row
     flops: int
     peer_dtype: str
-    off_by: float | None = field(default=None)
+    off_by: float | None = None
 
     def line(self) -> str:
         row = self.row
@@ -209,19 +209,8 @@ def hold(contest: Contest, dtype: torch.dtype, tokens: int) -> Iterator[Seen]:
             continue
         rounds = [(seconds(ours), seconds(call)) for _ in range(REPEATS)]
         mine, theirs = (statistics.median(side) for side in zip(*rounds, strict=True))
-        row = Row(
-            contest.backend,
-            backend.impl,
-            word(dtype),
-            contest.causal,
-            tokens,
-            mine,
-            peak,
-            cost.workspace_bytes,
-            name,
-            theirs,
-            theirs / mine,
-        )
+        what = contest.backend, backend.impl, word(dtype), contest.causal, tokens
+        row = Row(*what, mine, peak, cost.workspace_bytes, name, theirs, theirs / mine)
         same = contest.same and "dense" not in name
         yield Seen(row, cost.flops, word(peer_dtype), off_by(answer, call()) if same else None)
 

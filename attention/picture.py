@@ -75,7 +75,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--png", metavar="FILE")
     chosen = parser.parse_args(arguments)
     options = dict(option.split("=", 1) for option in chosen.options) or SMALL.get(chosen.name, {})
-    backend = build(chosen.name, options, SHAPE)
+    try:
+        backend = build(chosen.name, options, SHAPE)
+    except ValueError as error:
+        parser.error(str(error))
     print(text(backend, chosen.tokens))
     if chosen.png:
         draw(backend, chosen.tokens, chosen.png)

@@ -47,6 +47,11 @@ class Truth:
         """Whether the error is within the bound; an error that is no number is not."""
         return self.error <= self.bound
 
+    @property
+    def told(self) -> str:
+        """How far off what, in words."""
+        return f"off {self.of} by {self.error:.2g}, allowed: {self.bound:.2g}"
+
 
 Checking = Generator[None, None, "Truth"]
 """A check in parts, between which its caller may do something more urgent; it returns the verdict."""

@@ -392,6 +392,28 @@ def _without_values(fault: ErrorDetails) -> str:
     return f"{where}: {fault['msg'].removeprefix('Value error, ')}"
 
 
+WORDS = {
+    "model_type": "must be an object",
+    "model_attributes_type": "must be an object",
+    "dict_type": "must be an object",
+    "list_type": "must be a list",
+    "tuple_type": "must be a list",
+    "too_short": "must hold at least {min_length}",
+    "too_long": "may hold {max_length} at most",
+    "string_too_short": "must be at least {min_length} long",
+    "string_too_long": "may be at most {max_length} long",
+    "union_tag_invalid": "type must be {expected_tags}",
+    "union_tag_not_found": "must have a type",
+}
+"""Faults that pydantic tells in words of Python's, by its name for them."""
+
+
+def worded(fault: ErrorDetails) -> str:
+    """What is wrong with a value, in words of JSON's and ours."""
+    told = fault["msg"].removeprefix("Value error, ").removeprefix("Input ")
+    return WORDS.get(fault["type"], "{0}").format(told, **fault.get("ctx", {}))
+
+
 def explain(error: ValidationError, model: type[BaseModel]) -> list[str]:
     """One line per fault: the key's path, what is wrong, and for an unknown key the keys allowed there."""
     return [_explain_one(fault, model) for fault in error.errors(include_url=False)]
@@ -401,8 +423,8 @@ def _explain_one(fault: ErrorDetails, model: type[BaseModel]) -> str:
     where = ".".join(str(part) for part in fault["loc"])
     if fault["type"] == "extra_forbidden":
         return f"{where}: unknown key, allowed here: {', '.join(_keys_at(model, fault['loc'][:-1]))}"
-    message = fault["msg"].removeprefix("Value error, ")
-    received = "" if isinstance(fault["input"], (dict, list)) or "received" in message else f", received {fault['input']!r}"
+    message, found = worded(fault), fault["input"]
+    received = "" if isinstance(found, (dict, list)) or "received" in message else f", received {found!r:.200}"
     return f"{where}: {message}{received}" if where else f"{message}{received}"
 
 

@@ -71,7 +71,7 @@ def rehearse(args: ServiceConfig, switch: AttentionConfig, dtype: str, budget: i
         for kind in shares(backend):
             verdict = result(truth.checking(kind, max_length=min(REHEARSED_TOKENS, config.max_length), causal=config.is_causal))
             if not verdict.passed:
-                raise ValueError(f"{name} is off {verdict.of} by {verdict.error:.2g}, allowed: {verdict.bound:.2g}")
+                raise ValueError(f"{name} is {verdict.told}")
 
 
 def _weights(model: Transformer, weights: str) -> str:
@@ -86,7 +86,7 @@ def _weights(model: Transformer, weights: str) -> str:
 def _products(model: Transformer, args: ServiceConfig) -> str:
     """How weights in fewer bits are multiplied on this machine, tried on drawn ones of these widths. ValueError: wrongly."""
     verdict = result(fidelity.rehearsing(model.config, model.dtype, args.device, args.weights))
-    told = f"{args.weights}, off {verdict.of} by {verdict.error:.2g}, allowed: {verdict.bound:.2g}"
+    told = f"{args.weights}, {verdict.told}"
     if not verdict.passed:
         raise ValueError(f"weights in {told}")
     return f"products    in {told}"
@@ -97,7 +97,7 @@ def _states(config: ModelConfig, model: Transformer, args: ServiceConfig) -> str
     shape = config.head_shape(model.dtype, args.device)
     exact, eight = (attention.build("dense", None, replace(shape, kv=kv)) for kv in (None, shape.kv))
     verdict = result(truth.checking(eight, max_length=REHEARSED_TOKENS))
-    told = f"keys and values in int8, off their definition by {verdict.error:.2g}, allowed: {verdict.bound:.2g}"
+    told = f"keys and values in int8, {replace(verdict, of='their definition').told}"
     if not verdict.passed:
         raise ValueError(told)
     size = 2 * config.num_hidden_layers * shape.kept_bytes

@@ -164,9 +164,9 @@ class Switch:
         for name, backend in list(self._serving.items()):
             verdict = await self._verdict(backend, engine)
             if self._serving.get(name) is backend:  # else it was switched away meanwhile
-                engine.withdraw(name, None if verdict.passed else _off(verdict))
+                engine.withdraw(name, None if verdict.passed else verdict.told)
             if not verdict.passed:
-                logger.error("attention backend %s is withdrawn: %s", name, _off(verdict))
+                logger.error("attention backend %s is withdrawn: %s", name, verdict.told)
             found.append({"backend": name, "error": verdict.error, "bound": verdict.bound, "passed": verdict.passed})
         return found
 
@@ -247,7 +247,7 @@ class Switch:
             raise ValueError(f"attention backend {name} has no {missing}")
         verdict = await self._verdict(backend, host)
         if not verdict.passed:
-            raise ValueError(f"attention backend {name} is {_off(verdict)}")
+            raise ValueError(f"attention backend {name} is {verdict.told}")
         if verdict.uncovered:
             logger.warning("the truth check of %s: %s", name, verdict.uncovered)
         return backend
@@ -262,7 +262,3 @@ class Switch:
         worst = truth.worst(verdicts)
         self._metrics.truth(backend.name, worst.error, worst.bound)
         return replace(worst, uncovered="; ".join(filter(None, (verdict.uncovered for verdict in verdicts))))
-
-
-def _off(verdict: truth.Truth) -> str:
-    return f"off {verdict.of} by {verdict.error:.2g}, allowed: {verdict.bound:.2g}"

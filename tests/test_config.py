@@ -106,7 +106,7 @@ def test_every_fault_of_a_file_is_told_at_once(tmp_path: Path) -> None:
     assert "args.nmae" in str(refusal.value)
 
 
-@pytest.mark.parametrize(("text", "word"), [("a: [1", "YAML"), ("", "dictionary"), ("- 1", "dictionary"), ("\xff", "no YAML")])
+@pytest.mark.parametrize(("text", "word"), [("a: [1", "YAML"), ("", "object"), ("- 1", "object"), ("\xff", "no YAML")])
 def test_a_file_that_is_no_config_is_refused(text: str, word: str, tmp_path: Path) -> None:
     path = tmp_path / "broken.yaml"
     path.write_bytes(text.encode("latin-1"))

@@ -31,7 +31,7 @@ static struct {
     int32_t sleeping, is_taken;
     int members, threads;
     Task task;
-    char given[GIVEN] __attribute__((aligned(64)));
+    uint64_t given[GIVEN / 8] __attribute__((aligned(64)));
     Phase phases[PHASES];
 } team;
 
@@ -101,13 +101,16 @@ static uint64_t next_call(uint64_t seen) {
     }
 }
 
+/* What is told may be told anew meanwhile: it is read a word at a time, and counts only if the call
+ * is the same afterwards. */
 static void *serve(void *own) {
-    char given[GIVEN] __attribute__((aligned(64)));
+    uint64_t given[GIVEN / 8] __attribute__((aligned(64)));
     for (uint64_t call = 0;;) {
         call = next_call(call);
-        const Task task = team.task;
-        const int is_asked = (intptr_t)own < team.threads;
-        memcpy(given, team.given, sizeof given);
+        const Task task = __atomic_load_n(&team.task, __ATOMIC_RELAXED);
+        const int is_asked = (intptr_t)own < __atomic_load_n(&team.threads, __ATOMIC_RELAXED);
+        for (int i = 0; i < GIVEN / 8; i++)
+            given[i] = __atomic_load_n(team.given + i, __ATOMIC_RELAXED);
         __atomic_thread_fence(__ATOMIC_ACQUIRE);
         if (is_asked && __atomic_load_n(&team.call, __ATOMIC_SEQ_CST) == call) task(given, call);
     }
@@ -140,8 +143,13 @@ void together(Task task, const void *given, size_t bytes, int threads) {
         __atomic_store_n(&team.phases[i].done, last << 32, __ATOMIC_RELAXED);
         __atomic_store_n(&team.phases[i].dealt, last << 32, __ATOMIC_RELEASE);
     }
-    team.task = task, team.threads = threads;
-    memcpy(team.given, given, bytes);
+    __atomic_store_n(&team.task, task, __ATOMIC_RELAXED);
+    __atomic_store_n(&team.threads, threads, __ATOMIC_RELAXED);
+    for (size_t i = 0; i < (bytes + 7) / 8; i++) {
+        uint64_t word = 0;
+        memcpy(&word, (const char *)given + 8 * i, bytes - 8 * i < 8 ? bytes - 8 * i : 8);
+        __atomic_store_n(team.given + i, word, __ATOMIC_RELAXED);
+    }
     __atomic_store_n(&team.call, last, __ATOMIC_SEQ_CST);
     if (__atomic_load_n(&team.sleeping, __ATOMIC_SEQ_CST)) wake(&team.call);
     task(given, last);

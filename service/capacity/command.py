@@ -70,6 +70,9 @@ def run(options: argparse.Namespace, file: ServeFile) -> int:
         site = sites[neighbours]
         if options.backend and options.backend not in (*site.lanes, "auto"):
             raise ConfigError(f"--backend {options.backend} is not served: {', '.join((*site.lanes, 'auto'))}")
+        if (longest := mix.longest).prompt + longest.answer > site.max_length:
+            asked = f"a call of {longest.prompt} tokens and {longest.answer} to answer"
+            raise ConfigError(f"{asked} is longer than the model's context of {site.max_length} tokens")
         if options.rate:
             found.append((layout, trial(site, layout, replace(question, level=level), options.rate)))
         else:

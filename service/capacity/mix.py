@@ -35,6 +35,11 @@ class Mix:
         prompt = sum(each.prompt * weight for each, weight in self.weights) / total
         return Lengths(round(prompt), round(sum(each.answer * weight for each, weight in self.weights) / total))
 
+    @property
+    def longest(self) -> Lengths:
+        """The call that asks for most tokens together."""
+        return max((lengths for lengths, _ in self.weights), key=lambda each: each.prompt + each.answer)
+
     @classmethod
     def parse(cls, text: str) -> Mix:
         """`2048:128@0.8,16384:256@0.2`. Raises ValueError naming the part at fault."""

@@ -171,7 +171,7 @@ class Delivery:
             grammar.take(token)
         if grammar.fault is None:
             return True
-        error = InvalidRequest(f"the answer's form cannot be kept to: {grammar.fault:.300}", param=grammar.source)
+        error = InvalidRequest(f"the answer's form cannot be kept to, send another: {grammar.fault:.300}", param=grammar.source)
         self.end(sequence.job, "form_failed", error)
         return False
 

@@ -257,6 +257,10 @@ class Engine:
         nothing = replace(request.sampling, max_tokens=0)
         return pin, replace(request, tokens=offer.prompt[: pin.tokens], backend=offer.lane.name, sampling=nothing, n=1)
 
+    def begin_pin(self, pin: Pin, seconds: float) -> Pin:
+        """The pin as it is from now on, for so many seconds: its text has been read."""
+        return self._prefixes.pins.begin(pin, seconds)
+
     def unpin(self, pin: Pin) -> None:
         """End a pin, and let go of its state before the next step."""
         self._prefixes.unpin(pin)

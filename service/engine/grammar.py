@@ -57,8 +57,11 @@ class Grammar:
 
     @property
     def fault(self) -> str | None:
-        """Why the parser has failed, by one of its limits."""
-        return (self._matcher.get_error() or "the form is too complex") if self._matcher.is_error() else None
+        """Why the parser has failed: by one of its limits, or where no text goes on that the form would have."""
+        if not self._matcher.is_error():
+            return None
+        told = str(self._matcher.get_error()).partition("\n")[0]  # behind it the library's own notes
+        return "no text keeps to it" if told.startswith("NoExtension") else told or "it is too complex"
 
 
 class Grammars:

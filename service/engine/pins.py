@@ -10,7 +10,7 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from service.engine.allowlist import Lane
 from service.engine.request import InvalidRequest, NeverFits, PrefixNotKept
@@ -27,7 +27,7 @@ class Pin:
     mark: bytes
     tokens: int
     num_bytes: int  # of the state, by the law of cost
-    until: float  # time.monotonic() seconds
+    until: float  # time.monotonic() seconds; while it is read, later than it can be done
     id: str = field(default_factory=lambda: f"prefix-{secrets.token_hex(12)}")
 
 
@@ -66,6 +66,12 @@ class Pins:
         if len(current) >= MOST_PINS:
             raise InvalidRequest(f"{MOST_PINS} prefixes are pinned, and no more may be: delete one")
         self._pins = {each.id: each for each in (*current, pin)}
+
+    def begin(self, pin: Pin, seconds: float) -> Pin:
+        """The wish whose time begins now, for its text has been read."""
+        begun = replace(pin, until=time.monotonic() + seconds)
+        self._pins = {each.id: begun if each.id == pin.id else each for each in self.current()}
+        return begun
 
     def remove(self, pin: Pin) -> None:
         """End a wish. Idempotent."""

@@ -121,8 +121,8 @@ class Prefixes:
         if not marks:
             message = f"only whole chunks of {self._chunk} tokens are kept, received {len(prompt)} tokens"
             raise InvalidRequest(message, param=request.param)
-        tokens = len(marks) * self._chunk
-        pin = Pin(request.owner, lane, marks[-1], tokens, lane.state_bytes(tokens), time.monotonic() + seconds)
+        tokens, read_by = len(marks) * self._chunk, time.monotonic() if request.deadline is None else request.deadline
+        pin = Pin(request.owner, lane, marks[-1], tokens, lane.state_bytes(tokens), read_by + seconds)
         self.pins.add(pin, self.limit)
         return pin
 

@@ -155,7 +155,7 @@ class Shadow:
         for kind in shares(backend):
             verdict = yield from truth.checking(kind, max_length=model.config.max_length)
             if not verdict.passed:
-                raise ValueError(f"{where} is off its definition by {verdict.error:.2g}, allowed: {verdict.bound:.2g}")
+                raise ValueError(f"{where} is {verdict.told}")
         return unmeasured(name, backend, model, chunk, self._ledger.budget)
 
     async def run(self, engine: Idle, reference: Lane) -> None:

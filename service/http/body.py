@@ -15,6 +15,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 from starlette.datastructures import Headers
 
+from service.config import worded
 from service.engine.request import MOST_QUOTED, InvalidRequest, quoted
 from service.http.errors import WrongMediaType
 from service.http.plan_schemas import TAGS
@@ -85,17 +86,21 @@ def _param(fault: ErrorDetails) -> str | None:
 
 def _describe(fault: ErrorDetails, most: int) -> str:
     """One fault in a sentence with at most twice `most` characters of the caller's."""
-    where, message = _path(fault, most), fault["msg"].removeprefix("Value error, ").removeprefix("Input ")
+    where, message = _path(fault, most), worded(fault)
     if fault["type"] == "missing":
         return f"{where} is required"
     if fault["type"] == "extra_forbidden":
         return f"{where} is no field that is known here: leave it out"
-    if fault["type"] == "model_type":
-        message = "must be an object"
     received = "" if "received" in message or "param" in fault.get("ctx", {}) else f", received {quoted(fault['input'], most)}"
     return f"{where}: {message}{received}" if where else f"{message}{received}"
 
 
 def _path(fault: ErrorDetails, most: int) -> str:
     """Where the fault stands; the keys of the path may be the caller's."""
-    return ".".join(str(part) for part in fault["loc"] if part not in TAGS)[:most]
+    parts, tagged = fault["loc"], (None, *fault["loc"])
+    return ".".join(str(part) for part, before in zip(parts, tagged, strict=False) if not _is_tag(part, before))[:most]
+
+
+def _is_tag(part: int | str, before: int | str | None) -> bool:
+    """Whether a part of a path tells which of several bodies or forms is meant, and is no field."""
+    return part in TAGS or before == "response_format"

@@ -194,6 +194,7 @@ def _add_prefixes(app: FastAPI, host: Host) -> None:
             await read(host, request, caller)
             if not host.engine.pins(call.owner).get(pin, False):
                 raise PrefixNotKept(f"no room is left now for {pin.num_bytes} bytes beside what runs and is pinned")
+            pin = host.engine.begin_pin(pin, body.ttl_seconds)
         except BaseException:
             host.engine.unpin(pin)
             raise

@@ -15,9 +15,9 @@ import argparse
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
-import numpy as np
 import torch
 
 import attention
@@ -59,7 +59,7 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     model = Subject(load(arguments.model, "auto"), {})
     layers, shape = model.core.config.num_hidden_layers, model.core.head_shape()
-    stream, _ = held_out(model, None)
+    stream = held_out(model, None).stream
     found = {}
     print(f"{arguments.trials} needles at {arguments.context} tokens; state of one sequence, all layers")
     print(f"  {'plan':28}{'state, MiB':>12}{'recall':>10}{'by chance':>11}")
@@ -67,7 +67,7 @@ def main() -> None:
         backend = attention.build(name, options, shape)
         model.backends = {label: backend}
         size = backend.new_pool(layers, 0).slot_bytes(arguments.context)
-        recall = float(np.mean(list(needle_recall(model, label, stream, arguments.context, arguments.trials).values())))
+        recall = fmean(needle_recall(model, label, stream, arguments.context, arguments.trials).values())
         chance = min(1.0, seen / arguments.context)
         found[label] = {"state_bytes": size, "recall": recall, "by_chance": round(chance, 3)}
         print(f"  {label:28}{size / 2**20:>12.2f}{recall:>10.2f}{chance:>11.2f}", flush=True)

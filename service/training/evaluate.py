@@ -22,7 +22,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median
 from typing import Any, get_args
 
 import numpy as np
@@ -91,34 +91,37 @@ class Subject:
         return F.log_softmax(self.core.logits(hidden), dim=-1)
 
 
-def encoded(model: Subject, modules: Sequence[corpus.Module]) -> list[int]:
-    """The tokens of modules, one behind the other, an end-of-text token in front of each."""
-    return [token for module in modules for token in (model.eos, *model.tokenizer.encode(module.text))]
+@dataclass(frozen=True)
+class Held:
+    """The held-out text: all of it, and the beginning that is scored, as tokens and as bytes of text."""
+
+    modules: int
+    text: bytes
+    tokens: int
+    stream: Tensor
+    size: int
 
 
-def cut(model: Subject, tokens: Sequence[int], most: int | None) -> tuple[Tensor, int]:
-    """The first `most` tokens, all where that is None, and how many bytes of text they are."""
-    stream = tokens[:most]
-    return torch.tensor(stream), sum(len(model.tokenizer.token_bytes(token)) for token in stream if token != model.eos)
-
-
-def held_out(model: Subject, most: int | None) -> tuple[Tensor, int]:
-    """`cut` of the held-out text."""
+def held_out(model: Subject, most: int | None) -> Held:
+    """The held-out modules, one behind the other, an end-of-text token in front of each; up to `most` tokens are scored."""
     _, modules = corpus.split(list(corpus.modules()))
-    return cut(model, encoded(model, modules), most)
+    tokens = [token for module in modules for token in (model.eos, *model.tokenizer.encode(module.text))]
+    size = sum(len(model.tokenizer.token_bytes(token)) for token in tokens[:most] if token != model.eos)
+    text = b"".join(module.text.encode() for module in modules)
+    return Held(len(modules), text, len(tokens), torch.tensor(tokens[:most]), size)
 
 
-def bits_per_byte(model: Subject, backend: str, stream: Tensor, size: int, context: int) -> float:
-    """Bits that the stream costs in pieces of `context` tokens, over the bytes of its text."""
+def bits_per_byte(model: Subject, backend: str, held: Held, context: int) -> float:
+    """Bits that what is scored costs in pieces of `context` tokens, over the bytes of its text."""
     bits = 0.0
     together = max(1, 8192 // context)  # pieces in one packed batch
-    for batch in stream.split(context * together):
+    for batch in held.stream.split(context * together):
         pieces = batch.split(context)
         eos = torch.full((1,), model.eos)
         hidden = model.hidden(backend, [torch.cat((eos, piece[:-1])) for piece in pieces])
         for rows, targets in zip(hidden.split(LOGITS_AT_ONCE), batch.split(LOGITS_AT_ONCE), strict=True):
             bits += F.cross_entropy(model.core.logits(rows), targets, reduction="sum").item() / math.log(2)
-    return bits / size
+    return bits / held.size
 
 
 def needle_recall(model: Subject, backend: str, stream: Tensor, context: int, trials: int) -> dict[float, float]:
@@ -138,7 +141,7 @@ def needle_recall(model: Subject, backend: str, stream: Tensor, context: int, tr
         hidden = model.hidden(backend, [torch.tensor(tokens)])
         guesses = model.core.logits(hidden[-len(answer) - 1 : -1]).argmax(-1).tolist()
         hits[depth].append(guesses == answer)
-    return {depth: float(np.mean(found)) for depth, found in hits.items() if found}
+    return {depth: fmean(found) for depth, found in hits.items() if found}
 
 
 def agreement(
@@ -232,31 +235,19 @@ def by_backend(model: Subject, columns: Sequence[int], measure: Callable[[str, i
 @torch.inference_mode()
 def evaluate(model: Subject, extent: Extent, parts: Sequence[str]) -> dict[str, object]:
     """Measure these of PARTS, print the tables, return the figures of the JSON line."""
-    _, modules = corpus.split(list(corpus.modules()))
-    text = b"".join(module.text.encode() for module in modules)
-    tokens = encoded(model, modules)
-    stream, size = cut(model, tokens, extent.tokens)
-    print(f"held out: {len(modules)} modules, {len(text)} bytes, {len(tokens)} tokens")
-    print(f"scored: {size} bytes, {len(stream)} tokens")
+    held = held_out(model, extent.tokens)
+    print(f"held out: {held.modules} modules, {len(held.text)} bytes, {held.tokens} tokens")
+    print(f"scored: {held.size} bytes, {len(held.stream)} tokens")
     found: dict[str, object] = {}
     for part in parts:
-        found |= PARTS[part](model, extent, Held(text, stream, size))
+        found |= PARTS[part](model, extent, held)
     return found
-
-
-@dataclass(frozen=True)
-class Held:
-    """The held-out text, and the part of it that is scored as tokens and as bytes of text."""
-
-    text: bytes
-    stream: Tensor
-    size: int
 
 
 def _bits(model: Subject, extent: Extent, held: Held) -> dict[str, object]:
     xz = 8 * len(lzma.compress(held.text, preset=9 | lzma.PRESET_EXTREME)) / len(held.text)
     print(f"xz -9e of all of it as one file: {xz:.4f} bits per byte")
-    bits = by_backend(model, extent.contexts, lambda name, n: bits_per_byte(model, name, held.stream, held.size, n))
+    bits = by_backend(model, extent.contexts, lambda name, n: bits_per_byte(model, name, held, n))
     table("bits per byte by context", extent.contexts, bits)
     return {"xz_bits_per_byte": xz, "bits_per_byte": bits}
 
@@ -266,7 +257,7 @@ def _recall(model: Subject, extent: Extent, held: Held) -> dict[str, object]:
         name: {n: needle_recall(model, name, held.stream, n, trials) for n, trials in extent.needle_trials.items()}
         for name in model.backends
     }
-    mean = {name: {n: float(np.mean(list(d.values()))) for n, d in rows.items()} for name, rows in recall.items()}
+    mean = {name: {n: fmean(found.values()) for n, found in rows.items()} for name, rows in recall.items()}
     table(f"needle recall by context, {list(extent.needle_trials.values())} trials", list(extent.needle_trials), mean)
     longest = 8192
     table(f"needle recall by depth at {longest}", DEPTHS, {name: rows[longest] for name, rows in recall.items()})
@@ -287,27 +278,21 @@ def _weights(model: Subject, extent: Extent, held: Held) -> dict[str, object]:
         loaded = load(model.directory, str(model.core.dtype).removeprefix("torch."), weights=weights)
         judged = Subject(loaded, model.backends)
         close = agreement(model, "dense", held.stream, extent.agreement_tokens, judged=judged)
-        bits = bits_per_byte(judged, "dense", held.stream, held.size, 2048)
-        found[weights] = {"MiB": loaded.model.weight_bytes / 2**20, "bits": bits, **close}
+        found[weights] = {"MiB": loaded.model.weight_bytes / 2**20, "bits": bits_per_byte(judged, "dense", held, 2048), **close}
     table("weights in fewer bits, dense at 2048; kl and top1 against the first", ("MiB", "bits", "kl", "top1"), found, "{:.4f}")
     return {"weights": found}
 
 
 def _kv(model: Subject, extent: Extent, held: Held) -> dict[str, object]:
     kinds = {"dense": None, "dense, kv int8": torch.int8}
-    shape = model.core.head_shape()
-    backends = {name: attention.build("dense", None, replace(shape, kv=kv)) for name, kv in kinds.items()}
+    backends = {name: attention.build("dense", None, replace(model.core.head_shape(), kv=kv)) for name, kv in kinds.items()}
     kept, contexts = Subject(model.checkpoint, backends, model.directory), [n for n in extent.contexts if n >= 2048]
-    bits = by_backend(kept, contexts, lambda name, n: bits_per_byte(kept, name, held.stream, held.size, n))
+    bits = by_backend(kept, contexts, lambda name, n: bits_per_byte(kept, name, held, n))
     table("keys and values in 8 bits: bits per byte by context", contexts, bits, "{:.4f}")
     close = {name: agreement(kept, name, held.stream, extent.agreement_tokens) for name in kinds}
     table("agreement with dense at 2048", ("kl", "top1"), close, "{:.5f}")
     trials = {n: count for n, count in extent.needle_trials.items() if n >= 2048}
-
-    def recalled(name: str, context: int) -> float:
-        return float(np.mean([*needle_recall(kept, name, held.stream, context, trials[context]).values()]))
-
-    recall = by_backend(kept, list(trials), recalled)
+    recall = by_backend(kept, [*trials], lambda name, n: fmean(needle_recall(kept, name, held.stream, n, trials[n]).values()))
     table(f"needle recall by context, {list(trials.values())} trials", list(trials), recall)
     return {"kv": {"bits_per_byte": bits, "agreement": close, "needle_recall": recall}}
 

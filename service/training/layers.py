@@ -17,15 +17,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor
 
 import attention
 from service.model.checkpoint import EMBEDDED, load
-from service.training.evaluate import Subject, bits_per_byte, held_out, needle_recall
+from service.training.evaluate import Held, Subject, bits_per_byte, held_out, needle_recall
 
 Far = frozenset[int]  # the layers that see far
 Measure = Callable[[Far], "Quality"]
@@ -59,15 +58,15 @@ def plan(layers: int, far: Far, kinds: dict[str, dict[str, Any]]) -> dict[str, A
     return {"layers": {str(layer): kinds["far" if layer in far else "near"] for layer in range(layers)}}
 
 
-def measured(model: Subject, kinds: dict[str, dict[str, Any]], stream: Tensor, size: int, context: int, trials: int) -> Measure:
+def measured(model: Subject, kinds: dict[str, dict[str, Any]], held: Held, context: int, trials: int) -> Measure:
     """A function from the layers that see far to what they reach over held-out text."""
     layers = model.core.config.num_hidden_layers
 
     @cache
     def measure(far: Far) -> Quality:
         model.backends["plan"] = attention.build(attention.LAYERED, plan(layers, far, kinds), model.core.head_shape())
-        recall = float(np.mean(list(needle_recall(model, "plan", stream, context, trials).values())))
-        return Quality(recall, -bits_per_byte(model, "plan", stream, size, min(context, len(stream))))
+        recall = fmean(needle_recall(model, "plan", held.stream, context, trials).values())
+        return Quality(recall, -bits_per_byte(model, "plan", held, min(context, len(held.stream))))
 
     return measure
 
@@ -91,11 +90,11 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     model = Subject(load(arguments.model, "auto"), {})
-    stream, size = held_out(model, arguments.tokens)
+    held = held_out(model, arguments.tokens)
     layers, kinds = model.core.config.num_hidden_layers, {"near": arguments.near, "far": arguments.far}
-    measure = measured(model, kinds, stream, size, arguments.context, arguments.trials)
+    measure = measured(model, kinds, held, arguments.context, arguments.trials)
     everything = frozenset(range(layers))
-    print(f"{json.dumps(kinds)}, {arguments.trials} needles and {len(stream)} tokens at {arguments.context}")
+    print(f"{json.dumps(kinds)}, {arguments.trials} needles and {len(held.stream)} tokens at {arguments.context}")
     print(f"  {'layers that see far':24}{'recall':>8}{'bits/byte':>10}")
     wanted = measure(everything)
     for label, far in (("all", everything), ("none", frozenset[int]())):

@@ -87,6 +87,8 @@ def test_who_asks_wrongly_is_told_and_nothing_starts(wrong: list[str], told: str
 def test_a_backend_that_is_not_served_and_a_service_that_is_not_there_are_told(
     url: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    assert cli.main(["capacity", "--lengths", "9:9,32700:100", "--url", url]) == 2
+    assert "a call of 32700 tokens and 100 to answer is longer" in capsys.readouterr().err
     assert cli.main([*ASKED, "--url", url, "--backend", "performer"]) == 2
     assert "dense, sliding_window" in capsys.readouterr().err
     assert cli.main([*ASKED, "--url", "http://127.0.0.1:9"]) == 1

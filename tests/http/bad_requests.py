@@ -326,6 +326,20 @@ SLIPS = [
     *wrong(TOKENIZE, "add_special_token", {"add_special_token": True}),
     *wrong(DETOKENIZE, "token", {"token": 1}),
 ]
+FORMS = [
+    *values("guided_json", False, [], "a", 1),
+    *values("guided_json", {"$ref": "#"}, {"type": "nonsense"}, {"enum": []}, {"not": {}}),
+    *values("guided_regex", "", 1, "(", "(?=a)b", "[^\\x00-\\U0010FFFF]"),
+    *values("guided_choice", [], "a", {}, ["a"] * 1025),
+    *wrong(COMPLETIONS, "guided_choice.0", {"guided_choice": [""]}, {"guided_choice": [1]}),
+    *wrong(
+        COMPLETIONS,
+        "response_format.json_schema.schema",
+        *({"response_format": {"type": "json_schema", "json_schema": {"schema": each}}} for each in (True, None, [])),
+    ),
+    *wrong(CHAT, "response_format.json_schema", {"response_format": {"type": "json_schema", "json_schema": 1}}),
+    *wrong(PLAN, "response_format.json_schema", {"response_format": {"type": "json_schema"}}),
+]
 NOT_OFFERED = [
     *values("suffix", "b", False),
     *values("response_format", {"type": "xml"}, {}, "text"),
@@ -459,6 +473,7 @@ ROWS: dict[str, list[Bad]] = {
     "stops": STOPS,
     "stream options": STREAMS,
     "slips": SLIPS,
+    "forms": FORMS,
     "not offered": NOT_OFFERED,
     "models and backends": NAMES,
     "lengths": LENGTHS,

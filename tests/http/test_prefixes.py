@@ -79,6 +79,12 @@ def test_a_pin_pays_for_a_text_before_the_first_question_comes(guarded: Client) 
     assert one.json == told.json and told.json in guarded.get("/v1/prefixes", authorization="Bearer anns").json["data"]
 
 
+def test_a_pins_time_begins_when_its_text_has_been_read(guarded: Client) -> None:
+    told = pinned(guarded, "anns", prompt=TOKENS, ttl_seconds=1e-9)
+    assert told.status == 200 and told.json["is_kept"], told.text
+    assert guarded.get(f"/v1/prefixes/{told.json['id']}", authorization="Bearer anns").status == 404
+
+
 def test_a_pinned_conversation_serves_the_messages_that_follow(guarded: Client) -> None:
     text = {"role": "user", "content": "x = 1\n" * 600}
     told = pinned(guarded, "anns", messages=[text])

@@ -111,7 +111,7 @@ async def test_of_several_targets_the_newest_comes_in_force(service: Client) -> 
         (to("nowhere"), "nowhere"),
         (to("dense", dense={}, sliding_window={"window": 0}), "window"),
         ({"attention": {"defalt": "dense"}}, "defalt"),
-        ([], "dictionary"),
+        ([], "object"),
     ],
 )
 async def test_a_target_that_is_no_config_leaves_the_old_in_force(service: Client, target: Any, word: str) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ import torch
 from attention import HeadShape, gather_team
 from attention.kernels.softmax import native
 from tests.attention.laws import need_native
+from tests.sanitizers import HEADERS
 
 GROUPS, HEADS, WIDTH = 2, 4, 64
 CALLS = 200
@@ -79,3 +82,16 @@ print(tasks() - before)
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "2"
     with pytest.raises(RuntimeError, match="there must be threads"):
         gather_team(0)
+
+
+def test_threads_that_share_a_call_never_touch_a_word_unordered(tmp_path: Path) -> None:
+    if shutil.which("gcc") is None:
+        pytest.skip("gcc is missing")
+    program, empty = tmp_path / "team", tmp_path / "empty.c"
+    flags = ["gcc", "-O1", "-g", "-pthread", "-fsanitize=thread", "-Wno-tsan", f"-I{HEADERS}", "-o", str(program)]
+    empty.write_text("int main(void) { return 0; }")
+    if subprocess.run([*flags, str(empty)], check=False).returncode or subprocess.run([program], check=False).returncode:
+        pytest.skip("gcc is without ThreadSanitizer, or the system's addresses are not for it")
+    subprocess.run([*flags, Path(__file__).with_name("team.c"), HEADERS / "team.c"], check=True)
+    ran = subprocess.run([program], capture_output=True, text=True, timeout=120, check=False)
+    assert (ran.returncode, ran.stdout, ran.stderr[:2000]) == (0, "", "")
