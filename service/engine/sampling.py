@@ -75,6 +75,7 @@ def draw(
     """Draw one token per row of logits (N, V), float32, at each row's number from [0, 1). A logit of -inf is never drawn.
 
     Args:
+        numbers: a greedy row's is not looked at.
         pasts: each row's text so far; may be left out where no row has a penalty, a bias, `min_tokens` or a grammar.
         eos_ids: tokens that end an answer.
     """
