@@ -2,9 +2,10 @@
 
 The weights are random and the same for all. Ours in bfloat16, 8 and 4 bits, each also with keys and values in 8; llama.cpp's,
 where `llama_cpp` and `gguf` are installed, in BF16, Q8_0 and Q4_0, its own defaults else, on as many threads, without its flash
-attention and with it, a text of more than `SHORT` tokens with it only; transformers' in bfloat16. In turns, chunk by chunk, one
-process. A prefill is told beside its products, a decode step beside what the machine reads: the seconds of summing up as many
-bytes as it has weights and state.
+attention and with it; transformers' in bfloat16. Of texts of more than `SHORT` tokens, since all states together would not fit
+24 GiB, keys and values in 8 bits behind 8-bit weights only, and llama.cpp with its flash attention only. In turns, chunk by
+chunk, one process. A prefill is told beside its products, a decode step beside what the machine reads: the seconds of adding up
+as many bytes as it has weights and state.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ SHAPE = {
 PEERS = {"bf16": "BF16", "int8": "Q8_0", "int4": "Q4_0"}
 STEPS = 16  # of decoding, at each length
 REPEATS = 3
-SHORT = 4096  # tokens of a text that llama.cpp reads without its flash attention, too
+SHORT = 4096  # tokens of a text that all read in every way
 READ = 3072  # tokens that each reads at least, in whole texts
 ROUNDS = 2  # of steps, in turns
 ROOM = 256  # tokens behind the longest text, for rounds of steps
@@ -59,11 +60,13 @@ def measure_weights(lengths: Sequence[int]) -> dict[str, dict[str, float]]:
         directory = Path(folder)
         write(directory, SHAPE)
         contestants: dict[str, Callable[[], Contestant]] = {}
+        is_short = max(lengths) <= SHORT
         for weights, kind in PEERS.items():
-            for name, kv in ((weights, "auto"), (f"{weights}, kv int8", "int8")):
-                contestants[name] = partial(Ours, directory, weights, max(lengths), kv=kv)
+            contestants[weights] = partial(Ours, directory, weights, max(lengths))
+            if is_short or weights == "int8":
+                contestants[f"{weights}, kv int8"] = partial(Ours, directory, weights, max(lengths), kv="int8")
             if has_peer():
-                contestants |= peers(directory, kind, max(lengths), (False, True) if max(lengths) <= SHORT else (True,))
+                contestants |= peers(directory, kind, max(lengths), (False, True) if is_short else (True,))
         if not has_peer():
             print("llama.cpp: not installed (pip install llama-cpp-python gguf), left out")
         made = {name: make() for name, make in contestants.items()} | {"transformers bf16": Reference(directory)}

@@ -50,10 +50,15 @@ class Delivery:
         self._eos_token_ids = frozenset(eos_token_ids)
         self._shadow = shadow
         self.tail = array("i")  # of what was served last: what a check of the served truth reads
+        self._is_followed = False  # the next step of the same sequences has begun
+        self._ended: list[Sequence] = []  # in it, which reads their states
 
-    def settle(self, work: Work) -> None:
-        """Book a finished step: move its sequences on, hand out what was drawn, tell the observer."""
-        now = time.monotonic()
+    def settle(self, work: Work, is_followed: bool = False) -> None:
+        """Book a finished step: move its sequences on, hand out what was drawn, tell the observer.
+
+        is_followed: the model thread is at the next step of the same sequences, until `land`.
+        """
+        now, self._is_followed = time.monotonic(), is_followed
         attempt(lambda: self._book(work, now))  # before its sequences move on
         work.move_on()
         for member in work.members:
@@ -70,6 +75,13 @@ class Delivery:
             if not sequence.is_done:  # with its job, which failed a moment ago; or by a token of the same guess
                 with self.concerning(sequence.job):
                     self._hand_out(sequence, drawn, now)
+
+    def land(self) -> None:
+        """The model thread has stopped: free the states of what ended while it read them."""
+        self._is_followed = False
+        ended, self._ended = self._ended, []
+        for sequence in ended:
+            attempt(sequence.free)
 
     def split(self, work: Work, error: Exception) -> None:
         """A step failed: alone, its request fails; in company, each member is run again from its beginning, alone."""
@@ -104,7 +116,7 @@ class Delivery:
             return
         samples = job.close()
         for sequence in samples:
-            attempt(sequence.free)
+            self._free(sequence)
         attempt(partial(self._scheduler.remove, job))
         job.request.timings.finished_at = time.monotonic()
         job.answer.end(error)
@@ -118,7 +130,7 @@ class Delivery:
         """Tell the metering and the observer of a finished step, as it ran."""
         self._runner.measured(work)
         together = Counter(sequence for sequence, _ in work.drawn)  # the tokens of a guess share the time since the one before
-        gaps = [(now - s.spoke_at) / together[s] for s, _ in work.drawn if s.spoke_at is not None]
+        gaps = [(now - s.spoke_at) / together[s] for s, _ in work.drawn if s.spoke_at is not None and not s.is_done]
         self._observer.stepped(_told(work, gaps))
 
     def _settle_prompt(self, sequence: Sequence, now: float) -> None:
@@ -179,10 +191,17 @@ class Delivery:
         """End a sample, and its job with the last of them."""
         _emit(sequence, settled, reason)
         sequence.is_done = True
-        attempt(sequence.free)
+        self._free(sequence)
         job = sequence.job
         if all(each.is_done for each in (*job.sequences, *job.siblings)):
             self.end(job, reason)
+
+    def _free(self, sequence: Sequence) -> None:
+        """Give a sample's state back, behind the step that reads it."""
+        if self._is_followed:
+            self._ended.append(sequence)
+        else:
+            attempt(sequence.free)
 
 
 def attempt(call: Callable[[], None]) -> None:

@@ -9,7 +9,7 @@ import asyncio
 import logging
 import sys
 import time
-from collections.abc import Callable, Collection, Generator
+from collections.abc import Callable, Collection, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -35,7 +35,7 @@ from service.engine.observer import NullObserver, Observer, Snapshot
 from service.engine.pins import Pin
 from service.engine.prefixes import Prefixes
 from service.engine.profile import Profile
-from service.engine.request import Constraint, Draining, Request, RequestError
+from service.engine.request import Constraint, Draining, InvalidRequest, Request, RequestError
 from service.engine.runner import LOGIT_ROWS, Runner
 from service.engine.scheduler import Scheduler
 from service.engine.shadow import Shadow
@@ -211,6 +211,11 @@ class Engine:
     def backends(self) -> Backends:
         """The allow-list in force."""
         return self._backends
+
+    def check_together(self, requests: Sequence[Request]) -> None:
+        """Raise InvalidRequest for prompts of one call that the queue would not take, however often it is asked."""
+        if limit := self._scheduler.why_never([len(each.tokens) for each in requests]):
+            raise InvalidRequest(f"{limit}: send them in several calls", param=requests[0].param)
 
     def submit(self, request: Request) -> Answer:
         """Accept a request, or raise its refusal here and now. Of its tokens the engine keeps an array of its own.

@@ -7,10 +7,12 @@ milliseconds when a form is met for the first time. Its limits bound what the wo
 from __future__ import annotations
 
 import json
+import math
 import threading
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from fractions import Fraction
 from functools import cached_property
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
@@ -21,6 +23,10 @@ from service.model.tokenizer import Tokenizer
 
 MOST_STATES = 1 << 13
 BYTES_PER_STATE = 2048  # the library's own figure
+
+MOST_MULTIPLE = 20_000
+"""Least common multiple of all that a schema asks for: each remainder is a state, and no limit of the library holds. A tenth of
+a second; a million takes 16, and one call in them keeps all others waiting. A power of ten is told by its last digits."""
 
 WHITESPACE = r"(\n[ \t]{0,24}| )?"
 """Between the parts of JSON: none, a space, or a line break and what indents. Unbounded, a model might write nothing else."""
@@ -142,7 +148,28 @@ def _grammar(form: Constraint) -> str:
         return str(LLMatcher.grammar_from_regex(form.text))
     if form.kind == "choice":
         return str(LLMatcher.grammar_from_lark("start: " + " | ".join(json.dumps(each) for each in json.loads(form.text))))
-    return str(LLMatcher.grammar_from_json_schema(form.text, overrides={"whitespace_pattern": WHITESPACE}))
+    grammar = str(LLMatcher.grammar_from_json_schema(form.text, overrides={"whitespace_pattern": WHITESPACE}))
+    _check_multiples(json.loads(form.text))
+    return grammar
+
+
+def _check_multiples(schema: Any) -> None:
+    """Raise ValueError for a schema whose numbers would take too long to compile."""
+    common = Fraction(1)
+    for each in _multiples(schema):
+        common = Fraction(math.lcm(common.numerator, each.numerator), math.gcd(common.denominator, each.denominator))
+        if common > MOST_MULTIPLE and str(common).strip("0") != "1":
+            raise ValueError(
+                f"all multipleOf together, their least common multiple, may come to {MOST_MULTIPLE} or a power of ten"
+            )
+
+
+def _multiples(schema: Any) -> Iterator[Fraction]:
+    """Every multipleOf within a schema, none of them 0."""
+    if isinstance(schema, dict) and isinstance(multiple := schema.get("multipleOf"), int | float) and multiple:
+        yield abs(Fraction(str(float(multiple)) if isinstance(multiple, float) else multiple))
+    for each in schema.values() if isinstance(schema, dict) else schema if isinstance(schema, list) else ():
+        yield from _multiples(each)
 
 
 def _refuse(form: Constraint, why: str) -> NoReturn:

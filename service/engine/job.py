@@ -68,9 +68,9 @@ class Sequence:
         """Where the piece of it ends that comes next."""
         return min(self.length, self.job.lane.course.next_end(self.past))
 
-    def number(self, ahead: int = 0) -> float:
-        """The number by which its next token is drawn, or the one so many places behind it."""
-        return uniform(self.job.seed, self.index, len(self.output) + ahead)
+    def number(self, place: int) -> float:
+        """The number by which its answer's token at a place is drawn."""
+        return uniform(self.job.seed, self.index, place)
 
     def guess(self, price: Callable[[], float]) -> array[int]:
         """Tokens that may follow, to be looked over with its latest one; `price` as of `Lookup.guess`."""

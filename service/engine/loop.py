@@ -1,7 +1,9 @@
 """The loop of an engine: step after step on the model thread, until cancelled. `_step` is the whole of it.
 
-The event loop owns all state between steps, the model thread during one; so nothing needs a lock. Each step costs one hop to
-the model thread and back, about 0.1 ms.
+The event loop owns all state between steps, the model thread during one; so nothing needs a lock. A hop to the model thread
+and back takes about 0.1 ms, as long as a small model's decode step. So the model thread goes on to the step that follows, from
+what it has drawn itself (`Work.following`), while the event loop hands that out, for as long as nobody else wants the thread. A
+state whose sample ends meanwhile is freed behind the last such step.
 
 Whatever fails concerns one request, and is caught where that request is known: in a step of the model, while its answer is
 settled, while the scheduler looks at it. The loop goes on.
@@ -13,6 +15,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Any
 
 from service.config import EngineConfig
@@ -27,9 +30,25 @@ from service.machine import trim
 
 logger = logging.getLogger(__name__)
 
-STREAM_SLICES = 10  # slices after which a decode step gives way too: most end before, and a pause within one delays its streams
+STREAM_SLICES = 10  # after which a decode step gives way too and none follows: most end before, and a pause delays its streams
 REST_SECONDS = 1.0  # with nothing to do for so long, free heap goes back to the system
 STARVED_RATIO = 0.2  # of the model thread's computing, from which that is worth a line in the log
+
+
+class _Once:
+    """Hands a step out at the first pause of the one that follows, which never gives way.
+
+    That is when it is packed and about to compute: before, the two threads would only wait for each other's Python.
+    """
+
+    def __init__(self, hand_out: Callable[[], object]) -> None:
+        self._hand_out: Callable[[], object] | None = hand_out
+
+    def __call__(self) -> bool:
+        hand_out, self._hand_out = self._hand_out, None
+        if hand_out is not None:
+            hand_out()
+        return False
 
 
 class Loop:
@@ -69,40 +88,63 @@ class Loop:
         if work is None:
             await self._rest()
         else:
-            await self._run_and_settle(work)
+            await self._run(work)
 
-    async def _run_and_settle(self, work: Work) -> None:
-        """A step, or a slice of it; at its end what was drawn goes out, and the forecast learns how long it took."""
-        start = time.perf_counter()
-        is_over = await self._run(work)
-        if is_over:
-            self._delivery.settle(work)
-        work.elapsed += time.perf_counter() - start
-        if is_over and work.meter is None:  # counting takes time of its own
-            work.note()
-
-    async def _run(self, work: Work) -> bool:
-        """Run a step, or one slice of it. Returns whether it has ended, and well."""
+    async def _run(self, work: Work) -> None:
+        """Run a step, or one slice of it, and what follows at once; at the end of each what was drawn goes out."""
         work.begin(time.monotonic())
-        slices = STREAM_SLICES if work.kind == "decode" else 1
-        limit = time.perf_counter() + slices * self._config.slice_seconds
-        before = work.seconds
+        start, events = time.perf_counter(), asyncio.get_running_loop()
+        limit = start + (STREAM_SLICES if work.kind == "decode" else 1) * self._config.slice_seconds
 
-        def gives_way() -> bool:
-            return time.perf_counter() > limit and (bool(self._departures) or self._scheduler.has_other_work(work))
+        def is_wanted() -> bool:
+            return bool(self._departures) or self._scheduler.has_other_work(work)
+
+        def run() -> bool:
+            nonlocal work, start
+            is_over = self._runner.run(work, lambda: time.perf_counter() > limit and is_wanted())
+            while is_over and (now := time.perf_counter()) < limit and not is_wanted():
+                following = self._runner.following(work)
+                if following is None:
+                    break
+                hand_out = _Once(partial(events.call_soon_threadsafe, self._settle_followed, work, now - start))
+                work, start = following, now
+                try:
+                    self._runner.run(work, hand_out)
+                finally:
+                    hand_out()
+            return is_over
 
         try:
-            is_over: bool = await self._on_model_thread(lambda: self._runner.run(work, gives_way))
+            is_over: bool = await self._on_model_thread(run)
         except Exception as error:  # the outer edge: whatever a model call raises concerns its own requests only
+            self._delivery.land()
             self._delivery.split(work, error)
-            is_over = False
         else:
-            self._scheduler.account(work, work.seconds - before)
-            if not is_over:
+            self._delivery.land()
+            self._scheduler.account(work, work.slice_seconds)
+            if is_over:
+                self._delivery.settle(work)
+            else:
                 self._scheduler.pause(work)
+            self._note(work, time.perf_counter() - start, is_over)
         self.last_progress = time.monotonic()
         self._tell_starvation()
-        return is_over
+
+    def _settle_followed(self, work: Work, seconds: float) -> None:
+        """What was drawn goes out while the model thread is at the next step."""
+        try:
+            self._scheduler.account(work, work.slice_seconds)
+            self._delivery.settle(work, is_followed=True)
+            self._note(work, seconds, is_over=True)
+        except Exception as error:  # the outer edge, as of `run`
+            self._blame(error)
+        self.last_progress = time.monotonic()
+
+    def _note(self, work: Work, seconds: float, is_over: bool) -> None:
+        """A slice took so long, with all around it: at the step's end the forecast learns of it."""
+        work.elapsed += seconds
+        if is_over and work.meter is None:  # counting takes time of its own
+            work.note()
 
     def _tell_starvation(self) -> None:
         """Log, once, that other processes take the model thread's CPU."""

@@ -45,10 +45,11 @@ class Runner:
         """
         self._prefixes = prefixes
         self._model = model
-        self._unknown = unknown.to(model.device) if len(unknown) else None
+        self._device = model.device
+        self._unknown = unknown.to(self._device) if len(unknown) else None
         self._eos_ids = list(model.config.eos_token_ids)
         self._row_multiple = row_multiple or 1
-        self._metering = Metering(model.device, sample_share, _counting_seconds(model))
+        self._metering = Metering(self._device, sample_share, _counting_seconds(model))
         self.busy_seconds = 0.0  # spent on steps so far
         self.starvation = Starvation()  # of the model thread in steps; none where an accelerator computes
 
@@ -79,8 +80,9 @@ class Runner:
         finally:
             seconds = time.perf_counter() - start
             work.seconds += seconds
+            work.slice_seconds = seconds
             self.busy_seconds += seconds
-            if self._model.device.type == "cpu":
+            if self._device.type == "cpu":
                 self.starvation.note(seconds, time.thread_time() - running)
 
     def _keep(self, work: Work) -> None:
@@ -88,6 +90,10 @@ class Runner:
         for member in work.members:
             if member.end in member.job.to_keep and not member.sequence.output and member.sequence.slot is not None:
                 self._prefixes.keep(work.lane, member.sequence.slot, member.job.marks, member.end)
+
+    def following(self, work: Work) -> Work | None:
+        """What can run behind a step that has ended before that is settled, see `Work.following`."""
+        return work.following(self._eos_ids)
 
     def measured(self, work: Work) -> None:
         """Book what a step that has ended took in memory, with the metering and with its members' requests."""
@@ -128,7 +134,7 @@ class Runner:
         types = torch.zeros(self._height(work.tokens), dtype=torch.long)
         for (start, end, _), second in zip(work.segments.spans(), pairs, strict=True):
             types[start + second if second else end : end] = 1
-        return types.to(self._model.device)
+        return types.to(self._device)
 
     def _pool(self, work: Work, segments: Segments, hidden: Tensor) -> None:
         """Gather what counts of each member's hidden states, and make the vectors of those that end."""
@@ -164,7 +170,7 @@ class Runner:
         Returns:
             (rows, C); what stands behind the first T is padding.
         """
-        count, device = segments.total, self._model.device
+        count, device = segments.total, self._device
         padding = self._height(count, is_decode) - count
         ids = torch.tensor(tokens + array("i", [0] * padding), dtype=torch.long, device=device)
         positions = segments.positions(device)
@@ -195,7 +201,7 @@ class Runner:
         told = torch.full((rows,), self._model.config.max_length)
         for (start, end, _), total in zip(segments.spans(), totals, strict=True):
             told[start:end] = total
-        return told.to(self._model.device)
+        return told.to(self._device)
 
     def _tell_prompts(self, work: Work, segments: Segments, hidden: Tensor) -> None:
         """Text of the prompt's tokens and their log-probabilities, for the members that echo them."""
@@ -248,17 +254,18 @@ class Runner:
         logits = logits if rows == list(range(len(logits))) else logits[rows]
         settings = [spot.sequence.job.request.sampling for spot in spots]
         drawing = zip(spots, settings, strict=True)
-        numbers = [spot.sequence.number(spot.ahead) if own.temperature else 0.0 for spot, own in drawing]
+        numbers = [spot.sequence.number(spot.place) if own.temperature else 0.0 for spot, own in drawing]
         drawn = draw(logits, settings, numbers, [spot.past for spot in spots], self._eos_ids)
         _hand_over(work, zip(spots, drawn, strict=True))
 
 
 @dataclass(frozen=True)
 class Spot:
-    """Where a token is drawn: behind a sequence and the first `ahead` tokens of a guess."""
+    """Where a token is drawn: behind a sequence and the first `ahead` tokens of a guess, at a place of its answer."""
 
     sequence: Sequence
     past: Past
+    place: int
     ahead: int = 0
     guessed: int | None = None  # the token that was guessed for it
 
@@ -266,13 +273,13 @@ class Spot:
 def _spots(member: Member) -> list[Spot]:
     """Where a member's step draws: for its sequence, along its guess, and for the samples that waited for its prompt."""
     if not member.guess:
-        return [Spot(each, _past(each)) for each in (member.sequence, *member.job.siblings)]
+        return [Spot(each, _past(each), member.place) for each in (member.sequence, *member.job.siblings)]
     sequence, guess, found = member.sequence, member.guess, list[Spot]()
     grammar = None if sequence.grammar is None else sequence.grammar.copy()
     for ahead, guessed in enumerate((*guess, None)):
         allowed = None if grammar is None else grammar.allowed()
         past = Past(sequence.job.prompt, sequence.output + guess[:ahead], allowed)
-        found.append(Spot(sequence, past, ahead, guessed))
+        found.append(Spot(sequence, past, member.place + ahead, ahead, guessed))
         if grammar is not None and allowed is not None and guessed is not None:
             if not allowed[guessed] or grammar.fault is not None:
                 break

@@ -62,7 +62,7 @@ def bytes_per_logit(settings: Sampling) -> int:
     """Peak bytes of temporaries of `draw` per entry of a row, the logits themselves included. Held to the ops by a test."""
     if settings.temperature > 0:
         return 68 if _is_filtered(settings) else 44
-    return 6 if settings.logprobs is None and not _is_adjusted(settings) else 12
+    return 6 if settings.logprobs is None and not is_adjusted(settings) else 12
 
 
 def draw(
@@ -80,7 +80,7 @@ def draw(
         eos_ids: tokens that end an answer.
     """
     tokens = likeliest(logits)
-    greedy = [i for i, s in enumerate(settings) if s.temperature == 0 and _is_adjusted(s)]
+    greedy = [i for i, s in enumerate(settings) if s.temperature == 0 and is_adjusted(s)]
     if greedy:
         tokens[greedy] = likeliest(_adjusted(logits, greedy, settings, pasts, eos_ids))
     plain = [i for i, s in enumerate(settings) if s.temperature > 0 and not _is_filtered(s)]
@@ -130,7 +130,7 @@ def _top(settings: Sampling) -> int:
     return settings.logprobs or 0
 
 
-def _is_adjusted(settings: Sampling) -> bool:
+def is_adjusted(settings: Sampling) -> bool:
     """Whether the row's logits are changed before anything is drawn from them."""
     is_shaped = settings.logit_bias or settings.min_tokens or settings.grammar is not None
     return bool(_is_penalised(settings) or settings.repetition_penalty != 1 or is_shaped)
@@ -146,7 +146,7 @@ def _adjusted(
     """Some rows of the logits (N, V), changed as their settings say. A copy."""
     copied = logits[rows]
     for place, i in enumerate(rows):
-        if _is_adjusted(settings[i]):
+        if is_adjusted(settings[i]):
             _adjust(copied[place], logits[i], settings[i], pasts[i], eos_ids)
     return copied
 

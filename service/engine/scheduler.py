@@ -65,6 +65,14 @@ class Scheduler:
             return f"{queued} tokens wait, at most {most} may, and this prompt has {tokens}"
         return None
 
+    def why_never(self, lengths: list[int]) -> str | None:
+        """The bound that prompts of so many tokens each pass together, though nobody else waits; None: they may wait."""
+        if len(lengths) > (most := self._config.max_waiting_requests):
+            return f"{len(lengths)} prompts of a call wait together and at most {most} requests may"
+        if len(lengths) > 1 and sum(lengths) > (most := self._config.max_waiting_tokens):
+            return f"the prompts of a call have {sum(lengths)} tokens and at most {most} may wait"
+        return None
+
     def seconds_in_front(self) -> float:
         """Predicted seconds until all that runs or waits is done."""
         return together(job.ahead for job in self.jobs).seconds

@@ -6,7 +6,7 @@ Of three kinds: `prefill` and `embed` process pieces of prompts, `decode` the la
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Collection, Generator, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal
@@ -17,19 +17,23 @@ from attention import Passage, Segments
 from service.engine.allowlist import Lane
 from service.engine.job import Job, Sequence
 from service.engine.meter import Meter
-from service.engine.sampling import Drawn, bytes_per_logit
+from service.engine.sampling import Drawn, bytes_per_logit, is_adjusted
 
 StepKind = Literal["prefill", "decode", "embed"]
 
 
 @dataclass(frozen=True)
 class Member:
-    """The tokens from `start` to `end` of one sequence, of which the last may be guessed."""
+    """The tokens from `start` to `end` of one sequence, of which the last may be guessed.
+
+    drawn: the one token there is, where the step before drew it and it may not have been handed out.
+    """
 
     sequence: Sequence
     start: int
     end: int
     guess: array[int] = field(default_factory=lambda: array("i"))
+    drawn: int | None = None
 
     @property
     def job(self) -> Job:
@@ -38,10 +42,17 @@ class Member:
     @property
     def is_last(self) -> bool:
         """Whether nothing of the sequence is left to process behind it."""
-        return self.end - len(self.guess) == self.sequence.length
+        return self.drawn is not None or self.end - len(self.guess) == self.sequence.length
+
+    @property
+    def place(self) -> int:
+        """That of the answer at which a token is drawn behind it."""
+        return self.end - len(self.guess) - len(self.job.prompt)
 
     @property
     def tokens(self) -> array[int]:
+        if self.drawn is not None:
+            return array("i", [self.drawn])
         return self.sequence.tokens(self.start, self.end - len(self.guess)) + self.guess
 
 
@@ -56,6 +67,7 @@ class Work:
     meter: Meter | None = None  # measures this step's peak; None when it is not sampled
     begun_at: float | None = None  # time.monotonic() of its first slice
     seconds: float = 0.0  # of computing
+    slice_seconds: float = 0.0  # of the latest slice
     elapsed: float = 0.0  # seconds with the way to the model thread and back, and what was drawn handed out
     drawn: list[tuple[Sequence, Drawn]] = field(default_factory=list)
     right: dict[Sequence, int] = field(default_factory=dict)  # tokens of each guess that were drawn, too
@@ -115,6 +127,22 @@ class Work:
         for member in self.members:
             timings = member.job.request.timings
             timings.admitted_at = timings.admitted_at or self.begun_at
+
+    def following(self, eos_ids: Collection[int]) -> Work | None:
+        """The same sequences' next step, which reads what this one drew: it can begin before that is handed out.
+
+        None where one of them may not go on, or goes on by more than its last token: its answer so far, its form, a guess.
+        """
+        members, lane = list[Member](), self.lane
+        if self.kind != "decode" or lane.lookup.tokens > 0 or len(self.drawn) < len(self.members):
+            return None
+        for member, (sequence, drawn) in zip(self.members, self.drawn, strict=True):
+            sampling = sequence.job.request.sampling
+            is_last = sampling.is_end(drawn.token, eos_ids) or member.place + 1 >= sampling.max_tokens
+            if is_last or is_adjusted(sampling) or sequence.is_done or sequence.is_alone:
+                return None
+            members.append(Member(sequence, member.end, member.end + 1, drawn=drawn.token))
+        return Work("decode", lane, tuple(members))
 
     def move_on(self) -> None:
         """It has ended: its members' tokens are in their states."""

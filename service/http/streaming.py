@@ -70,6 +70,7 @@ async def merged(host: Host, requests: Sequence[Request], caller: HttpRequest) -
     """
     queue: asyncio.Queue[Item | Signal | Exception] = asyncio.Queue(1)
     async with AsyncExitStack() as stack:
+        host.engine.check_together(requests)
         stack.enter_context(_charged(caller.state.owner, requests, host))
         opened = []
         for request in requests:

@@ -244,11 +244,12 @@ class PackedStack:
         self._bytes = sum(layer.nbytes for layer in layers)
 
     def passing(self, x: Tensor, turns: Sequence[tuple[Tensor, Tensor] | None], passage: Passage) -> Iterator[None]:
-        """Make of the stream x (T, C), where it lies, what the last layer hands on. Pauses about every millisecond.
+        """Make of the stream x (T, C), where it lies, what the last layer hands on. Pauses before, and about every millisecond.
 
         turns: of each layer, as of `Transformer.turns_by_layer`. passage: of T sequences; begun and ended here.
         """
-        told = {id(each): (*_words(each[0]), *_words(each[1])) for each in turns if each is not None}
+        kinds = {id(each): each for each in turns if each is not None}
+        told = {kind: (*_words(cos), *_words(sin)) for kind, (cos, sin) in kinds.items()}
         stations = array("q")
         for each, at in zip(turns, passage.at, strict=True):
             stations.extend((*told[id(each)], *at))
@@ -258,9 +259,8 @@ class PackedStack:
         table, stream = (self._table, len(self._table), stations.buffer_info()[0], 8 * len(stations)), (*room(x), len(x))
         passage.begin()
         for first in range(0, count, some):
+            yield
             KERNEL.call("decode", *table, first, min(some, count - first), *stream, *room(scratch), threads())
-            if first + some < count:
-                yield
         passage.end()
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Generator, Sequence
 from itertools import pairwise
-from typing import cast
+from typing import Any, Self, cast
 
 import torch
 import torch.nn.functional as F
@@ -455,6 +455,12 @@ class Transformer(nn.Module):
         looking = 9 * tokens * config.hidden_size if self.embed.quantized else 0  # int8, float32, and that scaled
         return max(width * (turning + wide), width * attending + attention, width * (feeding + wide), looking) + reading
 
+    def _apply(self, *args: Any) -> Self:
+        """Where `to` and its like come through."""
+        self._turns = None
+        moved: Self = super()._apply(*args)  # type: ignore[no-untyped-call]
+        return moved
+
     def turns_by_layer(self, positions: Tensor, totals: Tensor | None = None) -> list[Turns | None]:
         """`rotation` of each layer; None where positions turn nothing."""
         turns = self.rotation(positions, totals)
@@ -468,7 +474,7 @@ class Transformer(nn.Module):
         if not self._ropes:
             return ()
         turns = self._turns
-        if turns is None or turns.dtype != self.dtype or turns.device != self.device:
+        if turns is None:
             turns = self._turns = self._table()
         if totals is not None and self.border is not None:
             positions = torch.where(totals > self.border, positions, self.config.max_length + positions)

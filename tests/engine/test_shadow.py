@@ -36,6 +36,7 @@ from tests.engine.world import (
     prompt,
     running,
     tokens_of,
+    told,
     until,
 )
 
@@ -129,9 +130,9 @@ async def storm(engine: Engine) -> list[Any]:
         drawn = {"temperature": 0.8, "seed": number} if number % 2 else {}
         return completion(prompt(20 + 90 * number, number), backend, n=1 + number % 2, max_tokens=6, logprobs=2, **drawn)
 
-    first = [await complete(engine, asked(number)) for number in range(4)]
+    first = [await told(engine, asked(number)) for number in range(4)]
     await asyncio.sleep(0.05)  # a pass has begun
-    return first + await asyncio.gather(*(complete(engine, asked(number)) for number in range(9)))
+    return first + await asyncio.gather(*(told(engine, asked(number)) for number in range(9)))
 
 
 async def test_answers_are_the_same_bit_for_bit_with_and_without() -> None:

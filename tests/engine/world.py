@@ -130,6 +130,23 @@ async def complete(engine: Engine, request: Request) -> list[Delta]:
     return deltas  # type: ignore[return-value]
 
 
+async def told(engine: Engine, request: Request) -> list[tuple[Any, ...]]:
+    """All that an answer says, each sample by itself, however it was cut into deltas."""
+    samples: dict[int, list[Delta]] = {}
+    for delta in await complete(engine, request):
+        samples.setdefault(delta.index, []).append(delta)
+    return [
+        (
+            index,
+            "".join(delta.text for delta in deltas),
+            [token for delta in deltas for token in delta.tokens],
+            [each for delta in deltas for each in delta.logprobs or ()],
+            deltas[-1].finish_reason,
+        )
+        for index, deltas in sorted(samples.items())
+    ]
+
+
 async def tokens_of(engine: Engine, request: Request) -> list[int]:
     """All tokens of a completion's first sample."""
     return [token for delta in await complete(engine, request) if delta.index == 0 for token in delta.tokens]

@@ -327,6 +327,26 @@ def test_a_full_queue_is_a_429_that_names_the_bound_and_when_to_come_back(bound:
         assert client.post("/v1/plan", {"prompt": [7] * 50}).json["data"][0]["reason"] == "queue_full"
 
 
+@pytest.mark.parametrize(
+    ("bound", "words"),
+    [
+        ({"max_waiting_requests": 2}, "3 prompts of a call wait together and at most 2 requests may"),
+        ({"max_waiting_tokens": 100}, "the prompts of a call have 120 tokens and at most 100 may wait"),
+    ],
+)
+def test_prompts_that_no_queue_takes_together_are_a_400_and_not_a_429_for_ever(bound: dict[str, int], words: str) -> None:
+    engine = EngineConfig(max_sequences=1, **bound)
+    with listening_in_thread(ServiceConfig(threads=1, engine=engine), UserConfig()) as (url, replica):
+        client = Client(url, replica)
+        for stream in (False, True):
+            refused = client.complete([[7] * 40] * 3, stream=stream, max_tokens=1)
+            assert (refused.status, refused.error["code"], refused.error["param"]) == (400, "invalid_request", "prompt")
+            assert words in refused.error["message"]
+        assert client.post("/v1/embeddings", {"input": [[7] * 40] * 3}).error["param"] == "input"
+        assert client.complete([[7] * 40] * 2, max_tokens=1).status == 200
+        assert client.complete([7] * 400, max_tokens=1).status == 200
+
+
 def test_what_can_never_fit_is_refused_with_the_bytes_and_what_would_fit() -> None:
     config = ServiceConfig(threads=1, engine=EngineConfig(memory_budget_bytes=20 * 2**20))
     user = UserConfig(attention=AttentionConfig(backends={"dense": {}, "performer": {}}))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from decimal import Decimal
 from typing import Any
 
 import pytest
@@ -72,6 +73,15 @@ def test_an_answer_is_one_of_its_choices_and_the_likeliest_first(service: Client
     assert one["choices"][0]["text"] == "zebra" and one["usage"]["completion_tokens"] <= 6
 
 
+@pytest.mark.parametrize("multiple", [0.01, 0.25, 2.5, 60, 997, 1_000_000])
+def test_a_number_is_a_multiple_of_what_the_schema_says(service: Client, multiple: float) -> None:
+    form = {"type": "object", "properties": {"x": {"type": "number", "multipleOf": multiple}}, "required": ["x"]}
+    for seed in range(3):
+        choice = completed(service, guided_json=form, seed=seed, max_tokens=60).json["choices"][0]
+        if choice["finish_reason"] == "stop":
+            assert Decimal(str(json.loads(choice["text"], parse_float=Decimal)["x"])) % Decimal(str(multiple)) == 0
+
+
 def test_any_object_is_asked_for_by_its_type(service: Client) -> None:
     for seed in range(3):
         choice = completed(service, response_format={"type": "json_object"}, seed=seed, max_tokens=400).json["choices"][0]
@@ -107,6 +117,10 @@ def test_an_answer_that_max_tokens_cuts_says_so(service: Client) -> None:
         ),
         ({"guided_json": {"type": "integer", "minimum": 2, "maximum": 1}}, "guided_json"),
         ({"guided_json": {"x": "y" * 70_000}}, "guided_json"),
+        ({"guided_json": {"type": "integer", "multipleOf": 1_234_567}}, "guided_json"),
+        ({"guided_json": {"type": "number", "multipleOf": 199_970_000}}, "guided_json"),
+        ({"guided_json": {"allOf": [{"type": "integer", "multipleOf": 997}, {"multipleOf": 1009}]}}, "guided_json"),
+        ({"guided_json": {"type": "object", "properties": {"a": {"type": "number", "multipleOf": -98765.4}}}}, "guided_json"),
         ({"guided_regex": "("}, "guided_regex"),
         ({"guided_regex": ""}, "guided_regex"),
         ({"guided_regex": r"(?=a)b"}, "guided_regex"),

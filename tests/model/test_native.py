@@ -103,7 +103,7 @@ def test_a_decode_step_is_what_torch_computes_and_a_row_feels_no_other(rows: int
 
 
 @pytest.mark.parametrize("weights", ["auto", "int8", "int4"])
-@pytest.mark.parametrize("part_bytes", [1, native.PART_BYTES])  # pauses behind every layer, or none
+@pytest.mark.parametrize("part_bytes", [1, native.PART_BYTES])  # pauses before every layer, or the first
 def test_a_step_through_all_layers_in_c_is_what_they_compute_one_by_one(
     monkeypatch: pytest.MonkeyPatch, weights: str, part_bytes: int
 ) -> None:
@@ -136,7 +136,7 @@ def test_a_step_through_all_layers_in_c_is_what_they_compute_one_by_one(
         except StopIteration as end:
             found = end.value
         assert torch.equal(found, model.hidden(ids, positions, attending(both[1], segments), is_decode=True))
-    assert pauses == (3 * (layers - 1) if part_bytes == 1 else 0)
+    assert pauses == 3 * (layers if part_bytes == 1 else 1)
 
 
 def test_matrices_that_lie_otherwise_are_not_read() -> None:

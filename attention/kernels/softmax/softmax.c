@@ -303,7 +303,7 @@ INLINE void find_share(const Call *c, const Block *block, const Run *run, int64_
  */
 INLINE void prefetch(const char *rows, int64_t stride, int64_t first, int64_t last, int64_t bytes) {
     for (int64_t j = first; j < last; j++)
-        for (int64_t b = 0; b < bytes; b += 64) _mm_prefetch(rows + j * stride + b, _MM_HINT_T0);
+        for (int64_t b = 0; b < bytes; b += 64) _mm_prefetch(rows + j * stride + b, _MM_HINT_T1);
 }
 
 /* The queries of a block, all heads of a group, over all its runs. Slow reading: `answer`. */
@@ -439,8 +439,9 @@ static const char *wrong_blocks(const Call *c, const Source *sources, int64_t so
         REQUIRE(within(run->position, -FAR, FAR), "a run must stand at a position");
     }
     for (int64_t i = 0, end = 0; i < count; end = blocks[i++].last) {
-        REQUIRE(within(blocks[i].first, end, blocks[i].last) && blocks[i].last <= c->queries,
-                "blocks must be of the queries, in their order");
+        REQUIRE(within(blocks[i].first, end, FAR) && blocks[i].first < blocks[i].last &&
+                    blocks[i].last <= c->queries,
+                "blocks must be of the queries, in their order, and none empty");
         REQUIRE(within(blocks[i].position, -FAR, FAR), "a block must stand at a position");
         REQUIRE(within(blocks[i].run, 0, blocks[i].end) && blocks[i].end <= run_count,
                 "a block's runs must be among the runs");

@@ -49,7 +49,7 @@ INLINE int64_t packed_bytes(int64_t bits, int64_t outputs, int64_t inputs) {
 
 INLINE int64_t panels_of(int64_t rows) { return (rows + PANEL - 1) / PANEL; }
 
-/* A panel's rows by tiles of as many each, but for one: short ones wait for their own sums. */
+/* A panel's rows by tiles, in each as many but for one: a short one would wait for its own sums. */
 INLINE int64_t tiles_of(int64_t rows) { return (rows + TILE - 1) / TILE; }
 
 INLINE int64_t tile_rows(int64_t rows, int64_t tiles, int64_t tile) {

@@ -90,3 +90,11 @@ def test_what_no_query_sees_may_be_no_number_and_a_row_that_sees_nothing_is_zero
     assert out.isfinite().all()
     finish(native.band(q, (k[:10], v[:10]), empty, 0, 2, 0, out))
     assert out[:12].count_nonzero() > 0 and out[12:].count_nonzero() == 0
+
+
+def test_an_empty_block_of_queries_is_refused() -> None:
+    q, k, v = packed(torch.float32, 9, 9, 2, 2, 32)
+    runs = [(0, 0, 9, 0, False)]
+    for blocks in ([(0, 0, 0, runs)], [(0, 9, 0, runs), (9, 9, 9, runs)]):
+        with pytest.raises(RuntimeError, match="blocks must be of the queries, in their order, and none empty"):
+            finish(native._attend(q, [(k, v)], blocks, 9, 0, torch.empty_like(q)))
