@@ -6,9 +6,12 @@ the kernels built under sanitizers; as `pytest tests/fuzz.py`, with the ones ins
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import json
 import math
 import os
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,6 +27,7 @@ from torch.nn import functional
 from attention import NATIVE, AttentionBackend, HeadShape, Passage, Segments, build, names, shares
 from attention.kernels import int8
 from attention.kernels.features import native as features
+from attention.kernels.library import NUMBER, VIEW, Kernel
 from attention.kernels.softmax import native as softmax
 from attention.truth import BOUNDS
 from service.model import encoder_layer, families
@@ -248,6 +252,63 @@ def test_capped_attention_answers_like_its_slow_reading_or_refuses(case: Case, w
     found, wanted = answer(ours, case, inputs(case)).double(), answer(slow, case, inputs(case)).double()
     assert torch.equal(found.isfinite(), wanted.isfinite())
     assert (found - wanted).abs().nan_to_num(0.0).amax() <= 2 * BOUNDS[case.shape.dtype]
+
+
+TABLES: dict[str, list[tuple[int, int, tuple[int, ...]]]] = {
+    "attend": [(3, 5, (0, 1, 2, 3, 4)), (5, 5, (0, 1, 2, 3, 4))],
+    "step": [(1, 9, (0, 6, 7, 8))],
+    "choose": [(3, 4, (0, 1, 2, 3))],
+    "chosen": [(3, 4, (0, 1, 2, 3))],
+}
+"""Of a function its tables: which arguments are address and rows, a row's words, and which of them say nothing of memory."""
+STRANGE = (-(1 << 63), -(1 << 40) - 1, -1, 0, 1, 2, 15, 17, 64, 128, 256, 257, 512, 4097, 1 << 31, 1 << 40, (1 << 63) - 1)
+
+
+def places_in(kernel: Kernel, told: object) -> list[int]:
+    """Where a struct, if a kernel is told one, has numbers that say nothing of memory."""
+    memory = tuple(f"_{part}" for part in (*VIEW, "bytes"))
+    return [
+        getattr(struct, name).offset
+        for struct in kernel.structs
+        if isinstance(told, bytes) and len(told) == ctypes.sizeof(struct)
+        for name, kind, *_ in struct._fields_
+        if kind is NUMBER and not name.endswith(memory)
+    ]
+
+
+def lying(real: Any, draws: random.Random) -> Any:
+    """`Kernel.call` with one number of what the C is told changed, now and then."""
+
+    def call(kernel: Kernel, function: str, *arguments: Any) -> None:
+        told, value = list(arguments), draws.choice(STRANGE)
+        tables = [(at, words, which) for at, words, which in TABLES.get(function, []) if told[at + 1]]
+        if tables and draws.random() < 0.5:
+            at, words, which = draws.choice(tables)
+            row = (NUMBER * words).from_address(told[at] + 8 * words * draws.randrange(told[at + 1]))
+            row[draws.choice(which)] = draws.choice((value, row[draws.choice(which)]))  # strange, or what stands beside it
+        elif (places := places_in(kernel, told[0])) and draws.random() < 0.5:
+            at, packed = draws.choice(places), bytearray(told[0])
+            packed[at : at + 8] = value.to_bytes(8, "little", signed=True)
+            told[0] = bytes(packed)
+        real(kernel, function, *told)
+
+    return call
+
+
+@generated(0.5)
+@given(cases(), st.randoms(use_true_random=False))
+@torch.inference_mode()
+def test_a_kernel_that_is_told_what_cannot_be_refuses_or_touches_nothing_else(case: Case, draws: random.Random) -> None:
+    tight = (Layout(), Layout(), Layout())
+    case = replace(case, layouts=tight, how="attend" if case.how == "attend" else "extend")
+    note((case, "lied to"))
+    try:
+        backend = build(case.name, {**case.options, "impl": "native"}, case.shape)
+    except ValueError:
+        return
+    with pytest.MonkeyPatch.context() as patch, contextlib.suppress(RuntimeError, ValueError):
+        patch.setattr(Kernel, "call", lying(Kernel.call, draws))
+        answer(backend, case, inputs(case))
 
 
 layouts = st.builds(Layout, st.sampled_from((0, 1, 3)), st.sampled_from((0, 1, 2, 5)))

@@ -14,6 +14,7 @@ from typing import Any
 from service.benchmark.bare import BACKENDS, bare, build, report
 from service.config import EngineConfig
 from service.engine.engine import Backends, Engine
+from service.engine.loop import REST_SECONDS
 from service.engine.observer import Observer
 from service.engine.request import Delta, Request, Sampling
 from service.machine import Place, dealt_cpus
@@ -22,6 +23,8 @@ from service.model.transformer import Transformer
 from service.threads import in_passing_thread
 
 SHORT = (200, 16)  # tokens in and out of a short request
+REST = 3 * REST_SECONDS  # without a request
+RESTED = (64, 2048)  # tokens of a prompt that comes behind it
 
 
 def make_engine(checkpoint: Checkpoint, observer: Observer | None = None, **config: Any) -> Engine:
@@ -68,6 +71,25 @@ async def _timed(work: Any) -> float:
     start = time.perf_counter()
     await work
     return time.perf_counter() - start
+
+
+async def first_tokens(engine: Engine, model: Transformer, name: str, tokens: int, repeats: int) -> list[float]:
+    """Median seconds to the first token right behind another, and after a rest; of the bare model likewise; in turn."""
+    backend, times = build(model, name), list[list[float]]()
+
+    async def ours() -> float:
+        return await _timed(answered(engine, make_request(tokens, 1, name)))
+
+    async def theirs() -> float:
+        return await _timed(engine._on_model_thread(lambda: bare(model, backend, tokens)))
+
+    for _ in range(repeats):
+        times.append([])
+        for each in (ours, theirs):
+            await asyncio.sleep(REST)
+            rested = await each()
+            times[-1] += [await each(), rested]
+    return [median(each) for each in zip(*times, strict=True)]
 
 
 async def decode_speedup(engine: Engine, name: str, together: int = 32, answer: int = 300) -> float:
@@ -136,7 +158,8 @@ async def measure_engine(lengths: Sequence[int], repeats: int) -> dict[str, Any]
     checkpoint = in_passing_thread(load)
     engine = make_engine(checkpoint)
     await engine.start()
-    found: dict[str, Any] = {"prefill_ratio": {}, "decode_speedup_32": {}, "short_p95_ratio": {}, "stream_itl_p95_ratio": {}}
+    ratios = ("prefill_ratio", "first_token_after_rest", "decode_speedup_32", "short_p95_ratio", "stream_itl_p95_ratio")
+    found: dict[str, Any] = {ratio: {} for ratio in ratios}
     for name in BACKENDS:
         for tokens in lengths:
             ratio = await prefill_ratio(engine, checkpoint.model, name, tokens, repeats)
@@ -154,6 +177,11 @@ async def measure_engine(lengths: Sequence[int], repeats: int) -> dict[str, Any]
             found[key][name] = round(loaded / idle, 2)
             told = f"{idle * 1e3:.1f} ms idle, {loaded * 1e3:.1f} ms beside {longest} tokens of prefill: {loaded / idle:.2f}x"
             report(f"engine, {what}", name, told)
+    for tokens in RESTED:
+        busy, rested, *alone = await first_tokens(engine, checkpoint.model, "dense", tokens, 5)
+        found["first_token_after_rest"].setdefault(str(tokens), {})["dense"] = round(rested / busy, 3)
+        told = f"{busy * 1e3:.1f} ms, after {REST:.0f} s of rest {rested * 1e3:.1f} ms: {rested / busy:.2f}x"
+        report(f"engine, first token of {tokens} tokens", "dense", f"{told}; the bare model {alone[1] / alone[0]:.2f}x")
     await engine.stop()
     return found
 

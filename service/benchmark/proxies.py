@@ -1,6 +1,7 @@
 """What stands between a caller and the engine: the service by uvicorn alone, behind HAProxy, and behind Serve's Python proxy.
 
 Each in turn, in processes of its own on this machine, asked by callers in this process, which take their part of the same CPUs.
+The Python proxy also call by call in turn with a deployment of Ray Serve's own that hands each body back.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
+from statistics import median
 from typing import Any
 
 from service.benchmark.alone import one_token_seconds
@@ -33,16 +35,46 @@ with listening_in_thread(ServiceConfig(), UserConfig()) as (url, _):
 """
 
 
+BARE = """
+import os, sys
+os.environ["RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"] = ""  # nothing of ours around it
+from service import cluster
+from service.config import ServeFile
+from ray import serve
+from starlette.requests import Request
+from starlette.responses import Response
+
+@serve.deployment
+class Echo:
+    async def __call__(self, request: Request) -> Response:
+        return Response(await request.body(), media_type="application/json")
+
+port = int(sys.argv[1])
+application = {"args": {}, "deployments": [{"name": "longserve"}]}  # of which nothing is started
+file = ServeFile.model_validate({"http_options": {"port": port}, "applications": [application]})
+with cluster.running(file, 1):
+    serve.run(Echo.bind(), route_prefix="/")
+    print(port, flush=True)
+    sys.stdin.read()
+"""
+
+
 @contextmanager
-def plain() -> Iterator[int]:
-    """The port of one replica under uvicorn, without Ray."""
-    process = subprocess.Popen([sys.executable, "-c", PLAIN], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+def printing(script: str, *arguments: str) -> Iterator[int]:
+    """The port that a script prints at a line's end when it serves there, until its input ends."""
+    command = [sys.executable, "-c", script, *arguments]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True)
     assert process.stdin is not None and process.stdout is not None
     try:
         yield int(process.stdout.readline().rpartition(":")[2])
     finally:
         process.stdin.close()
         process.wait(60)
+
+
+def plain() -> AbstractContextManager[int]:
+    """The port of one replica under uvicorn, without Ray."""
+    return printing(PLAIN)
 
 
 def throughput() -> Mapping[str, str]:
@@ -90,7 +122,20 @@ WAYS: dict[str, Callable[[], AbstractContextManager[int]]] = {
 def measure_proxies() -> dict[str, Any]:
     alone = asyncio.run(one_token_seconds())
     report("one token, the engine alone", "", f"{alone * 1e3:.2f} ms")
-    return {"engine_ms": round(alone * 1e3, 3)} | {name: _measure(name, way, alone) for name, way in WAYS.items()}
+    ways = {name: _measure(name, way, alone) for name, way in WAYS.items()}
+    return {"engine_ms": round(alone * 1e3, 3)} | ways | {"beside Ray's": _beside_ray(alone)}
+
+
+def _beside_ray(alone: float) -> dict[str, float]:
+    """One token through the Python proxy, in turn with Ray's own route there."""
+    with serving() as ours, printing(BARE, str(free_port())) as theirs:
+        connections, pairs = (_connected(ours), _connected(theirs)), list[tuple[float, ...]]()
+        for _ in range(ONE_AFTER_ANOTHER + 50):
+            pairs.append(tuple(ask(connection, 1, 1, "dense") for connection in connections))
+    mine, bare = (median(each) * 1e3 for each in zip(*pairs[50:], strict=True))
+    over = mine - alone * 1e3
+    report("one token over the engine alone, p50", "beside Ray's", f"{over:.2f} ms; a route of Ray's own {bare:.2f} ms")
+    return {"over_p50_ms": round(over, 2), "ray_p50_ms": round(bare, 2)}
 
 
 def _measure(name: str, way: Callable[[], Any], alone: float) -> dict[str, float]:

@@ -253,8 +253,9 @@ class Runner:
             first += 1 + len(member.guess)
         logits = logits if rows == list(range(len(logits))) else logits[rows]
         settings = [spot.sequence.job.request.sampling for spot in spots]
-        numbers, pasts = [spot.sequence.number(spot.place) for spot in spots], [spot.past for spot in spots]
-        drawn = draw(logits, settings, numbers, pasts, self._eos_ids)
+        drawing = zip(spots, settings, strict=True)
+        numbers = [spot.sequence.number(spot.place) if own.temperature else 0.0 for spot, own in drawing]
+        drawn = draw(logits, settings, numbers, [spot.past for spot in spots], self._eos_ids)
         _hand_over(work, zip(spots, drawn, strict=True))
 
 

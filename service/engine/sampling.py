@@ -75,13 +75,14 @@ def draw(
     """Draw one token per row of logits (N, V), float32, at each row's number from [0, 1). A logit of -inf is never drawn.
 
     Args:
+        numbers: a greedy row's is not looked at.
         pasts: each row's text so far; may be left out where no row has a penalty, a bias, `min_tokens` or a grammar.
         eos_ids: tokens that end an answer.
     """
-    tokens = logits.argmax(-1)
+    tokens = likeliest(logits)
     greedy = [i for i, s in enumerate(settings) if s.temperature == 0 and is_adjusted(s)]
     if greedy:
-        tokens[greedy] = _adjusted(logits, greedy, settings, pasts, eos_ids).argmax(-1)
+        tokens[greedy] = likeliest(_adjusted(logits, greedy, settings, pasts, eos_ids))
     plain = [i for i, s in enumerate(settings) if s.temperature > 0 and not _is_filtered(s)]
     filtered = [i for i, s in enumerate(settings) if s.temperature > 0 and _is_filtered(s)]
     for rows, pick in ((plain, _pick_plain), (filtered, _pick_filtered)):
@@ -99,6 +100,14 @@ def draw(
         return [Drawn(token) for token in ids]
     told = dict(zip(asked, logprobs(logits[asked], [ids[i] for i in asked], [_top(settings[i]) for i in asked]), strict=True))
     return [Drawn(token, told.get(i)) for i, token in enumerate(ids)]
+
+
+def likeliest(logits: Tensor) -> Tensor:
+    """The first of the largest of each row of logits (N, V), NaN above all: int64 (N,). Its slow reading: `torch.argmax`,
+
+    which on CPU goes element by element, by threads that wait for each other; numpy's compares whole registers.
+    """
+    return torch.from_numpy(logits.numpy().argmax(-1)) if logits.device.type == "cpu" else logits.argmax(-1)
 
 
 def logprobs(logits: Tensor, tokens: Sequence[int], top: Sequence[int]) -> list[TokenLogprob]:

@@ -478,7 +478,7 @@ class Transformer(nn.Module):
             turns = self._turns = self._table()
         if totals is not None and self.border is not None:
             positions = torch.where(totals > self.border, positions, self.config.max_length + positions)
-        return tuple(cast(Turns, table[positions].chunk(2, dim=-1)) for table in turns)
+        return tuple(cast(Turns, table.index_select(0, positions).chunk(2, dim=-1)) for table in turns)
 
     @torch.inference_mode(False)  # training may use a table that an evaluation made
     def _table(self) -> Tensor:

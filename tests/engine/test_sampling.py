@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from service.engine.meter import StorageCounter
 from service.engine.request import Sampling
-from service.engine.sampling import PIECE, Past, bytes_per_logit, draw, logprobs, uniform
+from service.engine.sampling import PIECE, Past, bytes_per_logit, draw, likeliest, logprobs, uniform
 
 LOGITS = torch.randn(1, 50, generator=torch.Generator().manual_seed(3)) * 2
 SETTINGS = [
@@ -52,6 +52,19 @@ def test_tokens_come_as_often_as_their_probability_says(settings: Sampling) -> N
     for token in range(50):
         p = float(expected[token])
         assert abs(seen[token] - count * p) <= 5 * (count * p * (1 - p)) ** 0.5 + 1e-9  # five standard deviations
+
+
+@given(
+    st.lists(
+        st.lists(st.sampled_from((0.0, -0.0, 1.0, 2.0, -3.0, math.inf, -math.inf, math.nan)), min_size=1, max_size=70),
+        min_size=1,
+        max_size=5,
+    )
+)
+def test_the_likeliest_is_what_torch_says_of_equals_and_of_no_numbers(rows: list[list[float]]) -> None:
+    width = max(map(len, rows))
+    logits = torch.tensor([row + [-math.inf] * (width - len(row)) for row in rows])
+    assert torch.equal(likeliest(logits), logits.argmax(-1))
 
 
 def test_temperature_zero_takes_the_likeliest() -> None:

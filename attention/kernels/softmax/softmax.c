@@ -151,15 +151,13 @@ const int64_t softmax_layout[] = {
 #include "simd.h"
 #include "team.h"
 
-#define KEYS(WIDTH) \
-    ((WIDTH) == 32 ? 256 : 128) /* keys of a packed block: so many words of each \
-                                 */
+/* Keys of a packed block; of short ones more, for each tile of them takes some time to begin. */
+#define KEYS(WIDTH) ((WIDTH) == 32 ? 256 : 128)
 #define MOST_KEYS 256
-#define PART 256  /* keys of a history that one thread takes at a time */
-#define STRIDE 64 /* keys of a part whose scores exist at a time */
-#define NEAR \
-    60.0f /* powers of two: sums of such weights and values are far from float32's ends \
-           */
+#define PART 256   /* keys of a history that one thread takes at a time */
+#define STRIDE 64  /* keys of a part whose scores exist at a time */
+#define NEXT 16    /* keys from those that are met to those that are fetched */
+#define NEAR 60.0f /* powers of two: sums of such weights are far from float32's ends */
 
 /* A product that the compiler makes no part of a sum, which would round it once less. Slow reading:
  * `torch.mul`. */
@@ -279,25 +277,28 @@ INLINE void round_queries(int64_t heads, int64_t width, const char *q, int64_t b
 
 /* ---- attend ---- */
 
-/* The sums of 16 registers, as one. Slow reading: `torch.sum`. */
-INLINE __m512 sums_of(__m512 a[16]) {
-    __m512 t[8], y[4], z[2];
+/* The sums of 16 registers of float32, or of whole numbers, as one of float32. Slow reading:
+ * `torch.sum`. */
+INLINE __m512 sums_of(const int whole, const __m512i a[16]) {
+#define ADD(X, Y) \
+    (whole ? _mm512_add_epi32(X, Y) \
+           : _mm512_castps_si512(_mm512_add_ps(_mm512_castsi512_ps(X), _mm512_castsi512_ps(Y))))
+    __m512i t[8], y[4], z[2];
 #pragma GCC unroll 8
     for (int i = 0; i < 8; i++)
-        t[i] = _mm512_add_ps(_mm512_unpacklo_ps(a[2 * i], a[2 * i + 1]),
-                             _mm512_unpackhi_ps(a[2 * i], a[2 * i + 1]));
+        t[i] = ADD(_mm512_unpacklo_epi32(a[2 * i], a[2 * i + 1]),
+                   _mm512_unpackhi_epi32(a[2 * i], a[2 * i + 1]));
 #pragma GCC unroll 4
-    for (int i = 0; i < 4; i++) {
-        const __m512d l = _mm512_castps_pd(t[2 * i]), h = _mm512_castps_pd(t[2 * i + 1]);
-        y[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(l, h)),
-                             _mm512_castpd_ps(_mm512_unpackhi_pd(l, h)));
-    }
+    for (int i = 0; i < 4; i++)
+        y[i] = ADD(_mm512_unpacklo_epi64(t[2 * i], t[2 * i + 1]),
+                   _mm512_unpackhi_epi64(t[2 * i], t[2 * i + 1]));
 #pragma GCC unroll 2
     for (int i = 0; i < 2; i++)
-        z[i] = _mm512_add_ps(_mm512_shuffle_f32x4(y[2 * i], y[2 * i + 1], 0x88),
-                             _mm512_shuffle_f32x4(y[2 * i], y[2 * i + 1], 0xdd));
-    return _mm512_add_ps(_mm512_shuffle_f32x4(z[0], z[1], 0x88),
-                         _mm512_shuffle_f32x4(z[0], z[1], 0xdd));
+        z[i] = ADD(_mm512_shuffle_i32x4(y[2 * i], y[2 * i + 1], 0x88),
+                   _mm512_shuffle_i32x4(y[2 * i], y[2 * i + 1], 0xdd));
+    const __m512i found =
+        ADD(_mm512_shuffle_i32x4(z[0], z[1], 0x88), _mm512_shuffle_i32x4(z[0], z[1], 0xdd));
+    return whole ? _mm512_cvtepi32_ps(found) : _mm512_castsi512_ps(found);
 }
 
 /* Rows of queries of one head meet the keys low..high (multiples of 16) of a packed block; row i
@@ -439,17 +440,18 @@ INLINE float longest_key(int64_t n, const int64_t words, const uint32_t *keys) {
 INLINE float longest_row(int64_t n, const int64_t words, const char *rows, int64_t bytes) {
     __m512i found = _mm512_setzero_si512();
     for (int64_t j = 0; j < n; j += 16) {
-        __m512 sum[16];
+        __m512i sum[16];
 #pragma GCC unroll 16
         for (int i = 0; i < 16; i++) {
             const char *row = rows + least(j + i, n - 1) * bytes;
-            sum[i] = _mm512_setzero_ps();
+            __m512 own = _mm512_setzero_ps();
             for (int64_t w = 0; w < words; w += 16) {
                 const __m512i x = _mm512_loadu_si512(row + 4 * w);
-                sum[i] = multiply_add(0, x, x, sum[i]);
+                own = multiply_add(0, x, x, own);
             }
+            sum[i] = _mm512_castps_si512(own);
         }
-        found = _mm512_max_epu32(found, _mm512_castps_si512(sums_of(sum)));
+        found = _mm512_max_epu32(found, _mm512_castps_si512(sums_of(0, sum)));
     }
     return largest(found);
 }
@@ -717,53 +719,82 @@ const char *attend(const Call *c, const Source *sources, int64_t source_count, c
 
 /* ---- step ---- */
 
-/* The scores of one query with up to 16 keys, capped where there is a cap; those behind n are
- * hidden. bytes: of a row's stride. Slow reading: `scores`. */
-INLINE void score(const int wide, const int64_t words, const char *q, const char *k, int64_t bytes,
-                  int64_t n, float scale, float cap, float *to) {
-    __m512 sum[16];
-#pragma GCC unroll 16
-    for (int i = 0; i < 16; i++) sum[i] = _mm512_setzero_ps();
-    for (int64_t w = 0; w < words; w += 16) {
-        const __m512i x = _mm512_loadu_si512(q + 4 * w);
-#pragma GCC unroll 16
-        for (int i = 0; i < 16; i++) /* a row that is not there is read as the first */
-            sum[i] = multiply_add(wide, x, _mm512_loadu_si512(k + (i < n ? i : 0) * bytes + 4 * w),
-                                  sum[i]);
-    }
-    _mm512_storeu_ps(to, sums_of(sum));
-    if (cap > 0.0f) cap_scores(to, 16, scale, cap);
-    if (n < 16) hide(to, 0, 0, n, -INFINITY);
+/* A register of a key, as a query's is: float32, pairs of bfloat16, or of 8 bits whole numbers of
+ * 16. Slow reading: `torch.Tensor.float`. */
+INLINE __m512i key_at(const int wide, const int eight, const char *row, int64_t d) {
+    if (!eight) return _mm512_loadu_si512(row + d * (wide ? 4 : 2));
+    if (wide) return _mm512_castps_si512(numbers16(row + d));
+    return _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i *)(row + d)));
 }
 
-/* The same with keys in 8 bits. Of bfloat16, q is told as numbers of 16 bits and `by`, their scale.
- * Slow reading: `scores`. */
-INLINE void score_8(const int wide, const int64_t width, const char *q, float by, const char *k,
-                    int64_t bytes, int64_t n, float scale, float cap, float *to) {
-    __m512 sum[16];
-    __m512i whole[16];
+/* Scores of up to 16 keys with up to 4 heads that share them, so that a key is read once for all:
+ * a row of `to_row` for each head. What stands behind n means nothing. Of keys in 8 bits: `by` the
+ * heads' scales; of bfloat16, q is numbers of 16 bits, and sums are whole. bytes: of a key's
+ * stride, q_head: from head to head. Slow reading: `scores`. */
+INLINE void score(const int wide, const int eight, const int heads, const int64_t width,
+                  const char *q, int64_t q_head, const float *by, const char *k, int64_t bytes,
+                  int64_t n, const char *const coming[2], float *to, int64_t to_row) {
+    const int keys = 16 / heads, whole = eight && !wide;
+    int64_t fetched = 0;
+    float found[16] __attribute__((aligned(64))), scales[16] __attribute__((aligned(64)));
+    for (int first = 0; first < 16; first += keys) {
+        const char *row[16];
+        __m512i sum[16];
 #pragma GCC unroll 16
-    for (int i = 0; i < 16; i++) sum[i] = _mm512_setzero_ps(), whole[i] = _mm512_setzero_si512();
-    for (int64_t d = 0; d < width; d += wide ? 16 : 32) {
-        const __m512i x = _mm512_loadu_si512(q + d * (wide ? 4 : 2));
+        for (int i = 0; i < keys; i++) /* one that is not there is read as the last */
+            row[i] = k + least(first + i, n - 1) * bytes;
 #pragma GCC unroll 16
-        for (int i = 0; i < 16; i++) {
-            const char *row = k + (i < n ? i : 0) * bytes + d;
-            if (wide) sum[i] = _mm512_fmadd_ps(_mm512_castsi512_ps(x), numbers16(row), sum[i]);
-            else {
-                const __m512i y = _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i *)row));
-                whole[i] = _mm512_add_epi32(whole[i], _mm512_madd_epi16(x, y));
+        for (int i = 0; i < 16; i++) sum[i] = _mm512_setzero_si512();
+        for (int64_t d = 0; d < width; d += wide ? 16 : 32) {
+            __m512i x[4];
+#pragma GCC unroll 4
+            for (int h = 0; h < heads; h++)
+                x[h] = _mm512_loadu_si512(q + h * q_head + d * (wide ? 4 : 2));
+#pragma GCC unroll 16
+            for (int i = 0; i < keys; i++) {
+                const __m512i y = key_at(wide, eight, row[i], d);
+                if (coming) {
+                    _mm_prefetch(coming[0] + fetched, _MM_HINT_T0);
+                    _mm_prefetch(coming[1] + fetched, _MM_HINT_T0);
+                    fetched += whole ? 32 : eight ? 16 : 64;
+                }
+#pragma GCC unroll 4
+                for (int h = 0; h < heads; h++) {
+                    __m512i *at = &sum[h * keys + i];
+                    *at = whole ? _mm512_add_epi32(*at, _mm512_madd_epi16(x[h], y))
+                                : _mm512_castps_si512(
+                                      multiply_add(wide, x[h], y, _mm512_castsi512_ps(*at)));
+                }
             }
         }
-    }
+        __m512 sums = sums_of(whole, sum);
+        if (eight) {
 #pragma GCC unroll 16
-    for (int i = 0; i < 16; i++) {
-        const __m512 times = _mm512_set1_ps(scale_at(k + (i < n ? i : 0) * bytes + width));
-        sum[i] = _mm512_mul_ps(wide ? sum[i] : _mm512_cvtepi32_ps(whole[i]), times);
+            for (int i = 0; i < 16; i++) scales[i] = by[i / keys] * scale_at(row[i % keys] + width);
+            sums = _mm512_mul_ps(sums, _mm512_load_ps(scales));
+        }
+        _mm512_store_ps(found, sums);
+#pragma GCC unroll 4
+        for (int h = 0; h < heads; h++)
+            memcpy(to + h * to_row + first, found + h * keys, keys * sizeof(float));
     }
-    _mm512_storeu_ps(to, _mm512_mul_ps(sums_of(sum), _mm512_set1_ps(by)));
-    if (cap > 0.0f) cap_scores(to, 16, scale, cap);
-    if (n < 16) hide(to, 0, 0, n, -INFINITY);
+}
+
+/* The same of all heads of a group. Slow reading: `scores`. */
+INLINE void score_group(const int wide, const int eight, const int64_t width, int64_t heads,
+                        const char *q, int64_t q_head, const float *by, const char *k,
+                        int64_t bytes, int64_t n, const char *const coming[2], float *to,
+                        int64_t to_row) {
+    for (int64_t h = 0; h < heads;) {
+        const int64_t some = heads - h >= 4 ? 4 : heads - h >= 2 ? 2 : 1;
+#define SCORE(H) \
+    case H: \
+        score(wide, eight, H, width, q + h * q_head, q_head, by + h, k, bytes, n, coming, \
+              to + h * to_row, to_row); \
+        break;
+        switch (some) { SCORE(4) SCORE(2) SCORE(1) }
+        h += some;
+    }
 }
 
 /* 32 values: of bfloat16 the even ones and the odd ones, else in their order. Slow reading:
@@ -801,11 +832,11 @@ INLINE void gather(const int wide, const int eight, const int64_t width, const f
 }
 
 /* The same of up to 4 heads that share values, 64 elements at a time (`blocks`: 2) or 32: so many
- * sums at once that none waits for the one before. weights: a row of STRIDE for each head. scales:
- * where those of values in 8 bits begin. Slow reading: `weigh`. */
+ * sums at once that none waits for the one before. weights: a row of STRIDE for each head, times
+ * the scales of values in 8 bits. Slow reading: `weigh`. */
 INLINE void gather_heads(const int wide, const int eight, const int heads, const int blocks,
-                         const float *weights, const char *v, const char *scales, int64_t bytes,
-                         int64_t n, const float *factors, float *sums, int64_t sums_row) {
+                         const float *weights, const char *v, int64_t bytes, int64_t n,
+                         const float *factors, float *sums, int64_t sums_row) {
     __m512 a[4][2], b[4][2];
 #pragma GCC unroll 4
     for (int h = 0; h < heads; h++)
@@ -818,9 +849,7 @@ INLINE void gather_heads(const int wide, const int eight, const int heads, const
     for (int64_t j = 0; j < n; j++) {
         __m512 weight[4];
 #pragma GCC unroll 4
-        for (int h = 0; h < heads; h++)
-            weight[h] = _mm512_set1_ps(weights[h * STRIDE + j] *
-                                       (eight ? scale_at(scales + j * bytes) : 1.0f));
+        for (int h = 0; h < heads; h++) weight[h] = _mm512_set1_ps(weights[h * STRIDE + j]);
 #pragma GCC unroll 2
         for (int d = 0; d < blocks; d++) {
             __m512 even, odd;
@@ -841,23 +870,24 @@ INLINE void gather_heads(const int wide, const int eight, const int heads, const
         }
 }
 
-/* The same of all heads of a group. Slow reading: `weigh`. */
+/* The same of all heads of a group; weights: told times the scales of values in 8 bits here. Slow
+ * reading: `weigh`. */
 INLINE void gather_group(const int wide, const int eight, const int64_t width, int64_t heads,
-                         const float *weights, const char *v, int64_t bytes, int64_t n,
+                         float *weights, const char *v, int64_t bytes, int64_t n,
                          const float *factors, float *sums) {
     const int64_t size = eight ? 1 : wide ? 4 : 2;
-    const char *scales = v + width;
+    for (int64_t j = 0; eight && j < n; j++) {
+        const float scale = scale_at(v + j * bytes + width);
+        for (int64_t h = 0; h < heads; h++) weights[h * STRIDE + j] *= scale;
+    }
     for (int64_t h = 0; h < heads;) {
         const int64_t some = heads - h >= 4 ? 4 : heads - h >= 2 ? 2 : 1;
         for (int64_t d = 0; d < width; d += 64) {
             const float *w = weights + h * STRIDE, *f = factors + h;
             float *to = sums + h * width + d;
 #define GATHER(H) \
-    case H: gather_heads(wide, eight, H, 2, w, v + d * size, scales, bytes, n, f, to, width); \
-        break; \
-    case 8 + H: \
-        gather_heads(wide, eight, H, 1, w, v + d * size, scales, bytes, n, f, to, width); \
-        break;
+    case H: gather_heads(wide, eight, H, 2, w, v + d * size, bytes, n, f, to, width); break; \
+    case 8 + H: gather_heads(wide, eight, H, 1, w, v + d * size, bytes, n, f, to, width); break;
             switch (some + (width - d < 64 ? 8 : 0)) { GATHER(4) GATHER(2) GATHER(1) }
         }
         h += some;
@@ -873,18 +903,17 @@ INLINE void in_order(const int wide, __m512 *a, __m512 *b) {
     *b = _mm512_permutex2var_ps(even, _mm512_add_epi32(low, _mm512_set1_epi32(8)), *b);
 }
 
-/* One sequence's query, all heads, over up to PART keys: sums (H, D), tops (H), totals (H). Head by
- * head nothing is a stream to the processor: each head fetches its share of the lines that are
- * wanted next, the values of these keys and the keys behind them, for all at once would wait for
- * each other. Slow reading: `_step`. */
+/* One sequence's query, all heads, over up to PART keys: sums (H, D), tops (H), totals (H). Group
+ * by group nothing is a stream to the processor: each fetches its share of the rows that are wanted
+ * next, the values of these keys and the keys behind them, for all at once would wait for each
+ * other. Slow reading: `_step`. */
 INLINE void step_part(const int wide, const int eight, const int64_t width, const Step *c,
                       const char *q, const char *k, const char *v, int64_t k_bytes, int64_t v_bytes,
                       int64_t count, float *sums) {
     float s[HEADS][STRIDE] __attribute__((aligned(64))), factors[HEADS], by[HEADS];
     int16_t told[HEADS * WIDEST];
     const int64_t size = wide ? 4 : 2, ratio = c->heads / c->groups,
-                  head = eight ? width + SCALE : width * size, whole = c->groups * head,
-                  share = (16 * whole / 64 + c->heads - 1) / c->heads;
+                  head = eight ? width + SCALE : width * size;
     float *tops = sums + c->heads * width, *totals = tops + c->heads;
     memset(sums, 0, sizeof(float) * c->heads * width);
     for (int64_t h = 0; h < c->heads; h++) tops[h] = -INFINITY, totals[h] = 0.0f, by[h] = 1.0f;
@@ -894,24 +923,20 @@ INLINE void step_part(const int wide, const int eight, const int64_t width, cons
     }
     for (int64_t at = 0; at < count; at += STRIDE) {
         const int64_t n = least(STRIDE, count - at);
-        for (int64_t j = 0; j < n; j += 16) {
-            for (int64_t h = 0; h < c->heads; h++) {
-                for (int64_t line = h * share; line < (h + 1) * share; line++) {
-                    const int64_t row = at + j + line * 64 / whole, b = line * 64 % whole;
-                    _mm_prefetch(v + row * v_bytes + b, _MM_HINT_T0);
-                    _mm_prefetch(k + (row + 16) * k_bytes + b, _MM_HINT_T0);
-                }
-                const char *keys = k + (at + j) * k_bytes + h / ratio * head;
-                if (eight)
-                    score_8(wide, width, q + h * width * size, by[h], keys, k_bytes, n - j,
-                            c->scale, c->cap, &s[h][j]);
-                else
-                    score(wide, width * size / 4, q + h * width * size, keys, k_bytes, n - j,
-                          c->scale, c->cap, &s[h][j]);
+        for (int64_t j = 0; j < n; j += 16)
+            for (int64_t g = 0; g < c->groups; g++) {
+                const int64_t part = 16 * g * head;
+                const char *const coming[2] = { k + (at + j + NEXT) * k_bytes + part,
+                                                v + (at + j) * v_bytes + part };
+                score_group(wide, eight, width, ratio, q + g * ratio * width * size, width * size,
+                            by + g * ratio, k + (at + j) * k_bytes + g * head, k_bytes, n - j,
+                            coming, &s[g * ratio][j], STRIDE);
             }
-        }
-        for (int64_t h = 0; h < c->heads; h++)
+        for (int64_t h = 0; h < c->heads; h++) {
+            if (c->cap > 0.0f) cap_scores(s[h], (n + 15) & ~15, c->scale, c->cap);
+            if (n % 16) hide(s[h] + (n & ~15), 0, 0, n % 16, -INFINITY);
             factors[h] = soften(wide, 0, s[h], (n + 15) & ~15, c->scale, tops + h, totals + h);
+        }
         for (int64_t g = 0; g < c->groups; g++)
             gather_group(wide, eight, width, ratio, s[g * ratio], v + at * v_bytes + g * head,
                          v_bytes, n, factors + g * ratio, sums + g * ratio * width);
@@ -1260,7 +1285,7 @@ INLINE void choose_rows(const int wide, const int64_t width, const Choice *c, co
         }
 }
 
-/* One query, the heads of a group, meets `count` runs of up to 16 keys. by: as of `score_8`. Slow
+/* One query, the heads of a group, meets `count` runs of up to 16 keys. by: as of `score`. Slow
  * reading: `_answer`. */
 INLINE void meet(const int wide, const int eight, const int64_t width, const Choice *c,
                  const Source *source, const char *q, int64_t q_head, const float *by,
@@ -1275,13 +1300,11 @@ INLINE void meet(const int wide, const int eight, const int64_t width, const Cho
     const char *k = source->k.at + group * source->k.head * size,
                *v = source->v.at + group * source->v.head * size;
     for (int64_t h = 0; h < ratio; h++, q += q_head) {
-        for (int64_t i = 0; i < count; i++)
-            if (eight)
-                score_8(wide, width, q, by[h], k + at[i] * k_row, k_row, n[i], 0.0f, 0.0f,
-                        s + 16 * i);
-            else
-                score(wide, width * size / 4, q, k + at[i] * k_row, k_row, n[i], 0.0f, 0.0f,
-                      s + 16 * i);
+        for (int64_t i = 0; i < count; i++) {
+            score(wide, eight, 1, width, q, 0, by + h, k + at[i] * k_row, k_row, n[i], 0,
+                  s + 16 * i, 16);
+            hide(s + 16 * i, 0, 0, n[i], -INFINITY);
+        }
         const float factor = soften(wide, 0, s, 16 * count, c->scale, tops + h, totals + h);
         for (int64_t i = 0; i < count; i++)
             gather(wide, eight, width, s + 16 * i, v + at[i] * v_row, v_row, n[i],

@@ -56,8 +56,8 @@ const int64_t layer_layout[] = {
 #include "simd.h"
 #include "team.h"
 
-#define MOST (1 << 20) /* elements of a row, at most */
-#define ALONE 32       /* rows up to which other threads are not worth waking */
+#define MOST (1 << 20)  /* elements of a row, at most */
+#define ALONE (1 << 16) /* elements up to which other threads are not worth waking */
 
 /* Slow reading: `torch.mul`. */
 INLINE __m512 scaled(const int wide, __m512 x, __m512 by, const char *weight, int64_t j) {
@@ -124,7 +124,7 @@ const char *norm(const View *x, const char *weight, int64_t weight_bytes, float 
     REQUIRE(is_room(weight, weight_bytes, width, size) &&
                 is_room(out, out_bytes, rows * width, size),
             "weight must hold a row, out all of them");
-#pragma omp parallel for schedule(static) num_threads(rows > ALONE ? threads : 1)
+#pragma omp parallel for schedule(static) num_threads(rows *width > ALONE ? threads : 1)
     for (int64_t i = 0; i < rows; i++) {
         const char *from = x->at + i * x->row * size;
         char *to = out + i * width * size;
@@ -151,7 +151,7 @@ const char *turn(const View *x, const char *weights, int64_t weights_bytes, int6
             "weights must hold (heads, width)");
     REQUIRE(is_room(out, out_bytes, rows * heads * width, size),
             "out must hold (tokens, heads, width)");
-#pragma omp parallel for schedule(static) num_threads(rows > ALONE ? threads : 1)
+#pragma omp parallel for schedule(static) num_threads(rows * heads * width > ALONE ? threads : 1)
     for (int64_t i = 0; i < rows; i++)
         for (int64_t h = 0; h < heads; h++) {
             const char *from = x->at + (i * x->row + h * width) * size,
@@ -171,7 +171,7 @@ const char *gate(const View *x, char *out, int64_t out_bytes, int wide, int thre
                 threads >= 1,
             "x must be rows of twice a multiple of 16 elements");
     REQUIRE(is_room(out, out_bytes, rows * width, size), "out must hold (tokens, half a row)");
-#pragma omp parallel for schedule(static) num_threads(rows > ALONE ? threads : 1)
+#pragma omp parallel for schedule(static) num_threads(rows *width > ALONE ? threads : 1)
     for (int64_t i = 0; i < rows; i++) {
         const char *from = x->at + i * x->row * size;
         char *to = out + i * width * size;
@@ -494,28 +494,42 @@ const char *multiply(const View *x, const char *matrix, int64_t matrix_bytes, in
     return 0;
 }
 
+typedef struct { /* what `look_up` was given */
+    const int64_t *ids;
+    const char *matrix;
+    char *out;
+    int64_t count, width;
+} Looking;
+
+/* Slow reading: `functional.embedding`. */
+static void rows_of(const void *given, uint64_t call) {
+    const Looking *c = given;
+    const int64_t width = c->width;
+    for (int64_t i; (i = take(call, 0, c->count)) >= 0; give(call, 0)) {
+        const char *from =
+            c->matrix + c->ids[i] / COLUMNS * block_bytes(16, width) + c->ids[i] % COLUMNS * 4;
+        for (int64_t w = 0; w < width / 2; w++)
+            memcpy(c->out + (i * width / 2 + w) * 4, from + w * COLUMNS * 4, 4);
+    }
+    await(call, 0, c->count);
+}
+
 /* Rows, by their numbers (count), of a packed matrix (outputs, width) of 16 bits: (count, width),
  * tight. Slow reading: `functional.embedding`. */
 const char *look_up(const char *ids, int64_t ids_bytes, int64_t count, const char *matrix,
                     int64_t matrix_bytes, int64_t outputs, int64_t width, char *out,
                     int64_t out_bytes, int threads) {
-    REQUIRE(within(count, 0, FAR) && within(width, 2, MOST) && width % 2 == 0 &&
+    REQUIRE(within(count, 0, PIECES - 1) && within(width, 2, MOST) && width % 2 == 0 &&
                 within(outputs, 1, MOST) && within(threads, 1, MOST),
             "there must be threads, and rows of an even width");
     REQUIRE(is_room(ids, ids_bytes, count, 8), "ids must be 64 bits wide");
     REQUIRE(is_room(matrix, matrix_bytes, packed_bytes(16, outputs, width), 1),
             "matrix must hold its numbers");
     REQUIRE(is_room(out, out_bytes, count * width, 2), "out must hold (ids, width)");
-    const int64_t *numbers = (const int64_t *)ids;
+    const Looking told = { (const int64_t *)ids, matrix, out, count, width };
     for (int64_t i = 0; i < count; i++)
-        REQUIRE(within(numbers[i], 0, outputs - 1), "an id must be the number of a row");
-#pragma omp parallel for schedule(static) num_threads(count > ALONE ? threads : 1)
-    for (int64_t i = 0; i < count; i++) {
-        const char *from =
-            matrix + numbers[i] / COLUMNS * block_bytes(16, width) + numbers[i] % COLUMNS * 4;
-        for (int64_t w = 0; w < width / 2; w++)
-            memcpy(out + (i * width / 2 + w) * 4, from + w * COLUMNS * 4, 4);
-    }
+        REQUIRE(within(told.ids[i], 0, outputs - 1), "an id must be the number of a row");
+    together(rows_of, &told, sizeof told, count * width > ALONE / 16 ? threads : 1);
     return 0;
 }
 

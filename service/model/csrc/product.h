@@ -12,6 +12,9 @@
 #define GROUP 64   /* inputs that share a scale */
 #define PANEL 96   /* rows for which a group is unpacked once */
 #define STEPS (GROUP / 2)
+#define CHUNK \
+    128 /* inputs that all rows of a panel meet before the next ones, where numbers are of 16 bits \
+         */
 #define SCALES (COLUMNS * 2) /* bytes */
 #define AHEAD 4096           /* bytes: the processor's own prefetching ends with a page */
 
@@ -45,6 +48,13 @@ INLINE int64_t packed_bytes(int64_t bits, int64_t outputs, int64_t inputs) {
 }
 
 INLINE int64_t panels_of(int64_t rows) { return (rows + PANEL - 1) / PANEL; }
+
+/* A panel's rows by tiles, in each as many but for one: a short one would wait for its own sums. */
+INLINE int64_t tiles_of(int64_t rows) { return (rows + TILE - 1) / TILE; }
+
+INLINE int64_t tile_rows(int64_t rows, int64_t tiles, int64_t tile) {
+    return rows / tiles + (tile < rows % tiles);
+}
 
 /* Slow reading: `torch.Tensor.bfloat16`. */
 INLINE __m512 rounded16(__m512 x) {
@@ -145,8 +155,11 @@ INLINE void panel_products(const int bits, int64_t rows, const char *x, int64_t 
         for (int j = 0; j < 4; j++)
             _mm512_store_si512(words + SCALES + s * COLUMNS * 4 + 64 * j, y[j]);
     }
-    for (int64_t i = 0; i < rows; i += TILE)
-        group_products(16, least(TILE, rows - i), x + i * row * 2, row, words, sums + i);
+    const int64_t tiles = tiles_of(rows);
+    for (int64_t t = 0, i = 0, some; t < tiles; t++, i += some) {
+        some = tile_rows(rows, tiles, t);
+        group_products(16, some, x + i * row * 2, row, words, sums + i);
+    }
 }
 
 /* All groups of 64 columns. Slow reading: `functional.linear`. */
@@ -158,6 +171,59 @@ INLINE void groups_products(const int bits, int64_t rows, const char *x, int64_t
         else panel_products(bits, rows, x + k * 2, row, block, sums);
 }
 
+/* sums (rows, 64) += x numbers over some steps of 16 bits. coming: what is fetched meanwhile, two
+ * lines a step, or null: all at once would wait for each other. Slow reading: `torch.addmm`. */
+INLINE void chunk_product(const int rows, int64_t steps, const char *x, int64_t row,
+                          const char *lines, const char *coming, float sums[][COLUMNS]) {
+    __m512 sum[TILE][4];
+#pragma GCC unroll 6
+    for (int i = 0; i < rows; i++)
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; j++) sum[i][j] = _mm512_load_ps(&sums[i][16 * j]);
+    for (int64_t s = 0; s < steps; s++) {
+        __m512i y[4];
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; j++) y[j] = _mm512_loadu_si512(lines + s * COLUMNS * 4 + 64 * j);
+        if (coming) {
+            _mm_prefetch(coming + s * 128, _MM_HINT_T0);
+            _mm_prefetch(coming + s * 128 + 64, _MM_HINT_T0);
+        }
+#pragma GCC unroll 6
+        for (int i = 0; i < rows; i++) {
+            const __m512i pair = _mm512_set1_epi32(word(x + i * row * 2 + s * 4));
+#pragma GCC unroll 4
+            for (int j = 0; j < 4; j++) sum[i][j] = multiply_add(0, pair, y[j], sum[i][j]);
+        }
+    }
+#pragma GCC unroll 6
+    for (int i = 0; i < rows; i++)
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; j++) _mm512_store_ps(&sums[i][16 * j], sum[i][j]);
+}
+
+/* 64 columns of 16 bits for a panel of several tiles: each line is read from memory once, and while
+ * a chunk is met, the first two tiles fetch the next. Slow reading: `functional.linear`. */
+INLINE void chunks_products(int64_t rows, const char *x, int64_t row, int64_t inputs,
+                            const char *block, float sums[][COLUMNS]) {
+    const int64_t tiles = tiles_of(rows);
+    memset(sums, 0, (size_t)rows * sizeof sums[0]);
+    for (int64_t k = 0; k < inputs; k += CHUNK) {
+        const int64_t steps = least(CHUNK, inputs - k) / 2;
+        const char *lines = block + k * COLUMNS * 2, *next = lines + steps * COLUMNS * 4;
+        for (int64_t t = 0, i = 0, some; t < tiles; t++, i += some) {
+            const char *coming = t < 2 && k + CHUNK < inputs ? next + t * steps * 128 : 0,
+                       *from = x + (i * row + k) * 2;
+            some = tile_rows(rows, tiles, t);
+#define CHUNK_PRODUCT(R) \
+    case R: \
+        if (coming) chunk_product(R, steps, from, row, lines, coming, sums + i); \
+        else chunk_product(R, steps, from, row, lines, 0, sums + i); \
+        break;
+            switch (some) { CHUNK_PRODUCT(6) CHUNK_PRODUCT(5) CHUNK_PRODUCT(4) CHUNK_PRODUCT(3) }
+        }
+    }
+}
+
 /* Up to PANEL rows of x times 64 columns of a packed matrix. Slow reading: `functional.linear`. */
 static __attribute__((noinline)) void piece(int64_t bits, int64_t rows, const char *x, int64_t row,
                                             int64_t inputs, const char *matrix, int64_t block,
@@ -165,8 +231,8 @@ static __attribute__((noinline)) void piece(int64_t bits, int64_t rows, const ch
     const char *at = matrix + block * block_bytes(bits, inputs);
     if (bits == 8) groups_products(8, rows, x, row, inputs, at, sums);
     else if (bits == 4) groups_products(4, rows, x, row, inputs, at, sums);
+    else if (rows > TILE) chunks_products(rows, x, row, inputs, at, sums);
     else
-        for (int64_t i = 0; i < rows; i += TILE)
-            tile_products(0, least(TILE, rows - i), COLUMNS, inputs / 2, x + i * row * 2, row * 2,
-                          4, (const uint32_t *)at, COLUMNS, sums[i], COLUMNS, 0);
+        tile_products(0, rows, COLUMNS, inputs / 2, x, row * 2, 4, (const uint32_t *)at, COLUMNS,
+                      sums[0], COLUMNS, 0);
 }
