@@ -66,7 +66,7 @@ class EngineConfig(Settings):
     max_sequences: int = Field(default=64, gt=0)  # that hold state at once, each of `n` samples counted
     max_waiting_requests: int = Field(default=256, gt=0)  # beyond it 429
     max_waiting_tokens: int = Field(default=1_048_576, gt=0)  # beyond it 429
-    chunk_tokens: int = Field(default=512, ge=16)  # of a prompt that pass through a layer at once; of texts, 4 times it
+    chunk_tokens: int = Field(default=512, ge=16)  # of a prompt that pass a layer at once; of an encoder's texts 4 times it
     slice_seconds: float = Field(default=0.001, gt=0)  # of prefill before running streams get their turn
     decode_share: float = Field(default=0.5, ge=0, lt=1)  # of the time, for running streams while prompts wait
     patience: float = Field(default=4, gt=0)  # wait, in its own predicted seconds, after which none may overtake it

@@ -79,7 +79,7 @@ class Lane:
     @property
     def is_whole(self) -> bool:
         """Whether texts are read whole, and nothing is kept of them: the model is an encoder."""
-        return self.backend.state_bytes(1) == 0
+        return self.pool.slot_bytes(1) == 0
 
     def refusal(self) -> Withdrawn:
         """What callers are told while it is withdrawn."""

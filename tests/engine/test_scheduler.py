@@ -205,7 +205,7 @@ def test_short_prompts_share_a_step_when_they_may() -> None:
 
 def test_an_encoder_reads_more_texts_in_a_step_than_a_decoder_embeds() -> None:
     members = list[int]()
-    for lane in (LANE, Lane("dense", whole(DENSE), COURSE, whole(DENSE).new_pool(2, BUDGET))):
+    for lane in (LANE, Lane("dense", DENSE, COURSE, whole(DENSE).new_pool(2, BUDGET))):
         scheduler = make_scheduler()
         scheduler.waiting = [make_job(CHUNK // 2, kind="embedding") for _ in range(3 * ENCODED)]
         for job in scheduler.waiting:
