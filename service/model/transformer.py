@@ -455,10 +455,10 @@ class Transformer(nn.Module):
         looking = 9 * tokens * config.hidden_size if self.embed.quantized else 0  # int8, float32, and that scaled
         return max(width * (turning + wide), width * attending + attention, width * (feeding + wide), looking) + reading
 
-    def _apply(self, *args: Any) -> Self:
+    def _apply(self, *args: Any, **more: Any) -> Self:
         """Where `to` and its like come through."""
         self._turns = None
-        moved: Self = super()._apply(*args)  # type: ignore[no-untyped-call]
+        moved: Self = super()._apply(*args, **more)  # type: ignore[no-untyped-call]
         return moved
 
     def turns_by_layer(self, positions: Tensor, totals: Tensor | None = None) -> list[Turns | None]:

@@ -26,7 +26,7 @@ class Caller:
 async def test_what_a_slow_reader_leaves_is_joined_and_nothing_is_lost() -> None:
     answers = [Answer(lambda: None), Answer(lambda: None)]
     waiting = iter(answers)
-    host: Any = SimpleNamespace(engine=SimpleNamespace(submit=lambda request: next(waiting)))
+    host: Any = SimpleNamespace(engine=SimpleNamespace(submit=lambda _: next(waiting), check_together=lambda _: None))
     requests: list[Any] = [Request("r", "completion", [1]) for _ in answers]
     caller: Any = Caller()
     async with merged(host, requests, caller) as running:
