@@ -99,6 +99,16 @@ INLINE void line(const int bits, const char *group, int64_t s, __m512i y[4]) {
                    : (__m512i)_mm512_cvtne2ps_pbh(bytes16(at + 32 * j + 16), bytes16(at + 32 * j));
 }
 
+/* sum (rows, 64) += x numbers over a step, whose line is y. Slow reading: `torch.addmm`. */
+INLINE void meet(const int rows, const char *x, int64_t row, const __m512i y[4], __m512 sum[][4]) {
+#pragma GCC unroll 6
+    for (int i = 0; i < rows; i++) {
+        const __m512i pair = _mm512_set1_epi32(word(x + i * row * 2));
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; j++) sum[i][j] = multiply_add(0, pair, y[j], sum[i][j]);
+    }
+}
+
 /* sums (rows, 64) += scales * (x numbers) over a group. 16 bits: of a group that is unpacked, its
  * scales before it. Slow reading: `torch.addmm`. */
 INLINE void group_product(const int bits, const int rows, const char *x, int64_t row,
@@ -113,12 +123,7 @@ INLINE void group_product(const int bits, const int rows, const char *x, int64_t
         line(bits, group, s, y);
         for (int j = 0; bits != 16 && j < bits / 4; j++)
             _mm_prefetch(group + AHEAD + s * COLUMNS * 2 * bits / 8 + 64 * j, _MM_HINT_T0);
-#pragma GCC unroll 6
-        for (int i = 0; i < rows; i++) {
-            const __m512i pair = _mm512_set1_epi32(word(x + i * row * 2 + s * 4));
-#pragma GCC unroll 4
-            for (int j = 0; j < 4; j++) sum[i][j] = multiply_add(0, pair, y[j], sum[i][j]);
-        }
+        meet(rows, x + s * 4, row, y, sum);
     }
 #pragma GCC unroll 4
     for (int j = 0; j < 4; j++) {
@@ -188,12 +193,7 @@ INLINE void chunk_product(const int rows, int64_t steps, const char *x, int64_t 
             _mm_prefetch(coming + s * 128, _MM_HINT_T0);
             _mm_prefetch(coming + s * 128 + 64, _MM_HINT_T0);
         }
-#pragma GCC unroll 6
-        for (int i = 0; i < rows; i++) {
-            const __m512i pair = _mm512_set1_epi32(word(x + i * row * 2 + s * 4));
-#pragma GCC unroll 4
-            for (int j = 0; j < 4; j++) sum[i][j] = multiply_add(0, pair, y[j], sum[i][j]);
-        }
+        meet(rows, x + s * 4, row, y, sum);
     }
 #pragma GCC unroll 6
     for (int i = 0; i < rows; i++)
