@@ -86,7 +86,7 @@ def create_app(host: Host, keys: Sequence[str] = (), echoes_request_id: bool = T
     """
     app = FastAPI(
         title="Longserve",
-        description="Long inputs under switchable attention. A field that is not known is passed over, but for slips of known ones.",
+        description="Long inputs under switchable attention. A field that is not known is passed over, unless it is a slip.",
         docs_url=None,
         redoc_url=None,
         redirect_slashes=False,
