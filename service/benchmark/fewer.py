@@ -29,6 +29,7 @@ from safetensors.torch import load_file
 
 import attention
 from service.benchmark.bare import BACKENDS, CHUNK, report
+from service.machine import trim
 from service.model import checkpoint, families
 from service.model.checkpoint import EMBEDDED
 from service.model.continuation import Continuation
@@ -68,7 +69,7 @@ def measure_weights(lengths: Sequence[int]) -> dict[str, dict[str, float]]:
             if is_short or weights == "int8":
                 contestants[f"{weights}, kv int8"] = partial(Ours, directory, weights, max(lengths), kv="int8")
             if has_peer():
-                contestants |= peers(directory, kind, max(lengths), (False, True) if is_short else (True,))
+                contestants |= peers(directory, kind, max(lengths))
         if not has_peer():
             print("llama.cpp: not installed (pip install llama-cpp-python gguf), left out")
         made = {name: make() for name, make in contestants.items()} | {"transformers bf16": Reference(directory)}
@@ -101,6 +102,7 @@ def read_in_turns(made: Mapping[str, Contestant], length: int) -> dict[str, floa
     for end in range(CHUNK, length + CHUNK, CHUNK):
         for name, each in made.items():
             seconds[name] += each.read(min(end, length))
+        trim()  # what transformers' growing caches leave of the heap never fits them again
     return seconds
 
 
@@ -234,13 +236,11 @@ def has_peer() -> bool:
     return all(importlib.util.find_spec(name) is not None for name in ("llama_cpp", "gguf"))
 
 
-def peers(
-    directory: Path, kind: str, longest: int, flash: Sequence[bool] = (False, True), texts: int = 1
-) -> dict[str, Callable[[], Theirs]]:
+def peers(directory: Path, kind: str, longest: int, texts: int = 1) -> dict[str, Callable[[], Theirs]]:
     """llama.cpp at some bits without its flash attention and with it: which is faster depends on the length."""
     return {
         f"llama.cpp {kind}{' flash' * is_flash}": partial(Theirs, directory, kind, longest, is_flash, texts)
-        for is_flash in flash
+        for is_flash in (False, True)
     }
 
 
