@@ -29,10 +29,11 @@ def test_openmetrics_is_answered_to_who_accepts_it_with_the_request_in_an_exempl
     assert {"request_id": "exemplary-0"} in [each.labels for each in found]
 
 
-def test_the_receipt_tells_reserved_and_measured_bytes_apart(service: Client) -> None:
-    texts = (list(range(first, first + 2999)) for first in range(1, 21))  # all new, so each is read whole; one is measured
-    asked = (service.complete(text, max_tokens=1) for text in texts)
-    reply = next(each for each in asked if each.json["longserve"]["measured_bytes"] is not None)
+async def test_the_receipt_tells_reserved_and_measured_bytes_apart() -> None:
+    replica = Replica(ServiceConfig(threads=1, engine=EngineConfig(memory_sample_share=1)))  # every step is measured
+    windowed = UserConfig(attention=AttentionConfig(default="sliding_window", backends={"sliding_window": {}}))
+    async with listening(replica, windowed) as url:
+        reply = await asyncio.to_thread(Client(url, replica).complete, list(range(1, 3000)), max_tokens=1)
     receipt = reply.json["longserve"]
     assert 0 < receipt["measured_bytes"] <= 1.1 * receipt["reserved_bytes"]
     assert reply.headers["x-longserve-measured-bytes"] == str(receipt["measured_bytes"])
