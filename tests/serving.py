@@ -159,3 +159,4 @@ def serving(file: Path, change: Callable[[Any], None], **kwargs: Any) -> Iterato
             except subprocess.TimeoutExpired:
                 process.kill()
         reader.join()
+        print("".join(lines))  # pytest shows it where the test fails
