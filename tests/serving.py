@@ -149,7 +149,7 @@ def serving(file: Path, change: Callable[[Any], None], **kwargs: Any) -> Iterato
     reader.start()
     try:
         started = eventually(lambda: any("curl" in line for line in lines) or process.poll() is not None, START_SECONDS)
-        assert started and process.poll() is None, "".join(lines)
+        assert started and process.poll() is None
         yield Service(f"http://127.0.0.1:{port}", None, LONG_SECONDS, file=file, process=process, lines=lines)
     finally:
         if process.poll() is None:

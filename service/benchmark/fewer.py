@@ -3,9 +3,9 @@
 The weights are random and the same for all. Ours in bfloat16, 8 and 4 bits, each also with keys and values in 8; llama.cpp's,
 where `llama_cpp` and `gguf` are installed, in BF16, Q8_0 and Q4_0, its own defaults else, on as many threads, without its flash
 attention and with it; transformers' in bfloat16. Of texts of more than `SHORT` tokens, since all states together would not fit
-24 GiB, no 4 bits, keys and values in 8 behind 8-bit weights only, and llama.cpp with its flash attention only. In turns, chunk
-by chunk, one process. A prefill is told beside its products, a decode step beside what the machine reads: the seconds of adding
-up as many bytes as it has weights and state.
+24 GiB, no 4 bits, and keys and values in 8 behind 8-bit weights only. In turns, chunk by chunk, one process. A prefill is told
+beside its products, a decode step beside what the machine reads: the seconds of adding up as many bytes as it has weights and
+state.
 """
 
 from __future__ import annotations
@@ -45,11 +45,11 @@ SHAPE = {
     "vocab_size": 151_936,
     "max_position_embeddings": 40_960,
 }
-PEERS = {"bf16": "BF16", "int8": "Q8_0", "int4": "Q4_0"}
+LONG_PEERS = {"bf16": "BF16", "int8": "Q8_0"}  # bits of ours and of theirs that read long texts, too
+PEERS = LONG_PEERS | {"int4": "Q4_0"}
+SHORT = 4096  # tokens of a text that all of them read
 STEPS = 16  # of decoding, at each length
 REPEATS = 3
-LONG_PEERS = {weights: PEERS[weights] for weights in ("bf16", "int8")}
-SHORT = 4096  # tokens of a text that all read in every way
 READ = 3072  # tokens that each reads at least, in whole texts
 ROUNDS = 2  # of steps, in turns
 MOST_READ = 2**28  # numbers that are summed up for the machine's rate: many times its caches
@@ -64,7 +64,7 @@ def measure_weights(lengths: Sequence[int]) -> dict[str, dict[str, float]]:
         write(directory, SHAPE)
         contestants: dict[str, Callable[[], Contestant]] = {}
         is_short = max(lengths) <= SHORT
-        for weights, kind in PEERS.items() if is_short else LONG_PEERS.items():
+        for weights, kind in (PEERS if is_short else LONG_PEERS).items():
             contestants[weights] = partial(Ours, directory, weights, max(lengths))
             if is_short or weights == "int8":
                 contestants[f"{weights}, kv int8"] = partial(Ours, directory, weights, max(lengths), kv="int8")
