@@ -25,6 +25,8 @@ ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",  # nothing of ours is reported to anybody
     # Ray's name for: this machine is a cluster of its own. Its node is 127.0.0.1 then, and all its daemons listen there only
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+    # Ray would start a second one of its own for whoever calls it after the end: a handle's poll that comes back just then does
+    "RAY_ENABLE_AUTO_CONNECT": "0",
     "RAY_DISABLE_DOCKER_CPU_WARNING": "1",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",  # three of these pass before a proxy that died is replaced; Ray's is 10
@@ -98,6 +100,7 @@ def running(file: ServeFile, cpus: int) -> Iterator[str]:
         keeps_logs = True
         raise
     finally:
+        logging.getLogger("asyncio").disabled = True  # a handle's poll that comes back from here on shows that it finds no Ray
         ray.shutdown()
         end_session(os.getpid(), END_SECONDS)
         if not keeps_logs:

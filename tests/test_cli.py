@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -24,6 +26,15 @@ def test_a_service_drains_although_nobody_reads_its_output(monkeypatch: pytest.M
     cli._drain(file, [])
     assert drained == [30.0]
     print("more", flush=True)  # as the interpreter flushes at its end
+
+
+def test_a_call_after_the_end_starts_no_ray_of_its_own(tmp_path: Path) -> None:
+    code = "from service import cluster\nimport ray\nray.put(1)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | {"RAY_TMPDIR": str(tmp_path)}, capture_output=True, text=True, timeout=60
+    )
+    assert "Ray has not been started" in done.stderr
+    assert list(tmp_path.iterdir()) == []
 
 
 def deployed(**args: object) -> dict[str, dict[str, object]]:
