@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
 import urllib.error
@@ -10,6 +11,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from service.config import ApplicationSection, ServeFile
+
+_DIRECTLY = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+"""To this machine, past whatever proxy the environment names."""
+
+ANSWER_CHARACTERS = 500  # of what answers, where it is told
 
 
 class Refused(Exception):
@@ -30,13 +36,28 @@ def ask(url: str, application: ApplicationSection, body: Mapping[str, Any] | Non
     headers = {"content-type": "application/json", **key_header(application)}
     request = urllib.request.Request(url, None if body is None else json.dumps(body).encode(), headers)
     try:
-        with urllib.request.urlopen(request, timeout=60) as response:
+        with _DIRECTLY.open(request, timeout=60) as response:
             return dict(json.load(response))
     except urllib.error.HTTPError as error:
-        told = error.read().decode(errors="replace")
-        raise Refused(f"{url} answered {error.code}: {told}") from error
+        told = " ".join(error.read().decode(errors="replace").split())
+        raise Refused(f"{url} answered {error.code}: {told[:ANSWER_CHARACTERS]}") from error
     except urllib.error.URLError as error:
         raise Refused(f"nothing answers at {url} ({error.reason}); longserve serve starts the service") from error
+    except TimeoutError as error:
+        raise Refused(f"{url} has not answered within 60 s") from error
+    except (OSError, http.client.HTTPException, ValueError, TypeError) as error:
+        raise Refused(f"{url} gives no answer as longserve would ({error!r}); http_options says where it listens") from error
+
+
+def ask_for(url: str, application: ApplicationSection, *keys: str) -> Any:
+    """What the JSON of a route holds at a path of keys. Raises Refused where it holds nothing there: it is another's."""
+    found: Any = ask(url, application)
+    try:
+        for key in keys:
+            found = found[key]
+    except (KeyError, TypeError) as error:
+        raise Refused(f"{url} tells no {'.'.join(keys)}, as longserve would; http_options says where it listens") from error
+    return found
 
 
 def key_header(application: ApplicationSection) -> dict[str, str]:
@@ -47,6 +68,6 @@ def key_header(application: ApplicationSection) -> dict[str, str]:
 
 
 def ray_address(file: ServeFile) -> str:
-    """Where the Ray of the service behind the file's address is: the service itself says it."""
+    """Where the Ray of the service behind the file's address is: the service itself says it. Raises Refused."""
     application = file.applications[0]
-    return str(ask(f"{base_url(file, application)}/info", application)["replica"]["ray_address"])
+    return str(ask_for(f"{base_url(file, application)}/info", application, "replica", "ray_address"))

@@ -2,7 +2,7 @@
 
 Terminals and supervisors signal a whole process group. Ray's daemons belong to the group of whoever starts Ray, and SIGTERM
 ends them at once, whatever is being answered. So `longserve serve` works in a child with a session of its own, which only
-hears what its parent passes on. Neither survives the other: a killed parent counts as SIGTERM for the child, and what a killed
+hears what its parent passes on. Neither survives the other: a killed parent counts as a signal for the child, and what a killed
 child leaves in its session the parent ends.
 """
 
@@ -15,16 +15,22 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from queue import Empty, SimpleQueue
+from types import FrameType
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+PASSED = signal.SIGINT  # whichever came: Ray makes SIGTERM its own as it starts, and as it ends lets it kill the process
+SAME_SIGNAL_SECONDS = 0.5  # a terminal and a wrapper may both pass on one Ctrl-C
 POLL_SECONDS = 0.02
 ORPHANS_SECONDS = 3.0  # in which what a killed child leaves may end by itself
 
 
-def run_in_own_session(work: Callable[[], int]) -> int:
+Handler = Callable[[int, FrameType | None], None]
+
+
+def run_in_own_session(work: Callable[[], int], handle: Handler) -> int:
     """The exit status of `work()`, which runs in a child; 128 plus a signal's number when that ended it, as shells tell it.
 
-    To be called before the process has threads: `fork` copies only the calling one.
+    `handle` is the child's handler of signals. To be called before the process has threads: `fork` copies only the calling one.
     """
     held = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # until both sides can handle them
     end, lifeline = os.pipe()
@@ -33,21 +39,33 @@ def run_in_own_session(work: Callable[[], int]) -> int:
         os.close(lifeline)
         os.setsid()
         threading.Thread(target=_end_with_parent, args=(end,), daemon=True).start()
+        catch(handle)
         signal.pthread_sigmask(signal.SIG_SETMASK, held)
-        return work()
+        try:
+            return work()
+        finally:
+            _ignore()
     os.close(end)
-    for number in heeded():
-        signal.signal(number, lambda received, _: _pass_on(child, received))
+    catch(lambda _, __: _send(child, PASSED))
     signal.pthread_sigmask(signal.SIG_SETMASK, held)
     _, status = os.waitpid(child, 0)
+    _ignore()
     end_session(child, ORPHANS_SECONDS)
     code = os.waitstatus_to_exitcode(status)
     return code if code >= 0 else 128 - code
 
 
-def heeded() -> list[signal.Signals]:
-    """The signals that end a service: all but a hang-up that the caller has switched off (nohup)."""
-    return [each for each in SIGNALS if each != signal.SIGHUP or signal.getsignal(each) != signal.SIG_IGN]
+def catch(handle: Handler) -> None:
+    """Have it handle the signals that end a service: all but a hang-up that the caller has switched off (nohup)."""
+    for number in SIGNALS:
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, handle)
+
+
+def _ignore() -> None:
+    """Let no signal change how this process ends: without a handler, which Python's own end takes away, it would kill."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def end_session(session: int, patience_seconds: float) -> None:
@@ -56,7 +74,7 @@ def end_session(session: int, patience_seconds: float) -> None:
     while members := [pid for pid in _others() if _session(pid) == session]:
         if time.monotonic() > deadline:
             for pid in members:
-                _pass_on(pid, signal.SIGKILL)
+                _send(pid, signal.SIGKILL)
         time.sleep(POLL_SECONDS)
 
 
@@ -74,14 +92,14 @@ def _session(pid: int) -> int | None:
     return None if state == "Z" else int(session)
 
 
-def _pass_on(pid: int, number: int) -> None:
+def _send(pid: int, number: int) -> None:
     with suppress(ProcessLookupError):
         os.kill(pid, number)
 
 
 def _end_with_parent(end: int) -> None:
     os.read(end, 1)  # nothing is ever written: it returns when the parent is no more
-    os.kill(os.getpid(), signal.SIGTERM)
+    os.kill(os.getpid(), PASSED)
 
 
 class Stopped:
@@ -108,3 +126,31 @@ class Stopped:
             with suppress(Empty):
                 self._told.get(timeout=timeout)
         return self._is_set
+
+
+class Signals:
+    """What signals ask of a service: while it starts, to end at once; while it serves, to drain, and the next, to end at once.
+
+    To end at once is a KeyboardInterrupt. It comes once, and none comes when all `is_over`: what ends a service must not be
+    broken off, for it would leave behind what it had not come to.
+    """
+
+    def __init__(self) -> None:
+        self.stopped = Stopped()
+        self.serves = False
+        self.is_over = False
+        self._first = 0.0
+
+    def handle(self, _: int, __: FrameType | None) -> None:
+        """The handler."""
+        if self.is_over:
+            return
+        if not self.stopped.is_set():
+            self._first = time.monotonic()
+            self.stopped.set()
+            if self.serves:
+                return
+        elif time.monotonic() - self._first < SAME_SIGNAL_SECONDS:
+            return
+        self.is_over = True
+        raise KeyboardInterrupt

@@ -15,22 +15,20 @@ import socket
 import sys
 import sysconfig
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import FrameType
-from typing import Any, get_args
+from typing import Any, BinaryIO, get_args
 
-from service.asking import Refused, ask, base_url, ray_address
+from service.asking import Refused, ask, ask_for, base_url, ray_address
 from service.capacity.command import add_arguments
 from service.capacity.command import run as run_on_paper
-from service.child import Stopped, heeded, run_in_own_session
+from service.child import Signals, run_in_own_session
 from service.config import ApplicationSection, ConfigError, ServeFile, ServiceConfig, admin_keys, api_keys, read
-from service.machine import available_cpus
+from service.machine import available_cpus, scratch_folder
 from service.model import files
 
 NICENESS = 5  # of an `apply`: its imports must not take the CPUs from those who are served
 READY_SECONDS = 5.0  # how long an application that runs may take to answer through the proxy
-SAME_SIGNAL_SECONDS = 0.5  # a terminal and a wrapper may both pass on one Ctrl-C
 BEHIND_THIS_FILE = Path(__file__).resolve().parent.parent / "deploy" / "local.yaml"
 INSTALLED = Path(sysconfig.get_path("data")) / "share" / "longserve" / "local.yaml"
 
@@ -39,13 +37,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status: 0, 1 when it failed, 2 when it was asked wrongly."""
     options = _parser().parse_args(argv)
     try:
-        return int(options.run(options))
+        _check_folder()
+        status = int(options.run(options))
+        print(end="", flush=True)  # here, where it may fail
+        return status
     except ConfigError as error:
         print(error, file=sys.stderr)
         return 2
-    except (Refused, ConnectionError) as error:
+    except (Refused, OSError) as error:
         print(f"longserve {options.command}: {error}", file=sys.stderr)
+        _give_up_stdout()
         return 1
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+
+
+def _check_folder() -> None:
+    """Raise for a working directory that has been deleted: what Ray and torch say then names another reason."""
+    try:
+        os.getcwd()
+    except OSError as error:
+        raise ConfigError("the folder that this was started in is gone; start it from another") from error
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -81,7 +93,7 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument("--window", type=int, default=512, help="tokens that a token sees, both sides together")
             continue
         if name == "plan":
-            command.add_argument("text", type=argparse.FileType("r"), help="a file with the prompt; - reads standard input")
+            command.add_argument("text", type=argparse.FileType("rb"), help="a file with the prompt; - reads standard input")
             command.add_argument("--max-tokens", type=int, default=16)
         if name == "apply":
             command.add_argument("--restart", action="store_true", help="also what restarts replicas")
@@ -109,57 +121,38 @@ def config_path(given: Path | None) -> Path:
 
 def serve(options: argparse.Namespace) -> int:
     """Start Ray, deploy the file, stay until a signal, drain, end all of it."""
-    return run_in_own_session(lambda: _serve(config_path(options.file)))
+    signals = Signals()
+    status = run_in_own_session(lambda: _serve(config_path(options.file), signals), signals.handle)
+    if status > 128:
+        left = f"{scratch_folder()}/longserve-*"
+        print(f"longserve serve: killed by {signal.Signals(status - 128).name}; {left} has what Ray logged", file=sys.stderr)
+    return status
 
 
-def _serve(path: Path) -> int:
-    began, stopped = time.monotonic(), Stopped()
-    handle = _stopper(stopped)
-    _catch(handle)
-    file = read(path)
-    _check_startable(path, file)
-    from service import cluster
-
+def _serve(path: Path, signals: Signals) -> int:
+    began = time.monotonic()
     try:
-        with cluster.running(file, available_cpus()) as logs:
-            _catch(handle)  # again, for Ray sets handlers of its own
+        file = read(path)
+        _check_startable(path, file)
+        from service import cluster
+
+        with cluster.running(file, available_cpus(), signals) as logs:
             try:
                 cluster.deploy(file)
-                if not cluster.wait_until_running(file, stopped):
+                if not cluster.wait_until_running(file, signals.stopped):
                     return 0
+                signals.serves = True
                 _announce(file, time.monotonic() - began)
             except (cluster.DeployFailed, Refused) as error:
                 raise Refused(f"the service did not start: {error} (Ray's logs are in {logs})") from error
             ways = cluster.ways_to_end(file)
-            lives = cluster.outlived(stopped)
+            dead = cluster.outlived(signals.stopped)
             _drain(file, ways)
-            if not lives:
-                raise Refused(f"Ray's store (GCS) has died, and all of Ray with it (its logs are in {logs})")
+            if dead:
+                raise Refused(f"{dead} has died, and all of Ray with it (its logs are in {logs})")
     except KeyboardInterrupt:
         _tell("ended at once")
     return 0
-
-
-Handler = Callable[[int, FrameType | None], None]
-
-
-def _stopper(stopped: Stopped) -> Handler:
-    """A signal handler that sets `stopped` at the first signal; a later one is a KeyboardInterrupt."""
-    first = 0.0
-
-    def handle(_: int, __: FrameType | None) -> None:
-        nonlocal first
-        if stopped.is_set() and time.monotonic() - first > SAME_SIGNAL_SECONDS:
-            raise KeyboardInterrupt
-        first = first or time.monotonic()
-        stopped.set()
-
-    return handle
-
-
-def _catch(handle: Handler) -> None:
-    for number in heeded():
-        signal.signal(number, handle)
 
 
 def _check_startable(path: Path, file: ServeFile) -> None:
@@ -198,7 +191,12 @@ def _tell(line: str) -> None:
     try:
         print(line, flush=True)
     except OSError:
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115, what is left in the old one's buffer must not fail the exit
+        _give_up_stdout()
+
+
+def _give_up_stdout() -> None:
+    """What is left in its buffer, with nobody to take it, must not fail the exit."""
+    sys.stdout = open(os.devnull, "w")  # noqa: SIM115
 
 
 def curl_line(base: str, application: ApplicationSection) -> str:
@@ -264,8 +262,8 @@ def plan(options: argparse.Namespace) -> int:
     """Print what the text would cost under each backend of the running service."""
     file = read(config_path(options.file))
     application = file.applications[0]
-    base, text = base_url(file, application), options.text.read()
-    backends = [each["name"] for each in ask(f"{base}/info", application)["attention"]["backends"]]
+    base, text = base_url(file, application), _text(options.text)
+    backends = [each["name"] for each in ask_for(f"{base}/info", application, "attention", "backends")]
     print(f"{'backend':<16}{'tokens':>8}{'MiB':>9}{'seconds':>9}  verdict")
     for backend in backends:
         body = {"prompt": text, "max_tokens": options.max_tokens, "attention": backend}
@@ -277,6 +275,13 @@ def plan(options: argparse.Namespace) -> int:
         found = ask(f"{base}/v1/plan", application, {"prompt": text, "max_tokens": options.max_tokens, **wish})["data"][0]
         print(f"{told}: {found['backend']} ({found['why']})")
     return 0
+
+
+def _text(file: BinaryIO) -> str:
+    try:
+        return file.read().decode()
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{file.name}: no UTF-8, {error.reason} at byte {error.start}") from error
 
 
 def check(options: argparse.Namespace) -> int:

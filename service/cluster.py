@@ -51,15 +51,17 @@ os.environ.update({name: value for name, value in ENVIRONMENT.items() if name no
 
 import ray  # noqa: E402
 from ray import serve  # noqa: E402
-from ray._private.ray_constants import PROCESS_TYPE_GCS_SERVER  # noqa: E402
+from ray._private.ray_constants import PROCESS_TYPE_GCS_SERVER, PROCESS_TYPE_RAYLET  # noqa: E402
 from ray.exceptions import RayError, RayTaskError  # noqa: E402
 from ray.serve._private.constants import RAY_SERVE_ENABLE_HA_PROXY  # noqa: E402
 from ray.serve.exceptions import RayServeException  # noqa: E402
 from ray.serve.schema import ServeDeploySchema  # noqa: E402
 
-from service.child import Stopped, end_session  # noqa: E402
-from service.config import DEPLOYMENT, ApplicationSection, AttentionConfig, ServeFile, ServiceConfig  # noqa: E402
+from service.asking import Refused  # noqa: E402
+from service.child import Signals, Stopped, catch, end_session  # noqa: E402
+from service.config import DEPLOYMENT, ApplicationSection, AttentionConfig, ConfigError, ServeFile, ServiceConfig  # noqa: E402
 from service.http import proxy as front  # noqa: E402
+from service.machine import scratch_folder  # noqa: E402
 
 OBJECT_STORE_BYTES = 100 * 2**20  # requests and answers do not pass through it; Ray's default takes 30 % of the memory
 POLL_SECONDS = 0.1
@@ -68,6 +70,7 @@ DRAINED_SECONDS = 3.0  # beyond its time to drain, for a replica to say that it 
 END_SECONDS = 3.0  # Ray's processes, once told to end; then they are killed
 TOKEN = Path.home() / ".ray" / "auth_token"  # where Ray keeps it
 SERVE_NAMESPACE = "serve"
+VITAL = {PROCESS_TYPE_GCS_SERVER: "Ray's store (GCS)", PROCESS_TYPE_RAYLET: "Ray's raylet"}  # processes by Ray's name for them
 
 logging.getLogger("ray.serve").setLevel(logging.ERROR)
 
@@ -81,25 +84,29 @@ class DeployFailed(Exception):
 
 
 @contextmanager
-def running(file: ServeFile, cpus: int) -> Iterator[str]:
+def running(file: ServeFile, cpus: int, signals: Signals) -> Iterator[str]:
     """Ray on this machine and Serve's proxy, as the file says, for as long as the block lasts. The process leads a session.
 
     No dashboard, no usage report, a small object store. Yields the folder of Ray's sockets and logs, which like all of Ray's
     files is this user's alone. At the block's end Ray's processes are ended (who wants to drain does so before), and the folder
-    goes, but for an error: its logs may tell why.
+    goes, but for an error: its logs may tell why. `signals` are heeded until that end begins. Raises Refused
+    where Ray does not start, ConfigError where its folder cannot be made.
     """
     os.umask(0o077)
-    if TOKEN.is_file():
-        TOKEN.chmod(0o600)  # made by a Ray without this umask
-    folder = tempfile.mkdtemp(prefix="longserve-", dir=os.environ.get("RAY_TMPDIR", "/tmp"))  # short: sockets lie in it
+    folder = _make_folder()
     keeps_logs = False
     try:
-        _start(file, cpus, folder)
+        try:
+            _start(file, cpus, folder)
+        except Exception as error:  # Ray raises many kinds, Exception itself among them
+            raise Refused(f"Ray did not start: {_first_line(error)} (its logs are in {folder})") from error
+        catch(signals.handle)  # again, for Ray sets a handler of its own
         yield folder
     except Exception:
         keeps_logs = True
         raise
     finally:
+        signals.is_over = True
         logging.getLogger("asyncio").disabled = True  # a handle's poll that comes back from here on shows that it finds no Ray
         ray.shutdown()
         end_session(os.getpid(), END_SECONDS)
@@ -107,11 +114,22 @@ def running(file: ServeFile, cpus: int) -> Iterator[str]:
             shutil.rmtree(folder)
 
 
+def _make_folder() -> str:
+    try:
+        return tempfile.mkdtemp(prefix="longserve-", dir=scratch_folder())
+    except OSError as error:
+        told = f"{scratch_folder()}: no folder for Ray's sockets and logs can be made there ({error.strerror})"
+        raise ConfigError(f"{told}; RAY_TMPDIR names another place") from error
+
+
 def _start(file: ServeFile, cpus: int, folder: str) -> None:
+    if TOKEN.is_file():
+        TOKEN.chmod(0o600)  # made by a Ray without this umask
     os.environ[front.LIMITS] = file.applications[0].args.http.line.model_dump_json()  # the first application's, for all
     for name, path in HAPROXY_FILES.items():
         os.environ.setdefault(name, os.path.join(folder, path))
     ray.init(
+        address="local",  # whatever RAY_ADDRESS says
         num_cpus=max(cpus, _reserved_cpus(file)),
         include_dashboard=False,
         object_store_memory=OBJECT_STORE_BYTES,
@@ -138,21 +156,26 @@ def deploy(file: ServeFile, running: Mapping[str, Mapping[str, Any]] | None = No
     """Make the file the target of the running Serve. Replicas stay when only their `user_config` has changed.
 
     running: what `deployed` tells. Its `args` that mean the file's are sent as they came: Serve compares them as data and would
-    restart every replica for a default that one side writes out and the other leaves out.
+    restart every replica for a default that one side writes out and the other leaves out. Raises DeployFailed.
     """
     wanted = file.to_serve()
     for application, section in zip(file.applications, wanted["applications"], strict=True):
         told = (running or {}).get(application.name, {}).get("args", {})
         if ServiceConfig.model_validate(told) == application.args:
             section["args"] = told
-    _client().deploy_apps(ServeDeploySchema.model_validate(wanted))
+    try:
+        _client().deploy_apps(ServeDeploySchema.model_validate(wanted))
+    except (RayError, RayServeException) as error:
+        raise DeployFailed(f"Serve did not take the file: {_first_line(error)}") from error
 
 
 def wait_until_running(file: ServeFile, stopped: Stopped | None = None) -> bool:
     """True when every application of the file runs, False when `stopped` is set before. Raises DeployFailed."""
     waiting, stopped = {application.name for application in file.applications}, stopped or Stopped()
     while not stopped.is_set():
-        for name, application in serve.status().applications.items():
+        if dead := _died():
+            raise DeployFailed(f"{dead} has died")
+        for name, application in _statuses().items():
             if application.status == "RUNNING":
                 waiting.discard(name)
             if application.status == "DEPLOY_FAILED" and name in waiting:
@@ -163,17 +186,27 @@ def wait_until_running(file: ServeFile, stopped: Stopped | None = None) -> bool:
     return False
 
 
-def outlived(stopped: Stopped) -> bool:
-    """True when `stopped` is set; False when Ray's store dies before: nothing can be started without it, so all has to end."""
+def _statuses() -> Mapping[str, Any]:
+    """Each application's; none while Serve's controller is dead, which Ray starts again."""
+    try:
+        return dict(serve.status().applications)
+    except (RayError, RayServeException):
+        return {}
+
+
+def outlived(stopped: Stopped) -> str | None:
+    """None when `stopped` is set; what has died of Ray before: without it nothing can be started, so all has to end."""
     while not stopped.wait(POLL_SECONDS):
-        if not _store_lives():
-            return False
-    return True
+        if dead := _died():
+            return dead
+    return None
 
 
-def _store_lives() -> bool:
-    (store,) = ray._private.worker._global_node.all_processes[PROCESS_TYPE_GCS_SERVER]
-    return store.process.poll() is None
+def _died() -> str | None:
+    """The name of what has died of the Ray that this process has started, if any of it has."""
+    processes = ray._private.worker._global_node.all_processes
+    found = ((each.process, name) for kind, name in VITAL.items() for each in processes.get(kind, []))
+    return next((name for process, name in found if process.poll() is not None), None)
 
 
 def _reason(application: Any) -> str:
@@ -237,8 +270,11 @@ def ask_replicas(application: ApplicationSection, method: str, timeout_seconds: 
     try:
         return list(_ask(application, method).results(timeout_s=timeout_seconds))
     except (RayError, RayServeException, TimeoutError) as error:
-        told = str(error).strip().splitlines() or [type(error).__name__]
-        raise Unanswered(f"a replica of {application.name} has not answered: {told[0]}") from error
+        raise Unanswered(f"a replica of {application.name} has not answered: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def rehearse(application: ApplicationSection, attention: AttentionConfig, timeout_seconds: float) -> None:
@@ -287,7 +323,7 @@ def hang_up(known: Sequence[Any]) -> list[str]:
     """
     deadline = time.monotonic() + END_SECONDS
     try:
-        waiting = _proxies() if _store_lives() else known
+        waiting = known if _died() else _proxies()
         while waiting and time.monotonic() < deadline:
             done = ray.get([proxy.__ray_call__.remote(front.hang_up) for proxy in waiting], timeout=END_SECONDS)
             waiting = [proxy for proxy, is_done in zip(waiting, done, strict=True) if not is_done]

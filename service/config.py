@@ -21,6 +21,9 @@ from pydantic_core import ErrorDetails
 DEPLOYMENT: Literal["longserve"] = "longserve"
 """The deployment's name in every application."""
 
+MOST_FILE_BYTES = 2**20
+"""Of a config file: it is read by YAML's Python, a MiB in some seconds."""
+
 IMPORT_PATH: Literal["service.app:build"] = "service.app:build"
 """What makes an application of these."""
 
@@ -341,17 +344,26 @@ def read(path: Path) -> ServeFile:
     """Read and check a Serve config file. Raises ConfigError."""
     try:
         # As JSON has it, for so Serve hands it on: a key that is a number, as a layer's, is text there
-        raw = json.loads(json.dumps(yaml.safe_load(path.read_text())))
+        raw = json.loads(json.dumps(yaml.safe_load(_content(path))))
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: no YAML: {error}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: no YAML: {' '.join(str(error).split())}") from error
     except (TypeError, ValueError, RecursionError) as error:  # a date, say, a list as a key, or what holds itself
         raise ConfigError(f"{path}: not to be told as JSON: {error}") from error
     try:
         return _with_absolute_models(ServeFile.model_validate(raw), path.resolve().parent)
     except ValidationError as error:
         raise ConfigError("\n".join(f"{path}: {fault}" for fault in explain(error, ServeFile))) from error
+
+
+def _content(path: Path) -> bytes:
+    """A file's bytes, for YAML says itself how they are text. Raises OSError, and ConfigError for more than a config can be."""
+    with path.open("rb") as file:
+        content = file.read(MOST_FILE_BYTES + 1)
+    if len(content) > MOST_FILE_BYTES:
+        raise ConfigError(f"{path}: larger than {MOST_FILE_BYTES >> 20} MiB, which no config is")
+    return content
 
 
 def api_keys(config: HttpConfig) -> tuple[str, ...]:
@@ -376,11 +388,11 @@ def _keys_in(variable: str, field: str) -> tuple[str, ...]:
 def read_keys(path: Path) -> list[KeyConfig]:
     """The entries of a key file. Raises ConfigError, which shows no key."""
     try:
-        raw = yaml.safe_load(path.read_text())
+        raw = yaml.safe_load(path.read_bytes())
         return KeysFile.model_validate(raw).keys
     except OSError as error:
         raise ConfigError(f"http.api_keys_file: {path}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError):
+    except yaml.YAMLError:
         raise ConfigError(f"http.api_keys_file: {path}: no YAML") from None
     except ValidationError as error:
         faults = "; ".join(_without_values(fault) for fault in error.errors(include_url=False, include_input=False))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 
 from service import apply, cli, cluster
 from service.config import IMPORT_PATH, ApplicationSection, ServeFile
+from tests.serving import LOCAL, free_port
 
 
 def test_a_service_drains_although_nobody_reads_its_output(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -35,6 +37,61 @@ def test_a_call_after_the_end_starts_no_ray_of_its_own(tmp_path: Path) -> None:
     )
     assert "Ray has not been started" in done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def run(*arguments: str, **kwargs: Any) -> subprocess.CompletedProcess[str]:
+    """`longserve ARGUMENTS`."""
+    command = [sys.executable, "-m", "service.cli", *arguments]
+    environment = os.environ | {"PYTHONPATH": str(LOCAL.parent.parent)} | kwargs.pop("env", {})
+    return subprocess.run(command, stderr=subprocess.PIPE, text=True, timeout=60, env=environment, **kwargs)
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> str:
+    """A config file whose port is free."""
+    path = tmp_path / "local.yaml"
+    path.write_text(LOCAL.read_text().replace("port: 8000", f"port: {free_port()}"))
+    return str(path)
+
+
+def test_a_folder_that_is_gone_is_told_before_others_stumble_over_it(tmp_path: Path, file: str) -> None:
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    refused = run("status", file, preexec_fn=lambda: (os.chdir(gone), gone.rmdir()))
+    assert (refused.returncode, refused.stderr.count("\n")) == (2, 1)
+    assert "the folder that this was started in is gone" in refused.stderr
+
+
+@pytest.mark.parametrize("place", ["absent", "local.yaml"])
+def test_a_place_where_ray_can_have_no_folder_is_told(place: str, tmp_path: Path, file: str) -> None:
+    refused = run("serve", file, env={"RAY_TMPDIR": str(tmp_path / place)})
+    assert (refused.returncode, refused.stderr.count("\n")) == (2, 1)
+    assert str(tmp_path / place) in refused.stderr and "RAY_TMPDIR names another place" in refused.stderr
+
+
+def test_a_prompt_that_is_no_text_is_told(tmp_path: Path, file: str) -> None:
+    prompt = tmp_path / "prompt"
+    prompt.write_bytes(b"a\xff")
+    refused = run("plan", str(prompt), file)
+    assert (refused.returncode, refused.stderr) == (2, f"{prompt}: no UTF-8, invalid start byte at byte 1\n")
+
+
+def test_an_output_that_takes_nothing_more_is_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    code = "import sys; from service import cli; cli.status = lambda options: print('{}') or 0; sys.exit(cli.main(['status']))"
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, "-c", code], stdout=full, stderr=subprocess.PIPE, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (1, "longserve status: [Errno 28] No space left on device\n")
+
+
+def test_an_interrupted_command_prints_no_traceback(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(options: Any) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "status", interrupted)
+    assert cli.main(["status"]) == 128 + signal.SIGINT
+    assert capsys.readouterr().err == ""
 
 
 def deployed(**args: object) -> dict[str, dict[str, object]]:

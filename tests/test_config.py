@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from service.config import AttentionConfig, ConfigError, HttpConfig, HttpOptions, UserConfig, api_keys, read
+from service.config import MOST_FILE_BYTES, AttentionConfig, ConfigError, HttpConfig, HttpOptions, UserConfig, api_keys, read
 
 LOCAL = Path(__file__).parent.parent / "deploy" / "local.yaml"
 
@@ -114,6 +117,31 @@ def test_a_file_that_is_no_config_is_refused(text: str, word: str, tmp_path: Pat
         read(path)
     assert str(path) in str(refusal.value)
     assert word in str(refusal.value)
+
+
+def test_what_is_wrong_with_yaml_is_told_on_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "broken.yaml"
+    path.write_text("a: 1\nb: [1,\nc: 2\n")
+    with pytest.raises(ConfigError, match=r"no YAML: .* line \d+, column") as refusal:
+        read(path)
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("name", ["long.yaml", "/dev/zero"])
+def test_a_file_that_is_too_long_is_not_read_to_its_end(name: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    if not path.exists():
+        path.write_bytes(b"#" * (MOST_FILE_BYTES + 1))
+    with pytest.raises(ConfigError, match=f"{name}: larger than 1 MiB"):
+        read(path)
+
+
+def test_a_file_is_utf_8_whatever_the_locale(tmp_path: Path) -> None:
+    path = tmp_path / "local.yaml"
+    path.write_text("# für alle\n" + LOCAL.read_text(), encoding="utf-8")
+    code = f"from pathlib import Path; from service.config import read; read(Path({str(path)!r}))"
+    locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    subprocess.run([sys.executable, "-c", code], env=os.environ | locale, check=True, timeout=60)
 
 
 def test_a_missing_file_is_refused_by_name(tmp_path: Path) -> None:
