@@ -31,12 +31,14 @@ def base_url(file: ServeFile, application: ApplicationSection) -> str:
     return f"{'https' if options.ssl_certfile else 'http'}://{host}:{options.port}{application.route_prefix.rstrip('/')}"
 
 
-def ask(url: str, application: ApplicationSection, body: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def ask(
+    url: str, application: ApplicationSection, body: Mapping[str, Any] | None = None, timeout_seconds: float = 60
+) -> dict[str, Any]:
     """The JSON a route answers; POST when there is a body. Raises Refused with the service's own words, if it has some."""
     headers = {"content-type": "application/json", **key_header(application)}
     request = urllib.request.Request(url, None if body is None else json.dumps(body).encode(), headers)
     try:
-        with _DIRECTLY.open(request, timeout=60) as response:
+        with _DIRECTLY.open(request, timeout=timeout_seconds) as response:
             return dict(json.load(response))
     except urllib.error.HTTPError as error:
         told = " ".join(error.read().decode(errors="replace").split())
@@ -44,7 +46,7 @@ def ask(url: str, application: ApplicationSection, body: Mapping[str, Any] | Non
     except urllib.error.URLError as error:
         raise Refused(f"nothing answers at {url} ({error.reason}); longserve serve starts the service") from error
     except TimeoutError as error:
-        raise Refused(f"{url} has not answered within 60 s") from error
+        raise Refused(f"{url} has not answered within {timeout_seconds:.0f} s") from error
     except (OSError, http.client.HTTPException, ValueError, TypeError) as error:
         raise Refused(f"{url} gives no answer as longserve would ({error!r}); http_options says where it listens") from error
 

@@ -9,7 +9,9 @@ child leaves in its session the parent ends.
 from __future__ import annotations
 
 import os
+import shutil
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -32,6 +34,7 @@ def run_in_own_session(work: Callable[[], int], handle: Handler) -> int:
 
     `handle` is the child's handler of signals. To be called before the process has threads: `fork` copies only the calling one.
     """
+    _open_standard_streams()
     held = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # until both sides can handle them
     end, lifeline = os.pipe()
     child = os.fork()
@@ -53,6 +56,16 @@ def run_in_own_session(work: Callable[[], int], handle: Handler) -> int:
     end_session(child, ORPHANS_SECONDS)
     code = os.waitstatus_to_exitcode(status)
     return code if code >= 0 else 128 - code
+
+
+def _open_standard_streams() -> None:
+    """Put nothing in the place of a standard stream that the caller has closed: a socket of ours would get its number else."""
+    for number, (name, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # takes the lowest number that is free
+            setattr(sys, name, os.fdopen(number, mode))
 
 
 def catch(handle: Handler) -> None:
@@ -131,26 +144,22 @@ class Stopped:
 class Signals:
     """What signals ask of a service: while it starts, to end at once; while it serves, to drain, and the next, to end at once.
 
-    To end at once is a KeyboardInterrupt. It comes once, and none comes when all `is_over`: what ends a service must not be
-    broken off, for it would leave behind what it had not come to.
+    That end comes in the handler itself: an exception of it would come upon any line, and Ray's lines swallow some.
     """
 
     def __init__(self) -> None:
         self.stopped = Stopped()
         self.serves = False
-        self.is_over = False
+        self.folder: str | None = None  # what is removed at once
         self._first = 0.0
 
     def handle(self, _: int, __: FrameType | None) -> None:
-        """The handler."""
-        if self.is_over:
-            return
-        if not self.stopped.is_set():
+        """The handler, in a process that leads a session."""
+        if self.serves and not self.stopped.is_set():
             self._first = time.monotonic()
             self.stopped.set()
-            if self.serves:
-                return
-        elif time.monotonic() - self._first < SAME_SIGNAL_SECONDS:
-            return
-        self.is_over = True
-        raise KeyboardInterrupt
+        elif time.monotonic() - self._first > SAME_SIGNAL_SECONDS:
+            end_session(os.getpid(), 0)
+            if self.folder is not None:
+                shutil.rmtree(self.folder, ignore_errors=True)  # the work may just be removing it, too
+            os._exit(0)

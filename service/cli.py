@@ -16,15 +16,17 @@ import sys
 import sysconfig
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO, get_args
 
+from service import scratch
 from service.asking import Refused, ask, ask_for, base_url, ray_address
 from service.capacity.command import add_arguments
 from service.capacity.command import run as run_on_paper
 from service.child import Signals, run_in_own_session
 from service.config import ApplicationSection, ConfigError, ServeFile, ServiceConfig, admin_keys, api_keys, read
-from service.machine import available_cpus, scratch_folder
+from service.machine import available_cpus
 from service.model import files
 
 NICENESS = 5  # of an `apply`: its imports must not take the CPUs from those who are served
@@ -124,34 +126,30 @@ def serve(options: argparse.Namespace) -> int:
     signals = Signals()
     status = run_in_own_session(lambda: _serve(config_path(options.file), signals), signals.handle)
     if status > 128:
-        left = f"{scratch_folder()}/longserve-*"
+        left = f"{scratch.place()}/longserve-*"
         print(f"longserve serve: killed by {signal.Signals(status - 128).name}; {left} has what Ray logged", file=sys.stderr)
     return status
 
 
 def _serve(path: Path, signals: Signals) -> int:
     began = time.monotonic()
-    try:
-        file = read(path)
-        _check_startable(path, file)
-        from service import cluster
+    file = read(path)
+    _check_startable(path, file)
+    from service import cluster
 
-        with cluster.running(file, available_cpus(), signals) as logs:
-            try:
-                cluster.deploy(file)
-                if not cluster.wait_until_running(file, signals.stopped):
-                    return 0
-                signals.serves = True
-                _announce(file, time.monotonic() - began)
-            except (cluster.DeployFailed, Refused) as error:
-                raise Refused(f"the service did not start: {error} (Ray's logs are in {logs})") from error
-            ways = cluster.ways_to_end(file)
-            dead = cluster.outlived(signals.stopped)
-            _drain(file, ways)
-            if dead:
-                raise Refused(f"{dead} has died, and all of Ray with it (its logs are in {logs})")
-    except KeyboardInterrupt:
-        _tell("ended at once")
+    with cluster.running(file, available_cpus(), signals) as logs:
+        try:
+            cluster.deploy(file)
+            cluster.wait_until_running(file)
+            signals.serves = True
+            _announce(file, time.monotonic() - began)
+        except (cluster.DeployFailed, Refused) as error:
+            raise Refused(f"the service did not start: {error} (Ray's logs are in {logs})") from error
+        ways = cluster.ways_to_end(file)
+        dead = cluster.outlived(signals.stopped)
+        _drain(file, ways)
+        if dead:
+            raise Refused(f"{dead} has died, and all of Ray with it (its logs are in {logs})")
     return 0
 
 
@@ -196,7 +194,8 @@ def _tell(line: str) -> None:
 
 def _give_up_stdout() -> None:
     """What is left in its buffer, with nobody to take it, must not fail the exit."""
-    sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+    with suppress(OSError), open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), sys.stdout.fileno())
 
 
 def curl_line(base: str, application: ApplicationSection) -> str:
@@ -209,15 +208,15 @@ def curl_line(base: str, application: ApplicationSection) -> str:
 
 def _wait_until_ready(base: str, application: ApplicationSection) -> None:
     """Wait until the proxy routes to a ready replica. Raises Refused."""
-    last = ""
-    for _ in range(int(READY_SECONDS / 0.1)):
+    deadline = time.monotonic() + READY_SECONDS
+    while True:
         try:
-            ask(f"{base}/ready", application)
+            ask(f"{base}/ready", application, timeout_seconds=READY_SECONDS)
             return
         except Refused as error:
-            last = str(error)
-            time.sleep(0.1)
-    raise Refused(f"it runs but is not ready: {last}")
+            if time.monotonic() > deadline:
+                raise Refused(f"it runs but is not ready: {error}") from error
+        time.sleep(0.1)
 
 
 def _drain(file: ServeFile, ways: Sequence[Any]) -> None:

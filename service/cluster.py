@@ -12,11 +12,9 @@ import logging
 import math
 import os
 import shutil
-import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, cast
 
 ENVIRONMENT = {
@@ -27,6 +25,7 @@ ENVIRONMENT = {
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
     # Ray would start a second one of its own for whoever calls it after the end: a handle's poll that comes back just then does
     "RAY_ENABLE_AUTO_CONNECT": "0",
+    "grpc_proxy": "",  # Serve's proxy calls replicas directly, whatever http_proxy says
     "RAY_DISABLE_DOCKER_CPU_WARNING": "1",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",  # three of these pass before a proxy that died is replaced; Ray's is 10
@@ -57,18 +56,17 @@ from ray.serve._private.constants import RAY_SERVE_ENABLE_HA_PROXY  # noqa: E402
 from ray.serve.exceptions import RayServeException  # noqa: E402
 from ray.serve.schema import ServeDeploySchema  # noqa: E402
 
+from service import scratch  # noqa: E402
 from service.asking import Refused  # noqa: E402
 from service.child import Signals, Stopped, catch, end_session  # noqa: E402
-from service.config import DEPLOYMENT, ApplicationSection, AttentionConfig, ConfigError, ServeFile, ServiceConfig  # noqa: E402
+from service.config import DEPLOYMENT, ApplicationSection, AttentionConfig, ServeFile, ServiceConfig  # noqa: E402
 from service.http import proxy as front  # noqa: E402
-from service.machine import scratch_folder  # noqa: E402
 
 OBJECT_STORE_BYTES = 100 * 2**20  # requests and answers do not pass through it; Ray's default takes 30 % of the memory
 POLL_SECONDS = 0.1
 ASK_SECONDS = 10.0  # a replica's answer to a question about itself
 DRAINED_SECONDS = 3.0  # beyond its time to drain, for a replica to say that it has
 END_SECONDS = 3.0  # Ray's processes, once told to end; then they are killed
-TOKEN = Path.home() / ".ray" / "auth_token"  # where Ray keeps it
 SERVE_NAMESPACE = "serve"
 VITAL = {PROCESS_TYPE_GCS_SERVER: "Ray's store (GCS)", PROCESS_TYPE_RAYLET: "Ray's raylet"}  # processes by Ray's name for them
 
@@ -89,24 +87,27 @@ def running(file: ServeFile, cpus: int, signals: Signals) -> Iterator[str]:
 
     No dashboard, no usage report, a small object store. Yields the folder of Ray's sockets and logs, which like all of Ray's
     files is this user's alone. At the block's end Ray's processes are ended (who wants to drain does so before), and the folder
-    goes, but for an error: its logs may tell why. `signals` are heeded until that end begins. Raises Refused
-    where Ray does not start, ConfigError where its folder cannot be made.
+    goes, but for an error: its logs may tell why. `signals` are handled from the start to the end.
+
+    Raises:
+        Refused: Ray does not start.
+        ConfigError: there is no place for what it keeps.
     """
     os.umask(0o077)
-    folder = _make_folder()
+    scratch.close_token()
+    folder = signals.folder = scratch.make_folder()
     keeps_logs = False
     try:
         try:
             _start(file, cpus, folder)
         except Exception as error:  # Ray raises many kinds, Exception itself among them
-            raise Refused(f"Ray did not start: {_first_line(error)} (its logs are in {folder})") from error
+            raise Refused(f"Ray did not start: {_reason(str(error))} (its logs are in {folder})") from error
         catch(signals.handle)  # again, for Ray sets a handler of its own
         yield folder
     except Exception:
         keeps_logs = True
         raise
     finally:
-        signals.is_over = True
         logging.getLogger("asyncio").disabled = True  # a handle's poll that comes back from here on shows that it finds no Ray
         ray.shutdown()
         end_session(os.getpid(), END_SECONDS)
@@ -114,17 +115,7 @@ def running(file: ServeFile, cpus: int, signals: Signals) -> Iterator[str]:
             shutil.rmtree(folder)
 
 
-def _make_folder() -> str:
-    try:
-        return tempfile.mkdtemp(prefix="longserve-", dir=scratch_folder())
-    except OSError as error:
-        told = f"{scratch_folder()}: no folder for Ray's sockets and logs can be made there ({error.strerror})"
-        raise ConfigError(f"{told}; RAY_TMPDIR names another place") from error
-
-
 def _start(file: ServeFile, cpus: int, folder: str) -> None:
-    if TOKEN.is_file():
-        TOKEN.chmod(0o600)  # made by a Ray without this umask
     os.environ[front.LIMITS] = file.applications[0].args.http.line.model_dump_json()  # the first application's, for all
     for name, path in HAPROXY_FILES.items():
         os.environ.setdefault(name, os.path.join(folder, path))
@@ -169,21 +160,19 @@ def deploy(file: ServeFile, running: Mapping[str, Mapping[str, Any]] | None = No
         raise DeployFailed(f"Serve did not take the file: {_first_line(error)}") from error
 
 
-def wait_until_running(file: ServeFile, stopped: Stopped | None = None) -> bool:
-    """True when every application of the file runs, False when `stopped` is set before. Raises DeployFailed."""
-    waiting, stopped = {application.name for application in file.applications}, stopped or Stopped()
-    while not stopped.is_set():
+def wait_until_running(file: ServeFile) -> None:
+    """Return when every application of the file runs. Raises DeployFailed."""
+    waiting = {application.name for application in file.applications}
+    while waiting:
         if dead := _died():
             raise DeployFailed(f"{dead} has died")
         for name, application in _statuses().items():
             if application.status == "RUNNING":
                 waiting.discard(name)
             if application.status == "DEPLOY_FAILED" and name in waiting:
-                raise DeployFailed(_reason(application))
-        if not waiting:
-            return True
-        stopped.wait(POLL_SECONDS)
-    return False
+                told = [application.message, *(each.message for each in application.deployments.values())]
+                raise DeployFailed(_reason("\n".join(told)))
+        time.sleep(POLL_SECONDS)
 
 
 def _statuses() -> Mapping[str, Any]:
@@ -209,14 +198,13 @@ def _died() -> str | None:
     return next((name for process, name in found if process.poll() is not None), None)
 
 
-def _reason(application: Any) -> str:
-    """The last line of the replica's traceback, which is what was raised; else all there is."""
-    told = "\n".join([application.message, *(each.message for each in application.deployments.values())])
+def _reason(told: str) -> str:
+    """The last line of a traceback, which is what was raised; else all there is."""
     lines = [line.strip() for line in told.splitlines() if line.strip()]
     raised = [
         line for line in lines if line.partition(":")[0].replace(".", "").isidentifier() and "Error" in line.partition(":")[0]
     ]
-    return raised[-1] if raised else told
+    return raised[-1] if raised else " ".join(lines)
 
 
 def http_options() -> dict[str, Any]:
@@ -354,8 +342,12 @@ def _handle(application: ApplicationSection) -> Any:
 
 @contextmanager
 def connected(address: str) -> Iterator[None]:
-    """Joined to a running Ray for as long as the block lasts. Raises ConnectionError when there is none."""
-    ray.init(address=address, namespace=SERVE_NAMESPACE, logging_level="ERROR", log_to_driver=False)
+    """Joined to a running Ray for as long as the block lasts. Raises Refused when there is none, or none that lets us in."""
+    try:
+        ray.init(address=address, namespace=SERVE_NAMESPACE, logging_level="ERROR", log_to_driver=False)
+    except (ConnectionError, RuntimeError, RayError) as error:
+        token = "a service whose token is not the one in ~/.ray/auth_token now, as another user's, lets nobody in"
+        raise Refused(f"{_first_line(error)}; {token}") from error
     try:
         yield
     finally:

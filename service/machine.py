@@ -34,11 +34,6 @@ def cache_folder() -> Path | None:
         return None
 
 
-def scratch_folder() -> Path:
-    """Where Ray's folder is made: sockets, logs. Its path has to be short, for a socket's may have 107 bytes."""
-    return Path(os.environ.get("RAY_TMPDIR") or "/tmp")
-
-
 def processor() -> str:
     """The CPU's name, as the kernel has it."""
     try:

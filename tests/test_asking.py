@@ -63,3 +63,10 @@ def test_no_proxy_stands_between_the_commands_and_this_machine(monkeypatch: pyte
         monkeypatch.delenv(name, raising=False)
     with answering(told("200 OK", '{"ready": true}')) as port:
         assert ask(f"http://127.0.0.1:{port}/ready", ApplicationSection()) == {"ready": True}
+
+
+def test_one_that_does_not_answer_is_not_waited_for_longer_than_told() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}/ready"
+        with pytest.raises(Refused, match=f"{url} has not answered within 0 s"):
+            ask(url, ApplicationSection(), timeout_seconds=0.2)

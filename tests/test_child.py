@@ -6,13 +6,14 @@ import signal
 import subprocess
 import sys
 import threading
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import pytest
 
-from service import child
-from service.child import SAME_SIGNAL_SECONDS, Signals, Stopped
+from service.child import Stopped
+from tests.serving import are_gone
 
 
 @pytest.mark.parametrize("kind", [Stopped, pytest.param(threading.Event, marks=pytest.mark.xfail(strict=True))])
@@ -51,73 +52,71 @@ def test_it_waits_no_longer_than_told() -> None:
     assert stopped.wait() and stopped.wait(0) and stopped.is_set()
 
 
-class Moments:
-    """A clock that the test sets."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.now = 100.0
-        monkeypatch.setattr(child.time, "monotonic", lambda: self.now)
-
-
-def signalled(signals: Signals) -> bool:
-    """Whether a signal ends all at once."""
-    try:
-        signals.handle(signal.SIGTERM, None)
-    except KeyboardInterrupt:
-        return True
-    return False
-
-
-def test_a_service_that_starts_ends_at_once_and_is_not_disturbed_as_it_ends() -> None:
-    signals = Signals()
-    assert signalled(signals) and signals.stopped.is_set()
-    assert not signalled(signals)
-
-
-def test_a_service_that_serves_drains_and_a_later_signal_ends_it_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    signals, clock = Signals(), Moments(monkeypatch)
-    signals.serves = True
-    told = []
-    for clock.now in (100.0, 100.0 + SAME_SIGNAL_SECONDS / 2, 101.0, 102.0):
-        told.append(signalled(signals))
-    assert told == [False, False, True, False] and signals.stopped.is_set()
-
-
-def test_the_end_of_a_drained_service_is_not_broken_off() -> None:
-    signals = Signals()
-    signals.serves = signals.is_over = True
-    assert not signalled(signals)
-
-
-ENDS_SLOWLY = """
-import atexit, os, signal, sys, time
-from service.child import Signals, run_in_own_session
+SERVES = """
+import os, signal, subprocess, sys, time
+from service.child import SAME_SIGNAL_SECONDS, Signals, run_in_own_session
 
 signals = Signals()
 
 def work():
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(15))  # as Ray does
-    print("works", flush=True)
-    try:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(15))  # as Ray does when it starts
+    signals.folder, signals.serves = sys.argv[1], sys.argv[2] == "serves"
+    below = subprocess.Popen(["sleep", "100"])
+    print(below.pid, flush=True)
+    if signals.stopped.wait(20):
+        print("drains", flush=True)
+        time.sleep(SAME_SIGNAL_SECONDS * 1.5)
+        print("still drains", flush=True)
         time.sleep(20)
-    except KeyboardInterrupt:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # as Ray does
-        print("ends", flush=True)
-        time.sleep(0.5)
-        print("has ended", flush=True)
-    return 3
 
-atexit.register(lambda: (print("leaves", os.getpid(), flush=True), time.sleep(0.5)))
 sys.exit(run_in_own_session(work, signals.handle))
 """
 
 
-def test_signals_reach_work_that_handles_sigterm_itself_and_none_breaks_its_end_off() -> None:
-    process = subprocess.Popen([sys.executable, "-c", ENDS_SLOWLY], stdout=subprocess.PIPE, text=True)
+@pytest.mark.parametrize("state", ["starts", "serves"])
+def test_a_service_ends_at_once_before_it_serves_and_at_a_second_signal(state: str, tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "log").touch()
+    process = subprocess.Popen([sys.executable, "-c", SERVES, str(folder), state], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     lines = []
-    for line in process.stdout:  # one at each: as it works, as it ends, as its interpreter ends, and as that of its parent does
-        lines.append(line.split()[0])
+    for line in process.stdout:
+        lines.append(line.strip())
         process.send_signal(signal.SIGTERM)
-    assert lines == ["works", "ends", "has", "leaves", "leaves"]
-    assert process.wait(10) == 3
+    assert process.wait(10) == 0
+    assert lines[1:] == (["drains", "still drains"] if state == "serves" else [])  # the one that came at once was the same
+    assert are_gone({int(lines[0])}) and not folder.exists()
+
+
+ENDS = """
+import atexit, os, signal, sys, time
+from service.child import Signals, run_in_own_session
+
+def work():
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # as Ray does when it ends
+    return 3
+
+atexit.register(lambda: (print("leaves", flush=True), time.sleep(0.5)))
+sys.exit(run_in_own_session(work, Signals().handle))
+"""
+
+
+def test_no_signal_breaks_off_the_end_of_an_interpreter() -> None:
+    process = subprocess.Popen([sys.executable, "-c", ENDS], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    lines = []
+    for line in process.stdout:  # the child's, the parent's
+        lines.append(line)
+        process.send_signal(signal.SIGTERM)
+    assert (process.wait(10), len(lines)) == (3, 2)
+
+
+def test_what_is_printed_to_a_closed_stream_goes_nowhere(tmp_path: Path) -> None:
+    code = (
+        "import os, sys; from service.child import run_in_own_session\n"
+        "def work(): print('a', file=sys.stderr, flush=True); os.write(1, b'b'); os.write(2, b'c'); return os.pipe()[0]\n"
+        "sys.exit(run_in_own_session(work, lambda *_: None))"
+    )
+    done = subprocess.run(["bash", "-c", 'exec "$0" -c "$1" <&- >&- 2>&-', sys.executable, code], timeout=60)
+    assert done.returncode > 2

@@ -66,7 +66,7 @@ def test_a_folder_that_is_gone_is_told_before_others_stumble_over_it(tmp_path: P
 def test_a_place_where_ray_can_have_no_folder_is_told(place: str, tmp_path: Path, file: str) -> None:
     refused = run("serve", file, env={"RAY_TMPDIR": str(tmp_path / place)})
     assert (refused.returncode, refused.stderr.count("\n")) == (2, 1)
-    assert str(tmp_path / place) in refused.stderr and "RAY_TMPDIR names another place" in refused.stderr
+    assert str(tmp_path / place) in refused.stderr and "RAY_TMPDIR" in refused.stderr
 
 
 def test_a_prompt_that_is_no_text_is_told(tmp_path: Path, file: str) -> None:

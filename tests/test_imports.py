@@ -68,7 +68,8 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     ),
     "service.router": ("service.http.beginning", "service.http.tickets", "service.routing"),
     "service.routing": ("service.engine.ahead",),
-    "service.cluster": ("service.child", "service.config", "service.http.proxy"),
+    "service.cluster": ("service.asking", "service.child", "service.config", "service.http.proxy", "service.scratch"),
+    "service.scratch": ("service.config",),
     "service.asking": ("service.config",),
     "service.apply": ("service.asking", "service.cluster", "service.config", "service.difference", "service.survey"),
     "service.cli": (
@@ -81,6 +82,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "service.convert",
         "service.machine",
         "service.model.files",
+        "service.scratch",
         "service.survey",
     ),
     "service.capacity": (

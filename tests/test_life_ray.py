@@ -21,7 +21,7 @@ import yaml
 
 from tests import switching
 from tests.http.client import Reply, eventually
-from tests.serving import Service, are_gone, descendants, public_listeners, serving, switch_of
+from tests.serving import LOCAL, Service, are_gone, descendants, free_port, public_listeners, serving, switch_of
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
@@ -105,17 +105,34 @@ def test_a_second_signal_ends_at_once(tmp_path: Path, scratch: Path) -> None:
     assert list(scratch.iterdir()) == []
 
 
-def test_when_rays_store_dies_what_runs_is_answered_and_the_service_ends(tmp_path: Path, scratch: Path) -> None:
-    """Ray itself would go on for a while and then end all of its processes in one moment."""
+@pytest.mark.parametrize("state", ["begins", "has Ray"])
+def test_a_service_that_starts_ends_at_once(state: str, tmp_path: Path, scratch: Path) -> None:
+    file = tmp_path / "one.yaml"
+    file.write_text(LOCAL.read_text().replace("port: 8000", f"port: {free_port()}"))
+    command = [sys.executable, "-m", "service.cli", "serve", str(file)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=using(scratch))
+    assert eventually(lambda: bool(descendants(process.pid)) and (state == "begins" or list(scratch.glob("*/ray/*"))), 60)
+    below = descendants(process.pid)
+    process.send_signal(signal.SIGTERM)
+    assert process.communicate(timeout=30)[0] == ""
+    assert process.returncode == 0
+    assert are_gone(below) and list(scratch.iterdir()) == []
+
+
+@pytest.mark.parametrize(("program", "told"), [("gcs_server", "Ray's store"), ("raylet", "Ray's raylet")])
+def test_when_ray_dies_what_runs_is_answered_and_the_service_ends(
+    program: str, told: str, tmp_path: Path, scratch: Path
+) -> None:
+    """Ray itself would go on for a while and then end all of its processes in one moment, or go on without starting any."""
     with serving(tmp_path / "one.yaml", drains_soon, env=using(scratch)) as service:
         below = descendants(service.process.pid)
-        (store,) = [pid for pid in below if "gcs_server" in Path(f"/proc/{pid}/cmdline").read_text().partition("\0")[0]]
+        (victim,) = [pid for pid in below if Path(Path(f"/proc/{pid}/cmdline").read_text().partition("\0")[0]).name == program]
         with streaming(service, tokens=600) as stream:
-            os.kill(store, signal.SIGKILL)
+            os.kill(victim, signal.SIGKILL)
             assert eventually(lambda: any("draining" in line for line in service.lines))
             assert stream.result().events[-1] == "[DONE]"
         assert service.process.wait(ENDED_SECONDS + 20) == 1  # Ray looks for its store a while longer
-        assert any("Ray's store" in line for line in service.lines)
+        assert any(told in line for line in service.lines)
         assert are_gone(below)
 
 

@@ -39,6 +39,7 @@ BARE = """
 import os, sys
 os.environ["RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"] = ""  # nothing of ours around it
 from service import cluster
+from service.child import Signals
 from service.config import ServeFile
 from ray import serve
 from starlette.requests import Request
@@ -52,7 +53,7 @@ class Echo:
 port = int(sys.argv[1])
 application = {"args": {}, "deployments": [{"name": "longserve"}]}  # of which nothing is started
 file = ServeFile.model_validate({"http_options": {"port": port}, "applications": [application]})
-with cluster.running(file, 1):
+with cluster.running(file, 1, Signals()):
     serve.run(Echo.bind(), route_prefix="/")
     print(port, flush=True)
     sys.stdin.read()

@@ -162,9 +162,9 @@ class Worker:
         with theirs:
             command = [sys.executable, "-m", worker.__name__, str(theirs.fileno()), self._directory]
             environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "TOKENIZERS_PARALLELISM": "false"}
-            # in a session of its own: what interrupts the service must not end work that is being drained
+            # in a group of its own: what interrupts the service must not end work that is being drained
             self._process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, pass_fds=[theirs.fileno()], env=environment, start_new_session=True
+                command, stdin=subprocess.DEVNULL, pass_fds=[theirs.fileno()], env=environment, process_group=0
             )
         await self._receive()
 
