@@ -287,7 +287,7 @@ def drain(file: ServeFile, seconds: float) -> list[str]:
     faults = []
     for name, answers in asked.items():  # one that hangs or has died does not keep the others from draining
         found = answers.results(timeout_s=max(0.0, deadline - time.monotonic()), return_exceptions=True)
-        faults += [f"{name} has not drained: {each!r}" for each in found if isinstance(each, Exception)]
+        faults += [f"{name} has not drained: {_first_line(each)}" for each in found if isinstance(each, Exception)]
     return faults
 
 
@@ -317,7 +317,7 @@ def hang_up(known: Sequence[Any]) -> list[str]:
             waiting = [proxy for proxy, is_done in zip(waiting, done, strict=True) if not is_done]
             time.sleep(POLL_SECONDS / 2)
     except (RayError, RayServeException, TimeoutError, ValueError) as error:
-        return [f"the proxy has not hung up: {error}"]
+        return [f"the proxy has not hung up: {_first_line(error)}"]
     return [f"callers of {len(waiting)} proxies do not read their answers"] * bool(waiting)
 
 

@@ -119,20 +119,33 @@ def test_a_service_that_starts_ends_at_once(state: str, tmp_path: Path, scratch:
     assert are_gone(below) and list(scratch.iterdir()) == []
 
 
-@pytest.mark.parametrize(("program", "told"), [("gcs_server", "Ray's store"), ("raylet", "Ray's raylet")])
-def test_when_ray_dies_what_runs_is_answered_and_the_service_ends(
-    program: str, told: str, tmp_path: Path, scratch: Path
-) -> None:
-    """Ray itself would go on for a while and then end all of its processes in one moment, or go on without starting any."""
+def below_running(service: Service, program: str) -> int:
+    """The process below a service that runs a program of Ray's."""
+    below = descendants(service.process.pid)
+    (found,) = [pid for pid in below if Path(Path(f"/proc/{pid}/cmdline").read_text().partition("\0")[0]).name == program]
+    return found
+
+
+def test_when_rays_store_dies_what_runs_is_answered_and_the_service_ends(tmp_path: Path, scratch: Path) -> None:
+    """Ray itself would go on for a while and then end all of its processes in one moment."""
     with serving(tmp_path / "one.yaml", drains_soon, env=using(scratch)) as service:
         below = descendants(service.process.pid)
-        (victim,) = [pid for pid in below if Path(Path(f"/proc/{pid}/cmdline").read_text().partition("\0")[0]).name == program]
         with streaming(service, tokens=600) as stream:
-            os.kill(victim, signal.SIGKILL)
+            os.kill(below_running(service, "gcs_server"), signal.SIGKILL)
             assert eventually(lambda: any("draining" in line for line in service.lines))
             assert stream.result().events[-1] == "[DONE]"
         assert service.process.wait(ENDED_SECONDS + 20) == 1  # Ray looks for its store a while longer
-        assert any(told in line for line in service.lines)
+        assert any("Ray's store" in line for line in service.lines)
+        assert are_gone(below)
+
+
+def test_when_rays_raylet_dies_the_service_ends(tmp_path: Path, scratch: Path) -> None:
+    """Ray's processes end with it, a moment later: nothing would be served, and a signal would find nobody to drain."""
+    with serving(tmp_path / "one.yaml", drains_soon, env=using(scratch)) as service:
+        below = descendants(service.process.pid)
+        os.kill(below_running(service, "raylet"), signal.SIGKILL)
+        assert service.process.wait(ENDED_SECONDS) == 1
+        assert any("Ray's raylet" in line for line in service.lines)
         assert are_gone(below)
 
 
