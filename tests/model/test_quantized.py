@@ -104,6 +104,18 @@ def test_the_kernel_answers_as_float64_does_with_the_weights_that_are_told(
 
 @natively
 @pytest.mark.parametrize("bits", BITS.values())
+@pytest.mark.parametrize("strange", [float("nan"), float("inf"), float("-inf")])
+def test_what_is_not_finite_makes_its_row_so_and_no_other(bits: int, strange: float) -> None:
+    kept, x = Quantized.of(matrix(100, 128), bits), torch.randn(9, 128).bfloat16()
+    x[4, 77], x[5], x[6] = strange, 0.0, 1e-32
+    for found in (native.product(x, kept, 100), eight(x) @ kept.dense().T):
+        assert not found[4].isfinite().any()
+        assert (found[5:7] == 0).all()
+        assert found[torch.arange(9) != 4].isfinite().all()
+
+
+@natively
+@pytest.mark.parametrize("bits", BITS.values())
 def test_a_matrix_shorter_than_it_says_is_refused(bits: int) -> None:
     kept = Quantized.of(matrix(128, 128), bits)
     cut = Quantized(kept.data.flatten()[:-1], kept.shape, bits)
