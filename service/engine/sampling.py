@@ -157,6 +157,7 @@ def _adjust(row: Tensor, before: Tensor, settings: Sampling, past: Past, eos_ids
         for ids in (*_pieces(past.prompt, row), *_pieces(past.output, row)):
             own = before[ids]  # not of `row`: a token that comes again must not be penalised again
             row[ids] = torch.where(own > 0, own / settings.repetition_penalty, own * settings.repetition_penalty)
+        row.clamp_(max=torch.finfo(row.dtype).max)  # what a penalty near 0 leaves: two infinite logits differ by NaN
     if settings.logit_bias:
         tokens, biases = zip(*settings.logit_bias, strict=True)
         row[list(tokens)] += torch.tensor(biases, dtype=row.dtype, device=row.device)
