@@ -253,3 +253,13 @@ def test_the_smallest_repetition_penalty_draws_what_was_there_and_nothing_forbid
     )
     seen = {draw(logits, [settings], [number / 16], [past])[0].token for number in range(16)}
     assert seen and seen <= {3, 4}
+
+
+@pytest.mark.parametrize("count", [1, 2, 5, 40])
+def test_of_tokens_that_are_as_likely_the_first_are_told_whoever_asks_beside(count: int) -> None:
+    logits = (torch.randn(5, 40, generator=torch.Generator().manual_seed(1)) * 2).round()
+    together = logprobs(logits, [0] * 5, [count, 0, 40, 1, 7])
+    for row, told in zip(logits, together, strict=True):
+        ranked = sorted(range(40), key=lambda token, row=row: (-float(row[token]), token))
+        assert [token for token, _ in told.top] == ranked[: len(told.top)]
+        assert told == logprobs(row[None], [0], [len(told.top)])[0]
