@@ -176,12 +176,12 @@ class Fields:
         """Whether it is there and not null."""
         return self.get(name) is not None
 
-    def count(self, name: str, default: int) -> int:
-        """A whole number above zero; null is the default."""
+    def count(self, name: str, default: int, least: int = 1) -> int:
+        """A whole number from `least`, below 2^31; null is the default."""
         value = self.get(name)
         value = default if value is None else value
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name} must be a whole number above 0, the checkpoint says {value!r}")
+        if isinstance(value, bool) or not isinstance(value, int) or not least <= value < 1 << 31:
+            raise ValueError(f"{name} must be a whole number above {least - 1}, the checkpoint says {value!r}")
         return value
 
     def number(self, name: str, default: float) -> float:
@@ -199,11 +199,26 @@ class Fields:
             raise ValueError(f"{name} must be true or false, the checkpoint says {value!r}")
         return bool(value)
 
+    def mapping(self, name: str) -> dict[str, Any]:
+        """An object; null is an empty one."""
+        value = self.get(name) or {}
+        if not isinstance(value, dict):
+            raise ValueError(f"{name} must be an object, the checkpoint says {str(value)[:200]}")
+        return value
+
+    def listed(self, name: str, *kinds: type) -> list[Any]:
+        """A list of values of such kinds; null is an empty one."""
+        value = self.get(name) or []
+        if not isinstance(value, list) or not all(type(each) in kinds for each in value):
+            named = " or ".join(kind.__name__ for kind in kinds)
+            raise ValueError(f"{name} must be a list of {named}, the checkpoint says {str(value)[:200]}")
+        return value
+
     def is_one(self, name: str, *allowed: Any) -> None:
         """Raise ValueError unless a field is absent or has one of the values that this service computes."""
         value = self.get(name, allowed[0])
         if value not in allowed:
-            named = " or ".join(repr(each) for each in allowed)
+            named = " or ".join(repr(each) for each in dict.fromkeys(allowed))
             raise ValueError(f"{name} must be {named}, the checkpoint says {value!r}")
 
     def settle(self) -> None:
@@ -229,7 +244,7 @@ def windows(fields: Fields, layers: int, window: int | None, kinds: Sequence[str
     kinds: `full_attention` or `sliding_attention` of each layer, where the file's `layer_types` does not say it. A window
     that no sequence of up to `longest` tokens outgrows is none.
     """
-    kinds = fields.get("layer_types") or kinds
+    kinds = fields.listed("layer_types", str) or kinds
     strange = sorted(set(kinds) - {"full_attention", "sliding_attention"})
     if strange or len(kinds) != layers:
         raise ValueError(f"layer_types must say full_attention or sliding_attention for {layers} layers, received {kinds}")

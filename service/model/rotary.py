@@ -33,6 +33,7 @@ _ALLOWED = {
     },
     "longrope": {"original_max_position_embeddings", "attention_factor", "factor"},
 }
+_NEVER_NULL = {"rope_theta", "truncate"}
 
 
 def read(fields: Fields, theta: float, longest: int, **family: Any) -> Rope:
@@ -47,15 +48,23 @@ def read(fields: Fields, theta: float, longest: int, **family: Any) -> Rope:
     Raises:
         ValueError: a kind or a field that is not computed here, or two statements that cannot both hold.
     """
-    scaling, parameters = fields.get("rope_scaling"), fields.get("rope_parameters")
+    scaling, parameters = fields.mapping("rope_scaling"), fields.mapping("rope_parameters")
     base = fields.get("rope_theta")
     if scaling and parameters and base is None and "rope_theta" not in scaling and "rope_theta" in parameters:
         raise ValueError(
             "rope_scaling takes the place of rope_parameters, which alone says rope_theta here: say it in rope_scaling, too"
         )
-    given = {"rope_theta": theta if base is None else base} | dict(scaling or parameters or {})
+    given = {"rope_theta": theta if base is None else base} | (scaling or parameters)
     given = {"partial_rotary_factor": fields.get("partial_rotary_factor")} | given
     return normal(given, longest, **family)
+
+
+def of_kind(parameters: Mapping[str, Any], kind: str) -> dict[str, Any]:
+    """What `rope_parameters` say of one kind of layer. Raises ValueError where that is no object."""
+    stated = parameters.get(kind) or {}
+    if not isinstance(stated, dict):
+        raise ValueError(f"rope_parameters must hold an object for {kind}, the checkpoint says {stated!r}")
+    return stated
 
 
 def normal(
@@ -76,7 +85,7 @@ def normal(
     """
     if not is_partial and given.get("partial_rotary_factor") not in (None, 1):
         raise ValueError(f"partial_rotary_factor must be 1 here, the checkpoint says {given['partial_rotary_factor']!r}")
-    kind = given.get("rope_type") or given.get("type") or "default"
+    kind = str(given.get("rope_type") or given.get("type") or "default")
     kind = (renamed or {}).get(kind, kind)
     if kind not in _NEEDED:
         raise ValueError(f"rope_type must be one of {tuple(_NEEDED)}, the checkpoint says {kind!r}")
@@ -85,6 +94,9 @@ def normal(
         raise ValueError(f"rotary positions of kind {kind} have fields this service does not know: {', '.join(strange)}")
     if missing := [name for name in _NEEDED[kind] if given.get(name) is None]:
         raise ValueError(f"rotary positions of kind {kind} need {', '.join(missing)}, the checkpoint has none")
+    for name in (known - {"rope_type", "type"}) & given.keys():
+        if given[name] is not None or name in _NEVER_NULL:
+            _check(name, given[name])
     rope = {name: _frozen(value) for name, value in given.items() if name != "type" and value is not None} | {"rope_type": kind}
     if kind in _ALLOWED:
         stated = rope.get("original_max_position_embeddings", longest)
@@ -92,6 +104,36 @@ def normal(
     if kind == "longrope":
         rope.setdefault("factor", longest / rope["original_max_position_embeddings"])
     return tuple(sorted(rope.items()))
+
+
+def _check(name: str, value: Any) -> None:
+    """Raise ValueError for a value that a field cannot have."""
+    least = 1 if name == "rope_theta" else 0  # by a base of 1 all pairs would turn alike
+    if name in ("short_factor", "long_factor"):
+        wanted, is_right = "a list of numbers above 0", isinstance(value, list) and all(_is_above(0, each) for each in value)
+    elif name == "truncate":
+        wanted, is_right = "true or false", isinstance(value, bool)
+    else:  # no mscale is 0
+        wanted, is_right = f"a number above {least}", _is_above(least, value) or (name.startswith("mscale") and value == 0)
+    if not is_right:
+        raise ValueError(f"{name} must be {wanted}, the checkpoint says {str(value)[:200]}")
+
+
+def _is_above(least: float, value: Any) -> bool:
+    return type(value) in (int, float) and least < value < math.inf
+
+
+def check_heads(rope: Rope, head_dim: int) -> None:
+    """Raise ValueError for positions that do not go with heads of a width."""
+    stated = dict(rope)
+    if stated["rope_type"] == "none":
+        return
+    width = turned_width(rope, head_dim)
+    if width % 2 or not 0 < width <= head_dim:
+        raise ValueError(f"head_dim {head_dim} has {width} coordinates that turn: they must be pairs within it")
+    for name in ("short_factor", "long_factor"):
+        if name in stated and len(stated[name]) != width // 2:
+            raise ValueError(f"{name} must be a list of {width // 2} numbers, the checkpoint has {len(stated[name])}")
 
 
 def _frozen(value: Any) -> Any:
@@ -112,7 +154,7 @@ def frequencies(rope: Rope, head_dim: int, longest: int) -> Tensor:
     if stated["rope_type"] == "none":
         return whole
     width = turned_width(rope, head_dim)
-    inverse: Tensor = 1.0 / stated["rope_theta"] ** (torch.arange(0, width, 2, dtype=torch.float32) / width)
+    inverse: Tensor = 1.0 / float(stated["rope_theta"]) ** (torch.arange(0, width, 2, dtype=torch.float32) / width)
     whole[: width // 2] = _SCALED[stated["rope_type"]](inverse, stated, longest)
     return whole
 
@@ -174,8 +216,6 @@ def _yarn(inverse: Tensor, stated: Mapping[str, Any], longest: int) -> Tensor:
 def _longrope(inverse: Tensor, stated: Mapping[str, Any], longest: int) -> Tensor:
     is_long = longest > stated["original_max_position_embeddings"]
     factors = stated["long_factor" if is_long else "short_factor"]
-    if len(factors) != len(inverse):
-        raise ValueError(f"longrope needs {len(inverse)} factors, the checkpoint has {len(factors)}")
     return inverse / torch.tensor(factors, dtype=torch.float32)
 
 

@@ -16,12 +16,14 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from service.model import families, rotary
 from service.model.checkpoint import EMBEDDED, choose_dtype, id_of, load, save
-from service.model.config import ModelConfig
+from service.model.config import Fields, ModelConfig
 from service.model.projection import can_pack
 from service.model.transformer import Transformer
 from tests.model.checkpoints import DECODERS, TINY, change, draw, our_logits, their_logits, theirs, write
@@ -90,6 +92,14 @@ def answers_like_transformers(directory: Path) -> bool:
         ("qwen2", {"layer_types": ["sliding_attention"] * 2, "use_sliding_window": False}, "sliding_window must be"),
         ("gemma3_text", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping must be None"),
         ("gemma3_text", {"use_bidirectional_attention": True}, "use_bidirectional_attention must be False"),
+        ("llama", {"head_dim": 9}, "head_dim 9 has 9 coordinates that turn"),
+        ("llama", {"rope_parameters": {"rope_type": "yarn", "factor": 0}}, "factor must be a number above 0"),
+        ("llama", {"rope_parameters": {"rope_theta": None}}, "rope_theta must be a number above 1"),
+        (
+            "llama",
+            {"rope_parameters": {"rope_type": "longrope", "short_factor": [1], "long_factor": [1]}},
+            "a list of 8 numbers",
+        ),
         ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx must be False"),
     ],
 )
@@ -112,6 +122,10 @@ def test_a_config_that_is_not_computed_is_refused_by_its_field(
         ("llama", {"rope_parameters": None}),
         ("mistral", {"sliding_window": ...}),
         ("qwen2", {"use_sliding_window": True, "sliding_window": 40, "max_window_layers": 0, "layer_types": None}),
+        ("smollm3", {"use_sliding_window": False, "sliding_window": 40}),
+        ("gemma", {"hidden_act": "gelu"}),
+        ("gemma3_text", {"layer_types": None, "_sliding_window_pattern": 1, "sliding_window": 20}),
+        ("gpt2", {"activation_function": "relu"}),
         ("phi3", {"auto_map": {"AutoModelForCausalLM": "modeling_phi3.Phi3ForCausalLM"}}),
         ("llama", {"pruned_heads": {}, "use_odd_thing": False, "odd": None, "num_beams": 1, "id2label": {"0": "a"}}),
         ("llama", {"architectures": None, "num_key_value_heads": 2}),
@@ -123,6 +137,28 @@ def test_a_config_in_any_of_its_forms_means_what_transformers_takes_it_for(
     write(tmp_path, family, **({"head_dim": 12} if family in ("qwen2", "phi3") else {}))
     change(tmp_path, **{name: None if value is ... else value for name, value in fields.items()})
     assert answers_like_transformers(tmp_path)
+
+
+ROPE = ("rope_type", "rope_theta", "factor", "short_factor", "mscale", "truncate", "partial_rotary_factor", "full_attention")
+LEAVES = (
+    st.none() | st.booleans() | st.integers(-2, 70) | st.just(10**30) | st.floats() | st.sampled_from(["", "yarn", "longrope"])
+)
+ANYTHING = st.recursive(LEAVES, lambda x: st.lists(x, max_size=3) | st.dictionaries(st.sampled_from(ROPE), x, max_size=4))
+
+
+@pytest.mark.parametrize("family", families.names())
+@given(data=st.data())
+def test_a_field_of_any_kind_is_read_or_refused_in_words(family: str, data: st.DataObject) -> None:
+    known = Fields({})
+    families.of(family).read(known)
+    name = data.draw(st.sampled_from(sorted(known._read | {"architectures", "auto_map"})))
+    try:
+        config = families.read({"model_type": family, name: data.draw(ANYTHING)})
+    except ValueError as refusal:
+        assert str(refusal)
+        return
+    lengths = (2, config.max_length + 1)
+    assert all(rotary.frequencies(r, config.head_dim, n).isfinite().all() for r in set(config.ropes) for n in lengths)
 
 
 @pytest.mark.parametrize("family", DECODERS)

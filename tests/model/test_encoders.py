@@ -93,6 +93,13 @@ async def test_what_a_packed_step_is_padded_with_is_no_part_of_its_last_text(tmp
     torch.testing.assert_close(torch.tensor(scores), expected, rtol=0, atol=0.03)
 
 
+def test_mpnets_positions_begin_at_the_same_row_whatever_pads(tmp_path: Path) -> None:
+    directory = write(tmp_path, "mpnet", pad_token_id=4)
+    (ours,) = our_hidden(load(directory, dtype="float32").model, [draw(LENGTH)])
+    (expected,) = their_hidden(theirs(directory), [draw(LENGTH)])
+    torch.testing.assert_close(ours, expected, rtol=0, atol=1e-4)
+
+
 async def test_an_encoder_draws_no_tokens(tmp_path: Path) -> None:
     loaded = load(write(tmp_path, "bert"), dtype="float32")
     async with world.running(loaded.model, backends_of(loaded.model), tokenizer=loaded.tokenizer) as engine:

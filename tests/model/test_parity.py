@@ -52,6 +52,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral with a window longer than its context": ("mistral", {"sliding_window": 512}),
     "smollm3": ("smollm3", {"head_dim": 12, **DEEP}),
     "smollm3 with windows": ("smollm3", {"head_dim": 12, "use_sliding_window": True, "sliding_window": 17, **DEEP}),
+    "gemma": ("gemma", {"attention_bias": True}),
     "gemma3": ("gemma3_text", {"sliding_window": 20, "num_hidden_layers": 7, "query_pre_attn_scalar": 11}),
     "gemma3 stretched": (
         "gemma3_text",

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from functools import cache
 from typing import Any, Protocol, cast
 
+from service.model import rotary
 from service.model.config import Fields, ModelConfig
 from service.model.layout import Weight
 from service.model.weights import Tensors
@@ -72,6 +73,8 @@ def read(raw: Mapping[str, Any]) -> ModelConfig:
     if config.num_attention_heads % config.num_key_value_heads:
         heads = f"{config.num_attention_heads} and {config.num_key_value_heads}"
         raise ValueError(f"num_attention_heads must be a multiple of num_key_value_heads, the checkpoint says {heads}")
+    for rope in set(config.ropes):
+        rotary.check_heads(rope, config.head_dim)
     return config
 
 
@@ -80,10 +83,10 @@ def _check_common(family: Family, raw: Mapping[str, Any], fields: Fields) -> Non
     if method := fields.get("quantization_config"):
         kind = method.get("quant_method", method) if isinstance(method, dict) else method
         raise ValueError(f"quantization_config: the weights are quantized ({kind}); take the files that are not")
-    custom = fields.get("auto_map") or {}
-    if strange := sorted(f"{k}: {v}" for k, v in custom.items() if k == "AutoModelForCausalLM" and not _names(v, family)):
+    custom = fields.mapping("auto_map").items()
+    if strange := sorted(f"{k}: {v}" for k, v in custom if k == "AutoModelForCausalLM" and not _names(v, family)):
         raise ValueError(f"auto_map: the checkpoint brings code of its own ({', '.join(strange)}), and none is run here")
-    architectures = raw.get("architectures") or [family.ARCHITECTURE]
+    architectures = fields.listed("architectures", str) or [family.ARCHITECTURE]
     known = _architectures(family)
     if not set(known) & set(architectures):
         raise ValueError(f"architectures must name {' or '.join(known)}, the checkpoint says {architectures}")

@@ -64,11 +64,12 @@ def shape(
     for unread in ("tie_word_embeddings", "eos_token_id"):  # of heads that draw tokens
         fields.get(unread)
     layers = fields.count("num_hidden_layers", 12)
+    rows = fields.count("max_position_embeddings", longest, least=first_position + 1)
     return {
         **heads(fields, vocabulary=vocabulary),
         "intermediate_size": fields.count("intermediate_size", 3072),
         "num_hidden_layers": layers,
-        "max_position_embeddings": fields.count("max_position_embeddings", longest) - first_position,
+        "max_position_embeddings": rows - first_position,
         "first_position": first_position,
         "norm_eps": fields.number("layer_norm_eps", 1e-12),
         "activation": ACTIVATIONS[fields.get("hidden_act", activation)],
@@ -81,7 +82,7 @@ def shape(
 
 def classifier(fields: Fields, width: int, activation: Activation = "tanh", **first: Any) -> Pooled:
     """The head of a classifier, two products on the first token's state, and its labels; of another checkpoint the mean."""
-    if not any(str(name).endswith("ForSequenceClassification") for name in fields.get("architectures") or ()):
+    if not any(name.endswith("ForSequenceClassification") for name in fields.listed("architectures", str)):
         return Pooled()
     labels = _labels(fields)
     layers = (Dense(width, width, activation, **first), Dense(len(labels), width))
@@ -99,7 +100,7 @@ def _labels(fields: Fields) -> tuple[str, ...]:
 
 def _activation(fields: Fields, labels: int) -> Activation:
     """What makes scores of a classifier's numbers: as sentence-transformers and transformers' pipeline have it."""
-    stated = (fields.get("sentence_transformers") or {}).get("activation_fn")
+    stated = fields.mapping("sentence_transformers").get("activation_fn")
     stated = fields.get("sbert_ce_default_activation_function", None) or stated
     if stated is not None:
         name = str(stated).rsplit(".", 1)[-1].lower()

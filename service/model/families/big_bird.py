@@ -21,9 +21,7 @@ def read(fields: Fields) -> ModelConfig:
     fields.is_one("use_bias", True)
     fields.is_one("rescale_embeddings", False)
     fields.is_one("attention_type", "block_sparse", "original_full")
-    block, drawn = fields.count("block_size", 64), fields.get("num_random_blocks", 3)
-    if isinstance(drawn, bool) or not isinstance(drawn, int) or drawn < 0:
-        raise ValueError(f"num_random_blocks must be a whole number from 0, the checkpoint says {drawn!r}")
+    block, drawn = fields.count("block_size", 64), fields.count("num_random_blocks", 3, least=0)
     stated = shape(fields, vocabulary=50358, longest=4096, activation="gelu_new")
     is_sparse = fields.get("attention_type", "block_sparse") == "block_sparse"
     activation = ACTIVATIONS[fields.get("hidden_act", "gelu_new")]

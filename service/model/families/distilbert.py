@@ -24,7 +24,7 @@ NAMES = Names(
 
 
 def read(fields: Fields) -> ModelConfig:
-    fields.is_one("activation", *ACTIVATIONS)
+    fields.is_one("activation", "gelu", *ACTIVATIONS)
     for unread in ("tie_word_embeddings", "tie_weights_", "eos_token_id", "sinusoidal_pos_embds"):  # the table is in the file
         fields.get(unread)
     sizes, layers = heads(fields, "dim", "n_heads"), fields.count("n_layers", 6)

@@ -7,6 +7,7 @@ from typing import Any
 
 from service.model import rotary
 from service.model.config import Fields, ModelConfig, windows
+from service.model.families import gemma
 from service.model.families.llama import shape
 from service.model.layout import Weight, decoder
 
@@ -34,16 +35,10 @@ def block(fields: Fields, stated: dict[str, Any], score_cap: float | None, logit
     """How Gemma 2 and 3 compute. The caps are those where the file says none."""
     fields.is_one("hidden_activation", "gelu_pytorch_tanh")
     fields.get("hidden_act")  # older files have it, wrong, beside the other
-    fields.is_one("use_bidirectional_attention", False, None)
-    bias, scalar = fields.flag("attention_bias"), fields.number("query_pre_attn_scalar", 256)
     return {
-        "attention_bias": bias,
-        "output_bias": bias,
-        "norm": "gemma",
+        **gemma.block(fields, stated),
         "is_sandwiched": True,
-        "activation": "gelu_tanh",
-        "query_scale": (stated["head_dim"] / scalar) ** 0.5,
-        "embed_scale": stated["hidden_size"] ** 0.5,
+        "query_scale": (stated["head_dim"] / fields.number("query_pre_attn_scalar", 256)) ** 0.5,
         "score_cap": _cap(fields, "attn_logit_softcapping", score_cap),
         "logit_cap": _cap(fields, "final_logit_softcapping", logit_cap),
     }

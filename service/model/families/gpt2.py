@@ -8,15 +8,15 @@ from torch import Tensor
 
 from service.model import rotary
 from service.model.config import Fields, ModelConfig, eos_token_ids
+from service.model.families.bert import ACTIVATIONS
 from service.model.layout import Part, Weight, norm
 
 ARCHITECTURE = "GPT2LMHeadModel"
 PREFIX = "transformer."
-ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}
 
 
 def read(fields: Fields) -> ModelConfig:
-    fields.is_one("activation_function", *ACTIVATIONS)
+    fields.is_one("activation_function", "gelu_new", *ACTIVATIONS)
     fields.is_one("scale_attn_weights", True)
     fields.is_one("scale_attn_by_inverse_layer_idx", False)
     fields.get("reorder_and_upcast_attn")  # scores in float32, as they always are here where it tells

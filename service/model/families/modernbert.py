@@ -19,7 +19,7 @@ BASES = {FULL: ("global_rope_theta", 160_000.0), SLIDING: ("local_rope_theta", 1
 
 
 def read(fields: Fields) -> ModelConfig:
-    fields.is_one("hidden_activation", *ACTIVATIONS)
+    fields.is_one("hidden_activation", "gelu", *ACTIVATIONS)
     for unread in ("hidden_act", "tie_word_embeddings", "eos_token_id", "decoder_bias", "sparse_prediction", "layer_norm_eps"):
         fields.get(unread)
     for unread in ("sparse_pred_ignore_index", "deterministic_flash_attn", "reference_compile", "repad_logits_with_grad"):
@@ -27,7 +27,7 @@ def read(fields: Fields) -> ModelConfig:
     fields.is_one("position_embedding_type", "absolute", "sans_pos", None)  # which nothing reads
     sizes, layers, longest = heads(fields), fields.count("num_hidden_layers", 22), fields.count("max_position_embeddings", 8192)
     every, window = fields.count("global_attn_every_n_layers", 3), fields.count("local_attention", 128) // 2
-    kinds = fields.get("layer_types") or [SLIDING if i % every else FULL for i in range(layers)]
+    kinds = fields.listed("layer_types", str) or [SLIDING if i % every else FULL for i in range(layers)]
     if len(kinds) != layers or not set(kinds) <= {FULL, SLIDING}:
         raise ValueError(f"layer_types must say {FULL} or {SLIDING} for {layers} layers, received {kinds}")
     turns = {kind: _rope(fields, kind, longest) for kind in BASES}
@@ -59,7 +59,7 @@ def read(fields: Fields) -> ModelConfig:
 
 def _rope(fields: Fields, kind: str, longest: int) -> Rope:
     name, base = BASES[kind]
-    stated = (fields.get("rope_parameters") or {}).get(kind) or fields.get("rope_scaling") or {}
+    stated = rotary.of_kind(fields.mapping("rope_parameters"), kind) | fields.mapping("rope_scaling")
     return rotary.normal({"rope_theta": fields.number(name, base)} | stated, longest)
 
 

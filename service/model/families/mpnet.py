@@ -29,7 +29,7 @@ NAMES = Names(
 
 def read(fields: Fields) -> ModelConfig:
     fields.is_one("relative_attention_num_buckets", 32)
-    return roberta.stated(fields, "mpnet", types=0)
+    return roberta.stated(fields, "mpnet", types=0, first=2)  # whatever the padding token
 
 
 def complete(config: ModelConfig, tensors: Tensors) -> ModelConfig:

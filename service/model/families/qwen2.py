@@ -18,7 +18,7 @@ def stated_alike(fields: Fields, **defaults: Any) -> dict[str, Any]:
     fields.is_one("hidden_act", "silu")
     stated = shape(fields, longest=32768, vocabulary=151936, intermediate=22016, groups=32, **defaults)
     layers, longest = stated["num_hidden_layers"], stated["max_position_embeddings"]
-    window, full = fields.get("sliding_window", 4096), fields.get("max_window_layers", 28)
+    window, full = fields.get("sliding_window", 4096), fields.count("max_window_layers", 28, least=0)
     window = window if fields.flag("use_sliding_window") else None
     kinds = ["sliding_attention" if window is not None and i >= full else "full_attention" for i in range(layers)]
     stated["windows"] = windows(fields, layers, window, kinds, longest)

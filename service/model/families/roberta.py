@@ -13,12 +13,10 @@ PREFIX = "roberta."
 UNUSED = r"(roberta\.pooler|lm_head)\."
 
 
-def stated(fields: Fields, name: str, types: int = 2) -> ModelConfig:
-    """A config of RoBERTa's kind."""
-    pad = fields.get("pad_token_id", 1)
-    if isinstance(pad, bool) or not isinstance(pad, int) or pad < 0:
-        raise ValueError(f"pad_token_id must be a token, for positions begin behind its number, the checkpoint says {pad!r}")
-    found = shape(fields, pad + 1, types)
+def stated(fields: Fields, name: str, types: int = 2, first: int | None = None) -> ModelConfig:
+    """A config of RoBERTa's kind. first: the row of its first token's position; None: the one behind the padding token's."""
+    first = fields.count("pad_token_id", 1, least=0) + 1 if first is None else first
+    found = shape(fields, first, types)
     return ModelConfig(model_type=name, **found, pooled=classifier(fields, found["hidden_size"]))
 
 

@@ -18,10 +18,11 @@ def read(fields: Fields) -> ModelConfig:
     layers, longest = stated["num_hidden_layers"], stated["max_position_embeddings"]
     fields.get("max_window_layers")  # files have it from Qwen2, nothing reads it
     interval = fields.count("no_rope_layer_interval", 4)
-    turns = fields.get("no_rope_layers") or [(i + 1) % interval for i in range(layers)]  # 0: this layer does not
+    turns = fields.listed("no_rope_layers", int, bool) or [(i + 1) % interval for i in range(layers)]  # 0: this layer does not
     if len(turns) < layers:
         raise ValueError(f"no_rope_layers must speak of {layers} layers, the checkpoint says {turns}")
-    window = fields.get("sliding_window") if fields.flag("use_sliding_window") else None
+    window = fields.get("sliding_window")
+    window = window if fields.flag("use_sliding_window") else None
     kinds = ["full_attention" if window is None or turn else "sliding_attention" for turn in turns[:layers]]
     stated["windows"] = windows(fields, layers, window, kinds, longest)
     rope = rotary.read(fields, 2_000_000.0, longest)
