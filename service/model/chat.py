@@ -27,6 +27,8 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
+from service.model.encoding import encoded
+
 Message = Mapping[str, str]
 """`role`, `content`, and where the caller sent them `name` and `tool_call_id`."""
 
@@ -88,9 +90,9 @@ class ChatTemplate:
         return _rendered(self._template, {**options, **self._names, "messages": told}, most_characters)
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of what `render` gave."""
-        (encoding,) = self._core.encode_batch_fast([text], add_special_tokens=False)
-        return [self._ids.get(each, each) for each in encoding.ids]
+        """Token ids of what `render` gave. Raises TextRefused."""
+        ids = encoded(self._core.encode_batch_fast, text, add_special_tokens=False).ids
+        return [self._ids.get(each, each) for each in ids]
 
     def _as_taken(self, message: Message) -> Message:
         """The message under a role that the template shows. Raises MessagesRefused."""

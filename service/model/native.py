@@ -215,11 +215,6 @@ class PackedLayer:
         self.room_words = asked + max(before, behind)  # of a row in `decode`, as in layer.c
         self.packed = packing(_Layer)(*tight, *packed, *shape, bits, epsilon)
 
-    @staticmethod
-    def suits(hidden_size: int, intermediate_size: int) -> bool:
-        """Whether a layer of these widths is packed whole: blocks of gate and up lie side by side."""
-        return hidden_size % COLUMNS == 0 and intermediate_size % COLUMNS == 0
-
     def question(self, x: Tensor, turns: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
         """`Layer.question`: q (T, H, D), k and v (T, G, D) of x (T, C)."""
         assert turns is not None, "a layer that turns nothing is not packed"

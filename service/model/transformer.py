@@ -93,9 +93,8 @@ class Layer(nn.Module):
         self._qk_scales = self.qk_scales() if config.qk_norm else None
         self.is_native = is_native
         is_plain = is_native and is_turned and not (config.is_post_normed or config.is_sandwiched) and config.query_scale == 1
-        is_plain = is_plain and all(each.bias is None for each in products)
+        is_plain = is_plain and all(each.bias is None for each in products) and config.intermediate_size % native.COLUMNS == 0
         norms = cast(tuple[Tensor, Tensor], (self.attention_norm, self.mlp_norm))
-        is_plain = is_plain and native.PackedLayer.suits(config.hidden_size, config.intermediate_size)
         is_encoder = not is_turned and encoder_layer.suits(config, norms[1].dtype, norms[1].device)
         known = [m for m in (each.matrix() for each in products if is_plain or is_encoder) if m is not None]
         if len(known) < len(products) or norms[0].dtype != torch.bfloat16:
