@@ -97,6 +97,10 @@ def chat(
         raise TemplateRefused(f"{error!s:.400}", param="messages") from None
     except TimeoutError:
         raise TemplateRefused(f"the model's chat template took more than {TEMPLATE_SECONDS:g} s", param="messages") from None
+    except MemoryError:
+        raise TemplateRefused(
+            f"the model's chat template took more than {TEMPLATE_BYTES >> 20} MiB", param="messages"
+        ) from None
     if max_length is not None:
         check_text(text, tokenizer.longest_token_bytes, max_length, "messages")
     return array("i", template.encode(text))

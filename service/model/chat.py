@@ -61,7 +61,7 @@ class ChatTemplate:
             plain = _environment().from_string(source)
             self._names = {name: self._marked(value) for name, value in names.items()}
             self._template = self._compile(source)
-        except jinja2.TemplateSyntaxError as error:
+        except (jinja2.TemplateSyntaxError, RecursionError, ValueError) as error:  # constants are computed here
             raise NoTemplate(f"its chat template cannot be read: {error}") from error
         core.add_tokens([self._added(content) for content in self._marks])
         self._ids = {self._id(mark): self._id(content) for content, mark in self._marks.items()}
