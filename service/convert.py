@@ -52,7 +52,8 @@ def convert(source: Path, target: Path, length: int, window: int) -> Iterator[st
         length: tokens of the longest text it will read. window: tokens that a token sees on both sides together.
 
     Raises:
-        ValueError: another family, a length that is not beyond the old one, an odd window; what `checkpoint.load` refuses.
+        ValueError: another family, a length that is not beyond the old one, a window that is odd or 2; what `checkpoint.load`
+            refuses.
         FileNotFoundError: no checkpoint. FileExistsError: `target` is there.
     """
     old = checkpoint.load(source, dtype="float32")
@@ -61,8 +62,8 @@ def convert(source: Path, target: Path, length: int, window: int) -> Iterator[st
         raise ValueError(f"only {', '.join(BODIES)} can be converted, the checkpoint is {config.model_type}")
     if length <= config.max_position_embeddings:
         raise ValueError(f"length must be above the old context of {config.max_position_embeddings} tokens, received {length}")
-    if window < 2 or window % 2:
-        raise ValueError(f"window must be an even number above 0, received {window}")
+    if window < 4 or window % 2:  # transformers computes no smaller one
+        raise ValueError(f"window must be an even number above 2, received {window}")
     target.mkdir(parents=True)
     raw = files.read_json(source / "config.json")
     save_file(dict(_tensors(source, old, length)), target / "model.safetensors", metadata={"format": "pt"})

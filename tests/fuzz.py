@@ -33,7 +33,7 @@ from attention.truth import BOUNDS
 from service.model import encoder_layer, families
 from service.model import native as layer
 from service.model.checkpoint import EMBEDDED
-from service.model.quantized import BITS, Quantized
+from service.model.quantized import BITS, Quantized, eight
 from service.model.transformer import Layer, Transformer, rotate
 
 SANITIZED = os.environ.get("SANITIZED")
@@ -593,7 +593,7 @@ def test_a_product_of_fewer_bits_answers_like_its_slow_reading_or_refuses(
         with pytest.raises(RuntimeError, match="the native kernel was given what it cannot take"):
             layer.product(x, broken, sizes[0], bias)
         return
-    wanted = functional.linear(x.double(), kept.dense().double(), None if bias is None else bias.double())
+    wanted = functional.linear(eight(x).double(), kept.dense().double(), None if bias is None else bias.double())
     for found in (layer.product(x, kept, outputs, bias), layer.product(x, kept, outputs, bias, wide=True)):
         assert float((found.double() - wanted).abs().max()) <= 2**-7 * max(1.0, float(wanted.abs().max()))
 

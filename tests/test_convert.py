@@ -81,6 +81,7 @@ def test_the_report_is_nearer_to_one_under_a_wider_window_and_one_where_all_is_s
         ("modernbert", [], "only bert, roberta, xlm-roberta can be converted, the checkpoint is modernbert"),
         ("bert", ["--length", str(LENGTH)], "length must be above the old context"),
         ("bert", ["--window", "7"], "window must be an even number"),
+        ("bert", ["--window", "2"], "window must be an even number above 2"),
     ],
 )
 def test_what_cannot_be_converted_is_refused_and_nothing_is_written(

@@ -10,5 +10,7 @@ int supported(void) {
           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
           __builtin_cpu_supports("fma")))
         return NOTHING;
-    return __builtin_cpu_supports("avx512bf16") ? FLOAT32 | BFLOAT16 : FLOAT32;
+    return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni")
+               ? FLOAT32 | BFLOAT16
+               : FLOAT32;
 }

@@ -175,7 +175,7 @@ class Kernel:
         if found is None:
             return "the native kernel was not built, for which installing needs a C compiler with OpenMP"
         if not found.supported() & DTYPES[dtype]:
-            return f"this CPU lacks the instructions of the native kernel for {dtype} (AVX-512, and for bfloat16 AVX512-bf16)"
+            return f"this CPU lacks the instructions of the native kernel for {dtype} (AVX-512; for bfloat16 -bf16 and -VNNI)"
         return None
 
     def call(self, function: str, *arguments: object) -> None:

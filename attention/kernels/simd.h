@@ -13,7 +13,7 @@
 #include <stdint.h>
 #include <string.h>
 
-#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,fma")
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx512vnni,fma")
 
 #define INLINE static inline __attribute__((always_inline))
 #define TILE 6  /* rows of a product whose sums are in registers, with 64 columns */

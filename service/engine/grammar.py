@@ -1,7 +1,8 @@
 """Answers of a given form: which tokens may come next under a JSON schema, a regular expression or a choice.
 
 llguidance parses beside the model (Earley over lexemes made of regular-expression derivatives): microseconds a token, some
-milliseconds when a form is met for the first time. Its limits bound what the worst form may take.
+milliseconds when a form is met for the first time. Its limits, and ours, bound what the worst form may take: the beginning,
+which takes longest, is looked at where a form is made, beside the model, and a sample whose form goes on to take long is ended.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import threading
+import time
 from collections.abc import Collection, Iterator, Sequence
 from fractions import Fraction
 from functools import cached_property
@@ -28,6 +30,19 @@ MOST_MULTIPLE = 20_000
 """Least common multiple of all that a schema asks for: each remainder is a state, and no limit of the library holds. A tenth of
 a second; a million takes 16, and one call in them keeps all others waiting. A power of ten is told by its last digits."""
 
+MOST_EXPRESSIONS = 1 << 17
+"""Regular expressions that a form may begin with, and all that a text forced by it has: more take seconds."""
+
+MOST_FORCED = 4096
+"""Bytes of the one text that a form may begin with. Each step of its sample looks at all of it again: 4 milliseconds."""
+
+MOST_ALTERNATIVES = 128
+"""Arrays, objects and what may be either of all anyOf, oneOf and lists of types of a schema together. Where a text may be many
+of them at once, as arrays of arrays may, a byte takes their square and more: of 128 a tenth of a second, of 500 three."""
+
+GRACE_SECONDS, TOKEN_SECONDS = 0.25, 0.005
+"""What a sample's form may take of the model's thread: so much for each token, and so much more at a time."""
+
 WHITESPACE = r"(\n[ \t]{0,24}| )?"
 """Between the parts of JSON: none, a space, or a line break and what indents. Unbounded, a model might write nothing else."""
 
@@ -42,6 +57,7 @@ class Grammar:
         self.source = source  # the caller's name for the form
         self._matcher = matcher
         self._vocab_size = vocab_size
+        self._seconds_left = GRACE_SECONDS  # of this thread; below 0: it has taken too long
 
     def copy(self) -> Grammar:
         """The same text, to go on from by itself."""
@@ -49,7 +65,10 @@ class Grammar:
 
     def allowed(self) -> NDArray[np.bool_]:
         """For each id of the model's vocabulary whether it may come next (V,); where the parser has failed, all may."""
+        start = time.thread_time()
         bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
+        if self._seconds_left >= 0:
+            self._seconds_left = min(GRACE_SECONDS, self._seconds_left + TOKEN_SECONDS) - (time.thread_time() - start)
         return np.unpackbits(bits, bitorder="little", count=self._vocab_size).view(np.bool_)
 
     def take(self, token: int) -> None:
@@ -65,7 +84,7 @@ class Grammar:
     def fault(self) -> str | None:
         """Why the parser has failed: by one of its limits, or where no text goes on that the form would have."""
         if not self._matcher.is_error():
-            return None
+            return None if self._seconds_left >= 0 else "it takes too long"
         told = str(self._matcher.get_error()).partition("\n")[0]  # behind it the library's own notes
         return "no text keeps to it" if told.startswith("NoExtension") else told or "it is too complex"
 
@@ -91,9 +110,15 @@ class Grammars:
             _refuse(form, str(error))
         with self._lock:  # one at a time: compiling lets go of Python's lock
             matcher = LLMatcher(self._tokenizer, text, log_level=0, limits=_limits())
-        if matcher.is_error():
-            _refuse(form, matcher.get_error())
-        return Grammar(matcher, self._vocab_size, form.source)
+            if matcher.is_error():
+                _refuse(form, matcher.get_error())
+            matcher.compute_bitmask()  # which takes longest at the beginning; the model's thread finds it done
+        grammar = Grammar(matcher, self._vocab_size, form.source)
+        if (fault := grammar.fault) is not None:
+            _refuse(form, fault)
+        if (forced := len(matcher.compute_ff_bytes())) > MOST_FORCED:
+            _refuse(form, f"it begins with {forced} bytes that are always the same, at most {MOST_FORCED} may be")
+        return grammar
 
     @cached_property
     def _tokenizer(self) -> LLTokenizer:
@@ -139,7 +164,7 @@ class _Tokens:
 
 
 def _limits() -> LLParserLimits:
-    return LLParserLimits(max_lexer_states=MOST_STATES, verbose_errors=False)
+    return LLParserLimits(max_lexer_states=MOST_STATES, initial_lexer_fuel=MOST_EXPRESSIONS, verbose_errors=False)
 
 
 def _grammar(form: Constraint) -> str:
@@ -149,7 +174,9 @@ def _grammar(form: Constraint) -> str:
     if form.kind == "choice":
         return str(LLMatcher.grammar_from_lark("start: " + " | ".join(json.dumps(each) for each in json.loads(form.text))))
     grammar = str(LLMatcher.grammar_from_json_schema(form.text, overrides={"whitespace_pattern": WHITESPACE}))
-    _check_multiples(json.loads(form.text))
+    schema = json.loads(form.text)
+    _check_multiples(schema)
+    _check_alternatives(schema)
     return grammar
 
 
@@ -166,10 +193,33 @@ def _check_multiples(schema: Any) -> None:
 
 def _multiples(schema: Any) -> Iterator[Fraction]:
     """Every multipleOf within a schema, none of them 0."""
-    if isinstance(schema, dict) and isinstance(multiple := schema.get("multipleOf"), int | float) and multiple:
+    for multiple in filter(None, _found(schema, ("multipleOf",), int | float)):
         yield abs(Fraction(str(float(multiple)) if isinstance(multiple, float) else multiple))
+
+
+def _check_alternatives(schema: Any) -> None:
+    """Raise ValueError for a schema with more alternatives than can be told apart in time."""
+    listed = [each for those in _found(schema, ("anyOf", "oneOf"), list) for each in those]
+    count = sum(map(_may_nest, listed)) + sum(_may_nest({"type": kinds}) for kinds in _found(schema, ("type",), list))
+    if count > MOST_ALTERNATIVES:
+        told = "arrays, objects and references in all anyOf, oneOf and lists of types together"
+        raise ValueError(f"{told} may be {MOST_ALTERNATIVES}, received {count}")
+
+
+def _may_nest(schema: Any) -> bool:
+    """Whether what a schema describes may have other values within it."""
+    if not isinstance(schema, dict) or "const" in schema or "enum" in schema:
+        return isinstance(schema, bool)
+    kinds = schema.get("type", "object")
+    return bool({"array", "object"}.intersection(kinds if isinstance(kinds, list) else [kinds]))
+
+
+def _found(schema: Any, keywords: Sequence[str], kind: Any) -> Iterator[Any]:
+    """What stands under some keywords anywhere within a schema, as far as it is of a kind."""
+    if isinstance(schema, dict):
+        yield from (schema[each] for each in keywords if isinstance(schema.get(each), kind))
     for each in schema.values() if isinstance(schema, dict) else schema if isinstance(schema, list) else ():
-        yield from _multiples(each)
+        yield from _found(each, keywords, kind)
 
 
 def _refuse(form: Constraint, why: str) -> NoReturn:

@@ -111,15 +111,42 @@ def likeliest(logits: Tensor) -> Tensor:
 
 
 def logprobs(logits: Tensor, tokens: Sequence[int], top: Sequence[int]) -> list[TokenLogprob]:
-    """Log-probabilities of given tokens and of the `top` likeliest, from logits (N, V) before temperature and filters."""
+    """Log-probabilities of given tokens and of the `top` likeliest, from logits (N, V) before temperature and filters.
+
+    Of equals the first come first: in what order `torch.topk` has them depends on how many rows and tokens are asked about.
+    """
     logs = torch.log_softmax(logits, -1)
     own = logs.gather(1, torch.tensor(tokens, device=logits.device)[:, None])[:, 0].tolist()
-    values, ids = logs.topk(min(max(top, default=0), logits.shape[-1]), -1)
-    pairs = zip(ids.tolist(), values.tolist(), strict=True)
+    most = min(max(top, default=0), logits.shape[-1])
+    best = _first_of_largest(logs, most) if most else [[] for _ in own]
     return [
-        TokenLogprob(token, value, tuple(zip(row_ids[:count], row_values[:count], strict=True)))
-        for token, value, count, (row_ids, row_values) in zip(tokens, own, top, pairs, strict=True)
+        TokenLogprob(token, value, tuple(row[:count])) for token, value, count, row in zip(tokens, own, top, best, strict=True)
     ]
+
+
+def _first_of_largest(values: Tensor, count: int) -> list[list[tuple[int, float]]]:
+    """Indices and values of the `count` largest of each row (N, V), of equals the first."""
+    size = values.shape[-1]
+    best, ids = values.topk(min(count + 1, size), -1)
+    has_equals = (best[:, 1:] == best[:, :-1]).any(-1).tolist()
+    pairs = zip(ids.tolist(), best.tolist(), has_equals, values, strict=True)
+    return [
+        _ranked(row, count) if tied else list(zip(own[:count], told[:count], strict=True)) for own, told, tied, row in pairs
+    ]
+
+
+def _ranked(row: Tensor, count: int) -> list[tuple[int, float]]:
+    """The same of one row (V,), of which more are asked for until none of the equals is left out."""
+    size = min(count + 1, len(row))
+    best, ids = row.topk(size)
+    while size < len(row) and best[-1] == best[count - 1]:
+        size = min(2 * size, len(row))
+        best, ids = row.topk(size)
+    return [(token, value) for value, token in sorted(zip(best.tolist(), ids.tolist(), strict=True), key=_order)[:count]]
+
+
+def _order(told: tuple[float, int]) -> tuple[float, int]:
+    return -told[0], told[1]
 
 
 def _column(values: Sequence[float], like: Tensor) -> Tensor:
@@ -157,6 +184,7 @@ def _adjust(row: Tensor, before: Tensor, settings: Sampling, past: Past, eos_ids
         for ids in (*_pieces(past.prompt, row), *_pieces(past.output, row)):
             own = before[ids]  # not of `row`: a token that comes again must not be penalised again
             row[ids] = torch.where(own > 0, own / settings.repetition_penalty, own * settings.repetition_penalty)
+        row.clamp_(max=torch.finfo(row.dtype).max)  # what a penalty near 0 leaves: two infinite logits differ by NaN
     if settings.logit_bias:
         tokens, biases = zip(*settings.logit_bias, strict=True)
         row[list(tokens)] += torch.tensor(biases, dtype=row.dtype, device=row.device)
@@ -180,7 +208,8 @@ def _penalise(row: Tensor, settings: Sampling, output: array[int]) -> None:
 def _pieces(tokens: array[int], like: Tensor) -> Iterator[Tensor]:
     """A text's token ids, some at a time."""
     for start in range(0, len(tokens), PIECE):
-        yield torch.tensor(tokens[start : start + PIECE], dtype=torch.long, device=like.device)
+        ids = np.array(tokens[start : start + PIECE], dtype=np.int64)  # torch.tensor goes one by one: a hundred times as long
+        yield torch.from_numpy(ids).to(like.device)
 
 
 def _drop_unlikely(scaled: Tensor, settings: Sequence[Sampling]) -> None:

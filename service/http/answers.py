@@ -24,6 +24,12 @@ LONG_LIST = 256
 """Entries; a longer list is spelled and encoded in a thread, by so many at once: some milliseconds of Python's lock."""
 
 
+WIDE_LIST = 64
+
+FEW_VECTORS = 16
+"""Of an answer, that are encoded at once: more are in a thread, one by one, half a millisecond each."""
+
+
 class Choice:
     """One sample on its way: the chunk each delta makes, and the whole when it is complete."""
 
@@ -187,13 +193,19 @@ class Completion:
         self._requests = requests
         self._samples = requests[0].n
         self._choices = [form.choice(index, host.tokenizer, is_streamed) for index in range(len(requests) * self._samples)]
-        self.is_long = False  # whether a thread should encode it
+        self._told = 0  # tokens with their log-probabilities
+
+    @property
+    def is_long(self) -> bool:
+        """Whether a thread should encode it."""
+        return self._told > LONG_LIST
 
     async def take(self, prompt: int, delta: Delta) -> Json:
         """`add`, in a thread when there is much to spell."""
-        if len(delta.logprobs or ()) <= LONG_LIST:
+        told = len(delta.logprobs or ())
+        self._told += told
+        if told <= LONG_LIST:
             return self.add(prompt, delta)
-        self.is_long = True
         return await asyncio.to_thread(self.add, prompt, delta)
 
     def add(self, prompt: int, delta: Delta) -> Json:
@@ -324,7 +336,7 @@ def _pieces(value: Any) -> Iterator[str]:
             yield f"{',' * bool(place)}{json.dumps(key)}:"
             yield from _pieces(each)
         yield "}"
-    elif isinstance(value, list) and len(value) > LONG_LIST:
+    elif isinstance(value, list) and not any(map(_is_wide, value[:1])):
         slices = (value[start : start + LONG_LIST] for start in range(0, len(value), LONG_LIST))
         yield f"[{','.join(json.dumps(each, ensure_ascii=False)[1:-1] for each in slices)}]"
     elif isinstance(value, list):
@@ -335,6 +347,12 @@ def _pieces(value: Any) -> Iterator[str]:
         yield "]"
     else:
         yield json.dumps(value, ensure_ascii=False)
+
+
+def _is_wide(entry: Any) -> bool:
+    """Whether an entry of a list has so much in it that several are too much for one piece."""
+    parts = entry.values() if isinstance(entry, dict) else ()
+    return any(len(each) > WIDE_LIST if isinstance(each, list) else _is_wide(each) for each in parts)
 
 
 def headers(requests: Sequence[Request]) -> dict[str, str]:

@@ -1,8 +1,9 @@
 """One connection: uvicorn's own protocol, and what it lacks against clients who are slow, silent or many.
 
 uvicorn waits for ever for a request's first byte, for its last header and for a reader. It takes headers of any length, sends
-HTTP/1.0 the marks of chunks, and answers what it cannot parse in plain text. Its classes are not documented: what is used of
-them here is held to its word by `tests/http/test_line.py`.
+HTTP/1.0 the marks of chunks, answers what it cannot parse in plain text, hands connections to WebSocket where no route is one,
+and loses the body of a call that offers another protocol. Its classes are not documented: what is used of them here is held to
+its word by `tests/http/test_line.py`.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import socket
 from http import HTTPStatus
 from typing import Any
 
+import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from service.config import LineConfig
@@ -22,6 +24,34 @@ UNSENT_BYTES = 1 << 17
 """That the kernel takes of an answer before its reader has room for them: else it takes four megabytes, and a slow reader is
 noticed when those are full."""
 
+FRAMING = (b"content-length", b"transfer-encoding")
+"""Headers that say where a body ends."""
+
+
+class Parser(httptools.HttpRequestParser):
+    """Goes on in HTTP/1.1 where a client offers another protocol, as a server may (RFC 9110, section 7.8).
+
+    httptools takes the offer for accepted, and what follows for no HTTP: the body, too, of a call whose client offers h2c with
+    every call, as that of Java does.
+    """
+
+    def __init__(self, line: Line) -> None:
+        super().__init__(line)
+        self.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn's own
+        self._line = line
+
+    def feed_data(self, data: Any) -> None:
+        feed = super().feed_data
+        while data:
+            try:
+                return feed(data)
+            except httptools.HttpParserUpgrade as end:
+                data = memoryview(data)[end.args[0] :]
+            if framing := self._line.framing:  # the body comes, which a parser of its own reads behind a head of ours
+                self._line.parser = successor = Parser(self._line)
+                feed = super(Parser, successor).feed_data
+                feed(b"POST / HTTP/1.1\r\n%b\r\n" % framing)
+
 
 class Line(HttpToolsProtocol):
     """uvicorn's `http` class, with the limits of `config`."""
@@ -30,6 +60,8 @@ class Line(HttpToolsProtocol):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.parser = Parser(self)
+        self.framing = b""  # of a body behind an offer of another protocol: the head of ours that it is read behind
         self._timer: asyncio.TimerHandle | None = None  # for a head, or for the rest of a body that was refused
         self._reader_timer: asyncio.TimerHandle | None = None
         self._awaits_head = True
@@ -63,24 +95,35 @@ class Line(HttpToolsProtocol):
             self._wait(self.limits.head_timeout_seconds, self._late)
 
     def on_message_begin(self) -> None:
-        super().on_message_begin()
-        self._awaits_head = True
+        if not self.framing:
+            super().on_message_begin()
+            self._awaits_head = True
 
     def on_url(self, url: bytes) -> None:
-        self._count(len(url))
-        super().on_url(url)
+        if not self.framing:
+            self._count(len(url))
+            super().on_url(url)
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        self._count(len(name) + len(value))
-        super().on_header(name, value)
+        if not self.framing:
+            self._count(len(name) + len(value))
+            super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
+        if self.framing:
+            self.framing = b""
+            return
         self._awaits_head, self._awaits_body = False, True
         self._received = self._head_bytes = 0
         self._wait_no_more()
         super().on_headers_complete()
+        if self.parser.should_upgrade():
+            fields = (each for each in self.headers if each[0] in FRAMING)
+            self.framing = b"".join(b"%b: %b\r\n" % each for each in fields)
 
     def on_message_complete(self) -> None:
+        if self.framing:
+            return  # its body comes
         super().on_message_complete()
         self._awaits_body = False
         self._wait_no_more()
@@ -107,6 +150,9 @@ class Line(HttpToolsProtocol):
             self._refuse(431, self._too_long())
         else:
             self._refuse(400, "this is no HTTP/1.1 request that can be read")
+
+    def _should_upgrade_to_ws(self) -> bool:
+        return False
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
         if cycle.scope["http_version"] == "1.0":
@@ -137,8 +183,11 @@ class Line(HttpToolsProtocol):
             self._timer = None
 
     def _refuse(self, status: int, message: str) -> None:
-        """Answer before there is a request to answer, and hang up."""
+        """Answer before there is a request to answer, and hang up; in the middle of another's answer only that."""
         self._wait_no_more()
+        if self.cycle is not None and self.cycle.response_started and not self.cycle.response_complete:
+            self.transport.close()
+            return
         body = json.dumps(shaped(status, message)).encode()
         lines = [
             f"HTTP/1.1 {status} {HTTPStatus(status).phrase}",

@@ -65,7 +65,8 @@ class Call:
 class Reader:
     """What a replica's routes read with.
 
-    Every method raises QueueFull, DeadlineExceeded and ClientGone for what is too large to be read at once.
+    Every method raises QueueFull, DeadlineExceeded and ClientGone for what is too large to be read at once, and InvalidRequest
+    for a text that the tokenizer gives up on.
     """
 
     def __init__(self, tokenizer: Tokenizer, workers: Workers) -> None:
@@ -81,14 +82,14 @@ class Reader:
     async def encode(self, text: str, add_special_tokens: bool, call: Call) -> Sequence[int]:
         """A text's token ids."""
         if len(text) <= SMALL_TEXT:
-            return self._tokenizer.encode(text, add_special_tokens)
+            return worker.encode(self._tokenizer, text, add_special_tokens)
         return await _awaited(call, self._workers.run(len(text), worker.encode, text, add_special_tokens))
 
     async def encode_pair(self, first: str, second: str, call: Call) -> tuple[Sequence[int], int, int | None]:
         """A pair's token ids, and where those of the second text and of the second type begin, see `Tokenizer.encode_pair`."""
         size = len(first) + len(second)
         if size <= SMALL_TEXT:
-            return self._tokenizer.encode_pair(first, second)
+            return worker.encode_pair(self._tokenizer, first, second)
         return await _awaited(call, self._workers.run(size, worker.encode_pair, first, second))
 
     async def spans(self, text: str, add_special_tokens: bool, size: int, call: Call) -> Sequence[tuple[int, int]]:

@@ -6,6 +6,7 @@ One function per route, each in the order a reader would say it: what is asked, 
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import math
 import re
@@ -129,9 +130,15 @@ def _add_inference(app: FastAPI, host: Host) -> None:
         is_normalized = host.card.is_normalized if body.normalize is None else body.normalize
         places = [] if body.late_chunks is None else await chunk_places(body, requests, host, call)
         found = [vector for each in await embed(host, requests, caller) for vector in each.vectors]
-        vectors = [answers.cut(each, body.dimensions, is_normalized) for each in found]
-        answer = answers.embeddings(vectors, requests, host, body.encoding_format == "base64", places)
-        return JSONResponse(answer, headers=answers.headers(requests))
+
+        def answer() -> dict[str, Any]:
+            vectors = [answers.cut(each, body.dimensions, is_normalized) for each in found]
+            return answers.embeddings(vectors, requests, host, body.encoding_format == "base64", places)
+
+        if len(found) <= answers.FEW_VECTORS:
+            return JSONResponse(answer(), headers=answers.headers(requests))
+        encoded = await asyncio.to_thread(lambda: answers.encoded_in_pieces(answer()))
+        return _json(encoded, answers.headers(requests))
 
     @app.post("/v1/classify", **operation(ClassifyAnswer, ClassifyBody, has_receipt=True))
     async def classify(caller: HttpRequest) -> Response:
@@ -160,8 +167,11 @@ def _add_inference(app: FastAPI, host: Host) -> None:
         """What a call of one of the others would cost, and whether it would be let in now. Computes nothing."""
         call = _call(caller, host)
         body = await _body(call, PlanBody, host)
-        requests = await planned_requests(body, host, call)
-        return JSONResponse({"object": "list", "data": [_planned(each, host) for each in requests]})
+        data = []
+        for each in await planned_requests(body, host, call):
+            data.append(_planned(each, host))
+            await asyncio.sleep(0)  # some milliseconds each
+        return JSONResponse({"object": "list", "data": data})
 
 
 def _add_prefixes(app: FastAPI, host: Host) -> None:

@@ -22,13 +22,14 @@ from typing import Any, NoReturn, TypeVar
 
 from pydantic import BaseModel
 
-from service.engine.request import RequestError
+from service.engine.request import InvalidRequest, RequestError
 from service.http.body import parse
 from service.http.errors import ChatNotOffered, TemplateRefused
 from service.http.face import Tokenizer
 from service.http.length import check_text
 from service.model import chat as templates
 from service.model import tokenizer as files
+from service.model.encoding import TextRefused
 
 B = TypeVar("B", bound=BaseModel)
 
@@ -52,22 +53,35 @@ def read(tokenizer: Tokenizer, raw: bytes, kind: type[B]) -> B:
     return parse(raw, kind)
 
 
+@contextmanager
+def _refusing() -> Iterator[None]:
+    """A text that the tokenizer gives up on is the caller's to change: InvalidRequest."""
+    try:
+        yield
+    except TextRefused as error:
+        raise InvalidRequest(str(error)) from None
+
+
+@_refusing()
 def encode(tokenizer: Tokenizer, text: str, add_special_tokens: bool) -> Sequence[int]:
     """A text's token ids."""
     return array("i", tokenizer.encode(text, add_special_tokens))
 
 
+@_refusing()
 def spans(tokenizer: Tokenizer, text: str, add_special_tokens: bool, size: int) -> Sequence[tuple[int, int]]:
     """Where each `size` tokens of a text begin and end, in characters."""
     return tokenizer.spans(text, add_special_tokens, size)
 
 
+@_refusing()
 def encode_pair(tokenizer: Tokenizer, first: str, second: str) -> tuple[Sequence[int], int, int | None]:
     """A pair's token ids, and where those of the second text and of the second type begin."""
     tokens, begin, begin_of_type = tokenizer.encode_pair(first, second)
     return array("i", tokens), begin, begin_of_type
 
 
+@_refusing()
 def chat(
     tokenizer: Tokenizer, messages: Sequence[Mapping[str, str]], options: Mapping[str, Any], max_length: int | None
 ) -> Sequence[int]:
@@ -83,6 +97,10 @@ def chat(
         raise TemplateRefused(f"{error!s:.400}", param="messages") from None
     except TimeoutError:
         raise TemplateRefused(f"the model's chat template took more than {TEMPLATE_SECONDS:g} s", param="messages") from None
+    except MemoryError:
+        raise TemplateRefused(
+            f"the model's chat template took more than {TEMPLATE_BYTES >> 20} MiB", param="messages"
+        ) from None
     if max_length is not None:
         check_text(text, tokenizer.longest_token_bytes, max_length, "messages")
     return array("i", template.encode(text))
@@ -114,6 +132,7 @@ def _bounded() -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
+@_refusing()
 def tokenized(tokenizer: Tokenizer, text: str, add_special_tokens: bool, max_length: int) -> bytes:
     """The answer to `/tokenize`, as JSON."""
     tokens = tokenizer.encode(text, add_special_tokens)

@@ -27,6 +27,8 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
+from service.model.encoding import encoded
+
 Message = Mapping[str, str]
 """`role`, `content`, and where the caller sent them `name` and `tool_call_id`."""
 
@@ -59,7 +61,7 @@ class ChatTemplate:
             plain = _environment().from_string(source)
             self._names = {name: self._marked(value) for name, value in names.items()}
             self._template = self._compile(source)
-        except jinja2.TemplateSyntaxError as error:
+        except (jinja2.TemplateSyntaxError, RecursionError, ValueError) as error:  # constants are computed here
             raise NoTemplate(f"its chat template cannot be read: {error}") from error
         core.add_tokens([self._added(content) for content in self._marks])
         self._ids = {self._id(mark): self._id(content) for content, mark in self._marks.items()}
@@ -88,9 +90,9 @@ class ChatTemplate:
         return _rendered(self._template, {**options, **self._names, "messages": told}, most_characters)
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of what `render` gave."""
-        (encoding,) = self._core.encode_batch_fast([text], add_special_tokens=False)
-        return [self._ids.get(each, each) for each in encoding.ids]
+        """Token ids of what `render` gave. Raises TextRefused."""
+        ids = encoded(self._core.encode_batch_fast, text, add_special_tokens=False).ids
+        return [self._ids.get(each, each) for each in ids]
 
     def _as_taken(self, message: Message) -> Message:
         """The message under a role that the template shows. Raises MessagesRefused."""

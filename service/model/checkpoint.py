@@ -122,7 +122,8 @@ def read_config(directory: Path) -> ModelConfig:
     ends = files.read_json_if_there(directory / "generation_config.json").get("eos_token_id")
     try:
         config = Folder(directory).applied(families.read(raw))
-        return config if ends is None else replace(config, eos_token_ids=eos_token_ids(ends))
+        ids = config.eos_token_ids if ends is None else eos_token_ids(ends)
+        return replace(config, eos_token_ids=tuple(each for each in ids if 0 <= each < config.vocab_size))  # others never come
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 

@@ -110,7 +110,7 @@ class EncoderLayer:
     def output(self, x: Tensor, answer: Tensor) -> Tensor:
         """`Layer.output`: what the layer hands on, (T, C), from its input x and attention's answer (T, H, D)."""
         out = x.new_empty(len(x), self.width)
-        scratch = x.new_empty(len(x) * (self.width + self.inner))
+        scratch = x.new_empty(len(x) * (self.width + max(self.width, self.heads * self.depth) + self.inner))
         places = pack_view(*view(x.unsqueeze(1))), pack_view(*view(answer)), *room(out), *room(scratch)
         KERNEL.call("encoder_output", self._layer, *places, threads())
         return out

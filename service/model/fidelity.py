@@ -1,9 +1,10 @@
 """The truth check of matrices in fewer bits: their products against the numbers they tell, a layer's step against the layer.
 
 In less than the file has an answer is another, and is meant to be: what is served is the model of the weights that
-`Quantized.rows` tells. Held to it, on seeded activations: a product, in float64, as far as float32 sums and its dtype rounds;
-what a packed layer (`native.PackedLayer`) computes in one pass, against `Layer` in torch; and, where weights are drawn for it
-(`rehearsing`), the numbers against those they were made of. Cost: a prompt of `ROWS` tokens through two layers.
+`Quantized.rows` tells, activations rounded as `quantized.eight` tells. Held to it, on seeded activations: a product, in
+float64, as far as float32 sums and its dtype rounds; what a packed layer (`native.PackedLayer`) computes in one pass, against
+`Layer` in torch; and, where weights are drawn for it (`rehearsing`), the numbers against those they were made of. Cost: a
+prompt of `ROWS` tokens through two layers.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from torch import Tensor
 from attention import truth
 from service.model.config import ModelConfig
 from service.model.projection import Projection, Table
-from service.model.quantized import GROUP, Quantized, bits_of
+from service.model.quantized import GROUP, Quantized, bits_of, eight
 from service.model.transformer import Layer, Transformer, Turns
 
 ROWS = 70  # of a product: more than the kernel takes at a time, and no multiple of that
@@ -89,7 +90,8 @@ def _product_error(kept: Quantized, dtype: torch.dtype) -> float:
     is_native = kept.is_native and dtype == torch.bfloat16
     summed = SUMMED["highest" if is_native else torch.get_float32_matmul_precision()]
     told = kept.rows(ids).double()
-    wanted, reach = x.double() @ told.T, x.double().abs() @ told.abs().T
+    met = (eight(x) if dtype == torch.bfloat16 else x).double()
+    wanted, reach = met @ told.T, met.abs() @ told.abs().T
     allowed = torch.finfo(dtype).eps / 2 * wanted.abs() + summed * reach + torch.finfo(torch.float32).tiny
     found = [kept.product(x[:rows])[:, ids] for rows in (SOME if is_native else (ROWS,))] + [kept.logits(x[:1])[:, ids]]
     return max(float(((each.double() - wanted[: len(each)]).abs() / allowed[: len(each)]).amax()) for each in found)

@@ -6,11 +6,13 @@ Each refusal names the file and what to do about it.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 LFS_MARK = b"version https://git-lfs"
+SHARD = re.compile(r"[\w .+-]{1,200}\.safetensors")
 
 
 def find(directory: Path) -> Path:
@@ -41,9 +43,10 @@ def whole(path: Path) -> Path:
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON file. Raises FileNotFoundError, or ValueError for what is no JSON object."""
+    found = whole(path)
     try:
-        read = json.loads(whole(path).read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        read = json.loads(found.read_text())
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is no JSON ({error}): download it again") from error
     if not isinstance(read, dict):
         raise ValueError(f"{path} must hold a JSON object")
@@ -68,8 +71,8 @@ def weight_files(directory: Path) -> Mapping[str, str | None]:
     places = read_json(index).get("weight_map")
     if not isinstance(places, dict) or not places:
         raise ValueError(f"{index} has no weight_map")
-    for name in set(places.values()):
-        if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
+    for name in places.values():
+        if not isinstance(name, str) or not SHARD.fullmatch(name):
             raise ValueError(f"{index} names {name!r}, which is no .safetensors file of its folder")
     return places
 

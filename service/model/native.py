@@ -62,7 +62,7 @@ KERNEL = Kernel(
         "turn": (POINTER, *ROOM, NUMBER, NUMBER, FLOAT, POINTER, POINTER, *_LAST),
         "gate": (POINTER, *_LAST),
         "question": (POINTER, POINTER, POINTER, POINTER, *ROOM, *ROOM, INT),
-        "multiply": (POINTER, *ROOM, NUMBER, NUMBER, *ROOM, *ROOM, INT, INT),
+        "multiply": (POINTER, *ROOM, NUMBER, NUMBER, *ROOM, *ROOM, *ROOM, INT, INT),
         "output": (POINTER, POINTER, POINTER, *ROOM, *ROOM, INT),
         "decode": (*ROOM, *ROOM, NUMBER, NUMBER, *ROOM, NUMBER, *ROOM, INT),
         "look_up": (*ROOM, NUMBER, *ROOM, NUMBER, NUMBER, *ROOM, INT),
@@ -211,8 +211,9 @@ class PackedLayer:
         self.takes_prompts = bits < 16
         self.nbytes = sum(packed[1::2])
         asked = self.heads * self.depth
-        before, behind = asked + 2 * self.groups * self.depth + self.width, 2 * self.width + self.inner
-        self.room_words = asked + max(before, behind)  # of a row in `decode`, as in layer.c
+        self._behind_words = self.width + max(self.width, asked) + self.inner  # of a row in `output`, as in layer.c
+        before = asked + 2 * self.groups * self.depth + self.width
+        self.room_words = asked + max(before, self._behind_words)  # the same in `decode`
         self.packed = packing(_Layer)(*tight, *packed, *shape, bits, epsilon)
 
     def question(self, x: Tensor, turns: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -229,7 +230,7 @@ class PackedLayer:
         """`Layer.output`: what the layer hands on, (T, C), from its input x and attention's answer (T, H, D)."""
         rows = len(x)
         out = x.new_empty(rows, self.width)
-        scratch = x.new_empty(rows * (2 * self.width + self.inner))
+        scratch = x.new_empty(rows * self._behind_words)
         KERNEL.call("output", self.packed, _view(x), pack_view(*view(answer)), *room(out), *room(scratch), threads())
         return out
 
@@ -267,9 +268,9 @@ class PackedStack:
 def product(x: Tensor, matrix: Matrix, size: int, bias: Tensor | None = None, wide: bool = False) -> Tensor:
     """x (T, C) times a matrix (size, C), plus a bias (size): bfloat16 (T, size), or as float32 where it is to be wide."""
     out = x.new_empty(len(x), size, dtype=torch.float32 if wide else None)
-    KERNEL.call(
-        "multiply", _view(x), *matrix.room, matrix.bits, size, *_room(bias, x), out.data_ptr(), out.nbytes, wide, threads()
-    )
+    scratch = None if matrix.bits == 16 else x.new_empty(x.numel())
+    places = _view(x), *matrix.room, matrix.bits, size, *_room(bias, x), out.data_ptr(), out.nbytes, *room(scratch)
+    KERNEL.call("multiply", *places, wide, threads())
     return out
 
 

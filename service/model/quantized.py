@@ -1,9 +1,12 @@
-"""Matrices in 8 or 4 bits: whole numbers, and a scale in bfloat16 for each output and 64 inputs. Weights only.
+"""Matrices in 8 or 4 bits: whole numbers, and a scale in bfloat16 for each output and 64 inputs.
 
-A product adds up activations as they are times whole numbers, in float32, and scales each group's sum: an answer is that of the
-weights `dense` tells, but for the last bits of float32. `csrc/product.h` computes, decode step and prompt alike, and says how
-the bytes lie. `dense` is the slow reading, which also answers where the kernel cannot: on other CPUs, in float32, for widths
-that are no multiples of 64. Memory: 8.25 or 4.25 bits a weight.
+Activations in bfloat16 that meet one are rounded to 8 bits as well, with a float32 scale for each token and 64 of them
+(`eight`); what is summed is whole numbers, group by group, of which the CPU multiplies more at a time. Activations in float32
+are multiplied as they are. `csrc/product.h` computes, decode step and prompt alike, and says how the bytes lie. `dense` and
+`eight` are the slow reading, which also answers where the kernel cannot: on other CPUs, in float32, for widths that are no
+multiples of 64. Memory: 8.25 or 4.25 bits a weight.
+
+Source: llama.cpp's Q8_0, for blocks of 32, multiplies so.
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ Weights = Literal["auto", "bf16", "int8", "int4"]
 BITS = {"int8": 8, "int4": 4}
 COLUMNS, GROUP = native.COLUMNS, 64  # outputs packed together, inputs that share a scale, as in product.h
 ROWS = 1024  # turned at a time: what that takes is small beside a model
+LEAST = 1e-30  # a group of activations below this counts as one of zeros
 TRIES = (1.0, 0.93, 0.86, 0.79)  # of the widest scale, in 4 bits: a group's largest numbers may be cut for the others' sake
 
 
@@ -58,13 +62,13 @@ class Quantized:
     def rows(self, ids: Tensor) -> Tensor:
         """The weights of rows (T,): float32 (T, K)."""
         blocks, lanes = ids // COLUMNS, ids % COLUMNS
-        packed = self.data[:, :, 2 * COLUMNS :].unflatten(2, (GROUP // 2, -1))
+        packed = self.data[:, :, 2 * COLUMNS :].unflatten(2, (GROUP // 4, -1))
         if self.bits == 8:
-            numbers = packed.view(torch.int8).unflatten(3, (COLUMNS, 2))[blocks, :, :, lanes]
-        else:  # a byte holds quarters 0 and 1, or 2 and 3, of one element
+            numbers = packed.unflatten(3, (COLUMNS, 4))[blocks, :, :, lanes].to(torch.int16) - 128
+        else:  # a byte holds quarters 0 and 1, or 2 and 3
             quarters, places = lanes // 16, lanes % 16
-            both = packed.unflatten(3, (16, 2, 2))[blocks, :, :, places, :, quarters // 2]
-            numbers = ((both >> (4 * (quarters % 2))[:, None, None, None]) & 15).to(torch.int8) - 8
+            both = packed.unflatten(3, (2, 16, 4))[blocks, :, :, quarters // 2, places]
+            numbers = ((both >> (4 * (quarters % 2))[:, None, None, None]) & 15).to(torch.int16) - 8
         scales = self._scales(self.data)[blocks, :, lanes]
         return self._joined(numbers.flatten(2).float(), scales.float())
 
@@ -72,18 +76,19 @@ class Quantized:
         """x (T, K) times this, plus a bias (N): (T, N) in the dtype of x. A row's numbers are the same whatever the others."""
         if x.dtype == torch.bfloat16 and self.is_native:
             return native.product(x, self, self.shape[0], bias)
-        wide, at, factor = x.new_empty(len(x), self.shape[0], dtype=torch.float32), 0, x.float()
+        wide, at = x.new_empty(len(x), self.shape[0], dtype=torch.float32), 0
+        factor = eight(x) if x.dtype == torch.bfloat16 else x.float()
         for part in self._parts():
             torch.mm(factor, part.T, out=wide[:, at : at + len(part)])
             at += len(part)
         return (wide if bias is None else wide.add_(bias)).to(x.dtype)
 
     def reading_bytes(self, rows: int, dtype: torch.dtype) -> int:
-        """What the slow reading of a product takes beside its answer; 0 where it is not read so."""
-        if dtype == torch.bfloat16 and self.is_native:
-            return 0
+        """What a product takes beside its answer: activations in 8 bits; or what the slow reading makes."""
         outputs, inputs = self.shape
-        return (4 * rows * (outputs + inputs) if dtype != torch.float32 else 0) + 17 * min(ROWS, outputs) * inputs
+        if dtype == torch.bfloat16 and self.is_native:
+            return 2 * rows * inputs
+        return (4 * rows * (outputs + 2 * inputs) if dtype != torch.float32 else 0) + 17 * min(ROWS, outputs) * inputs
 
     def logits(self, x: Tensor) -> Tensor:
         """The same as float32, rounded as x is."""
@@ -105,11 +110,11 @@ class Quantized:
         for data in self.data.split(ROWS // COLUMNS):
             lines, (blocks, groups, _) = data[:, :, 2 * COLUMNS :], data.shape
             if self.bits == 8:
-                words = lines.view(torch.int8).reshape(blocks, groups, GROUP // 2, COLUMNS, 2)
+                words = lines.to(torch.int16) - 128
             else:
-                codes = torch.stack((lines & 15, lines >> 4), dim=-1).view(blocks, groups, GROUP // 2, 16, 2, 4)
-                words = codes.movedim(-1, 3).reshape(blocks, groups, GROUP // 2, COLUMNS, 2).to(torch.int8) - 8
-            numbers = words.permute(0, 3, 1, 2, 4).reshape(-1, groups, GROUP)
+                halves = lines.reshape(blocks, groups, GROUP // 4, 2, 1, 4 * COLUMNS // 4)
+                words = torch.cat((halves & 15, halves >> 4), dim=4).to(torch.int16) - 8
+            numbers = words.reshape(blocks, groups, GROUP // 4, COLUMNS, 4).permute(0, 3, 1, 2, 4).reshape(-1, groups, GROUP)
             yield self._joined(numbers.float(), self._scales(data).transpose(1, 2).reshape(-1, groups).float())[:left]
             left -= len(numbers)
 
@@ -117,6 +122,16 @@ class Quantized:
         """(T, K / 64, 64) and (T, K / 64) to (T, K)."""
         whole: Tensor = (numbers * scales[..., None]).flatten(1)
         return whole[:, : self.shape[1]]
+
+
+def eight(x: Tensor) -> Tensor:
+    """What 8 bits leave of activations (T, K): float32."""
+    whole = functional.pad(x.to(torch.float32, copy=True), (0, -x.shape[1] % GROUP)).unflatten(1, (-1, GROUP))
+    largest = torch.maximum(whole.amax(2, keepdim=True), -whole.amin(2, keepdim=True))
+    steps = torch.full_like(largest, 127)  # `127 / largest` would be another number in its last bit
+    by, scale = (torch.where(largest < LEAST, 0.0, each) for each in (steps / largest, largest / steps))
+    rounded: Tensor = whole.mul_(by).round_().mul_(scale)
+    return rounded.flatten(1)[:, : x.shape[1]]
 
 
 def _grouped(weight: Tensor) -> Tensor:
@@ -156,12 +171,11 @@ def _over(x: Tensor, by: Tensor) -> Tensor:
 
 def _packed(numbers: Tensor, scales: Tensor, bits: int) -> Tensor:
     """The bytes of whole blocks, see product.h: uint8 (N / 64, K / 64, bytes)."""
-    words = numbers.to(torch.int8).unflatten(2, (-1, 2)).unflatten(0, (-1, COLUMNS)).permute(0, 2, 3, 1, 4)
-    if bits == 8:  # (blocks, groups, steps, 64, 2)
-        lines = words.contiguous().view(torch.uint8)
-    else:
-        codes = (words + 8).to(torch.uint8).unflatten(3, (4, 16)).permute(0, 1, 2, 4, 5, 3)  # (.., 16, 2, 4), quarters last
-        lines = codes[..., 0::2] | (codes[..., 1::2] << 4)
+    words = (numbers + (128 if bits == 8 else 8)).to(torch.uint8).unflatten(2, (-1, 4)).unflatten(0, (-1, COLUMNS))
+    lines = words.permute(0, 2, 3, 1, 4)  # (blocks, groups, steps, 64, 4)
+    if bits == 4:
+        quarters = lines.unflatten(3, (2, 2, 16))
+        lines = quarters[:, :, :, :, 0] | (quarters[:, :, :, :, 1] << 4)
     beside = scales.unflatten(0, (-1, COLUMNS)).transpose(1, 2).contiguous().view(torch.uint8)
     return torch.cat((beside, lines.flatten(2)), dim=2)
 

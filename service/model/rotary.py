@@ -154,8 +154,8 @@ def frequencies(rope: Rope, head_dim: int, longest: int) -> Tensor:
     if stated["rope_type"] == "none":
         return whole
     width = turned_width(rope, head_dim)
-    inverse: Tensor = 1.0 / float(stated["rope_theta"]) ** (torch.arange(0, width, 2, dtype=torch.float32) / width)
-    whole[: width // 2] = _SCALED[stated["rope_type"]](inverse, stated, longest)
+    powers: Tensor = float(stated["rope_theta"]) ** (torch.arange(0, width, 2, dtype=torch.float32) / width)
+    whole[: width // 2] = _SCALED[stated["rope_type"]](powers, stated, longest)
     return whole
 
 
@@ -186,19 +186,23 @@ def _mscale(factor: float, scale: float) -> float:
     return 1.0 if factor <= 1 else 0.1 * scale * math.log(factor) + 1.0
 
 
-def _linear(inverse: Tensor, stated: Mapping[str, Any], longest: int) -> Tensor:
-    return inverse / float(stated["factor"])
+# Each in the order in which transformers computes it: the last bit of a frequency of 1 turns position 131,072 by 0.008.
 
 
-def _llama3(inverse: Tensor, stated: Mapping[str, Any], longest: int) -> Tensor:
+def _linear(powers: Tensor, stated: Mapping[str, Any], longest: int) -> Tensor:
+    return 1.0 / powers / float(stated["factor"])
+
+
+def _llama3(powers: Tensor, stated: Mapping[str, Any], longest: int) -> Tensor:
+    inverse = 1.0 / powers
     wavelength = 2 * torch.pi / inverse
     low, high, old = stated["low_freq_factor"], stated["high_freq_factor"], stated["original_max_position_embeddings"]
     smooth: Tensor = ((old / wavelength - low) / (high - low)).clamp(0, 1)
-    return inverse * (smooth + (1 - smooth) / float(stated["factor"]))
+    return (1 - smooth) * inverse / float(stated["factor"]) + smooth * inverse
 
 
-def _yarn(inverse: Tensor, stated: Mapping[str, Any], longest: int) -> Tensor:
-    width, old, theta = 2 * len(inverse), stated["original_max_position_embeddings"], stated["rope_theta"]
+def _yarn(powers: Tensor, stated: Mapping[str, Any], longest: int) -> Tensor:
+    width, old, theta = 2 * len(powers), stated["original_max_position_embeddings"], stated["rope_theta"]
 
     def pair(rotations: float) -> float:
         """The pair of coordinates that turns so often within the trained length."""
@@ -208,19 +212,19 @@ def _yarn(inverse: Tensor, stated: Mapping[str, Any], longest: int) -> Tensor:
     if stated.get("truncate", True):
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, width - 1)
-    ramp = (torch.arange(len(inverse), dtype=torch.float32) - low) / ((high - low) or 0.001)
+    ramp = (torch.arange(len(powers), dtype=torch.float32) - low) / ((high - low) or 0.001)
     kept: Tensor = 1 - ramp.clamp(0, 1)
-    return inverse / float(stated["factor"]) * (1 - kept) + inverse * kept
+    return 1.0 / (float(stated["factor"]) * powers) * (1 - kept) + 1.0 / powers * kept
 
 
-def _longrope(inverse: Tensor, stated: Mapping[str, Any], longest: int) -> Tensor:
+def _longrope(powers: Tensor, stated: Mapping[str, Any], longest: int) -> Tensor:
     is_long = longest > stated["original_max_position_embeddings"]
     factors = stated["long_factor" if is_long else "short_factor"]
-    return inverse / torch.tensor(factors, dtype=torch.float32)
+    return 1.0 / (torch.tensor(factors, dtype=torch.float32) * powers)
 
 
-def _default(inverse: Tensor, stated: Mapping[str, Any], longest: int) -> Tensor:
-    return inverse
+def _default(powers: Tensor, stated: Mapping[str, Any], longest: int) -> Tensor:
+    return 1.0 / powers
 
 
 _SCALED = {"default": _default, "linear": _linear, "llama3": _llama3, "yarn": _yarn, "longrope": _longrope}

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from service.model import files
 from service.model.chat import ChatTemplate, NoTemplate
+from service.model.encoding import encoded
 
 
 class Tokenizer:
@@ -35,7 +36,7 @@ class Tokenizer:
     ) -> None:
         """vocab_size: the model's; a control token beyond it is none here. directory: where the chat template is.
 
-        Raises ValueError for another token beyond the vocabulary.
+        Raises ValueError for another token beyond the vocabulary, and for a control token there that stands around texts.
         """
         self._core = core
         self._directory = directory
@@ -56,6 +57,10 @@ class Tokenizer:
             raise ValueError(f"tokenizer.json has {max(beyond) + 1} tokens, the model {vocab_size}: they are not of one model")
         for i in beyond:
             del self._bytes[i]
+        around = self.encode("a", add_special_tokens=True)
+        if (place := self.stranger(around)) is not None:
+            told = f"puts token {around[place]} around a text, the model has {vocab_size} tokens"
+            raise ValueError(f"tokenizer.json {told}: they are not of one model")
 
     @classmethod
     def load(cls, directory: str | Path, eos_id: int | None = None, vocab_size: int | None = None) -> Tokenizer:
@@ -115,23 +120,20 @@ class Tokenizer:
             the ids, where those of the second text begin (behind all, where it has none), and where those of the second type,
             if any do.
         """
-        (encoding,) = self._core.encode_batch_fast([(first, second)], add_special_tokens=True)
+        encoding = encoded(self._core.encode_batch_fast, (first, second), add_special_tokens=True)
         texts, types = encoding.sequence_ids, encoding.type_ids
         return list(encoding.ids), texts.index(1) if 1 in texts else len(texts), types.index(1) if 1 in types else None
 
     def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
         """Token ids of a text, with the special tokens around it that the file adds when asked to.
 
-        What looks like a special token within the text is encoded as the plain text it is.
+        What looks like a special token within the text is encoded as the plain text it is. Raises TextRefused.
         """
-        (encoding,) = self._core.encode_batch_fast(
-            [text], add_special_tokens=add_special_tokens
-        )  # `encode` keeps Python's lock
-        return list(encoding.ids)
+        return list(encoded(self._core.encode_batch_fast, text, add_special_tokens).ids)
 
     def spans(self, text: str, add_special_tokens: bool, size: int) -> list[tuple[int, int]]:
         """Where each `size` tokens of `encode(text)` begin and end, in characters, those that they share included."""
-        (encoding,) = self._core.encode_batch([text], add_special_tokens=add_special_tokens)
+        encoding = encoded(self._core.encode_batch, text, add_special_tokens)
         found, at = list[tuple[int, int]](), 0
         for start in range(0, len(encoding.ids), size):
             places = [place for place in encoding.offsets[start : start + size] if place[1] > place[0]]  # special tokens: none

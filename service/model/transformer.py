@@ -93,7 +93,7 @@ class Layer(nn.Module):
         self._qk_scales = self.qk_scales() if config.qk_norm else None
         self.is_native = is_native
         is_plain = is_native and is_turned and not (config.is_post_normed or config.is_sandwiched) and config.query_scale == 1
-        is_plain = is_plain and all(each.bias is None for each in products)
+        is_plain = is_plain and all(each.bias is None for each in products) and config.intermediate_size % native.COLUMNS == 0
         norms = cast(tuple[Tensor, Tensor], (self.attention_norm, self.mlp_norm))
         is_encoder = not is_turned and encoder_layer.suits(config, norms[1].dtype, norms[1].device)
         known = [m for m in (each.matrix() for each in products if is_plain or is_encoder) if m is not None]
@@ -447,11 +447,13 @@ class Transformer(nn.Module):
         attending = stream + qkv + (qk if turns else 0) + (heads * depth if config.query_scale != 1 else 0)
         inner = 3 if is_native else 4 if config.is_gated else 2  # gate and up, and what becomes of them
         feeding = stream + 2 * config.hidden_size + heads * depth + inner * config.intermediate_size
+        reading = max((each.reading_bytes(tokens, dtype) for each in first.kept), default=0)
         if first.sides(is_decode=False) is not first:
             turning = stream + config.hidden_size + qkv
-            feeding = stream + 3 * config.hidden_size + heads * depth + config.intermediate_size
+            feeding = stream + 2 * config.hidden_size + max(config.hidden_size, heads * depth)
+            feeding += heads * depth + config.intermediate_size
+            reading = 0
         width = tokens * dtype.itemsize
-        reading = max((each.reading_bytes(tokens, dtype) for each in first.kept), default=0)
         looking = 9 * tokens * config.hidden_size if self.embed.quantized else 0  # int8, float32, and that scaled
         return max(width * (turning + wide), width * attending + attention, width * (feeding + wide), looking) + reading
 

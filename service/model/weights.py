@@ -90,9 +90,9 @@ class Tensors:
         for part in parts:
             tensor = self._tensor(part.name)
             low, high = torch.aminmax(tensor) if tensor.numel() else (tensor.new_zeros(()),) * 2
-            if not (low.isfinite() and high.isfinite()):
+            if not (low.to(dtype).isfinite() and high.to(dtype).isfinite()):
                 path = self._directory / self._places[part.name][0]
-                raise ValueError(f"{part.name} in {path} holds NaN or infinity: the file is damaged")
+                raise ValueError(f"{part.name} in {path} holds NaN or infinity, or numbers beyond {dtype}: the file is damaged")
             turned.append(tensor if part.turn is None else part.turn(tensor))
             del tensor
         rows = sum(len(each) for each in turned)

@@ -135,7 +135,7 @@ SLOW: dict[str, tuple[ModuleType, ...]] = {
 }
 ROOTS = {"torch": torch, "functional": functional}
 NOT_READ = re.compile(  # no arithmetic
-    r"^(wrong_\w+|is_\w+|most|least|word|within|room_words|heads_of|leave|advance|prefetch|supported|\w+_bytes"
+    r"^(wrong_\w+|is_\w+|most|least|word|within|room_words|behind_words|heads_of|leave|advance|prefetch|supported|\w+_bytes"
     r"|panels_of|tiles_of|tile_rows|whole_blocks)$"
 )
 

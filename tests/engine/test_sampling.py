@@ -241,3 +241,25 @@ def test_a_draw_with_penalties_takes_the_bytes_its_law_says(temperature: float) 
         logits = torch.nn.functional.linear(torch.randn(count, 8).bfloat16(), weight).float()
         draw(logits, [settings] * count, [uniform(0, i, 0) for i in range(count)], [past] * count, ENDS)
     assert counter.peak_bytes <= 1.1 * bytes_per_logit(settings) * logits.numel()
+
+
+@pytest.mark.parametrize("penalty", [5e-324, 1e-40, 1e-38])
+@pytest.mark.parametrize("temperature", [0, 1, 5e-324])
+def test_the_smallest_repetition_penalty_draws_what_was_there_and_nothing_forbidden(penalty: float, temperature: float) -> None:
+    logits, allowed = torch.tensor([[1.0, -1.0, 3.0, 2.0, 0.5]]), torch.tensor([False, True, True, True, True]).numpy()
+    settings, past = (
+        Sampling(temperature=temperature, repetition_penalty=penalty),
+        Past(array("i", [0, 3, 4]), array("i"), allowed),
+    )
+    seen = {draw(logits, [settings], [number / 16], [past])[0].token for number in range(16)}
+    assert seen and seen <= {3, 4}
+
+
+@pytest.mark.parametrize("count", [1, 2, 5, 40])
+def test_of_tokens_that_are_as_likely_the_first_are_told_whoever_asks_beside(count: int) -> None:
+    logits = (torch.randn(5, 40, generator=torch.Generator().manual_seed(1)) * 2).round()
+    together = logprobs(logits, [0] * 5, [count, 0, 40, 1, 7])
+    for row, told in zip(logits, together, strict=True):
+        ranked = sorted(range(40), key=lambda token, row=row: (-float(row[token]), token))
+        assert [token for token, _ in told.top] == ranked[: len(told.top)]
+        assert told == logprobs(row[None], [0], [len(told.top)])[0]

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from service.engine import grammar
 from tests.http.client import Client, Reply
 
 PERSON = {
@@ -106,6 +107,26 @@ def test_an_answer_that_max_tokens_cuts_says_so(service: Client) -> None:
 
 
 @pytest.mark.parametrize(
+    "form",
+    [
+        {"guided_regex": "a{4096}b?"},
+        {"guided_json": {"anyOf": [{"type": "array", "items": {"type": "integer"}}] * 128}},
+        {"guided_json": {"properties": {f"f{n}": {"anyOf": [{"type": "string"}, {"type": "null"}]} for n in range(200)}}},
+    ],
+)
+def test_a_form_at_its_bounds_is_kept_to(service: Client, form: dict[str, Any]) -> None:
+    assert completed(service, **form, max_tokens=4).status == 200
+
+
+def test_a_sample_whose_form_takes_long_is_ended_and_no_other(service: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grammar, "GRACE_SECONDS", 0.0)
+    monkeypatch.setattr(grammar, "TOKEN_SECONDS", 0.0)
+    reply = completed(service, guided_regex="[a-z]{1,100}")
+    assert (reply.status, reply.error["param"]) == (400, "guided_regex") and "takes too long" in reply.error["message"]
+    assert completed(service).status == 200
+
+
+@pytest.mark.parametrize(
     ("fields", "param"),
     [
         ({"response_format": {"type": "xml"}}, "response_format"),
@@ -125,6 +146,12 @@ def test_an_answer_that_max_tokens_cuts_says_so(service: Client) -> None:
         ({"guided_regex": ""}, "guided_regex"),
         ({"guided_regex": r"(?=a)b"}, "guided_regex"),
         ({"guided_regex": "((a{99,999}){99,999}){99,999}"}, "guided_regex"),
+        ({"guided_regex": "(((a{1000}){1000}){1000})"}, "guided_regex"),
+        ({"guided_regex": "a{4097}b?"}, "guided_regex"),
+        ({"guided_regex": r"[^\s\S]"}, "guided_regex"),
+        ({"guided_choice": ["a" * 4097]}, "guided_choice"),
+        ({"guided_json": {"anyOf": [{"type": "array", "items": {"$ref": "#"}}] * 129}}, "guided_json"),
+        ({"guided_json": {"anyOf": [{"type": ["null", "array"], "items": {"$ref": "#"}}, {"$ref": "#"}] * 43}}, "guided_json"),
         ({"guided_choice": []}, "guided_choice"),
         ({"guided_choice": [""]}, "guided_choice"),
         ({"guided_choice": ["a"], "guided_regex": "a"}, None),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import time
 from collections.abc import Iterator
@@ -202,6 +203,46 @@ def test_what_is_no_request_is_a_400_in_openais_shape(strict: Client, sent: byte
         line.sendall(sent)
         reply = reply_of(line)
     assert (reply.status, reply.error["type"]) == (400, "invalid_request_error")
+
+
+OFFERS = [
+    b"connection: Upgrade, HTTP2-Settings\r\nupgrade: h2c\r\nhttp2-settings: AAEAAEAAAAIAAAAB\r\n",
+    b"connection: upgrade\r\nupgrade: websocket\r\nsec-websocket-key: dGhlIHNhbXBsZQ==\r\nsec-websocket-version: 13\r\n",
+]
+LENGTH, CHUNKED = b"content-length: 15\r\n\r\n%b", b"transfer-encoding: chunked\r\n\r\n8\r\n%b\r\n7\r\n%b\r\n0\r\n\r\n"
+
+
+@pytest.mark.parametrize("piece", [1, 7, 100_000])
+@pytest.mark.parametrize("offer", OFFERS)
+def test_an_offer_of_another_protocol_is_passed_over_and_its_body_read(strict: Client, offer: bytes, piece: int) -> None:
+    head, body = HEAD.replace(b"/v1/completions", b"/tokenize") + offer, b'{"prompt":"ab"}'
+    calls = [head + LENGTH % body, HEAD + offer + b"\r\n", head + CHUNKED % (body[:8], body[8:]), head + LENGTH % body]
+    sent = b"".join(calls) + b"GET /health HTTP/1.1\r\nhost: x\r\n" + offer + b"\r\n"
+    sent += b"GET /health HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n"
+    with connect(strict) as line:
+        for at in range(0, len(sent), piece):
+            line.sendall(sent[at : at + piece])
+        told = rest_of(line)
+    assert re.findall(rb"HTTP/1.1 (\d+)", told) == [b"200", b"400", b"200", b"200", b"200", b"200"]
+    assert told.count(b'"count": 2') == 3 and told.count(b'{"status":"ok"}') == 2
+
+
+@pytest.mark.parametrize("version", [b"1.0", b"1.1"])
+def test_an_offer_on_a_connection_that_will_close_is_passed_over(strict: Client, version: bytes) -> None:
+    head = HEAD.replace(b"1.1", version).replace(b"/v1/completions", b"/tokenize")
+    with connect(strict) as line:
+        line.sendall(head + b"connection: close, upgrade\r\nupgrade: h2c\r\n" + LENGTH % b'{"prompt":"ab"}')
+        assert reply_of(line).json["count"] == 2
+
+
+def test_what_is_no_request_behind_one_cuts_its_stream_and_says_nothing_in_it(strict: Client) -> None:
+    body = b'{"prompt": "import os", "max_tokens": 2000, "stream": true, "ignore_eos": true}'
+    with connect(strict) as line:
+        line.sendall(HEAD + b"content-length: %d\r\n\r\n" % len(body) + body)
+        got = line.recv(65536)
+        line.sendall(b"GARBAGE\r\n\r\n")
+        got += rest_of(line)
+    assert got.startswith(b"HTTP/1.1 200") and got.count(b"HTTP/1.1") == 1 and b"[DONE]" not in got
 
 
 def test_an_old_client_gets_a_stream_without_marks_of_chunks(strict: Client) -> None:

@@ -17,13 +17,14 @@ from typing import Any
 import pytest
 
 from service.config import HttpConfig, ServiceConfig, UserConfig
-from service.engine.request import QueueFull
+from service.engine.request import InvalidRequest, QueueFull
 from service.http import worker
 from service.http.workers import WorkerFailed, Workers
 from service.model.checkpoint import EMBEDDED
 from service.model.tokenizer import Tokenizer
 from service.plain import listening_in_thread
 from tests.http.client import Client, eventually
+from tests.model.test_tokenizer import endless
 
 LINE = "x = [1, 2]\n"
 LONG = LINE * 20_000  # 220 kB, some 120,000 tokens
@@ -53,6 +54,12 @@ def test_a_long_text_becomes_the_tokens_it_would_become_here(alone: Client) -> N
     tokens = alone.post("/tokenize", {"prompt": LONG}).json["tokens"]
     assert tokens == Tokenizer.load(EMBEDDED).encode(LONG, add_special_tokens=True)
     assert alone.post("/detokenize", {"tokens": tokens[1:]}).json == {"prompt": LONG}
+
+
+def test_a_text_that_the_tokenizer_gives_up_on_is_its_callers_fault() -> None:
+    for job, more in ((worker.encode, (False,)), (worker.encode_pair, ("b",)), (worker.tokenized, (False, 9))):
+        is_answer, error = worker._answer(job, endless(), ("a" * 40, *more))
+        assert not is_answer and isinstance(error, InvalidRequest) and "gives up on this text" in error.message
 
 
 @pytest.mark.parametrize("place", [0, 150_000, 299_999])

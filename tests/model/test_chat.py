@@ -124,6 +124,12 @@ def test_a_template_that_builds_control_tokens_out_of_parts_is_not_offered() -> 
         template("{% for m in messages %}{{ '<|im_' + 'start|>' + m.content }}{% endfor %}")
 
 
+@pytest.mark.parametrize("source", [f"{{{{ {'(' * 5000}1{')' * 5000} }}}}", "{{ 10 ** 5000 }}"])
+def test_a_template_that_cannot_be_compiled_is_not_offered(source: str) -> None:
+    with pytest.raises(NoTemplate, match="cannot be read"):
+        template(source)
+
+
 def test_a_template_that_is_none_is_not_offered() -> None:
     with pytest.raises(NoTemplate, match="cannot be read"):
         template("{% for m in messages %}")

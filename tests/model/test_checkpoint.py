@@ -26,7 +26,7 @@ from service.model.checkpoint import EMBEDDED, choose_dtype, id_of, load, save
 from service.model.config import Fields, ModelConfig
 from service.model.projection import can_pack
 from service.model.transformer import Transformer
-from tests.model.checkpoints import DECODERS, TINY, change, draw, our_logits, their_logits, theirs, write
+from tests.model.checkpoints import DECODERS, TINY, VOCABULARY, change, draw, our_logits, their_logits, theirs, write
 
 Tensors = dict[str, Tensor]
 
@@ -187,6 +187,14 @@ def test_an_absent_field_has_the_default_transformers_gives_it(family: str) -> N
         assert ours.windows == tuple(window - 1 if kind == "sliding_attention" else None for kind in kinds)[: len(ours.windows)]
 
 
+@pytest.mark.parametrize("file", ["config.json", "generation_config.json"])
+def test_ends_of_text_that_the_model_has_no_token_for_never_come(tmp_path: Path, file: str) -> None:
+    """As of a GPT-2 of another vocabulary, whose file keeps the default; `min_tokens` would bar a row that is not there."""
+    (write(tmp_path, "gpt2") / "generation_config.json").unlink()
+    change(tmp_path, file, eos_token_id=[VOCABULARY, VOCABULARY - 1, -1])
+    assert load(tmp_path).model.config.eos_token_ids == (VOCABULARY - 1,)
+
+
 PUBLISHED: dict[str, dict[str, Any]] = {
     "Qwen2.5-7B-Instruct": {
         **{"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "hidden_size": 3584, "num_attention_heads": 28},
@@ -298,6 +306,10 @@ def _requantize(tensors: Tensors) -> None:
     [
         (_swap_heights, r"k_proj.weight must have shape \(32, 48\).*\(64, 48\)|q_proj.weight must have shape"),
         (_poison(float("nan")), "up_proj.weight in .*model.safetensors holds NaN or infinity"),
+        (
+            lambda t: t.update({EMBEDDING: t[EMBEDDING].double() * 1e300}),
+            "embed_tokens.weight in .*or numbers beyond torch",
+        ),
         (_poison(float("-inf")), "up_proj.weight in .*model.safetensors holds NaN or infinity"),
         (_requantize, "F8_E4M3: quantized to FP8"),
         (lambda t: t.update({"model.layers.0.mlp.up_proj.qweight": torch.zeros(3, dtype=torch.int32)}), "GPTQ or AWQ"),
@@ -393,7 +405,10 @@ def test_a_leftover_index_beside_the_whole_file_is_not_read(tmp_path: Path) -> N
     assert answers_like_transformers(tmp_path)
 
 
-@pytest.mark.parametrize("place", ["../elsewhere.safetensors", "/etc/passwd", "sub/model.safetensors", "model.bin", 3])
+@pytest.mark.parametrize(
+    "place",
+    ["../elsewhere.safetensors", "/etc/passwd", "sub/model.safetensors", "model.bin", 3, ["a"], f"{'a' * 300}.safetensors"],
+)
 def test_an_index_that_points_elsewhere_is_refused(tmp_path: Path, place: object) -> None:
     places = in_shards(write(tmp_path, "qwen3"))
     change(tmp_path, "model.safetensors.index.json", weight_map=places | {"model.norm.weight": place})
@@ -427,6 +442,7 @@ def _pointer(name: str) -> Callable[[Path], object]:
         (_pointer("config.json"), r"config\.json is a pointer of Git LFS"),
         (_pointer("tokenizer.json"), r"tokenizer\.json is a pointer of Git LFS"),
         (lambda d: (d / "config.json").write_text("{"), r"config\.json is no JSON.*download it again"),
+        (lambda d: (d / "config.json").write_text("[" * 100_000), r"config\.json is no JSON.*download it again"),
         (lambda d: (d / "config.json").write_text("[]"), r"config\.json must hold a JSON object"),
         (lambda d: (d / "config.json").unlink(), "no config.json in .*Hugging Face format"),
         (lambda d: (d / "config.json").rename(d / "adapter_config.json"), "adapter_config.json is another format"),

@@ -15,6 +15,7 @@ from service.model import native
 from service.model.checkpoint import EMBEDDED, load, save
 from service.model.projection import can_pack, packed
 from service.model.transformer import Attend, rotate
+from tests.model.checkpoints import write
 
 CPU = torch.device("cpu")
 BOUNDS = {torch.float32: 2e-6, torch.bfloat16: 2**-6}  # values up to 4, rounded once against several times
@@ -137,6 +138,19 @@ def test_a_step_through_all_layers_in_c_is_what_they_compute_one_by_one(
             found = end.value
         assert torch.equal(found, model.hidden(ids, positions, attending(both[1], segments), is_decode=True))
     assert pauses == 3 * (layers if part_bytes == 1 else 1)
+
+
+@pytest.mark.parametrize("inner", [96, 128])
+def test_a_feed_forward_that_is_no_whole_number_of_blocks_is_left_to_torch(inner: int, tmp_path: Path) -> None:
+    """Gate and up, twice as wide, lie packed for both widths."""
+    need_native(torch.bfloat16)
+    shape = {"hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32, "intermediate_size": inner}
+    model = load(write(tmp_path, "llama", **shape), dtype="bfloat16").model
+    if all(native.Packed.lying(layer.qkv.weight) for layer in model.stack):
+        assert model.takes_passage == (inner == 128)
+    ids = torch.arange(5)
+    hidden, prompt = (model.hidden(ids, ids, lambda layer, q, k, v: q, is_decode=each) for each in (True, False))
+    assert largest(hidden, prompt) <= 2**-5 * float(prompt.abs().max())
 
 
 def test_matrices_that_lie_otherwise_are_not_read() -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from service.engine.allowlist import Backends
+from service.model import rotary
 from service.model.checkpoint import EMBEDDED, load
 from tests.engine import world
 from tests.model.checkpoints import draw, our_logits, own_backend, their_answer, their_logits, write
@@ -87,6 +88,21 @@ LONGROPE = {
     "short_factor": [1.0, 1.1, 1.2, 1.3, 1.4, 1.5],
     "long_factor": [1.0, 2.0, 4.0, 8.0, 16.0, 32.0],
 }
+
+
+@pytest.mark.parametrize("length", [128, 4096])
+@pytest.mark.parametrize("theta", [1e4, 5e5])
+@pytest.mark.parametrize("stated", [{"rope_type": "linear", "factor": 3.7}, LLAMA3_ROPE, YARN, LONGROPE])
+def test_frequencies_are_those_of_transformers_to_the_bit(stated: dict[str, Any], theta: float, length: int) -> None:
+    """Their last bit would move far positions by more than float32 loses."""
+    from transformers import LlamaConfig
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    given = {"original_max_position_embeddings": 512} | stated | {"rope_theta": theta}
+    given = {name: each for name, each in given.items() if stated["rope_type"] != "linear" or name[0] != "o"}
+    config = LlamaConfig(head_dim=12, max_position_embeddings=4096, rope_parameters=given)
+    wanted, _ = ROPE_INIT_FUNCTIONS[stated["rope_type"]](config, "cpu", seq_len=length)
+    assert torch.equal(rotary.frequencies(rotary.normal(given, 4096), 12, length), wanted)
 
 
 @pytest.fixture(scope="module", params=CASES)

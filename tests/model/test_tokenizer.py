@@ -11,10 +11,11 @@ import pytest
 import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import decoders, models
+from tokenizers import decoders, models, pre_tokenizers, processors
 
 from service.engine.text import TextStream
 from service.model.checkpoint import EMBEDDED
+from service.model.encoding import TextRefused
 from service.model.tokenizer import NFC_SHRINKS, Tokenizer
 
 TOKENIZER = Tokenizer.load(EMBEDDED)
@@ -198,6 +199,32 @@ def test_a_tokenizer_that_cannot_be_read_is_named_with_what_to_do(tmp_path: Path
 def test_a_directory_without_a_tokenizer_is_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=str(tmp_path)):
         Tokenizer.load(tmp_path)
+
+
+def test_control_tokens_beyond_the_model_that_stand_around_every_text_are_refused() -> None:
+    core = tokenizers.Tokenizer(models.BPE(vocab={"a": 0, "b": 1}, merges=[]))
+    core.decoder = decoders.ByteLevel()
+    core.add_special_tokens(["<s>"])
+    core.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 2)])
+    assert Tokenizer(core, None, vocab_size=3).encode("ab", add_special_tokens=True) == [2, 0, 1]
+    with pytest.raises(ValueError, match="puts token 2 around a text, the model has 2 tokens"):
+        Tokenizer(core, None, vocab_size=2)
+
+
+def endless() -> Tokenizer:
+    """One whose pattern takes exponential time, of which the library's own bound makes a panic."""
+    core = tokenizers.Tokenizer(models.BPE(vocab={"a": 0, "b": 1}, merges=[]))
+    core.pre_tokenizer = pre_tokenizers.Split(tokenizers.Regex("(a+)+b"), "isolated")
+    return Tokenizer(core, None)
+
+
+def test_a_text_that_a_pattern_gives_up_on_is_refused_and_the_next_one_read() -> None:
+    tokenizer, text = endless(), "a" * 40
+    readings = (tokenizer.encode, lambda x: tokenizer.spans(x, False, 2), lambda x: tokenizer.encode_pair(x, x))
+    for read in readings:
+        with pytest.raises(TextRefused, match="gives up on this text"):
+            read(text)
+    assert tokenizer.encode("aab") == [0, 0, 1]
 
 
 def test_ids_between_tokens_are_strangers_and_what_lies_behind_a_hole_is_known() -> None:

@@ -128,22 +128,27 @@ INLINE void summed_piece(int64_t rows, const char *x, int64_t row, int64_t input
         }
 }
 
-/* The same through an activation. Slow reading: `Layer.mlp`. */
+/* The same through an activation, as the product behind it reads them. Slow reading: `Layer.mlp`.
+ */
 INLINE void activated_piece(const int activation, int64_t rows, const char *x, int64_t inputs,
                             int64_t bits, const char *matrix, int64_t block, const char *bias,
                             char *to, int64_t outputs) {
     float sums[PANEL][COLUMNS] __attribute__((aligned(64)));
     piece(bits, rows, x, inputs, inputs, matrix, block, sums);
-    for (int64_t i = 0; i < rows; i++)
+    for (int64_t i = 0; i < rows; i++) {
+        char rounded[2 * COLUMNS] __attribute__((aligned(64))),
+            *row = to + i * outputs * 2, *own = bits < 16 ? rounded : row + block * COLUMNS * 2;
         for (int64_t j = 0; j < COLUMNS; j += 16) {
-            const int64_t at = block * COLUMNS + j;
-            const __m512 v = _mm512_add_ps(_mm512_load_ps(&sums[i][j]), load16(0, bias + at * 2));
-            store16(0, to + (i * outputs + at) * 2,
+            const __m512 v = _mm512_add_ps(_mm512_load_ps(&sums[i][j]),
+                                           load16(0, bias + (block * COLUMNS + j) * 2));
+            store16(0, own + j * 2,
                     activation == GELU ? gelu16(v)
                     : activation == GELU_TANH
                         ? gelu_tanh16(v)
                         : _mm512_max_ps(_mm512_setzero_ps(), v)); /* NaN stays */
         }
+        if (bits < 16) eight_row(own, COLUMNS, row + block * EIGHT);
+    }
 }
 
 typedef struct { /* what `encoder_output` was given */
@@ -154,13 +159,17 @@ typedef struct { /* what `encoder_output` was given */
 
 _Static_assert(sizeof(Answering) <= GIVEN, "threads are told no more");
 
-/* A phase of rows that are normed where they lie. Slow reading: `functional.layer_norm`. */
+/* A phase of rows that are normed where they lie; in 8 bits, too, unless that is null. Slow
+ * reading: `functional.layer_norm`. */
 INLINE void layer_norm_rows(uint64_t call, int phase, int64_t rows, char *x, const char *weight,
-                            const char *bias, int64_t width, float epsilon) {
+                            const char *bias, int64_t width, float epsilon, char *eight) {
     const int64_t pieces = (rows + SOME - 1) / SOME;
     for (int64_t p; (p = take(call, phase, pieces)) >= 0; give(call, phase))
-        for (int64_t i = p * SOME; i < least(rows, (p + 1) * SOME); i++)
-            layer_norm_row(x + i * width * 2, weight, bias, width, epsilon, x + i * width * 2);
+        for (int64_t i = p * SOME; i < least(rows, (p + 1) * SOME); i++) {
+            char *row = x + i * width * 2;
+            layer_norm_row(row, weight, bias, width, epsilon, row);
+            if (eight) eight_row(row, width, eight + i * width * 2);
+        }
     await(call, phase, pieces);
 }
 
@@ -171,19 +180,22 @@ static void follow(const void *given, uint64_t call) {
     const int64_t rows = c->x.rows, width = layer->width, inner = layer->inner,
                   asked = layer->heads * layer->depth, panels = panels_of(rows),
                   pieces = width / COLUMNS * panels, inners = inner / COLUMNS * panels;
-    char *stream = c->room, *fed = stream + rows * width * 2;
-    for (int64_t p; (p = take(call, 0, pieces)) >= 0; give(call, 0)) {
+    char *stream = c->room, *eight = stream + rows * width * 2,
+         *fed = eight + rows * most(width, asked) * 2;
+    const Rows answers = eight_rows(call, 0, layer->bits, &c->answer, asked, eight);
+    for (int64_t p; (p = take(call, 1, pieces)) >= 0; give(call, 1)) {
         const int64_t i = p % panels * PANEL;
-        summed_piece(least(PANEL, rows - i), c->answer.at + i * c->answer.row * 2, c->answer.row,
-                     asked, layer->bits, layer->out, p / panels, layer->out_bias,
+        summed_piece(least(PANEL, rows - i), answers.at + i * answers.row * 2, answers.row, asked,
+                     layer->bits, layer->out, p / panels, layer->out_bias,
                      c->x.at + i * c->x.row * 2, c->x.row, stream + i * width * 2, width);
     }
-    await(call, 0, pieces);
-    layer_norm_rows(call, 1, rows, stream, layer->attention_norm, layer->attention_norm_bias, width,
-                    layer->epsilon);
-    for (int64_t p; (p = take(call, 2, inners)) >= 0; give(call, 2)) {
+    await(call, 1, pieces);
+    layer_norm_rows(call, 2, rows, stream, layer->attention_norm, layer->attention_norm_bias, width,
+                    layer->epsilon, layer->bits == 16 ? 0 : eight);
+    const char *normed = layer->bits == 16 ? stream : eight;
+    for (int64_t p; (p = take(call, 3, inners)) >= 0; give(call, 3)) {
         const int64_t i = p % panels * PANEL, n = least(PANEL, rows - i), block = p / panels;
-        const char *x = stream + i * width * 2;
+        const char *x = normed + i * width * 2;
         char *to = fed + i * inner * 2;
 #define ACTIVATED(A) \
     case A: \
@@ -191,16 +203,16 @@ static void follow(const void *given, uint64_t call) {
         break;
         switch (layer->activation) { ACTIVATED(GELU) ACTIVATED(GELU_TANH) ACTIVATED(RELU) }
     }
-    await(call, 2, inners);
-    for (int64_t p; (p = take(call, 3, pieces)) >= 0; give(call, 3)) {
+    await(call, 3, inners);
+    for (int64_t p; (p = take(call, 4, pieces)) >= 0; give(call, 4)) {
         const int64_t i = p % panels * PANEL;
         summed_piece(least(PANEL, rows - i), fed + i * inner * 2, inner, inner, layer->bits,
                      layer->down, p / panels, layer->down_bias, stream + i * width * 2, width,
                      c->out + i * width * 2, width);
     }
-    await(call, 3, pieces);
-    layer_norm_rows(call, 4, rows, c->out, layer->mlp_norm, layer->mlp_norm_bias, width,
-                    layer->epsilon);
+    await(call, 4, pieces);
+    layer_norm_rows(call, 5, rows, c->out, layer->mlp_norm, layer->mlp_norm_bias, width,
+                    layer->epsilon, 0);
 }
 
 static const char *wrong_encoder(const EncoderLayer *x) {
@@ -229,7 +241,7 @@ static const char *wrong_encoder(const EncoderLayer *x) {
 }
 
 /* What the layer hands on (rows, C), tight, from its input x (rows, C) and attention's answer
- * (rows, H, D). room: (rows, C + F). Slow reading: `Layer.output`. */
+ * (rows, H, D). room: (rows, C + max(C, H D) + F). Slow reading: `Layer.output`. */
 const char *encoder_output(const EncoderLayer *layer, const View *x, const View *answers, char *out,
                            int64_t out_bytes, char *room, int64_t room_bytes, int threads) {
     const char *reason = wrong_encoder(layer);
@@ -241,8 +253,9 @@ const char *encoder_output(const EncoderLayer *layer, const View *x, const View 
     REQUIRE(is_tight(answers, 2, rows, layer->heads, layer->depth),
             "answer must be (rows, heads, depth), heads side by side");
     REQUIRE(is_room(out, out_bytes, rows * width, 2), "out must hold all rows");
-    REQUIRE(is_room(room, room_bytes, rows * (width + inner), 2),
-            "room must hold (rows, the width and the inner one)");
+    REQUIRE(is_room(room, room_bytes,
+                    rows * (width + most(width, layer->heads * layer->depth) + inner), 2),
+            "room must hold (rows, the width, that or the answer's, and the inner one)");
     const Answering told = { *layer, *x, *answers, out, room };
     together(follow, &told, sizeof told, threads);
     return 0;

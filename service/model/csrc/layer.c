@@ -209,11 +209,13 @@ INLINE void added_piece(int64_t rows, const char *x, int64_t row, int64_t inputs
         }
 }
 
-/* 64 columns of the feed-forward's inner rows (rows, F). Slow reading: `Layer.mlp`. */
+/* 64 columns of the feed-forward's inner rows (rows, F), as the product behind it reads them. Slow
+ * reading: `Layer.mlp`. */
 INLINE void gated_piece(int64_t rows, const char *x, const Layer *layer, int64_t block, char *to) {
     float gates[PANEL][COLUMNS] __attribute__((aligned(64)));
     float ups[PANEL][COLUMNS] __attribute__((aligned(64)));
     char rounded[2][2 * COLUMNS] __attribute__((aligned(64)));
+    const int is_eight = layer->bits < 16;
     const int64_t width = layer->width, inner = layer->inner, other = block + inner / COLUMNS;
     piece(layer->bits, rows, x, width, width, layer->gate_up, block, gates);
     piece(layer->bits, rows, x, width, width, layer->gate_up, other, ups);
@@ -222,7 +224,9 @@ INLINE void gated_piece(int64_t rows, const char *x, const Layer *layer, int64_t
             store16(0, rounded[0] + 2 * j, _mm512_load_ps(&gates[i][j]));
             store16(0, rounded[1] + 2 * j, _mm512_load_ps(&ups[i][j]));
         }
-        gate_row(0, rounded[0], rounded[1], COLUMNS, to + (i * inner + block * COLUMNS) * 2);
+        char *row = to + i * inner * 2, *own = is_eight ? rounded[0] : row + block * COLUMNS * 2;
+        gate_row(0, rounded[0], rounded[1], COLUMNS, own);
+        if (is_eight) eight_row(own, COLUMNS, row + block * EIGHT);
     }
 }
 
@@ -253,11 +257,16 @@ static const char *wrong_layer(const Layer *x, int64_t rows, int threads) {
     return 0;
 }
 
-/* A phase of rows that are normed into tight ones. Slow reading: `functional.rms_norm`. */
+/* A phase of rows that are normed into tight ones, as the product behind it reads them. Slow
+ * reading: `functional.rms_norm`. */
 INLINE void norm_rows(uint64_t call, int phase, int64_t rows, const char *x, int64_t row,
-                      const char *weight, int64_t width, float epsilon, char *out) {
-    for (int64_t i; (i = take(call, phase, rows)) >= 0; give(call, phase))
-        norm_row(0, x + i * row * 2, weight, width, epsilon, out + i * width * 2);
+                      const char *weight, const Layer *layer, char *out) {
+    const int64_t width = layer->width;
+    for (int64_t i; (i = take(call, phase, rows)) >= 0; give(call, phase)) {
+        char *to = out + i * width * 2;
+        norm_row(0, x + i * row * 2, weight, width, layer->epsilon, to);
+        if (layer->bits < 16) eight_row(to, width, to);
+    }
     await(call, phase, rows);
 }
 
@@ -282,8 +291,7 @@ static void ask(const void *given, uint64_t call) {
     const int64_t rows = c->x.rows, width = layer->width, depth = layer->depth,
                   turned = layer->heads + layer->groups, all = turned + layer->groups,
                   panels = panels_of(rows), pieces = all * depth / COLUMNS * panels;
-    norm_rows(call, 0, rows, c->x.at, c->x.row, layer->attention_norm, width, layer->epsilon,
-              c->room);
+    norm_rows(call, 0, rows, c->x.at, c->x.row, layer->attention_norm, layer, c->room);
     for (int64_t p; (p = take(call, 1, pieces)) >= 0; give(call, 1)) {
         const int64_t i = p % panels * PANEL;
         product_piece(least(PANEL, rows - i), c->room + i * width * 2, width, layer->bits,
@@ -307,28 +315,30 @@ static void answer(const void *given, uint64_t call) {
     const int64_t rows = c->x.rows, width = layer->width, inner = layer->inner,
                   asked = layer->heads * layer->depth, panels = panels_of(rows),
                   pieces = width / COLUMNS * panels, inners = inner / COLUMNS * panels;
-    char *stream = c->room, *normed = stream + rows * width * 2, *gated = normed + rows * width * 2;
-    for (int64_t p; (p = take(call, 0, pieces)) >= 0; give(call, 0)) {
+    char *stream = c->room, *normed = stream + rows * width * 2,
+         *gated = normed + rows * most(width, asked) * 2;
+    const Rows answers = eight_rows(call, 0, layer->bits, &c->answer, asked, normed);
+    for (int64_t p; (p = take(call, 1, pieces)) >= 0; give(call, 1)) {
         const int64_t i = p % panels * PANEL;
-        added_piece(least(PANEL, rows - i), c->answer.at + i * c->answer.row * 2, c->answer.row,
-                    asked, layer->bits, layer->out, p / panels, c->x.at + i * c->x.row * 2,
-                    c->x.row, stream + i * width * 2, width);
+        added_piece(least(PANEL, rows - i), answers.at + i * answers.row * 2, answers.row, asked,
+                    layer->bits, layer->out, p / panels, c->x.at + i * c->x.row * 2, c->x.row,
+                    stream + i * width * 2, width);
     }
-    await(call, 0, pieces);
-    norm_rows(call, 1, rows, stream, width, layer->mlp_norm, width, layer->epsilon, normed);
-    for (int64_t p; (p = take(call, 2, inners)) >= 0; give(call, 2)) {
+    await(call, 1, pieces);
+    norm_rows(call, 2, rows, stream, width, layer->mlp_norm, layer, normed);
+    for (int64_t p; (p = take(call, 3, inners)) >= 0; give(call, 3)) {
         const int64_t i = p % panels * PANEL;
         gated_piece(least(PANEL, rows - i), normed + i * width * 2, layer, p / panels,
                     gated + i * inner * 2);
     }
-    await(call, 2, inners);
-    for (int64_t p; (p = take(call, 3, pieces)) >= 0; give(call, 3)) {
+    await(call, 3, inners);
+    for (int64_t p; (p = take(call, 4, pieces)) >= 0; give(call, 4)) {
         const int64_t i = p % panels * PANEL;
         added_piece(least(PANEL, rows - i), gated + i * inner * 2, inner, inner, layer->bits,
                     layer->down, p / panels, stream + i * width * 2, width, c->out + i * width * 2,
                     width);
     }
-    await(call, 3, pieces);
+    await(call, 4, pieces);
 }
 
 /* Queries, keys and values (rows, H + 2 G, D), tight, of x (rows, C). room: (rows, C). Slow
@@ -351,20 +361,26 @@ const char *question(const Layer *layer, const View *x, const View *cos, const V
     return 0;
 }
 
+/* Elements for each row that `output` has beside what it was given: the stream; what a product
+ * reads; the feed-forward's inner row. */
+static int64_t behind_words(const Layer *x) {
+    return x->width + most(x->width, x->heads * x->depth) + x->inner;
+}
+
 /* What the layer hands on (rows, C), tight, from its input x (rows, C) and attention's answer
- * (rows, H, D). room: (rows, 2 C + F). Slow reading: `Layer.output`. */
+ * (rows, H, D). room: (rows, C + max(C, H D) + F). Slow reading: `Layer.output`. */
 const char *output(const Layer *layer, const View *x, const View *answers, char *out,
                    int64_t out_bytes, char *room, int64_t room_bytes, int threads) {
     const int64_t rows = x->rows;
     const char *reason = wrong_layer(layer, rows, threads);
     if (reason) return reason;
-    const int64_t width = layer->width, inner = layer->inner;
+    const int64_t width = layer->width;
     REQUIRE(is_view(x, 2, 0, 1, width), "x must be rows of the layer's width");
     REQUIRE(is_tight(answers, 2, rows, layer->heads, layer->depth),
             "answer must be (rows, heads, depth), heads side by side");
     REQUIRE(is_room(out, out_bytes, rows * width, 2), "out must hold all rows");
-    REQUIRE(is_room(room, room_bytes, rows * (2 * width + inner), 2),
-            "room must hold (rows, 2 widths and the inner one)");
+    REQUIRE(is_room(room, room_bytes, rows * behind_words(layer), 2),
+            "room must hold (rows, the width, that or the answer's, and the inner one)");
     const Answering told = { *layer, *x, *answers, out, room };
     together(answer, &told, sizeof told, threads);
     return 0;
@@ -373,9 +389,8 @@ const char *output(const Layer *layer, const View *x, const View *answers, char 
 /* Elements for each row that a layer of `decode` has beside the stream, of which a View tells: the
  * answers; then queries, keys and values with what `question` takes, later what `output` does. */
 static int64_t room_words(const Layer *x) {
-    const int64_t asked = x->heads * x->depth, before = asked + 2 * x->groups * x->depth + x->width,
-                  behind = 2 * x->width + x->inner;
-    return asked + (before > behind ? before : behind);
+    const int64_t asked = x->heads * x->depth, before = asked + 2 * x->groups * x->depth + x->width;
+    return asked + most(before, behind_words(x));
 }
 
 /* Some of the heads (rows, heads, D) of tight rows of `all` of them. */
@@ -411,7 +426,7 @@ static const char *pass(const Layer *layer, const Station *at, char *x, int64_t 
     if (!reason) reason = at->answer(at->told, at->index, &q, &k, &v, room, own, threads);
     if (!reason && threads)
         reason = output(layer, &stream, &answers, x, stream_bytes, asked,
-                        2 * stream_bytes + rows * layer->inner * 2, threads);
+                        rows * behind_words(layer) * 2, threads);
     return reason;
 }
 
@@ -442,7 +457,7 @@ typedef struct { /* what `multiply` was given */
     View x;
     const char *matrix, *bias;
     int64_t bits, outputs;
-    char *out;
+    char *out, *room;
     int wide;
 } Factors;
 
@@ -451,12 +466,13 @@ static void products_of(const void *given, uint64_t call) {
     const Factors *c = given;
     float sums[PANEL][COLUMNS] __attribute__((aligned(64)));
     const int64_t panels = panels_of(c->x.rows), pieces = whole_blocks(c->outputs) * panels,
-                  row = c->x.row, size = c->wide ? 4 : 2;
-    for (int64_t p; (p = take(call, 0, pieces)) >= 0; give(call, 0)) {
+                  size = c->wide ? 4 : 2;
+    const Rows x = eight_rows(call, 0, c->bits, &c->x, c->x.width, c->room);
+    for (int64_t p; (p = take(call, 1, pieces)) >= 0; give(call, 1)) {
         const int64_t first = p % panels * PANEL, block = p / panels,
                       rows = least(PANEL, c->x.rows - first),
                       columns = least(COLUMNS, c->outputs - block * COLUMNS);
-        piece(c->bits, rows, c->x.at + first * row * 2, row, c->x.width, c->matrix, block, sums);
+        piece(c->bits, rows, x.at + first * x.row * 2, x.row, c->x.width, c->matrix, block, sums);
         for (int64_t i = 0; i < rows; i++) {
             char answer[4 * COLUMNS] __attribute__((aligned(64)));
             for (int64_t j = 0; j < columns; j += 16) {
@@ -470,14 +486,15 @@ static void products_of(const void *given, uint64_t call) {
                    (size_t)(columns * size));
         }
     }
-    await(call, 0, pieces);
+    await(call, 1, pieces);
 }
 
 /* x (rows, C) times a packed matrix (outputs, C), plus a bias (outputs) or null, rounded to
- * bfloat16: (rows, outputs), tight, as float32 where `wide`. Slow reading: `functional.linear`. */
+ * bfloat16: (rows, outputs), tight, as float32 where `wide`. room: (rows, C), of 16 bits none. Slow
+ * reading: `functional.linear`. */
 const char *multiply(const View *x, const char *matrix, int64_t matrix_bytes, int64_t bits,
                      int64_t outputs, const char *bias, int64_t bias_bytes, char *out,
-                     int64_t out_bytes, int wide, int threads) {
+                     int64_t out_bytes, char *room, int64_t room_bytes, int wide, int threads) {
     REQUIRE(is_view(x, 2, 0, 1, x->width) && within(x->width, 2, MOST) &&
                 within(x->rows, 0, MOST) && within(threads, 1, MOST),
             "x must be rows, and not too many");
@@ -489,7 +506,9 @@ const char *multiply(const View *x, const char *matrix, int64_t matrix_bytes, in
     REQUIRE(!bias || is_room(bias, bias_bytes, outputs, 2), "bias must hold a number per output");
     REQUIRE(is_room(out, out_bytes, x->rows * outputs, wide ? 4 : 2),
             "out must hold (rows, outputs)");
-    const Factors told = { *x, matrix, bias, bits, outputs, out, wide };
+    REQUIRE(bits == 16 || is_room(room, room_bytes, x->rows * x->width, 2),
+            "room must hold all rows");
+    const Factors told = { *x, matrix, bias, bits, outputs, out, room, wide };
     together(products_of, &told, sizeof told, threads);
     return 0;
 }
