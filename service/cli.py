@@ -125,6 +125,7 @@ def serve(options: argparse.Namespace) -> int:
     """Start Ray, deploy the file, stay until a signal, drain, end all of it."""
     signals = Signals()
     status = run_in_own_session(lambda: _serve(config_path(options.file), signals), signals.handle)
+    _give_up_stdout()  # all is told: one that takes nothing must not fail the exit
     if status > 128:
         left = f"{scratch.place()}/longserve-*"
         print(f"longserve serve: killed by {signal.Signals(status - 128).name}; {left} has what Ray logged", file=sys.stderr)

@@ -94,6 +94,14 @@ def test_an_interrupted_command_prints_no_traceback(
     assert capsys.readouterr().err == ""
 
 
+def test_where_nothing_can_be_printed_serve_ends_as_it_would_else(tmp_path: Path) -> None:
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", "service.cli", "serve", str(tmp_path / "none.yaml")]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "none.yaml: No such file" in done.stderr
+
+
 def deployed(**args: object) -> dict[str, dict[str, object]]:
     """What Serve tells of a service that somebody has deployed with these `args` written out."""
     return {"longserve": {"import_path": IMPORT_PATH, "route_prefix": "/", "args": args}}
