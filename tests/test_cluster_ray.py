@@ -233,7 +233,8 @@ def test_a_killed_node_fails_only_what_it_was_answering(cluster: Cluster, both: 
             time.sleep(0.05)
 
     with concurrent.futures.ThreadPoolExecutor(4) as callers:
-        asked = [callers.submit(ask, body) for body in (STREAM, STREAM, {"prompt": "import os", "max_tokens": 40})]
+        long = STREAM | {"max_tokens": 4000}  # for seconds: one is not at its end between the look at the metric and the kill
+        asked = [callers.submit(ask, body) for body in (long, long, {"prompt": "import os", "max_tokens": 40})]
         try:
             assert eventually(lambda: sum(both.metric("longserve_requests_running", replica=victim)) >= 1)
             killed = time.monotonic()
