@@ -64,11 +64,11 @@ class Quantized:
         blocks, lanes = ids // COLUMNS, ids % COLUMNS
         packed = self.data[:, :, 2 * COLUMNS :].unflatten(2, (GROUP // 4, -1))
         if self.bits == 8:
-            numbers = packed.unflatten(3, (COLUMNS, 4))[blocks, :, :, lanes].to(torch.int16) - 128
+            numbers = (packed.unflatten(3, (COLUMNS, 4))[blocks, :, :, lanes] ^ 128).view(torch.int8)  # less 128
         else:  # a byte holds quarters 0 and 1, or 2 and 3
             quarters, places = lanes // 16, lanes % 16
             both = packed.unflatten(3, (2, 16, 4))[blocks, :, :, quarters // 2, places]
-            numbers = ((both >> (4 * (quarters % 2))[:, None, None, None]) & 15).to(torch.int16) - 8
+            numbers = ((both >> (4 * (quarters % 2))[:, None, None, None]) & 15).to(torch.int8) - 8
         scales = self._scales(self.data)[blocks, :, lanes]
         return self._joined(numbers.flatten(2).float(), scales.float())
 
@@ -110,10 +110,10 @@ class Quantized:
         for data in self.data.split(ROWS // COLUMNS):
             lines, (blocks, groups, _) = data[:, :, 2 * COLUMNS :], data.shape
             if self.bits == 8:
-                words = lines.to(torch.int16) - 128
+                words = (lines ^ 128).view(torch.int8)  # less 128
             else:
-                halves = lines.reshape(blocks, groups, GROUP // 4, 2, 1, 4 * COLUMNS // 4)
-                words = torch.cat((halves & 15, halves >> 4), dim=4).to(torch.int16) - 8
+                halves = lines.reshape(blocks, groups, GROUP // 4, 2, 1, COLUMNS)
+                words = torch.cat((halves & 15, halves >> 4), dim=4).to(torch.int8) - 8
             numbers = words.reshape(blocks, groups, GROUP // 4, COLUMNS, 4).permute(0, 3, 1, 2, 4).reshape(-1, groups, GROUP)
             yield self._joined(numbers.float(), self._scales(data).transpose(1, 2).reshape(-1, groups).float())[:left]
             left -= len(numbers)

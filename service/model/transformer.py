@@ -447,8 +447,9 @@ class Transformer(nn.Module):
         attending = stream + qkv + (qk if turns else 0) + (heads * depth if config.query_scale != 1 else 0)
         inner = 3 if is_native else 4 if config.is_gated else 2  # gate and up, and what becomes of them
         feeding = stream + 2 * config.hidden_size + heads * depth + inner * config.intermediate_size
-        reading = max((each.reading_bytes(tokens, dtype) for each in first.kept), default=0)
-        if first.sides(is_decode=False) is not first:
+        if first.sides(is_decode=False) is first:
+            reading = max((each.reading_bytes(tokens, dtype) for each in first.kept), default=0)
+        else:
             turning = stream + config.hidden_size + qkv
             feeding = stream + 2 * config.hidden_size + max(config.hidden_size, heads * depth)
             feeding += heads * depth + config.intermediate_size

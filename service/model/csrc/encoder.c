@@ -254,7 +254,7 @@ const char *encoder_output(const EncoderLayer *layer, const View *x, const View 
             "answer must be (rows, heads, depth), heads side by side");
     REQUIRE(is_room(out, out_bytes, rows * width, 2), "out must hold all rows");
     REQUIRE(is_room(room, room_bytes,
-                    rows * (width + most(width, layer->heads * layer->depth) + inner), 2),
+                    rows * behind_words(width, layer->heads * layer->depth, inner), 2),
             "room must hold (rows, the width, that or the answer's, and the inner one)");
     const Answering told = { *layer, *x, *answers, out, room };
     together(follow, &told, sizeof told, threads);

@@ -361,12 +361,6 @@ const char *question(const Layer *layer, const View *x, const View *cos, const V
     return 0;
 }
 
-/* Elements for each row that `output` has beside what it was given: the stream; what a product
- * reads; the feed-forward's inner row. */
-static int64_t behind_words(const Layer *x) {
-    return x->width + most(x->width, x->heads * x->depth) + x->inner;
-}
-
 /* What the layer hands on (rows, C), tight, from its input x (rows, C) and attention's answer
  * (rows, H, D). room: (rows, C + max(C, H D) + F). Slow reading: `Layer.output`. */
 const char *output(const Layer *layer, const View *x, const View *answers, char *out,
@@ -379,7 +373,8 @@ const char *output(const Layer *layer, const View *x, const View *answers, char 
     REQUIRE(is_tight(answers, 2, rows, layer->heads, layer->depth),
             "answer must be (rows, heads, depth), heads side by side");
     REQUIRE(is_room(out, out_bytes, rows * width, 2), "out must hold all rows");
-    REQUIRE(is_room(room, room_bytes, rows * behind_words(layer), 2),
+    REQUIRE(is_room(room, room_bytes,
+                    rows * behind_words(width, layer->heads * layer->depth, layer->inner), 2),
             "room must hold (rows, the width, that or the answer's, and the inner one)");
     const Answering told = { *layer, *x, *answers, out, room };
     together(answer, &told, sizeof told, threads);
@@ -390,7 +385,7 @@ const char *output(const Layer *layer, const View *x, const View *answers, char 
  * answers; then queries, keys and values with what `question` takes, later what `output` does. */
 static int64_t room_words(const Layer *x) {
     const int64_t asked = x->heads * x->depth, before = asked + 2 * x->groups * x->depth + x->width;
-    return asked + most(before, behind_words(x));
+    return asked + most(before, behind_words(x->width, asked, x->inner));
 }
 
 /* Some of the heads (rows, heads, D) of tight rows of `all` of them. */
@@ -426,7 +421,7 @@ static const char *pass(const Layer *layer, const Station *at, char *x, int64_t 
     if (!reason) reason = at->answer(at->told, at->index, &q, &k, &v, room, own, threads);
     if (!reason && threads)
         reason = output(layer, &stream, &answers, x, stream_bytes, asked,
-                        rows * behind_words(layer) * 2, threads);
+                        rows * behind_words(width, heads * depth, layer->inner) * 2, threads);
     return reason;
 }
 

@@ -291,6 +291,12 @@ static __attribute__((noinline)) void piece(int64_t bits, int64_t rows, const ch
                       sums[0], COLUMNS, 0);
 }
 
+/* Elements for each row that a layer's `output` has beside what it was given: the stream; what a
+ * product reads, of the width or of attention's answer; the feed-forward's inner row. */
+INLINE int64_t behind_words(int64_t width, int64_t asked, int64_t inner) {
+    return width + most(width, asked) + inner;
+}
+
 typedef struct { /* rows, `row` elements of 16 bits apart */
     const char *at;
     int64_t row;
